@@ -1,0 +1,28 @@
+"""Many-adapter LLM serving on JAX. The public names are loaded when first used, so that importing the package is cheap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chameleon_jax.config import EngineConfig
+    from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
+    from chameleon_jax.serving.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "EngineConfig", "LoRARequest", "RequestOutput", "SamplingParams"]
+
+_HOME = {
+    "LLM": "chameleon_jax.serving.llm",
+    "EngineConfig": "chameleon_jax.config",
+    "LoRARequest": "chameleon_jax.request",
+    "RequestOutput": "chameleon_jax.request",
+    "SamplingParams": "chameleon_jax.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,75 @@
+"""Who owns which device page. Counts pages, never touches a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+class OutOfPages(Exception):
+    """Asked for more pages than are free; nothing was handed out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolUsage:
+    """Pages by owner."""
+
+    total: int
+    free: int
+    kv: int
+    adapters: int
+
+
+class PagePool:
+    """The free list of a pool of `num_pages` pages, page 0 (the trash page) excepted.
+
+    An owner is any hashable: a request id or an adapter's content hash. Ownership changes take effect at once here and in
+    dispatch order on the device: a page handed to a new owner is written only by steps dispatched after the old owner's, and
+    the device runs steps in order.
+    """
+
+    def __init__(self, num_pages: int):
+        if num_pages < 2:
+            raise ValueError(f"num_pages is {num_pages}; allowed: 2 or more (page 0 is never handed out)")
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._kv: dict[str, list[int]] = {}
+        self._adapters: dict[str, list[int]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def capacity(self) -> int:
+        """Pages that can have an owner."""
+        return self.num_pages - 1
+
+    def usage(self) -> PoolUsage:
+        kv, adapters = (sum(map(len, owned.values())) for owned in (self._kv, self._adapters))
+        return PoolUsage(self.capacity, self.num_free, kv, adapters)
+
+    def can_allocate(self, pages: int) -> bool:
+        return pages <= len(self._free)
+
+    def extend_kv(self, request_id: str, pages: int) -> list[int]:
+        """Hands `pages` more pages to a request. Raises OutOfPages."""
+        return self._take(self._kv, request_id, pages)
+
+    def allocate_adapter(self, content_hash: str, pages: int) -> list[int]:
+        """Hands an adapter its pages, all at once. Raises OutOfPages."""
+        if content_hash in self._adapters:
+            raise ValueError(f"adapter {content_hash[:12]} has pages already")
+        return self._take(self._adapters, content_hash, pages)
+
+    def free_kv(self, request_id: str) -> None:
+        self._free.extend(reversed(self._kv.pop(request_id, [])))
+
+    def free_adapter(self, content_hash: str) -> None:
+        self._free.extend(reversed(self._adapters.pop(content_hash)))
+
+    def _take(self, owned: dict[str, list[int]], owner: str, pages: int) -> list[int]:
+        if pages > len(self._free):
+            raise OutOfPages(f"{pages} pages asked for, {len(self._free)} free")
+        taken = [self._free.pop() for _ in range(pages)]
+        owned.setdefault(owner, []).extend(taken)
+        return taken

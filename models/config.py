@@ -1,0 +1,200 @@
+"""What a Llama-shaped model is: sizes, rotary embedding, presets. Host-side values only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a layer that a LoRA adapter may change, in the order their rows are packed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency scaling: low frequencies are slowed by `factor`, high ones are kept, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama-shaped decoder. `head_dim * num_heads` need not equal `hidden_size`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+
+    def target_shape(self, target: str) -> tuple[int, int]:
+        """`(d_in, d_out)` of a target matrix, in elements."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, f = self.hidden_size, self.intermediate_size
+        shapes = {
+            "q_proj": (d, q),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (q, d),
+            "gate_proj": (d, f),
+            "up_proj": (d, f),
+            "down_proj": (f, d),
+        }
+        return shapes[target]
+
+    @property
+    def num_params(self) -> int:
+        """Weights of the model, embeddings included."""
+        layer = sum(i * o for i, o in map(self.target_shape, TARGETS)) + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> LlamaConfig:
+        """Reads a Hugging Face `config.json`.
+
+        Raises:
+            ValueError: naming the field, where the model is not Llama-shaped.
+        """
+        architecture = (hf.get("architectures") or [None])[0]
+        if architecture not in (None, "LlamaForCausalLM", "MistralForCausalLM"):
+            raise ValueError(f"architectures is {architecture!r}; allowed: LlamaForCausalLM, MistralForCausalLM")
+        for field, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if hf.get(field, allowed) != allowed:
+                raise ValueError(f"{field} is {hf[field]!r}; allowed: {allowed!r}")
+        max_position = int(hf.get("max_position_embeddings", 2048))
+        window = hf.get("sliding_window")
+        if window is not None and window < max_position:
+            raise ValueError(f"sliding_window is {window}; allowed: null, or at least max_position_embeddings ({max_position})")
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if field not in hf:
+                raise ValueError(f"config.json has no field {field}")
+        # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        scaling = None
+        if kind == "llama3":
+            scaling = Llama3RopeScaling(
+                float(rope["factor"]),
+                float(rope["low_freq_factor"]),
+                float(rope["high_freq_factor"]),
+                int(rope["original_max_position_embeddings"]),
+            )
+        elif kind != "default":
+            raise ValueError(f"rope_scaling type is {kind!r}; allowed: default, llama3")
+        eos = hf.get("eos_token_id")
+        return cls(
+            vocab_size=int(hf["vocab_size"]),
+            hidden_size=int(hf["hidden_size"]),
+            intermediate_size=int(hf["intermediate_size"]),
+            num_layers=int(hf["num_hidden_layers"]),
+            num_heads=int(hf["num_attention_heads"]),
+            num_kv_heads=int(hf.get("num_key_value_heads") or hf["num_attention_heads"]),
+            head_dim=int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]),
+            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+            rope_scaling=scaling,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=max_position,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that `from_hf` and transformers read back."""
+        hf: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+        }
+        if self.rope_scaling is not None:
+            hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        return hf
+
+
+_LLAMA1 = dict(vocab_size=32_000, head_dim=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_ids=(2,))
+
+PRESETS: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100_000.0,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    ),
+    "llama-7b": LlamaConfig(
+        hidden_size=4096, intermediate_size=11_008, num_layers=32, num_heads=32, num_kv_heads=32, **_LLAMA1
+    ),
+    "llama-13b": LlamaConfig(
+        hidden_size=5120, intermediate_size=13_824, num_layers=40, num_heads=40, num_kv_heads=40, **_LLAMA1
+    ),
+    "llama-30b": LlamaConfig(
+        hidden_size=6656, intermediate_size=17_920, num_layers=60, num_heads=52, num_kv_heads=52, **_LLAMA1
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        max_position_embeddings=8192,
+        bos_token_id=128_000,
+        eos_token_ids=(128_001, 128_009),
+    ),
+}

@@ -1,0 +1,22 @@
+"""The oracle: gather every page of the table, one dense softmax. Memory grows with the table's width; for tests."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int) -> jax.Array:
+    """See `api.paged_attention`."""
+    tiles, tile_tokens, heads, head_dim = q.shape
+    kv = pages[block_tables].reshape(tiles, block_tables.shape[1], 2, num_kv_heads, -1, head_dim).astype(jnp.float32)
+    k, v = (kv[:, :, i].transpose(0, 2, 1, 3, 4).reshape(tiles, num_kv_heads, -1, head_dim) for i in (0, 1))
+    grouped = q.reshape(tiles, tile_tokens, num_kv_heads, heads // num_kv_heads, head_dim).astype(jnp.float32)
+    scores = jnp.einsum("tqkgd,tknd->tqkgn", grouped, k) * head_dim**-0.5
+    position = starts[:, None] + jnp.arange(tile_tokens)
+    visible = jnp.arange(k.shape[2]) <= position[..., None]
+    visible &= (jnp.arange(tile_tokens) < counts[:, None])[..., None]
+    written = jnp.arange(k.shape[2]) < (starts + counts)[:, None]
+    scores = jnp.where(visible[:, :, None, None], scores, -1e30)
+    out = jnp.einsum("tqkgn,tknd->tqkgd", jax.nn.softmax(scores, -1), jnp.where(written[:, None, :, None], v, 0.0))
+    return out.reshape(q.shape).astype(q.dtype)

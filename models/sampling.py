@@ -1,0 +1,110 @@
+"""Choosing the next token, every row by its own parameters, vectorised over rows.
+
+A row's random numbers come from its seed and the token's position alone, so its text does not depend on how it was batched,
+chunked or recomputed. Top-k and top-p cut by a threshold found by bisection: no sort over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_LOGPROBS = 20
+"""Alternatives reported beside the chosen token, as OpenAI's API allows."""
+MAX_BANNED = 8
+"""Token ids a row may forbid (stop ids before min_tokens)."""
+_BISECTIONS = 32
+
+
+class SamplingMode(enum.Enum):
+    """What a batch of rows needs; each mode is a program of its own."""
+
+    GREEDY = "greedy"
+    RANDOM = "random"
+    LOGPROBS = "logprobs"
+
+
+@chex.dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of `rows` requests.
+
+    Attributes:
+        integers: `[rows, 5 + MAX_BANNED]` int32: slot, position of the token to draw, seed (low word, high word), top_k (0:
+            all), banned ids (-1: none).
+        floats: `[rows, 3]` float32: temperature (0: greedy), top_p, min_p.
+    """
+
+    integers: jax.Array
+    floats: jax.Array
+
+
+@chex.dataclass(frozen=True)
+class Sampled:
+    """Tokens `[rows]` int32 and, in LOGPROBS mode, the chosen one's log-probability and the `MAX_LOGPROBS` best."""
+
+    tokens: jax.Array
+    logprobs: jax.Array | None = None
+    top_tokens: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode) -> Sampled:
+    """Draws one token a row from `logits [rows, vocab]` float32. Log-probabilities are the model's, before temperature."""
+    slots = jnp.arange(logits.shape[0])[:, None]
+    banned = rows.integers[:, 5:]
+    allowed = logits.at[slots, jnp.where(banned < 0, logits.shape[1], banned)].set(-jnp.inf, mode="drop")
+    tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
+    if mode is SamplingMode.GREEDY:
+        return Sampled(tokens=tokens)
+    tokens = jnp.where(rows.floats[:, 0] > 0, _draw(allowed, rows), tokens)
+    if mode is SamplingMode.RANDOM:
+        return Sampled(tokens=tokens)
+    logprobs = jax.nn.log_softmax(logits, -1)
+    top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
+    return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
+
+
+def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Gumbel-max over what top-k, top-p and min-p leave."""
+    temperature, top_p, min_p = rows.floats.T
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))  # in [0, 1]; the best token has 1
+    keep = weights >= _threshold(weights, rows.integers[:, 4], top_p)[:, None]
+    keep &= weights >= min_p[:, None]
+
+    def gumbel(row: jax.Array) -> jax.Array:
+        key = jax.random.key(row[2].astype(jnp.uint32))
+        key = jax.random.fold_in(jax.random.fold_in(key, row[3].astype(jnp.uint32)), row[1])
+        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+    noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(rows.integers)
+    return jnp.argmax(noisy, -1).astype(jnp.int32)
+
+
+def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The largest weight `[rows]` at or above which at least top_k tokens and a share top_p of the mass lie.
+
+    Ties at the threshold are all kept, as Hugging Face does. top_p applies to what top_k left (vLLM's order).
+    """
+
+    def bisect(enough) -> jax.Array:
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) / 2
+            ok = enough(weights >= middle[:, None])
+            return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+        zero = jnp.zeros(weights.shape[0])
+        return lax.fori_loop(0, _BISECTIONS, halve, (zero, zero + 1 + 1e-6))[0]
+
+    low_k = bisect(lambda kept: kept.sum(-1) >= top_k)
+    low_k = jnp.where(top_k > 0, low_k, 0.0)
+    remaining = jnp.where(weights >= low_k[:, None], weights, 0.0)
+    mass = remaining.sum(-1)
+    low_p = bisect(lambda kept: jnp.where(kept, remaining, 0.0).sum(-1) >= top_p * mass)
+    return jnp.maximum(low_k, jnp.where(top_p < 1, low_p, 0.0))

@@ -1,0 +1,169 @@
+"""The programs that run on the device, one for each shape bucket, compiled before the first request.
+
+`forward` runs a batch of tiles through the model and `sample` chooses tokens from its last hidden states; apart, so that
+their variants add up instead of multiplying. Sampled tokens stay on the device, one place for each running request
+(`slot_tokens`), and feed the next step from there: the host never waits for a token before it can dispatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.ops.batched_lora import LoraPlan, batched_lora, plan_batch, resolve
+from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
+from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
+from chameleon_jax.models.sampling import Sampled, SamplingMode, SamplingRows, sample
+
+DECODE_TILE = 1
+PREFILL_TILE = 32
+"""Tokens of one sequence handled as a unit in prefill."""
+FROM_SLOT = -1
+"""A token id that says: take the token that was last sampled for this slot."""
+
+
+@chex.dataclass(frozen=True)
+class StepInputs:
+    """What the host sends for one forward step; padding tiles come last and have count 0.
+
+    Attributes:
+        tokens: `[tiles * tile_tokens]` int32, or FROM_SLOT.
+        tiles: `[tiles, 3 + table_width]` int32: position of the first token, tokens in the tile, slot, block table.
+        lora: which adapters; None runs the program that has no LoRA work.
+    """
+
+    tokens: jax.Array | np.ndarray
+    tiles: jax.Array | np.ndarray
+    lora: LoraPlan | None = None
+
+
+def forward(
+    graph: Any, params: Any, pages: list[jax.Array], slot_tokens: jax.Array, inputs: StepInputs, *, layout: PageLayout
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Hidden states `[tiles, hidden]` of each tile's last token, and the pool with the tokens' KV in it."""
+    model: Llama = nnx.merge(graph, params)
+    starts, counts, slots = inputs.tiles[:, 0], inputs.tiles[:, 1], inputs.tiles[:, 2]
+    tables = inputs.tiles[:, 3:]
+    num_tiles = starts.shape[0]
+    tile_tokens = inputs.tokens.shape[0] // num_tiles
+
+    within = jnp.arange(tile_tokens)
+    valid = within < counts[:, None]
+    positions = jnp.where(valid, starts[:, None] + within, 0)  # [tiles, tile_tokens]
+    page_ids = jnp.take_along_axis(tables, positions // layout.page_tokens, axis=1)
+    page_ids = jnp.where(valid, page_ids, TRASH_PAGE).reshape(-1)
+    page_slots = (positions % layout.page_tokens).reshape(-1)
+    tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens[slots], tile_tokens), inputs.tokens)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pages = write_kv(pages, k, v, _after(q, page_ids), page_slots)
+        tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])
+        kv_heads = layout.config.num_kv_heads
+        return paged_attention(tiled, pages, tables, starts, counts, num_kv_heads=kv_heads).reshape(q.shape), pages
+
+    adapt = None
+    if inputs.lora is not None:
+        targets = resolve(inputs.lora, layout, tile_tokens)
+
+        def adapt(target: str, y: jax.Array, x: jax.Array, pages: jax.Array) -> jax.Array:
+            with jax.named_scope("lora"):
+                return batched_lora(y, x, pages, targets, target)
+
+    hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
+    last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
+    return hidden[last], pages
+
+
+def _after(value: jax.Array, page_ids: jax.Array) -> jax.Array:
+    """`page_ids`, by way of `value`.
+
+    Adapters' rows are read from the pool for q, k and v before the new keys and values are written to it. The write depends
+    on k and v; tied to q too, it can be done in place. Untied, XLA copies the pool to keep what q's reads see (jax 0.10.2 on
+    CPU drops an `optimization_barrier` before it decides). The number added is 0 whatever the bits are.
+    """
+    bits = lax.bitcast_convert_type(value.ravel()[0].astype(jnp.float32), jnp.int32)
+    return page_ids + jnp.minimum(bits & 0x7FFFFFFF, 0)
+
+
+def sample_step(
+    graph: Any, params: Any, hidden: jax.Array, slot_tokens: jax.Array, rows: SamplingRows, *, mode: SamplingMode
+) -> tuple[Sampled, jax.Array]:
+    """Draws one token for each of `hidden [rows, hidden]` and puts it where the next step looks for it."""
+    model: Llama = nnx.merge(graph, params)
+    sampled = sample(model.logits(hidden), rows, mode)
+    return sampled, slot_tokens.at[rows.integers[:, 0]].set(sampled.tokens)
+
+
+def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> list[jax.Array]:
+    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]` of every layer."""
+    return [layer.at[page_ids].set(block[i], mode="promise_in_bounds") for i, layer in enumerate(pages)]
+
+
+def powers_of_two(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, ... up to last, which is always among them."""
+    sizes = list(itertools.takewhile(lambda n: n < last, (first << i for i in itertools.count())))
+    return (*sizes, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBuckets:
+    """Shapes that are compiled.
+
+    Attributes:
+        max_num_seqs: rows of the largest decode step.
+        max_prefill_tokens: tokens of the largest prefill step.
+        table_width: pages of the longest sequence.
+        max_rank: largest LoRA rank.
+        max_adapter_pages: pages of the largest adapter; 0: no adapters are served and no LoRA program is compiled.
+    """
+
+    max_num_seqs: int
+    max_prefill_tokens: int
+    table_width: int
+    max_rank: int
+    max_adapter_pages: int
+
+    @property
+    def decode(self) -> tuple[int, ...]:
+        return powers_of_two(1, self.max_num_seqs)
+
+    @property
+    def prefill(self) -> tuple[int, ...]:
+        """Tiles of PREFILL_TILE tokens."""
+        return powers_of_two(1, self.max_prefill_tokens // PREFILL_TILE)
+
+    def sizes(self, tile_tokens: int) -> tuple[int, ...]:
+        """Buckets, in tiles, of a step of such tiles."""
+        return self.decode if tile_tokens == DECODE_TILE else self.prefill
+
+    def bucket(self, needed: int, tile_tokens: int) -> int:
+        """The smallest bucket that holds `needed` tiles."""
+        return next(n for n in self.sizes(tile_tokens) if n >= needed)
+
+    def example(self, tiles: int, tile_tokens: int, lora: bool) -> StepInputs:
+        """A step's inputs as shapes, to compile for."""
+        plan = None
+        if lora:
+            plan = plan_batch(
+                [], tiles=tiles, tile_tokens=tile_tokens, max_rank=self.max_rank, max_pages=self.max_adapter_pages
+            )
+        shapes = StepInputs(
+            tokens=np.zeros(tiles * tile_tokens, np.int32),
+            tiles=np.zeros((tiles, 3 + self.table_width), np.int32),
+            lora=plan,
+        )
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
+
+    @property
+    def sample_rows(self) -> tuple[int, ...]:
+        """Rows of the sampling programs: whatever a forward step may end with."""
+        return tuple(sorted({*self.decode, *self.prefill}))

@@ -1,0 +1,251 @@
+"""Puts an engine together: checkpoint, device, pool, loop, adapters by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chameleon_jax.adapters import AdapterInfo, AdapterRegistry
+from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints.host_store import HostStore
+from chameleon_jax.checkpoints.loading import load_checkpoint
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.models import llama
+from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
+from chameleon_jax.models.engine import DeviceEngine, Progress
+from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
+from chameleon_jax.serving.jax_executor import JaxExecutor
+from chameleon_jax.serving.loop import ServingLoop
+
+DEFAULT_MAX_MODEL_LEN = 2048
+CPU_POOL_BYTES = 2 << 30
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place or switched it off himself."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "chameleon_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Engine:
+    """A model that serves, and the adapters it knows by name. One thread owns it.
+
+    Args:
+        model: a preset's name, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
+        progress: told how many programs are compiled.
+
+    Raises:
+        ValueError: the checkpoint or the configuration cannot be served; says why.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: EngineConfig,
+        *,
+        progress: Progress = lambda done, total: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        enable_compilation_cache()
+        self.config = config
+        self.model_name = model
+        self.dtype = jnp.dtype(_dtype(config.dtype))
+        self.tokenizer: Tokenizer | None = None
+        if config.load_format == "dummy":
+            self.model_config = _preset_or_config(model)
+            weights = llama.random_model(self.model_config, self.dtype, config.seed)
+        else:
+            checkpoint = load_checkpoint(model)
+            self.model_config = checkpoint.config
+            self.tokenizer = checkpoint.tokenizer
+            weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
+        self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
+        self.max_model_len = config.max_model_len or min(self.model_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+        if self.max_model_len > self.model_config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}; the model allows at most {self.model_config.max_position_embeddings}"
+            )
+        self.num_pages = config.num_pages or self._pages_that_fit()
+        self.device = DeviceEngine(weights, self.layout, self._buckets(), self.num_pages, self.dtype, progress)
+        self.store = HostStore(config.lora_host_bytes, None)
+        self._placements: dict[str, AdapterPlacement] = {}
+        self.registry = AdapterRegistry()
+        self.loop = ServingLoop(
+            config,
+            JaxExecutor(self.device, self.store, self._placements),
+            PagePool(self.num_pages),
+            page_tokens=self.layout.page_tokens,
+            max_model_len=self.max_model_len,
+            clock=clock,
+            forget=self._forget,
+        )
+        self.clock = clock
+        self._ids = itertools.count()
+        self._seeds = random.Random(config.seed)
+
+    def close(self) -> None:
+        self.store.close()
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+
+    def add_lora(self, name: str, path: str | Path) -> AdapterInfo:
+        """Reads a PEFT adapter and names it; a name that exists is given the new content, running requests keep the old.
+
+        Raises:
+            ValueError: the adapter cannot be served; says why. Nothing has changed then.
+        """
+        return self.add_lora_weights(name, peft.load(path, self.model_config))
+
+    def add_lora_weights(self, name: str, weights: AdapterWeights) -> AdapterInfo:
+        """`add_lora` of weights that are in memory."""
+        if not self.config.enable_lora:
+            raise ValueError(f"adapter {name!r}: enable_lora is False")
+        if not name:
+            raise ValueError("the adapter's name is empty")
+        weights.check(self.model_config)
+        rank = max(weights.ranks.values())
+        if rank > self.config.max_lora_rank:
+            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: at most {self.config.max_lora_rank} (max_lora_rank)")
+        placement = self.layout.place(weights.ranks)
+        if placement.num_pages >= self.num_pages - 1:
+            raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
+        content_hash = weights.content_hash
+        num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
+        info = AdapterInfo(content_hash, rank, placement.num_pages, num_bytes)
+        if content_hash not in self._placements:
+            block = self.layout.pack(weights, self.dtype)
+            if not np.isfinite(block.astype(np.float32)).all():
+                raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
+            self.store.put(content_hash, block)
+            self._placements[content_hash] = placement
+        self.loop.add_adapter(info)
+        old = self.registry.set(name, info)
+        if old is not None and not self.registry.names_of(old.content_hash):
+            self.loop.remove_adapter(old.content_hash)
+        return info
+
+    def remove_lora(self, name: str) -> None:
+        """Unnames an adapter. Requests that use it finish; then its memory is free. Raises KeyError."""
+        info = self.registry.remove(name)
+        if not self.registry.names_of(info.content_hash):
+            self.loop.remove_adapter(info.content_hash)
+
+    def pin_lora(self, name: str, pinned: bool = True) -> None:
+        """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
+        self.loop.pin_adapter(self._named(name).content_hash, pinned)
+
+    def list_loras(self) -> list[str]:
+        return self.registry.names()
+
+    def _named(self, name: str) -> AdapterInfo:
+        info = self.registry.get(name)
+        if info is None:
+            raise KeyError(f"no adapter is named {name!r}; there are: {', '.join(self.registry.names()) or 'none'}")
+        return info
+
+    def _forget(self, content_hash: str) -> None:
+        self.store.remove(content_hash)
+        self._placements.pop(content_hash, None)
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        lora: LoRARequest | None = None,
+        request_id: str | None = None,
+        arrival_time: float | None = None,
+    ) -> Request:
+        """Takes a request in; `loop.step()` advances it.
+
+        Raises:
+            ValueError: the request can never run; says why. KeyError: no adapter of that name. QueueFull.
+        """
+        vocab = self.model_config.vocab_size
+        bad = next((t for t in (*prompt_token_ids, *params.stop_token_ids) if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is out of range; allowed: 0 to {vocab - 1}")
+        adapter = None
+        if lora is not None:
+            if self.registry.get(lora.name) is None and lora.path is not None:
+                self.add_lora(lora.name, lora.path)
+            adapter = self._named(lora.name).content_hash
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        if self.tokenizer is not None and not params.ignore_eos:
+            eos = (*eos, *self.tokenizer.eos_token_ids)
+        stop_ids = frozenset((*eos, *params.stop_token_ids))
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
+        request = Request(
+            request_id=request_id or f"request-{next(self._ids)}",
+            prompt_token_ids=list(prompt_token_ids),
+            params=params,
+            arrival_time=self.clock() if arrival_time is None else arrival_time,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            stop_ids=stop_ids,
+            adapter=adapter,
+            adapter_name=lora.name if lora is not None else None,
+            stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens),
+        )
+        self.loop.submit(request)
+        return request
+
+    # -- sizes ----------------------------------------------------------------------------------------------------------
+
+    def _buckets(self) -> StepBuckets:
+        config = self.config
+        widest = self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages
+        return StepBuckets(
+            max_num_seqs=config.max_num_seqs,
+            max_prefill_tokens=config.max_num_batched_tokens,
+            table_width=self.layout.pages_for_tokens(self.max_model_len),
+            max_rank=config.max_lora_rank,
+            max_adapter_pages=widest if config.enable_lora else 0,
+        )
+
+    def _pages_that_fit(self) -> int:
+        page_bytes = self.layout.page_bytes(self.dtype.itemsize)
+        stats = jax.devices()[0].memory_stats()
+        if stats is not None and "bytes_limit" in stats:
+            scratch = 1 << 30
+            room = int(stats["bytes_limit"] * self.config.gpu_memory_utilization) - stats["bytes_in_use"] - scratch
+        else:
+            sequences = self.config.max_num_seqs * self.layout.pages_for_tokens(self.max_model_len)
+            room = min(CPU_POOL_BYTES, sequences * page_bytes * 3 // 2)
+        if room < 2 * page_bytes:
+            raise ValueError(f"no room for a page pool: {room} bytes are left and a page takes {page_bytes}")
+        return room // page_bytes
+
+
+def _dtype(name: str) -> str:
+    return name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _preset_or_config(model: str) -> LlamaConfig:
+    """For dummy weights: a preset's name, or a directory with a config.json."""
+    if model in PRESETS:
+        return PRESETS[model]
+    import json
+
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json")
+    return LlamaConfig.from_hf(json.loads(file.read_text()))

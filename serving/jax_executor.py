@@ -1,0 +1,158 @@
+"""The executor that computes: plans become packed arrays, packed arrays become dispatches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from chameleon_jax.checkpoints.host_store import HostStore
+from chameleon_jax.models.engine import DeviceEngine
+from chameleon_jax.models.page_layout import AdapterPlacement
+from chameleon_jax.models.sampling import Sampled
+from chameleon_jax.models.step_inputs import Draw, Segment
+from chameleon_jax.request import Request
+from chameleon_jax.scheduler import PrefillChunk, StepPlan
+from chameleon_jax.serving.executor import LoadResult, SampledToken
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentAdapter:
+    """Where an adapter's rows lie."""
+
+    placement: AdapterPlacement
+    pages: Sequence[int]
+
+
+@dataclasses.dataclass
+class _Load:
+    """A transfer under way: blocks come from the host store, go to the device by pieces, and are written to pages."""
+
+    content_hash: str
+    pages: list[int]
+    block: Future[np.ndarray]
+    pieces: deque[tuple[Any, list[int]]] | None = None
+
+
+class JaxExecutor:
+    """`Executor` over a `DeviceEngine`. `placements` maps content hashes to where an adapter's rows lie in its pages."""
+
+    def __init__(self, engine: DeviceEngine, store: HostStore, placements: dict[str, AdapterPlacement]):
+        self._engine = engine
+        self._store = store
+        self._placements = placements
+        self._resident: dict[str, ResidentAdapter] = {}
+        self._loads: dict[str, _Load] = {}
+
+    def dispatch(self, plan: StepPlan) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
+        handle = []
+        if plan.prefills:
+            chunks = plan.prefills
+            draws = {i: _draw(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
+            handle += self._run([self._chunk(c) for c in chunks], draws, [c.request for c in chunks])
+        if plan.decodes:
+            rows = plan.decodes
+            draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
+            handle += self._run([self._row(r) for r in rows], draws, rows)
+        return handle
+
+    def collect(self, handle: list[tuple[Sampled, list[tuple[int, Request]]]]) -> list[SampledToken]:
+        tokens = []
+        for sampled, owners in handle:
+            ids = np.asarray(sampled.tokens).tolist()
+            for row, request in owners:
+                tokens.append(SampledToken(request, ids[row], _logprobs(sampled, row, ids[row], request)))
+        return tokens
+
+    def begin_load(self, content_hash: str, pages: list[int]) -> None:
+        self._loads[content_hash] = _Load(content_hash, list(pages), self._store.fetch(content_hash))
+
+    def poll_loads(self, wait: bool = False) -> list[LoadResult]:
+        if wait and self._loads:
+            waiting = [load.block for load in self._loads.values() if load.pieces is None]
+            if len(waiting) == len(self._loads):
+                futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+        ended = []
+        for load in list(self._loads.values()):
+            result = self._advance(load, wait)
+            if result is not None:
+                del self._loads[load.content_hash]
+                ended.append(result)
+        return ended
+
+    def _advance(self, load: _Load, wait: bool) -> LoadResult | None:
+        """Moves a load on as far as it goes without waiting: one piece a step, so that no step waits for a whole adapter."""
+        if load.pieces is None:
+            if not load.block.done():
+                return None
+            if (error := load.block.exception()) is not None:
+                return LoadResult(load.content_hash, error if isinstance(error, Exception) else RuntimeError(str(error)))
+            load.pieces = self._split(load.block.result(), load.pages)
+        while load.pieces and (wait or load.pieces[0][0].is_ready()):
+            self._engine.write_adapter(*load.pieces.popleft())
+        if load.pieces:
+            return None
+        self._resident[load.content_hash] = ResidentAdapter(self._placements[load.content_hash], tuple(load.pages))
+        return LoadResult(load.content_hash)
+
+    def _split(self, block: np.ndarray, pages: list[int]) -> deque[tuple[Any, list[int]]]:
+        """Starts the transfer of a packed adapter `[layers, pages, page_elems]`, piece by piece."""
+        size = self._engine.load_pages
+        pieces: deque[tuple[Any, list[int]]] = deque()
+        for first in range(0, len(pages), size):
+            part = pages[first : first + size]
+            piece = np.zeros((block.shape[0], size, block.shape[2]), block.dtype)
+            piece[:, : len(part)] = block[:, first : first + size]
+            pieces.append((self._engine.put(piece), part))
+        return pieces
+
+    def _run(
+        self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]
+    ) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
+        result = self._engine.run(segments, draws)
+        if result is None:
+            return []
+        sampled, rows = result
+        return [(sampled, [(rows[i], requests[i]) for i in draws])]
+
+    def _chunk(self, chunk: PrefillChunk) -> Segment:
+        request = chunk.request
+        tokens = [request.token(i) for i in range(chunk.start, chunk.start + chunk.num_tokens)]
+        return Segment(tokens, chunk.start, request.slot, request.pages, self._adapter(request))
+
+    def _row(self, request: Request) -> Segment:
+        return Segment(None, request.num_computed - 1, request.slot, request.pages, self._adapter(request))
+
+    def _adapter(self, request: Request) -> ResidentAdapter | None:
+        return None if request.adapter is None else self._resident[request.adapter]
+
+
+def _draw(request: Request, position: int) -> Draw:
+    """How the token at `position` is drawn."""
+    params = request.params
+    drawn = position - len(request.prompt_token_ids)
+    return Draw(
+        slot=request.slot,
+        position=position,
+        seed=request.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        banned=sorted(request.stop_ids) if drawn < params.min_tokens else (),
+        logprobs=params.logprobs is not None,
+    )
+
+
+def _logprobs(sampled: Sampled, row: int, token: int, request: Request) -> dict[int, float] | None:
+    if request.params.logprobs is None or sampled.logprobs is None:
+        return None
+    assert sampled.top_tokens is not None and sampled.top_logprobs is not None
+    n = request.params.logprobs
+    best = zip(np.asarray(sampled.top_tokens)[row, :n].tolist(), np.asarray(sampled.top_logprobs)[row, :n].tolist())
+    return {token: float(sampled.logprobs[row]), **dict(best)}

@@ -1,0 +1,167 @@
+"""The Python API for batches: `LLM(model).generate(prompts, params, lora_request=...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput, SamplingParams
+from chameleon_jax.serving.engine import Engine
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or `{"prompt_token_ids": [...]}`."""
+
+
+def compile_progress(done: int, total: int) -> None:
+    """Prints one line that counts compiled programs."""
+    print(f"\rcompiling programs: {done}/{total}", end="" if done < total else "\n", flush=True)
+
+
+class LLM:
+    """A model and its adapters, served to one caller.
+
+    Args:
+        model: a preset's name, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
+        settings: fields of `EngineConfig`.
+
+    Raises:
+        ValueError: naming what cannot be served, or the setting that is wrong.
+    """
+
+    def __init__(self, model: str, *, progress: Callable[[int, int], None] = compile_progress, **settings: Any):
+        known = {f.name for f in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        self.engine = Engine(str(model), EngineConfig(**settings), progress=progress)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends background threads and removes temporary files."""
+        self.engine.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises ValueError where the model has none (dummy weights)."""
+        if self.engine.tokenizer is None:
+            raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
+        return self.engine.tokenizer
+
+    def add_lora(self, name: str, path: str | Path) -> None:
+        """Reads an adapter ahead of the first request for it. Raises ValueError where it cannot be served."""
+        self.engine.add_lora(name, path)
+
+    def remove_lora(self, name: str) -> None:
+        self.engine.remove_lora(name)
+
+    def pin_lora(self, name: str, pinned: bool = True) -> None:
+        self.engine.pin_lora(name, pinned)
+
+    def list_loras(self) -> list[str]:
+        return self.engine.list_loras()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts; `sampling_params` and `lora_request` are one for all or one for each.
+
+        Raises:
+            ValueError, KeyError: a prompt, parameter or adapter is wrong; nothing was run then.
+        """
+        many = _as_list(prompts)
+        params = _one_each(sampling_params or SamplingParams(), len(many), "sampling_params")
+        loras = _one_each(lora_request, len(many), "lora_request")
+        requests: list[Request] = []
+        try:
+            for prompt, param, lora in zip(many, params, loras):
+                requests.append(self.engine.submit(self._tokens(prompt), param, lora))
+            while self.engine.loop.has_unfinished:
+                self.engine.loop.step()
+        except BaseException:
+            for request in requests:
+                self.engine.loop.abort(request.request_id)
+            raise
+        return [
+            make_output(request, prompt if isinstance(prompt, str) else None, lora, self.engine.tokenizer)
+            for request, prompt, lora in zip(requests, many, loras)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, through the model's chat template."""
+        tokenizer = self.get_tokenizer()
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        texts = [tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]  # type: ignore[arg-type]
+        ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
+        return self.generate(ids, sampling_params, lora_request)
+
+    def _tokens(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.get_tokenizer().encode(prompt)
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt["prompt_token_ids"]
+            if "prompt" in prompt:
+                return self.get_tokenizer().encode(prompt["prompt"])
+            raise ValueError(f"prompt has the keys {sorted(prompt)}; allowed: prompt_token_ids or prompt")
+        return prompt
+
+
+def make_output(
+    request: Request, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None
+) -> RequestOutput:
+    """What a request has produced so far."""
+    logprobs = None
+    if request.params.logprobs is not None:
+        logprobs = [
+            {t: Logprob(value, None if tokenizer is None else tokenizer.decode([t])) for t, value in position.items()}
+            for position in request.logprobs
+        ]
+    finish = request.finish_reason
+    completion = CompletionOutput(
+        index=0,
+        text=request.text,
+        token_ids=list(request.output_token_ids),
+        finish_reason=None if finish is None else finish.value,
+        stop_reason=request.stop_reason,
+        logprobs=logprobs,
+    )
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[completion],
+        finished=finish is not None,
+        lora_request=lora,
+        metrics=request.metrics,
+    )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(value: Any, count: int, field: str) -> list[Any]:
+    if value is None or isinstance(value, SamplingParams | LoRARequest):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{field} has {len(value)} entries; allowed: one, or one for each of the {count} prompts")
+    return list(value)

@@ -1,0 +1,241 @@
+"""The one step of the system: take in, schedule, run, hand out.
+
+The host runs one step behind the device: step n + 1 is dispatched before the tokens of step n are looked at, so that the
+device never waits for the host. A request that turns out to have ended computes one token too many, which is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from chameleon_jax.adapter_cache import AdapterCache
+from chameleon_jax.adapters import AdapterInfo
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.request import FinishReason, Request, RequestState
+from chameleon_jax.scheduler import SCHEDULERS, Scheduler
+from chameleon_jax.serving.executor import Executor, SampledToken
+
+
+class QueueFull(Exception):
+    """max_queue_len requests wait already."""
+
+
+@dataclasses.dataclass
+class LoopCounters:
+    """Since the start: steps dispatched, tokens handed out, prompt tokens computed, requests that ended by reason."""
+
+    steps: int = 0
+    generation_tokens: int = 0
+    prefill_tokens: int = 0
+    decode_rows: int = 0
+    finished: int = 0
+
+
+class ServingLoop:
+    """Drives an executor. Not thread-safe: one thread owns it.
+
+    Args:
+        clock: seconds, monotonic; the simulator passes its own.
+        forget: called with the content hash of an adapter that nothing needs any more.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        pool: PagePool,
+        *,
+        page_tokens: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+        forget: Callable[[str], None] = lambda content_hash: None,
+    ):
+        if config.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler is {config.scheduler!r}; allowed: {', '.join(SCHEDULERS)}")
+        self.config = config
+        self.executor = executor
+        self.pool = pool
+        self.cache = AdapterCache(pool, config.eviction_policy)
+        self.scheduler: Scheduler = SCHEDULERS[config.scheduler](config, page_tokens, pool, self.cache)
+        self.counters = LoopCounters()
+        self.max_model_len = max_model_len
+        self._page_tokens = page_tokens
+        self._clock = clock
+        self._forget = forget
+        self._requests: dict[str, Request] = {}
+        self._orders = 0
+        self._in_flight: Any = None  # handle of the step that was dispatched last
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests) or self._in_flight is not None
+
+    def submit(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            ValueError: the request could never run; says why.
+            QueueFull: nothing is wrong with it, but too many wait.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id is {request.request_id!r}; a request of that id is running")
+        if not request.prompt_token_ids:
+            raise ValueError("prompt is empty; allowed: at least one token")
+        if request.max_total_tokens > self.max_model_len:
+            raise ValueError(
+                f"prompt and max_tokens are {len(request.prompt_token_ids)} + {request.params.max_tokens} tokens; "
+                f"allowed: {self.max_model_len} together (max_model_len)"
+            )
+        pages = self._most_pages(request)
+        if pages > self.pool.capacity - self._pinned_pages(request.adapter):
+            raise ValueError(
+                f"the request needs up to {pages} pages for its tokens and adapter; the pool has {self.pool.capacity}, "
+                f"of which {self._pinned_pages(request.adapter)} hold other pinned adapters"
+            )
+        limit = self.config.max_queue_len
+        if limit is not None and self.scheduler.num_waiting >= limit:
+            raise QueueFull(f"{limit} requests wait (max_queue_len)")
+        if request.adapter is not None:
+            self.cache.hold(request.adapter)
+        request.order = self._orders = self._orders + 1
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request now; returns it, or None where there is none of that id."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, FinishReason.ABORT, None)
+        return request
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, info: AdapterInfo) -> None:
+        self.cache.add(info, self._clock())
+
+    def remove_adapter(self, content_hash: str) -> None:
+        """Requests that were submitted with the adapter still finish with it; then its memory is free."""
+        for gone in self.cache.remove(content_hash):
+            self._forget(gone)
+
+    def pin_adapter(self, content_hash: str, pinned: bool = True) -> None:
+        """A pinned adapter never leaves the pool once it is there. Raises ValueError where a live request could then starve."""
+        entry = self.cache.entry(content_hash)
+        if pinned:
+            taken = self._pinned_pages(content_hash) + entry.info.num_pages
+            needs = [self._most_pages(r) for r in self._requests.values() if r.adapter != content_hash]
+            if taken + max(needs, default=0) > self.pool.capacity or taken > self.pool.capacity // 2:
+                raise ValueError(
+                    f"pinned adapters would take {taken} of {self.pool.capacity} pages; allowed: half, and room for every "
+                    f"request (the largest needs {max(needs, default=0)})"
+                )
+        entry.pinned = pinned
+
+    def _pinned_pages(self, besides: str | None) -> int:
+        pinned = (e.info for e in self.cache.entries() if e.pinned)
+        return sum(info.num_pages for info in pinned if info.content_hash != besides)
+
+    def _most_pages(self, request: Request) -> int:
+        adapter = 0 if request.adapter is None else self.cache.entry(request.adapter).info.num_pages
+        return -(-request.max_total_tokens // self._page_tokens) + adapter
+
+    # -- the step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """One round. Returns the requests that have new tokens or ended."""
+        now = self._clock()
+        ended = self._finish_loads()
+        plan = self.scheduler.plan(now)
+        handle = self.executor.dispatch(plan) if plan.runs else None
+        for content_hash, pages in plan.loads:
+            self.executor.begin_load(content_hash, pages)
+        if handle is not None:
+            self.counters.steps += 1
+            self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
+            self.counters.decode_rows += len(plan.decodes)
+        elif self._in_flight is None and self._requests:
+            ended += self._finish_loads(wait=True)  # whoever is left waits for an adapter
+        previous, self._in_flight = self._in_flight, handle
+        return ended + (self._hand_out(self.executor.collect(previous)) if previous is not None else [])
+
+    def _finish_loads(self, wait: bool = False) -> list[Request]:
+        ended: list[Request] = []
+        for result in self.executor.poll_loads(wait):
+            if result.error is None:
+                self.cache.finish_load(result.content_hash)
+                continue
+            self.cache.fail_load(result.content_hash)
+            for request in [r for r in self._requests.values() if r.adapter == result.content_hash]:
+                self._finish(request, FinishReason.ABORT, f"its adapter could not be loaded: {result.error}")
+                ended.append(request)
+        for gone in self.cache.sweep():
+            self._forget(gone)
+        return ended
+
+    def _hand_out(self, tokens: list[SampledToken]) -> list[Request]:
+        now = self._clock()
+        updated = []
+        for sampled in tokens:
+            request = sampled.request
+            request.num_in_flight -= 1
+            if request.state is RequestState.FINISHED:
+                continue
+            self._append(request, sampled, now)
+            updated.append(request)
+        return updated
+
+    def _append(self, request: Request, sampled: SampledToken, now: float) -> None:
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        self.counters.generation_tokens += 1
+        token, params = sampled.token_id, request.params
+        request.output_token_ids.append(token)
+        if sampled.logprobs is not None:
+            request.logprobs.append(sampled.logprobs)
+        if token in request.stop_ids:
+            self._finish(request, FinishReason.STOP, token if token in params.stop_token_ids else None)
+            return
+        if request.stream is not None:
+            searched = len(request.text)
+            request.text += request.stream.append(token)
+            if self._cut_at_stop(request, searched):
+                return
+        if len(request.output_token_ids) >= params.max_tokens:
+            self._finish(request, FinishReason.LENGTH, None)
+
+    def _cut_at_stop(self, request: Request, searched: int) -> bool:
+        """Ends the request where its text from `searched` on completes a stop string (which is cut off)."""
+        if len(request.output_token_ids) < request.params.min_tokens:
+            return False
+        for stop in request.params.stop:
+            at = request.text.find(stop, max(0, searched - len(stop) + 1))
+            if at >= 0:
+                request.text = request.text[:at]
+                request.stream = None
+                self._finish(request, FinishReason.STOP, stop)
+                return True
+        return False
+
+    def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None) -> None:
+        now = self._clock()
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        request.metrics.finished_time = now
+        self.scheduler.finish(request, now)
+        if request.stream is not None:
+            searched = len(request.text)
+            request.text += request.stream.flush()
+            for stop in request.params.stop if reason is FinishReason.LENGTH else ():
+                at = request.text.find(stop, max(0, searched - len(stop) + 1))
+                if at >= 0:
+                    request.text, request.finish_reason, request.stop_reason = request.text[:at], FinishReason.STOP, stop
+        del self._requests[request.request_id]
+        self.counters.finished += 1
+        if request.adapter is not None:
+            for gone in self.cache.unhold(request.adapter):
+                self._forget(gone)
