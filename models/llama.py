@@ -183,18 +183,18 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
 
     d, vocab = config.hidden_size, config.vocab_size
     model = nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0)))
-    model.embed[...] = jnp.asarray(take("model.embed_tokens.weight", vocab, d), dtype)
-    model.norm.scale[...] = vector("model.norm.weight")
+    model.embed.set_value(jnp.asarray(take("model.embed_tokens.weight", vocab, d), dtype))
+    model.norm.scale.set_value(vector("model.norm.weight"))
     if model.head is not None:
-        model.head.kernel[...] = jnp.asarray(np.ascontiguousarray(take("lm_head.weight", vocab, d).T), dtype)
+        model.head.kernel.set_value(jnp.asarray(np.ascontiguousarray(take("lm_head.weight", vocab, d).T), dtype))
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
-        layer.attention_norm.scale[...] = vector(f"{prefix}.input_layernorm.weight")
-        layer.mlp_norm.scale[...] = vector(f"{prefix}.post_attention_layernorm.weight")
-        layer.qkv.kernel[...] = kernel(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj")
-        layer.o.kernel[...] = kernel(f"{prefix}.self_attn", "o_proj")
-        layer.gate_up.kernel[...] = kernel(f"{prefix}.mlp", "gate_proj", "up_proj")
-        layer.down.kernel[...] = kernel(f"{prefix}.mlp", "down_proj")
+        layer.attention_norm.scale.set_value(vector(f"{prefix}.input_layernorm.weight"))
+        layer.mlp_norm.scale.set_value(vector(f"{prefix}.post_attention_layernorm.weight"))
+        layer.qkv.kernel.set_value(kernel(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"))
+        layer.o.kernel.set_value(kernel(f"{prefix}.self_attn", "o_proj"))
+        layer.gate_up.kernel.set_value(kernel(f"{prefix}.mlp", "gate_proj", "up_proj"))
+        layer.down.kernel.set_value(kernel(f"{prefix}.mlp", "down_proj"))
     return model
 
 

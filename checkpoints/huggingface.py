@@ -1,0 +1,93 @@
+"""Hugging Face directories and hub ids: config.json, safetensors, tokenizer. Pickled weights are refused, never opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.models.config import LlamaConfig
+
+
+class SafetensorsMapping(Mapping[str, np.ndarray]):
+    """Tensors of several safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._files: dict[str, Path] = {}
+        self._handles = {}
+        for file in files:
+            self._handles[file] = safetensors.safe_open(str(file), framework="numpy")
+            self._files.update(dict.fromkeys(self._handles[file].keys(), file))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._handles[self._files[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def load(path_or_id: str | Path) -> Checkpoint:
+    """Reads a local directory, or a hub id (fetched or found in the hub's cache).
+
+    Raises:
+        ValueError: the directory is not a Llama-shaped model in safetensors; says what is missing or wrong.
+    """
+    directory = Path(path_or_id)
+    if not directory.is_dir():
+        patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+        try:
+            directory = Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
+        except Exception as error:
+            raise ValueError(f"model is {str(path_or_id)!r}: not a directory, and the hub did not give it: {error}") from error
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{directory} has no config.json")
+    hf = json.loads(config_file.read_text())
+    generation = directory / "generation_config.json"
+    if generation.is_file() and (eos := json.loads(generation.read_text()).get("eos_token_id")) is not None:
+        hf["eos_token_id"] = eos  # chat models often name their end-of-turn token only here
+    config = LlamaConfig.from_hf(hf)
+    files = _weight_files(directory)
+    return Checkpoint(config, SafetensorsMapping(files), Tokenizer.from_directory(directory, config.eos_token_ids))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index.name} names the file {name!r}; allowed: plain *.safetensors names")
+            if not (directory / name).is_file():
+                raise ValueError(f"{index.name} names {name}, which is not there")
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for f in directory.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
+        hint = f"; {pickled[0]} is pickled and is never opened: convert it to safetensors" if pickled else ""
+        raise ValueError(f"{directory} has no *.safetensors{hint}")
+    return files
+
+
+def save(checkpoint: Checkpoint, directory: str | Path) -> None:
+    """Writes a directory that transformers reads: float32 safetensors, config, tokenizer."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    hf = checkpoint.config.to_hf() | {"torch_dtype": str(next(iter(tensors.values())).dtype)}
+    (directory / "config.json").write_text(json.dumps(hf, indent=2))
+    generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(directory)

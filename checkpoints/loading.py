@@ -1,0 +1,26 @@
+"""Finds out what a model argument is and reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chameleon_jax.checkpoints import gguf, huggingface, orbax
+from chameleon_jax.checkpoints.checkpoint import Checkpoint
+
+
+def load_checkpoint(model: str) -> Checkpoint:
+    """Reads a GGUF file, an Orbax or Hugging Face directory, the packaged `smollm2-135m`, or a hub id.
+
+    Raises:
+        ValueError: it cannot be found or served; says why.
+    """
+    path = Path(model)
+    if model == "smollm2-135m":
+        return gguf.load(gguf.smollm2_path())
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model is {model!r}: no such file")
+        return gguf.load(path)
+    if orbax.is_checkpoint(path):
+        return orbax.load(path)
+    return huggingface.load(model)

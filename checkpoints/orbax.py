@@ -1,0 +1,50 @@
+"""Converted base models in Orbax: weights as one flat tree of Hugging Face names, config and tokenizer beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.models.config import LlamaConfig
+
+_WEIGHTS = "orbax_weights"
+
+
+def is_checkpoint(directory: Path) -> bool:
+    return (directory / _WEIGHTS).is_dir()
+
+
+def save(checkpoint: Checkpoint, directory: str | Path) -> None:
+    """Writes a directory that `load` reads; an earlier one's weights are replaced."""
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(tensor) for name, tensor in checkpoint.tensors.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / _WEIGHTS, tensors, force=True)
+    (directory / "config.json").write_text(json.dumps(checkpoint.config.to_hf(), indent=2))
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(directory)
+
+
+def load(directory: str | Path) -> Checkpoint:
+    """Reads what `save` wrote. Raises ValueError where the directory is no such checkpoint."""
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory).absolute()
+    if not is_checkpoint(directory):
+        raise ValueError(f"{directory} has no {_WEIGHTS}: not a converted checkpoint")
+    config = LlamaConfig.from_hf(json.loads((directory / "config.json").read_text()))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(directory / _WEIGHTS)
+        tree = getattr(metadata, "item_metadata", metadata)
+        import jax
+        import numpy as np
+
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(tree))
+        tensors = checkpointer.restore(directory / _WEIGHTS, restore_args=args)
+    return Checkpoint(config, tensors, Tokenizer.from_directory(directory, config.eos_token_ids))

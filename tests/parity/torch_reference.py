@@ -1,0 +1,40 @@
+"""What transformers and peft make of the reference models: greedy tokens and logits. Needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+
+def load(directory: Path) -> torch.nn.Module:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def with_adapter(directory: Path, adapter: Path) -> torch.nn.Module:
+    import peft
+
+    return peft.PeftModel.from_pretrained(load(directory), adapter).eval()
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
+    """Without end-of-sequence: exactly `tokens` ids."""
+    ids = torch.tensor([prompt])
+    cache = None
+    out: list[int] = []
+    for _ in range(tokens):
+        result = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        ids = result.logits[:, -1:].argmax(-1)
+        out.append(int(ids))
+    return out
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, prompt: list[int]) -> np.ndarray:
+    """`[tokens, vocab]`."""
+    return model(input_ids=torch.tensor([prompt])).logits[0].numpy()
