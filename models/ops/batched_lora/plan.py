@@ -131,6 +131,7 @@ def plan_batch(
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
     """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
+    plan = jax.tree.map(jnp.asarray, plan)
     tiles = plan.tile_adapter.shape[0]
     page_table = plan.adapters[:, 2 * len(TARGETS) :]
     valid = plan.rank_rows >= 0

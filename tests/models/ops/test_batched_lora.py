@@ -1,0 +1,108 @@
+"""Every backend against plain NumPy on unpacked weights, and the plan's own promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, batched_lora, plan_batch, resolve
+from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
+LAYOUT = PageLayout.for_model(CONFIG)
+MAX_PAGES = LAYOUT.place({t: 256 for t in TARGETS}).num_pages
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    weights: AdapterWeights
+    placement: AdapterPlacement
+    pages: list[int]
+
+
+def make_pool(ranks_of: list[dict[str, int]], seed: int = 0) -> tuple[jnp.ndarray, list[Adapter]]:
+    """A pool whose other pages hold NaN, and adapters on scattered pages of it."""
+    rng = np.random.default_rng(seed)
+    adapters, blocks = [], []
+    for ranks in ranks_of:
+        tensors = {}
+        for target, rank in ranks.items():
+            d_in, d_out = CONFIG.target_shape(target)
+            tensors[0, target] = (
+                rng.standard_normal((rank, d_in)).astype(np.float32) / 8,
+                rng.standard_normal((d_out, rank)).astype(np.float32) / 8,
+            )
+        weights = AdapterWeights(tensors)
+        blocks.append(LAYOUT.pack(weights, np.dtype(np.float32))[0])
+        adapters.append(Adapter(weights, LAYOUT.place(weights.ranks), []))
+    free = rng.permutation(np.arange(1, 1 + sum(map(len, blocks)))).tolist()
+    pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
+    for adapter, block in zip(adapters, blocks):
+        for page in block:
+            adapter.pages.append(free.pop())
+            pool[adapter.pages[-1]] = page
+    return jnp.array(pool), adapters
+
+
+def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int) -> None:
+    plan = plan_batch(tile_adapters, tiles=tiles, tile_tokens=tile_tokens, max_rank=256, max_pages=MAX_PAGES)
+    targets = resolve(plan, LAYOUT, tile_tokens)
+    rng = np.random.default_rng(1)
+    for target in TARGETS:
+        d_in, d_out = CONFIG.target_shape(target)
+        x = rng.standard_normal((tiles * tile_tokens, d_in)).astype(np.float32)
+        y = rng.standard_normal((tiles * tile_tokens, d_out)).astype(np.float32)
+        expected = y.copy()
+        for tile, adapter in enumerate(tile_adapters):
+            if adapter is not None and (0, target) in adapter.weights.tensors:
+                a, b = adapter.weights.tensors[0, target]
+                rows = slice(tile * tile_tokens, (tile + 1) * tile_tokens)
+                expected[rows] += x[rows] @ a.T @ b.T
+        got = batched_lora(jnp.array(y), jnp.array(x), pool, targets, target, backend=backend)
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (16, 1), (8, 32)])
+def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens):
+    everything = [{t: r for t in TARGETS} for r in (1, 3, 8, 64, 256)]
+    pool, adapters = make_pool([*everything, {"q_proj": 5, "v_proj": 130}, {"down_proj": 7}])
+    rng = np.random.default_rng(tiles)
+    picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
+    tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
+    if backend == "reference":
+        pool = jnp.nan_to_num(pool)  # only the blocked backend promises to ignore what is in foreign pages
+    check(backend, pool, tile_adapters, tiles, tile_tokens)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    ranks=st.lists(st.dictionaries(st.sampled_from(TARGETS), st.integers(1, 70), min_size=1), min_size=1, max_size=4),
+    picks=st.lists(st.integers(0, 4), min_size=1, max_size=8),
+)
+def test_any_batch(ranks, picks):
+    pool, adapters = make_pool(ranks)
+    check("blocked", pool, [adapters[i] if i < len(adapters) else None for i in picks], 8, 1)
+
+
+def test_work_is_true_ranks_of_the_adapters_that_are_there():
+    _, adapters = make_pool([{"q_proj": 8}, {"q_proj": 200, "v_proj": 200}])
+    plan = plan_batch([adapters[0]] * 4, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum() == 8
+    assert plan.blocks[:, 0].tolist() == [1, 0, 0, 0, 0, 0, 0]
+    plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum(axis=1).tolist() == [208, 0, 200, 0, 0, 0, 0]
+    assert plan.blocks[0, 0] == -(-208 // BLOCK_ROWS)
+
+
+def test_the_worst_case_fits():
+    _, adapters = make_pool([{t: 256 for t in TARGETS}] * 8)
+    plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum() == 7 * 8 * 256

@@ -1,0 +1,83 @@
+"""Against transformers and peft themselves: `make parity`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chameleon_jax import LLM, LoRARequest, SamplingParams
+from chameleon_jax.checkpoints import finetune, huggingface, peft
+from chameleon_jax.checkpoints.loading import load_checkpoint
+from tests import reference_models as reference
+from tests.parity import torch_reference
+from tests.parity.write_goldens import GOLDEN, TOKENS
+
+SETTINGS = dict(dtype="float32", max_num_batched_tokens=64, progress=lambda done, total: None)
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+
+@pytest.mark.parametrize("name", reference.CONFIGS)
+def test_goldens_are_what_transformers_gives_today(name, tmp_path):
+    model = torch_reference.load(reference.save_model(tmp_path, name))
+    golden = np.load(GOLDEN)
+    assert torch_reference.greedy(model, reference.prompt(1), TOKENS) == golden[f"{name}/tokens"].tolist()
+    np.testing.assert_allclose(torch_reference.logits(model, reference.prompt(1)), golden[f"{name}/logits"], atol=1e-4)
+
+
+def test_goldens_are_what_peft_gives_today(tmp_path):
+    directory = reference.save_model(tmp_path / "model", "gqa")
+    golden = np.load(GOLDEN)
+    for name, adapter in reference.save_adapters(tmp_path / "adapters", reference.CONFIGS["gqa"]).items():
+        tokens = torch_reference.greedy(torch_reference.with_adapter(directory, adapter), reference.prompt(2), TOKENS)
+        assert tokens == golden[f"gqa/{name}/tokens"].tolist(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 12}},
+        {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"v_proj": 40, "up_proj": 1}},
+        {"target_modules": r".*\.(q_proj|up_proj)"},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_adapters_that_peft_writes(options, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    directory = reference.save_model(tmp_path / "model", "gqa")
+    settings = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]} | options
+    model = get_peft_model(torch_reference.load(directory), LoraConfig(init_lora_weights=False, **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = torch_reference.greedy(model.eval(), reference.prompt(3), 32)
+    with LLM(str(directory), max_num_seqs=2, max_model_len=128, num_pages=500, **SETTINGS) as llm:
+        lora = LoRARequest("it", str(tmp_path / "adapter"))
+        [output] = llm.generate([reference.prompt(3)], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True), lora)
+    assert output.outputs[0].token_ids == expected
+
+
+def test_smollm2(tmp_path):
+    huggingface.save(load_checkpoint("smollm2-135m"), tmp_path)
+    model = torch_reference.load(tmp_path)
+    with LLM("smollm2-135m", max_num_seqs=4, max_model_len=128, enable_lora=False, **SETTINGS) as llm:
+        prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, in a land far away,"]
+        outputs = llm.generate(prompts, GREEDY)
+    for output in outputs:
+        assert output.outputs[0].token_ids == torch_reference.greedy(model, output.prompt_token_ids, 64), output.prompt
+
+
+def test_peft_loads_what_finetune_writes(tmp_path):
+    config = reference.CONFIGS["gqa"]
+    directory = reference.save_model(tmp_path / "model", "gqa")
+    settings = finetune.FinetuneConfig(rank=4, targets=("q_proj", "down_proj"))
+    adapter = finetune.init_adapter(config, settings)
+    adapter = [{t: (a, b + 0.05) for t, (a, b) in layer.items()} for layer in adapter]
+    finetune.save(adapter, tmp_path / "adapter", settings, str(directory), "float32")
+    expected = torch_reference.greedy(torch_reference.with_adapter(directory, tmp_path / "adapter"), reference.prompt(4), 32)
+    with LLM(str(directory), max_num_seqs=2, max_model_len=128, num_pages=500, **SETTINGS) as llm:
+        lora = LoRARequest("it", str(tmp_path / "adapter"))
+        [output] = llm.generate([reference.prompt(4)], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True), lora)
+    assert output.outputs[0].token_ids == expected
+    assert peft.load(tmp_path / "adapter", config).ranks == {"q_proj": 4, "down_proj": 4}
