@@ -103,9 +103,25 @@ def report(engine: Engine, requests: list[Request]) -> Table:
         hits = [bool(r.metrics.adapter_was_resident) for r in group if r.adapter is not None]
         loads = engine.loop.cache.loads_by_adapter.get(info.content_hash, 0) if info else 0
         rank = str(info.rank) if info else "-"
-        rows.append([name, str(len(group)), rank, *_times(group), f"{sum(hits)}/{len(hits)}" if info else "-", str(loads) if info else "-"])
+        rows.append(
+            [
+                name,
+                str(len(group)),
+                rank,
+                *_times(group),
+                f"{sum(hits)}/{len(hits)}" if info else "-",
+                str(loads) if info else "-",
+            ]
+        )
     counters = engine.loop.cache.counters
-    total = ["total", str(len(requests)), "", *_times(requests), f"{counters.hits}/{counters.hits + counters.misses}", str(counters.loads)]
+    total = [
+        "total",
+        str(len(requests)),
+        "",
+        *_times(requests),
+        f"{counters.hits}/{counters.hits + counters.misses}",
+        str(counters.loads),
+    ]
     for i, title in enumerate(("adapter", "requests", "rank", "TTFT p50 ms", "TTFT p99 ms", "tokens/s", "cache hits", "loads")):
         table.add_column(title, total[i], justify="left" if i == 0 else "right")
     for row in rows:
@@ -117,7 +133,11 @@ def _times(group: list[Request]) -> list[str]:
     ttft = [(r.metrics.first_token_time or 0.0) - r.arrival_time for r in group]
     first, last = min(r.arrival_time for r in group), max(r.metrics.finished_time or 0.0 for r in group)
     tokens = sum(len(r.output_token_ids) for r in group)
-    return [f"{np.percentile(ttft, 50) * 1e3:.0f}", f"{np.percentile(ttft, 99) * 1e3:.0f}", f"{tokens / (last - first):.1f}"]
+    return [
+        f"{np.percentile(ttft, 50) * 1e3:.0f}",
+        f"{np.percentile(ttft, 99) * 1e3:.0f}",
+        f"{tokens / (last - first):.1f}",
+    ]
 
 
 def main() -> None:
@@ -130,18 +150,23 @@ def main() -> None:
     config = EngineConfig(max_num_seqs=16, max_model_len=256, max_num_batched_tokens=128, num_pages=260, max_lora_rank=16)
     with console.status("starting") as status:
         begin = time.perf_counter()
-        engine = Engine("smollm2-135m", config, progress=lambda done, total: status.update(f"compiling programs {done}/{total}"))
-    console.print(f"SmolLM2-135M-Instruct is up after {time.perf_counter() - begin:.1f} s (compiled programs are kept for the next start)")
+        engine = Engine(
+            "smollm2-135m", config, progress=lambda done, total: status.update(f"compiling programs {done}/{total}")
+        )
+    console.print(
+        f"SmolLM2-135M-Instruct is up after {time.perf_counter() - begin:.1f} s (compiled programs are kept for the next start)"
+    )
     for directory in sorted(d for d in ADAPTERS.iterdir() if d.is_dir()):
         info = engine.add_lora(directory.name, directory)
         console.print(f"adapter {directory.name}: rank {info.rank}, {info.num_bytes / 2**20:.1f} MiB in the pool")
     names = [BASE, *engine.list_loras()]
     requests = serve(engine, arrivals(args.requests, args.rate, names, args.seed), console)
     console.print(report(engine, requests))
-    steps = engine.loop.counters
+    done = engine.loop.counters
+    rows = done.decode_rows / max(1, done.steps)
     console.print(
-        f"{steps.generation_tokens} tokens in {steps.steps} steps, {steps.decode_rows / max(1, steps.steps):.1f} rows decoded a step, "
-        f"{steps.prefill_tokens} prompt tokens; {engine.loop.cache.counters.evictions} evictions"
+        f"{done.generation_tokens} tokens in {done.steps} steps, {rows:.1f} rows decoded a step, "
+        f"{done.prefill_tokens} prompt tokens; {engine.loop.cache.counters.evictions} evictions"
     )
     engine.close()
 

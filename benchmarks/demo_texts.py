@@ -17,7 +17,18 @@ from pathlib import Path
 
 
 def _sdist(requirement: str, folder: Path) -> tarfile.TarFile:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "-d",
+        str(folder),
+    ]
     subprocess.run([*command, requirement], check=True)
     name, version = requirement.split("==")
     return tarfile.open(folder / f"{name}-{version}.tar.gz")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gguf
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Q
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ _TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -86,55 +88,76 @@ def load(path: str | Path) -> Checkpoint:
     Raises:
         ValueError: naming the field or tensor that cannot be served.
     """
-    reader = gguf.GGUFReader(str(path))
-    fields = {name: field for name, field in reader.fields.items()}
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except Exception as error:  # whatever a broken file leads the reader to
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
     def get(name: str, default: Any = None) -> Any:
-        if name not in fields:
+        if name not in reader.fields:
             if default is None:
                 raise ValueError(f"{path} has no field {name}")
             return default
-        return fields[name].contents()
+        value = reader.fields[name].contents()
+        if isinstance(default, int | float) and not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}; allowed: one number")
+        return value
 
+    config = _config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
+    tokenizer = _tokenizer(get, config.eos_token_ids)
+    return Checkpoint(config, GgufMapping(reader, config), tokenizer)
+
+
+def _config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
+    """The model's sizes from the file's metadata and tensor shapes (as GGUF has them: `[d_in, d_out]`)."""
     architecture = get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"general.architecture is {architecture!r}; allowed: llama")
-    names = {tensor.name for tensor in reader.tensors}
-    heads = int(get("llama.attention.head_count"))
-    hidden = int(get("llama.embedding_length"))
-    eos = get("tokenizer.ggml.eos_token_id", -1)
-    config = LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"].data),
+    if "token_embd.weight" not in shapes:
+        raise ValueError("the file has no tensor token_embd.weight")
+    if (scaling := get("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"llama.rope.scaling.type is {scaling!r}; allowed: none")
+    heads, hidden = int(get("llama.attention.head_count")), int(get("llama.embedding_length"))
+    head_dim = int(get("llama.attention.key_length", hidden // heads))
+    for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (dim := get(field, head_dim)) != head_dim:
+            raise ValueError(f"{field} is {dim}; allowed: the head's {head_dim}")
+    bos = int(get("tokenizer.ggml.bos_token_id", -1))
+    ends = [int(get(f"tokenizer.ggml.{kind}_token_id", -1)) for kind in ("eos", "eot")]  # of the text, of a chat's turn
+    return LlamaConfig(
+        vocab_size=int(shapes["token_embd.weight"][1]),
         hidden_size=hidden,
         intermediate_size=int(get("llama.feed_forward_length")),
         num_layers=int(get("llama.block_count")),
         num_heads=heads,
         num_kv_heads=int(get("llama.attention.head_count_kv", heads)),
-        head_dim=int(get("llama.attention.key_length", hidden // heads)),
+        head_dim=head_dim,
         rope_theta=float(get("llama.rope.freq_base", 10_000.0)),
         rms_norm_eps=float(get("llama.attention.layer_norm_rms_epsilon")),
         max_position_embeddings=int(get("llama.context_length")),
-        tie_word_embeddings="output.weight" not in names,
-        bos_token_id=int(get("tokenizer.ggml.bos_token_id", -1)),
-        eos_token_ids=(int(eos),) if eos >= 0 else (),
+        tie_word_embeddings="output.weight" not in shapes,
+        bos_token_id=bos if bos >= 0 else None,
+        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end >= 0)),
     )
-    return Checkpoint(config, GgufMapping(reader, config), _tokenizer(get))
 
 
 def _hf_name(name: str) -> str:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
-    prefix, layer, kind, *rest = name.split(".")
-    if prefix != "blk" or kind not in _LAYER_NAMES or rest != ["weight"]:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None or match[2] not in _LAYER_NAMES:
         raise ValueError(f"tensor {name} is not a Llama's")
-    return f"model.layers.{int(layer)}.{_LAYER_NAMES[kind]}.weight"
+    return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.weight"
 
 
-def _tokenizer(get: Any) -> Tokenizer:
+def _tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:
     """The byte-level BPE that the file's metadata describes."""
     kind = get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; allowed: gpt2 (byte-level BPE); put the model's tokenizer.json in an HF directory")
+        raise ValueError(
+            f"tokenizer.ggml.model is {kind!r}; allowed: gpt2 (byte-level BPE). "
+            "Serve the model from a Hugging Face directory, which has a tokenizer.json"
+        )
     pre = get("tokenizer.ggml.pre", "default")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     splits: dict[str, Any] = {
@@ -153,16 +176,24 @@ def _tokenizer(get: Any) -> Tokenizer:
     tokens: list[str] = get("tokenizer.ggml.tokens")
     types: list[int] = get("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    llama3 = pre == "llama-bpe"
+    bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=llama3)
+    backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer = splits[pre]
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL])
     backend.add_tokens([AddedToken(t) for t, kind in zip(tokens, types) if kind == _USER_DEFINED])
     settings: dict[str, Any] = {}
-    for field in ("bos", "eos", "unk", "pad"):
-        index = get(f"tokenizer.ggml.{'padding' if field == 'pad' else 'unknown' if field == 'unk' else field}_token_id", -1)
+    for field, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        index = get(f"tokenizer.ggml.{field}_token_id", -1)
+        if index >= len(tokens):
+            raise ValueError(f"tokenizer.ggml.{field}_token_id is {index}; the file has {len(tokens)} tokens")
         if index >= 0:
-            settings[f"{field}_token"] = tokens[index]
+            settings[f"{name}_token"] = tokens[index]
+    if get("tokenizer.ggml.add_bos_token", llama3) and (bos := settings.get("bos_token")):
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
+        )
     if template := get("tokenizer.chat_template", ""):
         settings["chat_template"] = template
-    return Tokenizer(backend, settings)
+    return Tokenizer(backend, settings, eos_token_ids)

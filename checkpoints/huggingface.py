@@ -1,10 +1,11 @@
-"""Hugging Face directories and hub ids: config.json, safetensors, tokenizer. Pickled weights are refused, never opened."""
+"""Hugging Face directories and hub ids: config.json, safetensors, tokenizer. Pickled weights are never opened."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -23,7 +24,10 @@ class SafetensorsMapping(Mapping[str, np.ndarray]):
         self._files: dict[str, Path] = {}
         self._handles = {}
         for file in files:
-            self._handles[file] = safetensors.safe_open(str(file), framework="numpy")
+            try:
+                self._handles[file] = safetensors.safe_open(str(file), framework="numpy")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
             self._files.update(dict.fromkeys(self._handles[file].keys(), file))
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -48,23 +52,40 @@ def load(path_or_id: str | Path) -> Checkpoint:
         try:
             directory = Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
         except Exception as error:
-            raise ValueError(f"model is {str(path_or_id)!r}: not a directory, and the hub did not give it: {error}") from error
+            raise ValueError(f"model is {str(path_or_id)!r}: no directory, and the hub did not give it: {error}") from error
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{directory} has no config.json")
-    hf = json.loads(config_file.read_text())
+    hf = _read_json(config_file)
     generation = directory / "generation_config.json"
-    if generation.is_file() and (eos := json.loads(generation.read_text()).get("eos_token_id")) is not None:
+    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
         hf["eos_token_id"] = eos  # chat models often name their end-of-turn token only here
     config = LlamaConfig.from_hf(hf)
     files = _weight_files(directory)
     return Checkpoint(config, SafetensorsMapping(files), Tokenizer.from_directory(directory, config.eos_token_ids))
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}; allowed: an object")
+    return data
+
+
 def _weight_files(directory: Path) -> list[Path]:
+    """One file, else those of the index, else every safetensors file there: the order in which transformers looks."""
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{index.name} names the file {name!r}; allowed: plain *.safetensors names")
@@ -80,7 +101,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def save(checkpoint: Checkpoint, directory: str | Path) -> None:
-    """Writes a directory that transformers reads: float32 safetensors, config, tokenizer."""
+    """Writes a directory that transformers reads: safetensors in the tensors' own dtypes, config, tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}

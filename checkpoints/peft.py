@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors. All is checked before anything changes."""
+"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, checked before anything changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ class AdapterError(ValueError):
     """An adapter that cannot be served; the text says what and why."""
 
 
+_REFUSED = {
+    "use_dora": "DoRA rescales the base weights, which requests share",
+    "lora_bias": "biases are not served",
+    "modules_to_save": "it replaces whole modules, which requests share",
+    "trainable_token_indices": "it replaces embeddings, which requests share",
+    "fan_in_fan_out": "the base model's matrices are not transposed",
+    "layer_replication": "it changes the base model's layers",
+    "target_parameters": "only linear layers are adapted",
+    "alora_invocation_tokens": "an activated LoRA changes only what follows certain tokens",
+    "use_qalora": "its A works on pooled inputs",
+    "use_bdlora": "its matrices are block-diagonal",
+    "arrow_config": "it mixes several adapters",
+    "kasa_config": "it truncates the base weights, which requests share",
+    "monteclora_config": "it draws its weights at random",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
     """What of adapter_config.json decides the weights' meaning."""
@@ -38,46 +58,41 @@ class PeftConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     target_modules: str | Sequence[str] | None = None
+    layers_to_transform: Sequence[int] = ()
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PeftConfig:
-        """Raises AdapterError where the adapter is not a plain LoRA."""
+        """Raises AdapterError, naming the field, where the adapter is not a plain LoRA."""
         kind = str(data.get("peft_type", "LORA")).upper()
         if kind != "LORA":
             raise AdapterError(f"peft_type is {kind!r}; allowed: LORA")
-        refused = {
-            "use_dora": "DoRA rescales the base weights, which requests share",
-            "lora_bias": "biases are not served",
-            "modules_to_save": "it replaces whole modules, which requests share",
-            "trainable_token_indices": "it replaces embeddings, which requests share",
-            "fan_in_fan_out": "the base model's matrices are not transposed",
-            "layer_replication": "it changes the base model's layers",
-            "target_parameters": "only linear layers are adapted",
-        }
-        for field, why in refused.items():
+        for field, why in _REFUSED.items():
             if data.get(field):
                 raise AdapterError(f"{field} is {data[field]!r}: {why}")
         if data.get("bias", "none") != "none":
             raise AdapterError(f"bias is {data['bias']!r}; allowed: 'none'")
-        r = data.get("r")
-        if not isinstance(r, int) or not 1 <= r <= MAX_RANK:
-            raise AdapterError(f"r is {r!r}; allowed: 1 to {MAX_RANK}")
-        for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in data.get(field) or {}:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise AdapterError(f"{field} has {pattern!r}, which is no pattern: {error}") from error
-        alpha = data.get("lora_alpha", 8)
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise AdapterError(f"lora_alpha is {alpha!r}; allowed: a finite number")
+        if str(initial := data.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+            raise AdapterError(
+                f"init_lora_weights is {initial!r}: it changes the base weights, which requests share; "
+                "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
+            )
+        targets = data.get("target_modules")
+        if isinstance(targets, str):
+            _check_pattern("target_modules", targets)
+        elif targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+            raise AdapterError(f"target_modules is {targets!r}; allowed: a list of names, a pattern or 'all-linear'")
+        layers = data.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers or []
+        if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+            raise AdapterError(f"layers_to_transform is {layers!r}; allowed: a layer's number or a list of them")
         return cls(
-            r=r,
-            lora_alpha=float(alpha),
+            r=_rank("r", data.get("r")),
+            lora_alpha=_alpha("lora_alpha", data.get("lora_alpha", 8)),
             use_rslora=bool(data.get("use_rslora", False)),
-            rank_pattern=dict(data.get("rank_pattern") or {}),
-            alpha_pattern=dict(data.get("alpha_pattern") or {}),
-            target_modules=data.get("target_modules"),
+            rank_pattern={p: _rank(f"rank_pattern of {p}", r) for p, r in _patterns(data, "rank_pattern").items()},
+            alpha_pattern={p: _alpha(f"alpha_pattern of {p}", a) for p, a in _patterns(data, "alpha_pattern").items()},
+            target_modules=targets,
+            layers_to_transform=layers,
         )
 
     def rank(self, module: str) -> int:
@@ -89,8 +104,10 @@ class PeftConfig:
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Whether target_modules names the module, as peft matches it."""
+    def targets(self, module: str, layer: int) -> bool:
+        """Whether target_modules and layers_to_transform name the module, as peft matches them."""
+        if self.layers_to_transform and layer not in self.layers_to_transform:
+            return False
         wanted = self.target_modules
         if wanted is None or wanted == "all-linear":
             return True
@@ -99,10 +116,43 @@ class PeftConfig:
         return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
+def _rank(field: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise AdapterError(f"{field} is {value!r}; allowed: 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(field: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise AdapterError(f"{field} is {value!r}; allowed: a finite number")
+    return float(value)
+
+
+def _patterns(data: dict[str, Any], field: str) -> dict[str, Any]:
+    patterns = data.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{field} is {patterns!r}; allowed: an object")
+    for pattern in patterns:
+        _check_pattern(field, _module_ending(pattern))
+    return patterns
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"{field} has {pattern!r}, which is no pattern: {error}") from error
+
+
+def _module_ending(pattern: str) -> str:
+    """peft's rule: a pattern matches from a dot of a module's name to the end."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _lookup(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name (peft's rule)."""
+    """The value of the first pattern that matches."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_module_ending(pattern), module):
             return value
     return default
 
@@ -111,7 +161,7 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
     """Reads an adapter for a base model, its scale folded into B.
 
     Raises:
-        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit the model.
+        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit.
     """
     directory = Path(directory)
     settings = read_config(directory)
@@ -125,6 +175,8 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
         where = (int(match[2]), match[3])
         if f".{_PARENT[match[3]]}." not in match[1] or match[4] in pairs.get(where, {}):
             raise AdapterError(f"tensor {name} is in the wrong place, or there twice")
+        if tensor.dtype.name not in _FLOATS:
+            raise AdapterError(f"tensor {name} is of dtype {tensor.dtype}; allowed: {', '.join(_FLOATS)}")
         pairs.setdefault(where, {})[match[4]] = tensor
         modules[where] = match[1]
     weights: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
@@ -132,15 +184,16 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
         module = modules[where]
         if missing := {"A", "B"} - pair.keys():
             raise AdapterError(f"{module} has no lora_{missing.pop()}")
-        if not settings.targets(module):
-            raise AdapterError(f"{module} has weights, but target_modules ({settings.target_modules!r}) does not name it")
-        a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
+        if not settings.targets(module, where[0]):
+            named = f"target_modules ({settings.target_modules!r}) and layers_to_transform ({settings.layers_to_transform!r})"
+            raise AdapterError(f"{module} has weights, but {named} do not name it")
+        with np.errstate(over="ignore"):  # the check below finds what is not finite
+            a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
         rank = settings.rank(module)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise AdapterError(f"{module}: A is {list(a.shape)}, B {list(b.shape)}; the config says rank {rank}")
-        if rank > MAX_RANK:
-            raise AdapterError(f"{module}: rank is {rank}; allowed: 1 to {MAX_RANK}")
-        weights[where] = (a, b * np.float32(settings.scale(module)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights[where] = (a, b * np.float32(settings.scale(module)))
     adapter = AdapterWeights(weights)
     try:
         adapter.check(config)
@@ -171,7 +224,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         raise AdapterError(f"{directory} has no adapter_model.safetensors{hint}")
     try:
         return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{file.name} cannot be read: {error}") from error
 
 

@@ -11,28 +11,45 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 
 
 class DetokenizerStream:
-    """Text of one request, token by token: `append` returns what became final, never half a character."""
+    """Text of one request, token by token: `append` returns what became final, never half a character.
+
+    A token is decoded after those of the piece before it, since what it reads as depends on them. `DecodeStream` of
+    tokenizers does the same, but raises where a byte-fallback tokenizer's bytes are not UTF-8, which a model may produce.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
-        self._emitted = 0
+        self._context = 0  # where the last piece's tokens start
+        self._final = 0  # and where they end
+        self._emitted = 0  # characters
 
     def append(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        self._emitted += len(text)
-        return text
+        before = self._decode(self._ids[self._context : self._final])
+        text = self._decode(self._ids[self._context :])
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # a special token, or the start of a character
+            return ""
+        self._context, self._final = self._final, len(self._ids)
+        self._emitted += len(text) - len(before)
+        return text[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end: all pieces together are the text of all ids."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)[self._emitted :]
+        """What is left at the end.
+
+        All pieces together are the text of all ids; only where a byte-fallback tokenizer's bytes are not UTF-8 may the
+        characters that stand for them differ.
+        """
+        rest = self._decode(self._ids)[self._emitted :]
+        self._emitted += len(rest)
+        return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
 class Tokenizer:
@@ -70,29 +87,42 @@ class Tokenizer:
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         if not template:
             raise ValueError("the tokenizer has no chat_template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         special = {k: _text(v) for k, v in self.settings.items() if k.endswith("_token") and v is not None}
         try:
             return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: on messages it does not expect it may raise anything
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
     @classmethod
     def from_directory(cls, directory: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer | None:
-        """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where there is no tokenizer."""
+        """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where there is no tokenizer.
+
+        Raises:
+            ValueError: one of the files is broken; names it.
+        """
         file = directory / "tokenizer.json"
         if not file.is_file():
             return None
         settings_file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        try:
+            settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{settings_file} is not JSON: {error}") from error
         if template.is_file():
             settings["chat_template"] = template.read_text()
-        return cls(tokenizers.Tokenizer.from_file(str(file)), settings, eos_token_ids)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        return cls(backend, settings, eos_token_ids)
 
     def save(self, directory: Path) -> None:
         """Writes what `from_directory` and transformers' AutoTokenizer read."""

@@ -56,5 +56,5 @@ class AdapterWeights:
             digest.update(f"{layer}.{target}".encode())
             for matrix in self.tensors[layer, target]:
                 digest.update(str(matrix.shape).encode())
-                digest.update(np.ascontiguousarray(matrix, dtype=np.float32))
+                digest.update(np.ascontiguousarray(matrix, dtype=np.float32).data)
         return digest.hexdigest()

@@ -39,7 +39,15 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -147,7 +155,7 @@ class LlamaConfig:
         return hf
 
 
-_LLAMA1 = dict(vocab_size=32_000, head_dim=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_ids=(2,))
+_LLAMA1: dict[str, Any] = dict(vocab_size=32_000, head_dim=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_ids=(2,))
 
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(

@@ -6,11 +6,12 @@ chunked or recomputed. Top-k and top-p cut by a threshold found by bisection: no
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 MAX_LOGPROBS = 20
@@ -28,7 +29,8 @@ class SamplingMode(enum.Enum):
     LOGPROBS = "logprobs"
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SamplingRows:
     """Parameters of `rows` requests.
 
@@ -38,11 +40,12 @@ class SamplingRows:
         floats: `[rows, 3]` float32: temperature (0: greedy), top_p, min_p.
     """
 
-    integers: jax.Array
-    floats: jax.Array
+    integers: jax.Array | np.ndarray
+    floats: jax.Array | np.ndarray
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Sampled:
     """Tokens `[rows]` int32 and, in LOGPROBS mode, the chosen one's log-probability and the `MAX_LOGPROBS` best."""
 
@@ -71,10 +74,11 @@ def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode) -> Sampled
 
 def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Gumbel-max over what top-k, top-p and min-p leave."""
-    temperature, top_p, min_p = rows.floats.T
+    integers = jnp.asarray(rows.integers)
+    temperature, top_p, min_p = jnp.asarray(rows.floats).T
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))  # in [0, 1]; the best token has 1
-    keep = weights >= _threshold(weights, rows.integers[:, 4], top_p)[:, None]
+    keep = weights >= _threshold(weights, integers[:, 4], top_p)[:, None]
     keep &= weights >= min_p[:, None]
 
     def gumbel(row: jax.Array) -> jax.Array:
@@ -82,7 +86,7 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(key, row[3].astype(jnp.uint32)), row[1])
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-    noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(rows.integers)
+    noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(integers)
     return jnp.argmax(noisy, -1).astype(jnp.int32)
 
 

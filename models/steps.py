@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +30,8 @@ FROM_SLOT = -1
 """A token id that says: take the token that was last sampled for this slot."""
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StepInputs:
     """What the host sends for one forward step; padding tiles come last and have count 0.
 
@@ -51,8 +51,8 @@ def forward(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Hidden states `[tiles, hidden]` of each tile's last token, and the pool with the tokens' KV in it."""
     model: Llama = nnx.merge(graph, params)
-    starts, counts, slots = inputs.tiles[:, 0], inputs.tiles[:, 1], inputs.tiles[:, 2]
-    tables = inputs.tiles[:, 3:]
+    tiles = jnp.asarray(inputs.tiles)
+    starts, counts, slots, tables = tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3:]
     num_tiles = starts.shape[0]
     tile_tokens = inputs.tokens.shape[0] // num_tiles
 

@@ -14,14 +14,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve hundreds of LoRA adapters over one base model.\n\nMODEL is a preset (smollm2-135m), a GGUF file, a Hugging Face or "
-    "Orbax directory, or a hub id.",
+    help="Serve hundreds of LoRA adapters over one base model.\n\nMODEL is a preset (smollm2-135m), a GGUF file, "
+    "a Hugging Face or Orbax directory, or a hub id.",
 )
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
 LoraModules = Annotated[
-    list[str] | None, typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times.")
+    list[str] | None,
+    typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),
 ]
 
 
@@ -63,7 +64,7 @@ def generate(
     with _errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=_progress, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)
-        requests = [LoRARequest(name) for name in lora or adapters] or [None]
+        requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
         text = llm.get_tokenizer().apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         for output in llm.generate([text] * len(requests), params, lora_request=requests):
             if output.lora_request is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import json
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ CPU_POOL_BYTES = 2 << 30
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place or switched it off himself."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    """Keeps compiled programs between runs, unless the user chose a place or switched the cache off."""
+    settings: Any = jax.config  # its fields are made at run time
+    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "chameleon_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -243,9 +245,9 @@ def _preset_or_config(model: str) -> LlamaConfig:
     """For dummy weights: a preset's name, or a directory with a config.json."""
     if model in PRESETS:
         return PRESETS[model]
-    import json
-
     file = Path(model) / "config.json"
     if not file.is_file():
-        raise ValueError(f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json")
+        raise ValueError(
+            f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json"
+        )
     return LlamaConfig.from_hf(json.loads(file.read_text()))

@@ -9,6 +9,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 
 from chameleon_jax.checkpoints.host_store import HostStore
@@ -64,9 +65,10 @@ class JaxExecutor:
     def collect(self, handle: list[tuple[Sampled, list[tuple[int, Request]]]]) -> list[SampledToken]:
         tokens = []
         for sampled, owners in handle:
-            ids = np.asarray(sampled.tokens).tolist()
+            host = jax.tree.map(np.asarray, sampled)
+            ids = host.tokens.tolist()
             for row, request in owners:
-                tokens.append(SampledToken(request, ids[row], _logprobs(sampled, row, ids[row], request)))
+                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
@@ -149,10 +151,11 @@ def _draw(request: Request, position: int) -> Draw:
     )
 
 
-def _logprobs(sampled: Sampled, row: int, token: int, request: Request) -> dict[int, float] | None:
-    if request.params.logprobs is None or sampled.logprobs is None:
+def _logprobs(host: Sampled, row: int, request: Request) -> dict[int, float] | None:
+    """The chosen token's log-probability, then the best ones' (on the host already)."""
+    if request.params.logprobs is None:
         return None
-    assert sampled.top_tokens is not None and sampled.top_logprobs is not None
+    assert host.logprobs is not None and host.top_tokens is not None and host.top_logprobs is not None
     n = request.params.logprobs
-    best = zip(np.asarray(sampled.top_tokens)[row, :n].tolist(), np.asarray(sampled.top_logprobs)[row, :n].tolist())
-    return {token: float(sampled.logprobs[row]), **dict(best)}
+    best = zip(host.top_tokens[row, :n].tolist(), host.top_logprobs[row, :n].tolist())
+    return {int(host.tokens[row]): float(host.logprobs[row]), **dict(best)}

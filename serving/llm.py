@@ -121,9 +121,7 @@ class LLM:
         return prompt
 
 
-def make_output(
-    request: Request, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None
-) -> RequestOutput:
+def make_output(request: Request, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None) -> RequestOutput:
     """What a request has produced so far."""
     logprobs = None
     if request.params.logprobs is not None:

@@ -233,7 +233,11 @@ class ServingLoop:
             for stop in request.params.stop if reason is FinishReason.LENGTH else ():
                 at = request.text.find(stop, max(0, searched - len(stop) + 1))
                 if at >= 0:
-                    request.text, request.finish_reason, request.stop_reason = request.text[:at], FinishReason.STOP, stop
+                    request.text, request.finish_reason, request.stop_reason = (
+                        request.text[:at],
+                        FinishReason.STOP,
+                        stop,
+                    )
         del self._requests[request.request_id]
         self.counters.finished += 1
         if request.adapter is not None:

@@ -30,7 +30,10 @@ CONFIGS = {
     ),
 }
 ADAPTER_RANKS = {"r1": 1, "r3": 3, "r8": 8, "r16": 16, "r64": 64, "r128": 128, "r256": 256, "r8-qv": 8}
-ADAPTER_TARGETS = {name: TARGETS for name in ADAPTER_RANKS} | {"r8-qv": ("q_proj", "v_proj"), "r16": ("gate_proj", "down_proj")}
+ADAPTER_TARGETS = {name: TARGETS for name in ADAPTER_RANKS} | {
+    "r8-qv": ("q_proj", "v_proj"),
+    "r16": ("gate_proj", "down_proj"),
+}
 ALPHA = 16.0
 
 

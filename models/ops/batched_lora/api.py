@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 
 from chameleon_jax.models.ops.batched_lora import blocked, reference
@@ -30,4 +31,6 @@ def batched_lora(
     Returns:
         `[tokens, d_out]` of y's dtype. Tokens without an adapter, or whose adapter lacks the target, are unchanged.
     """
+    chex.assert_rank([y, x, pages], 2)
+    chex.assert_equal_shape_prefix([y, x, targets.token_adapter], 1)
     return BACKENDS[backend](y, x, pages, targets, target)

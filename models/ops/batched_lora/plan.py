@@ -9,10 +9,10 @@ batch, never with the largest rank or with how many adapters are resident.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,8 @@ class PlacedAdapter(Protocol):
     def pages(self) -> Sequence[int]: ...
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LoraPlan:
     """What the host sends of the adapters in a batch. Three arrays, so that a dispatch has few arguments.
 
@@ -53,7 +54,8 @@ class LoraPlan:
     tile_adapter: jax.Array | np.ndarray
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LoraTargets:
     """A `LoraPlan` with addresses, resolved once a step and used by every layer.
 
@@ -71,7 +73,7 @@ class LoraTargets:
     num_blocks: jax.Array
     windows: jax.Array
     token_adapter: jax.Array
-    window_tokens: int
+    window_tokens: int = dataclasses.field(metadata={"static": True})
 
 
 def window_tiles(tiles: int, tile_tokens: int) -> int:
@@ -131,17 +133,17 @@ def plan_batch(
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
     """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
-    plan = jax.tree.map(jnp.asarray, plan)
+    adapters, rank_rows, blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.blocks))
     tiles = plan.tile_adapter.shape[0]
-    page_table = plan.adapters[:, 2 * len(TARGETS) :]
-    valid = plan.rank_rows >= 0
-    owner = jnp.where(valid, plan.rank_rows // MAX_RANK, 0)
-    row = jnp.where(valid, plan.rank_rows % MAX_RANK, 0)
+    page_table = adapters[:, 2 * len(TARGETS) :]
+    valid = rank_rows >= 0
+    owner = jnp.where(valid, rank_rows // MAX_RANK, 0)
+    row = jnp.where(valid, rank_rows % MAX_RANK, 0)
     per_target = []
     for t, target in enumerate(TARGETS):
         sides = []
         for side, width in enumerate(layout.config.target_shape(target)):
-            start = plan.adapters[owner[t], 2 * t + side]
+            start = adapters[owner[t], 2 * t + side]
             page, offset = start // layout.page_elems, start % layout.page_elems
             first = (layout.page_elems - offset) // width
             per_page = layout.page_elems // width
@@ -154,9 +156,9 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     return LoraTargets(
         addresses=jnp.stack(per_target),
         row_adapter=jnp.where(valid, owner, -2),
-        num_blocks=plan.blocks[:, 0],
-        windows=plan.blocks[:, 1:] * tile_tokens,
-        token_adapter=jnp.repeat(plan.tile_adapter, tile_tokens),
+        num_blocks=blocks[:, 0],
+        windows=blocks[:, 1:] * tile_tokens,
+        token_adapter=jnp.repeat(jnp.asarray(plan.tile_adapter), tile_tokens),
         window_tokens=window_tiles(tiles, tile_tokens) * tile_tokens,
     )
 

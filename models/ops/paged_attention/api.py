@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +41,8 @@ def paged_attention(
     Returns:
         `[tiles, tile_tokens, heads, head_dim]`; rows past a tile's count are unspecified but finite.
     """
+    chex.assert_rank([q, pages, block_tables, starts, counts], [4, 2, 2, 1, 1])
+    chex.assert_equal_shape_prefix([q, block_tables, starts, counts], 1)
     return BACKENDS[backend](q, pages, block_tables, starts, counts, num_kv_heads=num_kv_heads)
 
 
@@ -51,6 +54,7 @@ def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, page_ids: jax.Array, 
         k, v: `[tokens, num_kv_heads, head_dim]`.
         page_ids, slots: `[tokens]` int32, the page and the place in it of each token; padding goes to the trash page.
     """
+    chex.assert_equal_shape([k, v])
     _, kv_heads, head_dim = k.shape
     view = pages.reshape(pages.shape[0], 2, kv_heads, -1, head_dim)
     kv = jnp.stack([k, v], axis=1).astype(pages.dtype)

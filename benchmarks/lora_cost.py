@@ -1,0 +1,143 @@
+"""What adapters cost a decode step, side by side in one run: `python -m benchmarks.lora_cost`.
+
+Each case is the same batch of decode rows at the same context, interleaved with the base-only case over many rounds, and
+reported as a ratio to it beside the floor: the bytes the case must read beyond the base case, over the memory bandwidth that
+this run measured (docs/architecture.md). Nothing here is simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import describe, read_bandwidth
+from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.engine import DeviceEngine
+from chameleon_jax.models.llama import random_model
+from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.step_inputs import Draw, Segment
+from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.serving.engine import enable_compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    placement: AdapterPlacement
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`adapters` adapters of `rank`, given to the rows in turn."""
+
+    name: str
+    adapters: int = 0
+    rank: int = 0
+    targets: tuple[str, ...] = TARGETS
+
+
+def cases() -> list[Case]:
+    attention = TARGETS[:4]
+    return [
+        Case("base only"),
+        Case("16 x rank 8, q k v o", 16, 8, attention),
+        Case("16 x rank 8, all seven", 16, 8),
+        Case("16 x rank 16, all seven", 16, 16),
+        Case("16 x rank 64, all seven", 16, 64),
+        Case("4 x rank 64, all seven", 4, 64),
+        Case("32 x rank 8, all seven", 32, 8),
+    ]
+
+
+def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, object]:
+    config = PRESETS["smollm2-135m"]
+    layout = PageLayout.for_model(config)
+    width = layout.pages_for_tokens(context + steps + 1)
+    widest = layout.place({t: 64 for t in TARGETS}).num_pages
+    buckets = StepBuckets(max_num_seqs=rows, max_prefill_tokens=32, table_width=width, max_rank=64, max_adapter_pages=widest)
+    held = max(c.adapters * layout.place({t: c.rank for t in c.targets}).num_pages for c in cases() if c.adapters)
+    num_pages = 1 + rows * width + held
+    model = random_model(config, jnp.dtype("float32"))
+    engine = DeviceEngine(model, layout, buckets, num_pages, jnp.dtype("float32"))
+    bandwidth = read_bandwidth()
+
+    def run(case: Case) -> float:
+        """Seconds of one step, the mean over `steps`."""
+        placed: list[Placed | None] = [None]
+        if case.adapters:
+            placement = layout.place({t: case.rank for t in case.targets})
+            first = 1 + rows * width
+            n = placement.num_pages
+            placed = [Placed(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
+        owner = sorted(i % len(placed) for i in range(rows))
+        segments = [
+            Segment(None, context, i, tuple(range(1 + i * width, 1 + (i + 1) * width)), placed[owner[i]]) for i in range(rows)
+        ]
+        draws = {i: Draw(i, context, 0, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
+        engine.run(segments, draws)
+        engine.block_until_ready()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            engine.run(segments, draws)
+            engine.block_until_ready()
+        return (time.perf_counter() - begin) / steps
+
+    times: dict[str, list[float]] = {case.name: [] for case in cases()}
+    for _ in range(rounds):
+        for case in cases():
+            times[case.name].append(run(case))
+    base = float(np.median(times["base only"]))
+    table = []
+    for case in cases():
+        seconds = float(np.median(times[case.name]))
+        per_rank = sum(sum(config.target_shape(t)) for t in case.targets)
+        extra_bytes = case.adapters * case.rank * per_rank * config.num_layers * 4
+        extra_flops = 2 * rows * case.rank * per_rank * config.num_layers if case.adapters else 0
+        paired = np.median(np.array(times[case.name]) / np.array(times["base only"]))
+        table.append(
+            {
+                "case": case.name,
+                "ms": round(seconds * 1e3, 2),
+                "ratio": round(float(paired), 3),
+                "extra_ms": round((seconds - base) * 1e3, 2),
+                "floor_extra_ms": round(extra_bytes / bandwidth * 1e3, 2),
+                "extra_mbytes": round(extra_bytes / 1e6, 1),
+                "extra_mflop": round(extra_flops / 1e6, 1),
+            }
+        )
+    return {"rows": rows, "context": context, "read_gb_per_s": round(bandwidth / 1e9, 1), "table": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    args = parser.parse_args()
+    enable_compilation_cache()
+    result = measure(args.rows, args.context, args.rounds, args.steps)
+    result = {**describe(f"python -m benchmarks.lora_cost --rows {args.rows} --context {args.context}"), **result}
+    for key, value in result.items():
+        if key != "table":
+            print(f"{key}: {value}")
+    rows = result["table"]
+    assert isinstance(rows, list)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(str(v) for v in row.values()) + " |")
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    print(f"devices: {jax.devices()}")
+    main()

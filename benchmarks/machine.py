@@ -1,0 +1,48 @@
+"""What a benchmark says about the machine it ran on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def describe(command: str) -> dict[str, object]:
+    """Machine, date, versions, command."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {
+        "machine": f"{cpu}, {os.cpu_count()} cores, no GPU",
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": command,
+    }
+
+
+def read_bandwidth(threads: int | None = None, mbytes: int = 512, repeat: int = 5) -> float:
+    """Bytes a second that all cores together read from memory: the best of some passes over arrays far beyond the caches.
+
+    Every thread takes the maximum of its own float32 array (NumPy releases the GIL), so nothing is written.
+    """
+    threads = threads or os.cpu_count() or 1
+    arrays = [np.ones(mbytes * 2**20 // 4 // threads, np.float32) for _ in range(threads)]
+    best = float("inf")
+    for _ in range(repeat):
+        workers = [threading.Thread(target=np.max, args=(array,)) for array in arrays]
+        begin = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = min(best, time.perf_counter() - begin)
+    return sum(array.nbytes for array in arrays) / best

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+import chameleon_jax
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.request import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", 2),
+        ("seed", 2**64),
+        ("max_tokens", 0),
+        ("min_tokens", 17),
+        ("stop", [""]),
+        ("stop_token_ids", range(9)),
+        ("logprobs", 21),
+    ],
+)
+def test_sampling_params_name_what_is_wrong(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*; allowed: "):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("dtype", "int8"),
+        ("load_format", "pickle"),
+        ("max_model_len", 0),
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 33),
+        ("max_lora_rank", 257),
+        ("lora_host_bytes", -1),
+        ("num_pages", 1),
+        ("gpu_memory_utilization", 0),
+        ("page_tokens", 0),
+        ("predicted_output_len", 0),
+        ("max_queue_len", 0),
+    ],
+)
+def test_engine_config_names_what_is_wrong(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*; allowed: "):
+        EngineConfig(**{field: value})
+
+
+def test_stop_may_be_one_string():
+    assert SamplingParams(stop="x").stop == ("x",)
+
+
+def test_public_names_are_there():
+    for name in chameleon_jax.__all__:
+        assert getattr(chameleon_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="AsyncLLm"):
+        _ = chameleon_jax.AsyncLLm

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chameleon_jax.models.sampling import SamplingMode, sample
+from chameleon_jax.models.step_inputs import Draw, pack_draws
+
+VOCAB = 64
+LOGITS = jnp.array(np.random.default_rng(0).standard_normal((4, VOCAB)) * 2, jnp.float32)
+
+
+def draw(**fields) -> Draw:
+    defaults = dict(slot=0, position=7, seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, banned=(), logprobs=False)
+    return Draw(**(defaults | fields))
+
+
+def counts(logits, draws: int, **fields) -> np.ndarray:
+    """How often each token is drawn over many positions."""
+    rows, mode = pack_draws({i: draw(position=i, **fields) for i in range(draws)}, draws, 0)
+    tokens = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (draws, VOCAB)), rows, mode).tokens
+    return np.bincount(np.asarray(tokens), minlength=VOCAB)
+
+
+def test_draws_follow_the_distribution():
+    p = np.asarray(jax.nn.softmax(LOGITS[0] / 0.8))
+    observed = counts(LOGITS[0], 20_000, temperature=0.8)
+    assert np.abs(observed / 20_000 - p).max() < 0.015
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 63])
+def test_top_k_keeps_exactly_the_best(top_k):
+    best = set(np.argsort(-np.asarray(LOGITS[0]))[:top_k].tolist())
+    drawn = set(np.flatnonzero(counts(LOGITS[0], 5_000, top_k=top_k, temperature=3.0)).tolist())
+    assert drawn <= best and (top_k > 10 or drawn == best)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
+def test_top_p_keeps_the_smallest_set_that_has_the_mass(top_p):
+    p = np.asarray(jax.nn.softmax(LOGITS[1]))
+    order = np.argsort(-p)
+    kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
+    drawn = set(np.flatnonzero(counts(LOGITS[1], 5_000, top_p=top_p)).tolist())
+    assert drawn <= set(kept.tolist()) and kept[0] in drawn
+
+
+def test_min_p():
+    p = np.asarray(jax.nn.softmax(LOGITS[2]))
+    drawn = np.flatnonzero(counts(LOGITS[2], 5_000, min_p=0.3))
+    assert (p[drawn] >= 0.3 * p.max() * (1 - 1e-5)).all()
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    rows, mode = pack_draws({i: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9)
+    together = sample(LOGITS, rows, mode).tokens
+    for i in range(4):
+        one, _ = pack_draws({0: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
+        assert int(sample(LOGITS[i : i + 1], one, SamplingMode.RANDOM).tokens[0]) == int(together[i])
+    assert int(together[0]) == int(LOGITS[0].argmax())
+
+
+def test_64_bit_seeds_and_positions_differ():
+    seeds = [0, 1, 1 << 32, (1 << 32) + 1, (1 << 63) + 5]
+    rows, mode = pack_draws({i: draw(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
+    noise = [tuple(np.asarray(rows.integers)[i, 2:4]) for i in range(len(seeds))]
+    assert len(set(noise)) == len(seeds) and mode is SamplingMode.RANDOM
+
+
+def test_banned_ids_are_never_chosen_but_keep_their_logprob():
+    best = int(LOGITS[0].argmax())
+    rows, mode = pack_draws({0: draw(temperature=0, banned=(best,), logprobs=True)}, 1, 0)
+    result = sample(LOGITS[:1], rows, mode)
+    logprobs = jax.nn.log_softmax(LOGITS[0])
+    assert int(result.tokens[0]) == int(np.argsort(-np.asarray(LOGITS[0]))[1])
+    np.testing.assert_allclose(result.logprobs[0], logprobs[int(result.tokens[0])], rtol=1e-6)
+    assert int(result.top_tokens[0, 0]) == best

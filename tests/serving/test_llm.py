@@ -1,0 +1,226 @@
+"""The whole engine on small models, in float32: what must not change a request's text does not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from chameleon_jax import LLM, LoRARequest, SamplingParams
+from chameleon_jax.adapters import AdapterTier
+from chameleon_jax.models.config import PRESETS
+from tests import reference_models as reference
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+CONFIG = reference.CONFIGS["gqa"]
+
+
+def make_llm(model, **settings) -> LLM:
+    defaults = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200)
+    return LLM(str(model), progress=lambda done, total: None, **(defaults | settings))
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return reference.save_model(tmp_path_factory.mktemp("model"), "gqa")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        LoRARequest(f"a{i}", str(reference.save_adapter(folder / f"a{i}", CONFIG, rank, seed=i)))
+        for i, rank in enumerate((2, 8, 16, 40, 8, 8))
+    ]
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with make_llm(model) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(llm, adapters):
+    """What each of 32 requests gives by itself."""
+    return [tokens(llm.generate([p], GREEDY, lora_request=a))[0] for p, a in zip(*workload(adapters))]
+
+
+def workload(adapters):
+    prompts = [reference.prompt(seed, length=5 + 3 * seed % 60) for seed in range(32)]
+    return prompts, [None if i % 7 == 6 else adapters[i % 7 % len(adapters)] for i in range(32)]
+
+
+def test_in_a_batch_of_others(llm, adapters, alone):
+    prompts, loras = workload(adapters)
+    assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
+
+
+def test_batch_of_32_and_chunked(model, adapters, alone):
+    prompts, loras = workload(adapters)
+    with make_llm(model, max_num_seqs=32, max_num_batched_tokens=32, num_pages=2000) as llm:
+        assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
+
+
+def test_squashed_and_recomputed_with_adapters_evicted_and_reloaded(model, adapters, alone):
+    prompts, loras = workload(adapters)
+    with make_llm(model, num_pages=64, predicted_output_len=1) as llm:
+        outputs = llm.generate(prompts, GREEDY, lora_request=loras)
+        counters, loop = llm.engine.loop.cache.counters, llm.engine.loop
+        assert loop.scheduler.num_squashes > 0
+        assert counters.evictions > 0 and counters.loads > len(adapters)
+        usage = loop.pool.usage()
+        assert usage.kv == 0 and usage.free + usage.adapters == usage.total
+    assert tokens(outputs) == alone
+
+
+def test_adapters_that_wait_on_disk(model, adapters, alone):
+    prompts, loras = workload(adapters)
+    with make_llm(model, num_pages=64, lora_host_bytes=0) as llm:
+        assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
+
+
+def test_nothing_is_compiled_after_the_start(llm, adapters):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        count = int(rng.integers(1, 20))
+        prompts = [reference.prompt(int(s), length=int(rng.integers(1, 90))) for s in rng.integers(0, 99, count)]
+        params = [
+            SamplingParams(
+                temperature=float(rng.choice([0, 0.7])),
+                top_k=int(rng.choice([0, 5])),
+                top_p=float(rng.choice([1, 0.8])),
+                logprobs=rng.choice([None, 3]),
+                max_tokens=int(rng.integers(1, 30)),
+            )
+            for _ in range(count)
+        ]
+        loras = [None if rng.random() < 0.3 else adapters[rng.integers(len(adapters))] for _ in range(count)]
+        llm.generate(prompts, params, lora_request=loras)
+    jax.monitoring.clear_event_listeners()
+    assert compiled == []
+
+
+def test_the_same_seed_gives_the_same_text_however_it_is_batched(llm, adapters):
+    drawn = [
+        SamplingParams(temperature=1.0, top_k=k, top_p=p, seed=i, max_tokens=20)
+        for i, (k, p) in enumerate([(0, 1.0), (9, 0.9)])
+    ]
+    prompts = [reference.prompt(5), reference.prompt(6)]
+    alone = [tokens(llm.generate([p], s, lora_request=adapters[0]))[0] for p, s in zip(prompts, drawn)]
+    filler = [reference.prompt(i) for i in range(5)]
+    mixed = llm.generate([*filler, *prompts], [GREEDY] * 5 + drawn, lora_request=[adapters[1]] * 5 + [adapters[0]] * 2)
+    assert tokens(mixed)[5:] == alone
+    other_seed = dataclasses.replace(drawn[0], seed=77)
+    assert tokens(llm.generate([prompts[0]], other_seed, lora_request=adapters[0]))[0] != alone[0]
+
+
+def test_a_running_request_keeps_the_weights_it_started_with(model, adapters, tmp_path):
+    with make_llm(model) as llm:
+        engine = llm.engine
+        llm.add_lora("name", adapters[0].path)
+        [expected] = tokens(llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("name")))
+        request = engine.submit(reference.prompt(1), GREEDY, LoRARequest("name"))
+        for _ in range(5):
+            engine.loop.step()
+        old = request.adapter
+        llm.add_lora("name", adapters[1].path)
+        second = engine.submit(reference.prompt(1), GREEDY, LoRARequest("name"))
+        while engine.loop.has_unfinished:
+            engine.loop.step()
+        assert request.output_token_ids == expected
+        assert second.output_token_ids != expected
+        assert old not in engine.loop.cache and old not in engine.store  # nothing holds the old weights any more
+
+
+def test_removed_memory_comes_back(model, adapters):
+    with make_llm(model) as llm:
+        loop = llm.engine.loop
+        free = loop.pool.num_free
+        llm.generate([reference.prompt(1)] * 2, GREEDY, lora_request=adapters[:2])
+        assert loop.pool.num_free < free
+        for name in llm.list_loras():
+            llm.remove_lora(name)
+        assert loop.pool.num_free == free
+        assert llm.engine.store.bytes_in_memory == 0
+        with pytest.raises(KeyError, match="no adapter is named 'a0'"):
+            llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("a0"))
+
+
+def test_a_pinned_adapter_stays(model, adapters):
+    with make_llm(model, num_pages=64) as llm:
+        llm.generate([reference.prompt(1)], GREEDY, lora_request=adapters[0])
+        llm.pin_lora("a0")
+        pinned = llm.engine.registry.get("a0").content_hash
+        for adapter in adapters[1:]:
+            llm.generate([reference.prompt(1, 60)] * 4, GREEDY, lora_request=adapter)
+        assert llm.engine.loop.cache.entry(pinned).tier is AdapterTier.RESIDENT
+        assert llm.engine.loop.cache.loads_by_adapter[pinned] == 1
+
+
+def test_what_can_never_run_is_refused_at_once(llm, adapters, tmp_path):
+    for prompt, params, message in (
+        (reference.prompt(1, 120), GREEDY, r"120 \+ 24 tokens; allowed: 128"),
+        ([], GREEDY, "prompt is empty"),
+        ([999], GREEDY, "token id 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.generate([{"prompt_token_ids": prompt}], params)
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("broken", str(tmp_path)))
+    with pytest.raises(ValueError, match="unknown setting 'max_loras'"):
+        LLM("tiny", max_loras=3)
+    with pytest.raises(ValueError, match="lora_request has 1 entries"):
+        llm.generate([[1], [2]], GREEDY, lora_request=[adapters[0]])
+    assert not llm.engine.loop.has_unfinished
+
+
+def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(llm):
+    with pytest.raises(ValueError, match="token id"):
+        llm.generate([[1, 2], [3, -4]], GREEDY)
+    while llm.engine.loop.has_unfinished:
+        llm.engine.loop.step()
+    assert llm.engine.loop.pool.usage().kv == 0
+
+
+def test_stops_and_lengths(llm):
+    [reference_output] = llm.generate([reference.prompt(9)], GREEDY)
+    ids = reference_output.outputs[0].token_ids
+    assert reference_output.outputs[0].finish_reason == "length"
+    stop = ids[5]
+    first = ids.index(stop)
+    [output] = llm.generate([reference.prompt(9)], dataclasses.replace(GREEDY, stop_token_ids=[stop]))
+    assert output.outputs[0].token_ids == ids[: first + 1]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
+    [output] = llm.generate([reference.prompt(9)], dataclasses.replace(GREEDY, stop_token_ids=[stop], min_tokens=20))
+    assert stop not in output.outputs[0].token_ids[:20]
+
+
+def test_logprobs(llm):
+    [output] = llm.generate([reference.prompt(9)], dataclasses.replace(GREEDY, logprobs=4))
+    for token, position in zip(output.outputs[0].token_ids, output.outputs[0].logprobs):
+        values = [entry.logprob for entry in position.values()]
+        assert len(position) == 4 and values == sorted(values, reverse=True)
+        assert next(iter(position)) == token and values[0] == max(values) and all(v <= 0 for v in values)
+    [none] = llm.generate([reference.prompt(9)], GREEDY)
+    assert none.outputs[0].logprobs is None and none.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_dummy_weights(tmp_path):
+    with make_llm("tiny", load_format="dummy", num_pages=50, enable_lora=False) as llm:
+        [output] = llm.generate([[1, 2, 3]], GREEDY)
+        assert len(output.outputs[0].token_ids) == 24
+        with pytest.raises(ValueError, match="no tokenizer"):
+            llm.generate("text")
+        with pytest.raises(ValueError, match="enable_lora is False"):
+            llm.add_lora("x", reference.save_adapter(tmp_path, PRESETS["tiny"], 2))
