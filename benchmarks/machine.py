@@ -46,3 +46,19 @@ def read_bandwidth(threads: int | None = None, mbytes: int = 512, repeat: int = 
             worker.join()
         best = min(best, time.perf_counter() - begin)
     return sum(array.nbytes for array in arrays) / best
+
+
+def matmul_rate(size: int = 1024, repeat: int = 7) -> float:
+    """Float32 operations a second of a large matrix product through XLA on the default device: the best of some."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

@@ -1,7 +1,7 @@
 """Llama in Flax NNX: Llama 1 to 3 and what is Llama-shaped.
 
 The layers are unrolled, not scanned: a scan over stacked weights makes XLA copy each layer's weights before its product
-(three times the traffic of a decode step). Kernels are `[d_in, d_out]`; q k v and gate up are stored side by side so that
+(three times the traffic of a decode step). Matrices are `[d_out, d_in]`; q k v and gate up are stored side by side so that
 one product serves what shares an input. How tokens attend and what adapters add is passed in, so that serving (paged) and
 training (dense) run the same layers.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.ops.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """`(q [..., heads, head_dim], k, v [..., kv_heads, head_dim], extra) -> ([..., heads, head_dim], extra)`."""
@@ -61,10 +62,10 @@ class RMSNorm(nnx.Module):
 
 class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (d_out, d_in), dtype) * d_in**-0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...]
+        return linear(x, self.weight[...])
 
 
 class LlamaLayer(nnx.Module):
@@ -145,9 +146,8 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., vocab]` float32 of `hidden` `[..., hidden]`."""
         with jax.named_scope("head"):
-            if self.head is None:
-                return jnp.einsum("...d,vd->...v", hidden, self.embed[...], preferred_element_type=jnp.float32)
-            return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+            weight = self.embed if self.head is None else self.head.weight
+            return linear(hidden, weight[...], jnp.dtype(jnp.float32))
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, extra: Any) -> tuple[jax.Array, Any]:
@@ -173,10 +173,10 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
             raise ValueError(f"tensor {name} is {list(tensor.shape)}; the config says {list(shape)}")
         return tensor
 
-    def kernel(prefix: str, *targets: str) -> jax.Array:
+    def matrix(prefix: str, *targets: str) -> jax.Array:
         shapes = [config.target_shape(t) for t in targets]
         matrices = [take(f"{prefix}.{t}.weight", d_out, d_in) for t, (d_in, d_out) in zip(targets, shapes)]
-        return jnp.asarray(np.ascontiguousarray(np.concatenate(matrices).T), dtype)
+        return jnp.asarray(np.concatenate(matrices), dtype)
 
     def vector(name: str) -> jax.Array:
         return jnp.asarray(take(name, config.hidden_size), dtype)
@@ -186,15 +186,15 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
     model.embed.set_value(jnp.asarray(take("model.embed_tokens.weight", vocab, d), dtype))
     model.norm.scale.set_value(vector("model.norm.weight"))
     if model.head is not None:
-        model.head.kernel.set_value(jnp.asarray(np.ascontiguousarray(take("lm_head.weight", vocab, d).T), dtype))
+        model.head.weight.set_value(jnp.asarray(take("lm_head.weight", vocab, d), dtype))
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
         layer.attention_norm.scale.set_value(vector(f"{prefix}.input_layernorm.weight"))
         layer.mlp_norm.scale.set_value(vector(f"{prefix}.post_attention_layernorm.weight"))
-        layer.qkv.kernel.set_value(kernel(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"))
-        layer.o.kernel.set_value(kernel(f"{prefix}.self_attn", "o_proj"))
-        layer.gate_up.kernel.set_value(kernel(f"{prefix}.mlp", "gate_proj", "up_proj"))
-        layer.down.kernel.set_value(kernel(f"{prefix}.mlp", "down_proj"))
+        layer.qkv.weight.set_value(matrix(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"))
+        layer.o.weight.set_value(matrix(f"{prefix}.self_attn", "o_proj"))
+        layer.gate_up.weight.set_value(matrix(f"{prefix}.mlp", "gate_proj", "up_proj"))
+        layer.down.weight.set_value(matrix(f"{prefix}.mlp", "down_proj"))
     return model
 
 
