@@ -130,7 +130,11 @@ def table(workloads: list[dict], passes: dict[str, list[dict]], floors: dict[str
         rate = {p: tokens / float(np.median([r[name]["seconds"] for r in runs])) for p, runs in passes.items()}
         ttft = {p: float(np.median([np.median(r[name]["ttft"]) for r in runs])) for p, runs in passes.items()}
         for peer, runs in passes.items():
-            same = [a == b for mine, its in zip(passes["ours"][0][name]["tokens"], runs[0][name]["tokens"]) for a, b in zip(mine, its)]
+            same = [
+                a == b
+                for mine, its in zip(passes["ours"][0][name]["tokens"], runs[0][name]["tokens"])
+                for a, b in zip(mine, its)
+            ]
             rows.append(
                 {
                     "workload": name,

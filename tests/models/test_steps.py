@@ -28,7 +28,9 @@ NUM_PAGES = 2000
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("tiles,tile_tokens", [(1, steps.DECODE_TILE), (6, steps.DECODE_TILE), (1, steps.PREFILL_TILE), (2, steps.PREFILL_TILE)])
+@pytest.mark.parametrize(
+    "tiles,tile_tokens", [(1, steps.DECODE_TILE), (6, steps.DECODE_TILE), (1, steps.PREFILL_TILE), (2, steps.PREFILL_TILE)]
+)
 def test_the_pool_is_updated_in_place(tiles, tile_tokens, lora):
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, jnp.dtype("float32"), nnx.Rngs(0))))
     pages = [jax.ShapeDtypeStruct((NUM_PAGES, LAYOUT.page_elems), jnp.float32)] * CONFIG.num_layers

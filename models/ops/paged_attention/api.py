@@ -55,7 +55,9 @@ def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, page_ids: jax.Array, 
         page_ids, slots: `[tokens]` int32, the page and the place in it of each token; padding goes to the trash page.
     """
     chex.assert_equal_shape([k, v])
-    if k.shape[0] == 1:  # XLA would make one write a slice update, fuse that into each of its readers and copy the pool for each
+    if (
+        k.shape[0] == 1
+    ):  # XLA would make one write a slice update, fuse that into each of its readers and copy the pool for each
         k, v, page_ids, slots = (jnp.repeat(a, 2, axis=0) for a in (k, v, page_ids, slots))
     _, kv_heads, head_dim = k.shape
     view = pages.reshape(pages.shape[0], 2, kv_heads, -1, head_dim)
