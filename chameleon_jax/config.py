@@ -23,7 +23,7 @@ class EngineConfig:
         max_lora_rank: largest rank that is served, 1 to 256.
         lora_host_bytes: bytes that packed adapters may take in host memory; the rest waits on disk.
         num_pages: pages of the device pool; None: what gpu_memory_utilization leaves, or on CPU enough for every running
-            request at full length and half as much again for adapters, 2 GiB at most.
+            request at full length and for adapters half as much again, or the largest one; 2 GiB at most.
         gpu_memory_utilization: share of the device's memory that weights, pool and scratch may take.
         page_tokens: tokens of a page at least.
         enable_lora: False compiles no LoRA program and refuses adapters.

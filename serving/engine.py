@@ -231,7 +231,8 @@ class Engine:
             room = int(stats["bytes_limit"] * self.config.gpu_memory_utilization) - stats["bytes_in_use"] - scratch
         else:
             sequences = self.config.max_num_seqs * self.layout.pages_for_tokens(self.max_model_len)
-            room = min(CPU_POOL_BYTES, sequences * page_bytes * 3 // 2)
+            adapters = max(sequences // 2, self._buckets().max_adapter_pages)
+            room = min(CPU_POOL_BYTES, (1 + sequences + adapters) * page_bytes)
         if room < 2 * page_bytes:
             raise ValueError(f"no room for a page pool: {room} bytes are left and a page takes {page_bytes}")
         return room // page_bytes

@@ -17,7 +17,8 @@ def serve(engine: Engine, work: Path, requests: list[dict], concurrency: int) ->
     waiting = list(enumerate(requests))[::-1]
     sent: dict[int, float] = {}
     running: dict[str, int] = {}
-    ttft, tokens = [0.0] * len(requests), [[]] * len(requests)
+    ttft = [0.0] * len(requests)
+    tokens: list[list[int]] = [[]] * len(requests)
     begin = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < concurrency:
@@ -27,12 +28,12 @@ def serve(engine: Engine, work: Path, requests: list[dict], concurrency: int) ->
             params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
             running[engine.submit(request["prompt_token_ids"], params, lora).request_id] = i
             sent[i] = time.perf_counter()
-        for request in engine.loop.step():
-            i = running[request.request_id]
+        for served in engine.loop.step():
+            i = running[served.request_id]
             ttft[i] = ttft[i] or time.perf_counter() - sent[i]
-            if request.finish_reason is not None:
-                tokens[i] = request.output_token_ids
-                del running[request.request_id]
+            if served.finish_reason is not None:
+                tokens[i] = served.output_token_ids
+                del running[served.request_id]
     return {"seconds": time.perf_counter() - begin, "ttft": ttft, "tokens": tokens}
 
 

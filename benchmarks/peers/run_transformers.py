@@ -38,8 +38,9 @@ def serve(model, requests: list[dict], concurrency: int) -> dict:
         arguments = {"input_ids": ids, "attention_mask": mask}
         if isinstance(model, PeftModel):
             arguments["adapter_names"] = [r["adapter"] or "__base__" for r in batch]
-        clock, new = FirstToken(), batch[0]["max_tokens"]
+        new = batch[0]["max_tokens"]
         sent = time.perf_counter()
+        clock = FirstToken()
         with torch.inference_mode():
             output = model.generate(
                 **arguments,
@@ -49,6 +50,7 @@ def serve(model, requests: list[dict], concurrency: int) -> dict:
                 pad_token_id=0,
                 logits_processor=LogitsProcessorList([clock]),
             )
+        assert clock.at is not None
         ttft += [clock.at - sent] * len(batch)
         tokens += output[:, length:].tolist()
     return {"seconds": time.perf_counter() - begin, "ttft": ttft, "tokens": tokens}

@@ -16,7 +16,8 @@ def serve(engine, work: Path, requests: list[dict], concurrency: int, tag: str) 
     waiting = list(enumerate(requests))[::-1]
     sent: dict[int, float] = {}
     running: dict[str, int] = {}
-    ttft, tokens = [0.0] * len(requests), [[]] * len(requests)
+    ttft = [0.0] * len(requests)
+    tokens: list[list[int]] = [[]] * len(requests)
     begin = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < concurrency:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
 WEIGHTS_FIRST_ROWS = range(2, 257)
 """With one row XLA has a matrix-vector product of its own; with more than 256 the transposition costs what is won."""
 

@@ -1,4 +1,4 @@
-"""Attention in plain XLA that reads each sequence's own pages only: a loop over groups of tiles, within it over blocks of pages.
+"""Attention in plain XLA that reads only a sequence's own pages: a loop over groups of tiles, inside it over blocks of pages.
 
 The loops' trip counts are data, so one program serves every length. Tiles of like length share a group, so that little is
 padded to the longest of it, and a group's block of keys and values stays in the core's cache between the two products. On
