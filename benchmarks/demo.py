@@ -143,7 +143,7 @@ def _times(group: list[Request]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=4.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     console = Console()

@@ -48,7 +48,7 @@ def read_bandwidth(threads: int | None = None, mbytes: int = 512, repeat: int = 
     return sum(array.nbytes for array in arrays) / best
 
 
-def matmul_rate(size: int = 1024, repeat: int = 7) -> float:
+def matmul_rate(size: int = 1024, repeat: int = 50) -> float:
     """Float32 operations a second of a large matrix product through XLA on the default device: the best of some."""
     import jax
     import jax.numpy as jnp
