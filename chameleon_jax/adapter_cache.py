@@ -54,6 +54,7 @@ class AdapterCache:
         self.pool = pool
         self.counters = CacheCounters()
         self.loads_by_adapter: dict[str, int] = {}
+        self.num_loading = 0
         self._policy = POLICIES[policy]
         self._entries: dict[str, CacheEntry] = {}
 
@@ -136,18 +137,21 @@ class AdapterCache:
             raise ValueError(f"adapter {content_hash[:12]} is {entry.tier.value} already")
         entry.pages = self.pool.allocate_adapter(content_hash, entry.info.num_pages)
         entry.tier = AdapterTier.LOADING
+        self.num_loading += 1
         return entry.pages
 
     def finish_load(self, content_hash: str) -> None:
         """LOADING -> RESIDENT."""
         entry = self._entries[content_hash]
         entry.tier = AdapterTier.RESIDENT
+        self.num_loading -= 1
         self.counters.loads += 1
         self.counters.bytes_loaded += entry.info.num_bytes
         self.loads_by_adapter[content_hash] = self.loads_by_adapter.get(content_hash, 0) + 1
 
     def fail_load(self, content_hash: str) -> None:
         """LOADING -> HOST: the weights could not be had; the pages are free again."""
+        self.num_loading -= 1
         self._to_host(self._entries[content_hash])
 
     def evict_idle(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -48,11 +49,19 @@ class SamplingParams:
             if not condition:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
 
+        for field in ("temperature", "top_p", "min_p"):
+            require(isinstance(getattr(self, field), numbers.Real), field, "a number")
+        for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+            value = getattr(self, field)
+            require(
+                isinstance(value, numbers.Integral) or (value is None and field in ("seed", "logprobs")), field, "an integer"
+            )
+            object.__setattr__(self, field, value if value is None else int(value))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
         require(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
-        require(isinstance(self.top_k, int) and -1 <= self.top_k < 2**31, "top_k", "-1 or 0 (all), or 1 and more")
+        require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (all), or 1 and more")
         require(0 <= self.min_p <= 1, "min_p", "0 to 1")
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         require(self.max_tokens >= 1, "max_tokens", "1 or more")

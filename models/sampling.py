@@ -78,8 +78,8 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     temperature, top_p, min_p = jnp.asarray(rows.floats).T
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))  # in [0, 1]; the best token has 1
-    keep = weights >= _threshold(weights, integers[:, 4], top_p)[:, None]
-    keep &= weights >= min_p[:, None]
+    weights = jnp.where(weights >= min_p[:, None], weights, 0.0)
+    keep = (weights > 0) & (weights >= _threshold(weights, integers[:, 4], top_p)[:, None])
 
     def gumbel(row: jax.Array) -> jax.Array:
         key = jax.random.key(row[2].astype(jnp.uint32))
@@ -93,7 +93,7 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
 def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """The largest weight `[rows]` at or above which at least top_k tokens and a share top_p of the mass lie.
 
-    Ties at the threshold are all kept, as Hugging Face does. top_p applies to what top_k left (vLLM's order).
+    Ties at the threshold are all kept, as Hugging Face does. top_p applies to what min_p and top_k left (vLLM's order).
     """
 
     def bisect(enough) -> jax.Array:

@@ -65,8 +65,11 @@ def generate(
         for name, path in adapters.items():
             llm.add_lora(name, path)
         requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
-        text = llm.get_tokenizer().apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-        for output in llm.generate([text] * len(requests), params, lora_request=requests):
+        messages = [{"role": "user", "content": prompt}]
+        count = len(requests)
+        for output in (
+            llm.chat([messages] * count, params, requests) if chat else llm.generate([prompt] * count, params, requests)
+        ):
             if output.lora_request is not None:
                 console.print(f"[bold]{output.lora_request.name}[/bold]")
             print(output.outputs[0].text)

@@ -89,6 +89,7 @@ class Engine:
         self.store = HostStore(config.lora_host_bytes, None)
         self._placements: dict[str, AdapterPlacement] = {}
         self.registry = AdapterRegistry()
+        self._paths: dict[str, str] = {}  # where a named adapter was read from
         self.loop = ServingLoop(
             config,
             JaxExecutor(self.device, self.store, self._placements),
@@ -113,7 +114,9 @@ class Engine:
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then.
         """
-        return self.add_lora_weights(name, peft.load(path, self.model_config))
+        info = self.add_lora_weights(name, peft.load(path, self.model_config))
+        self._paths[name] = str(path)
+        return info
 
     def add_lora_weights(self, name: str, weights: AdapterWeights) -> AdapterInfo:
         """`add_lora` of weights that are in memory."""
@@ -139,6 +142,7 @@ class Engine:
             self._placements[content_hash] = placement
         self.loop.add_adapter(info)
         old = self.registry.set(name, info)
+        self._paths.pop(name, None)
         if old is not None and not self.registry.names_of(old.content_hash):
             self.loop.remove_adapter(old.content_hash)
         return info
@@ -146,6 +150,7 @@ class Engine:
     def remove_lora(self, name: str) -> None:
         """Unnames an adapter. Requests that use it finish; then its memory is free. Raises KeyError."""
         info = self.registry.remove(name)
+        self._paths.pop(name, None)
         if not self.registry.names_of(info.content_hash):
             self.loop.remove_adapter(info.content_hash)
 
@@ -182,12 +187,12 @@ class Engine:
             ValueError: the request can never run; says why. KeyError: no adapter of that name. QueueFull.
         """
         vocab = self.model_config.vocab_size
-        bad = next((t for t in (*prompt_token_ids, *params.stop_token_ids) if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is out of range; allowed: 0 to {vocab - 1}")
+        for t in (*prompt_token_ids, *params.stop_token_ids):
+            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
+                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
         adapter = None
         if lora is not None:
-            if self.registry.get(lora.name) is None and lora.path is not None:
+            if lora.path is not None and self._paths.get(lora.name) != str(lora.path):
                 self.add_lora(lora.name, lora.path)
             adapter = self._named(lora.name).content_hash
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
@@ -198,7 +203,7 @@ class Engine:
             raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=[int(t) for t in prompt_token_ids],
             params=params,
             arrival_time=self.clock() if arrival_time is None else arrival_time,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,

@@ -88,15 +88,16 @@ class JaxExecutor:
         return ended
 
     def _advance(self, load: _Load, wait: bool) -> LoadResult | None:
-        """Moves a load on as far as it goes without waiting: one piece a step, so that no step waits for a whole adapter."""
-        if load.pieces is None:
-            if not load.block.done():
-                return None
-            if (error := load.block.exception()) is not None:
-                return LoadResult(load.content_hash, error if isinstance(error, Exception) else RuntimeError(str(error)))
-            load.pieces = self._split(load.block.result(), load.pages)
-        while load.pieces and (wait or load.pieces[0][0].is_ready()):
-            self._engine.write_adapter(*load.pieces.popleft())
+        """Moves a load on as far as it goes without waiting: the pieces that have arrived are written."""
+        if load.pieces is None and not load.block.done():
+            return None
+        try:
+            if load.pieces is None:
+                load.pieces = self._split(load.block.result(), load.pages)
+            while load.pieces and (wait or load.pieces[0][0].is_ready()):
+                self._engine.write_adapter(*load.pieces.popleft())
+        except Exception as error:  # whatever it is, it belongs to the requests that wait for the adapter
+            return LoadResult(load.content_hash, error)
         if load.pieces:
             return None
         self._resident[load.content_hash] = ResidentAdapter(self._placements[load.content_hash], tuple(load.pages))

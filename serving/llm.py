@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,8 @@ class LLM:
                 self.engine.loop.step()
         except BaseException:
             for request in requests:
-                self.engine.loop.abort(request.request_id)
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    self.engine.loop.abort(request.request_id)
             raise
         return [
             make_output(request, prompt if isinstance(prompt, str) else None, lora, self.engine.tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
-from chameleon_jax.scheduler import SCHEDULERS, Scheduler
+from chameleon_jax.scheduler import SCHEDULERS, Scheduler, StepPlan
 from chameleon_jax.serving.executor import Executor, SampledToken
 
 
@@ -68,13 +69,14 @@ class ServingLoop:
         self._forget = forget
         self._requests: dict[str, Request] = {}
         self._orders = 0
-        self._in_flight: Any = None  # handle of the step that was dispatched last
+        self._in_flight: deque[Any] = deque()  # handles of dispatched steps whose tokens were not looked at
+        self._failed = False
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests) or self._in_flight is not None
+        return bool(self._requests or self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Takes a request in.
@@ -148,21 +150,39 @@ class ServingLoop:
     # -- the step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """One round. Returns the requests that have new tokens or ended."""
-        now = self._clock()
+        """One round. Returns the requests that have new tokens or ended.
+
+        An interrupt while it waits for the device loses nothing: the next call goes on.
+
+        Raises:
+            RuntimeError: an earlier call failed between planning and dispatch, so what was planned did not run.
+        """
+        if self._failed:
+            raise RuntimeError("an earlier step failed; start a new engine")
         ended = self._finish_loads()
-        plan = self.scheduler.plan(now)
-        handle = self.executor.dispatch(plan) if plan.runs else None
-        for content_hash, pages in plan.loads:
-            self.executor.begin_load(content_hash, pages)
-        if handle is not None:
-            self.counters.steps += 1
-            self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
-            self.counters.decode_rows += len(plan.decodes)
-        elif self._in_flight is None and self._requests:
+        plan = self._start_step()
+        if not plan.runs and not self._in_flight and self._requests:
             ended += self._finish_loads(wait=True)  # whoever is left waits for an adapter
-        previous, self._in_flight = self._in_flight, handle
-        return ended + (self._hand_out(self.executor.collect(previous)) if previous is not None else [])
+        while len(self._in_flight) > plan.runs:
+            tokens = self.executor.collect(self._in_flight[0])
+            self._in_flight.popleft()
+            ended += self._hand_out(tokens)
+        return ended
+
+    def _start_step(self) -> StepPlan:
+        try:
+            plan = self.scheduler.plan(self._clock())
+            for content_hash, pages in plan.loads:
+                self.executor.begin_load(content_hash, pages)
+            if plan.runs:
+                self._in_flight.append(self.executor.dispatch(plan))
+        except BaseException:
+            self._failed = True
+            raise
+        self.counters.steps += plan.runs
+        self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
+        self.counters.decode_rows += len(plan.decodes)
+        return plan
 
     def _finish_loads(self, wait: bool = False) -> list[Request]:
         ended: list[Request] = []
@@ -211,16 +231,12 @@ class ServingLoop:
 
     def _cut_at_stop(self, request: Request, searched: int) -> bool:
         """Ends the request where its text from `searched` on completes a stop string (which is cut off)."""
-        if len(request.output_token_ids) < request.params.min_tokens:
+        stop = _cut(request, searched)
+        if stop is None:
             return False
-        for stop in request.params.stop:
-            at = request.text.find(stop, max(0, searched - len(stop) + 1))
-            if at >= 0:
-                request.text = request.text[:at]
-                request.stream = None
-                self._finish(request, FinishReason.STOP, stop)
-                return True
-        return False
+        request.stream = None
+        self._finish(request, FinishReason.STOP, stop)
+        return True
 
     def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None) -> None:
         now = self._clock()
@@ -230,16 +246,25 @@ class ServingLoop:
         if request.stream is not None:
             searched = len(request.text)
             request.text += request.stream.flush()
-            for stop in request.params.stop if reason is FinishReason.LENGTH else ():
-                at = request.text.find(stop, max(0, searched - len(stop) + 1))
-                if at >= 0:
-                    request.text, request.finish_reason, request.stop_reason = (
-                        request.text[:at],
-                        FinishReason.STOP,
-                        stop,
-                    )
+            if reason is FinishReason.LENGTH and (stop := _cut(request, searched)) is not None:
+                request.finish_reason, request.stop_reason = FinishReason.STOP, stop
         del self._requests[request.request_id]
         self.counters.finished += 1
         if request.adapter is not None:
             for gone in self.cache.unhold(request.adapter):
                 self._forget(gone)
+
+
+def _cut(request: Request, searched: int) -> str | None:
+    """Cuts the text before the stop string that what follows `searched` completes, and returns it.
+
+    Stop strings count from the first token after min_tokens on, as in vLLM.
+    """
+    if request.params.min_tokens and len(request.output_token_ids) <= request.params.min_tokens:
+        return None
+    for stop in request.params.stop:
+        at = request.text.find(stop, max(0, searched - len(stop) + 1))
+        if at >= 0:
+            request.text = request.text[:at]
+            return stop
+    return None

@@ -23,6 +23,10 @@ from chameleon_jax.request import SamplingParams
         ("stop", [""]),
         ("stop_token_ids", range(9)),
         ("logprobs", 21),
+        ("max_tokens", 8.0),
+        ("seed", 1.5),
+        ("logprobs", 2.0),
+        ("temperature", "hot"),
     ],
 )
 def test_sampling_params_name_what_is_wrong(field, value):

@@ -52,6 +52,11 @@ def test_min_p():
     assert (p[drawn] >= 0.3 * p.max() * (1 - 1e-5)).all()
 
 
+def test_min_p_comes_before_top_p():
+    p = jnp.log(jnp.array([0.4, 0.3, 0.1, 0.1, 0.1] + [1e-9] * (VOCAB - 5)))
+    assert np.flatnonzero(counts(p, 2_000, min_p=0.5, top_p=0.5)).tolist() == [0]  # 0.4 of what min_p left is 0.57
+
+
 def test_rows_do_not_depend_on_their_neighbours():
     rows, mode = pack_draws({i: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9)
     together = sample(LOGITS, rows, mode).tokens

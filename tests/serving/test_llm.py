@@ -143,6 +143,15 @@ def test_a_running_request_keeps_the_weights_it_started_with(model, adapters, tm
         assert old not in engine.loop.cache and old not in engine.store  # nothing holds the old weights any more
 
 
+def test_another_path_under_a_name_replaces_the_adapter(model, adapters):
+    with make_llm(model) as llm:
+        paths = [adapters[0].path, adapters[1].path, adapters[1].path]
+        first, second, again = (
+            tokens(llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("x", path))) for path in paths
+        )
+        assert first != second and second == again
+
+
 def test_removed_memory_comes_back(model, adapters):
     with make_llm(model) as llm:
         loop = llm.engine.loop
@@ -188,6 +197,8 @@ def test_what_can_never_run_is_refused_at_once(llm, adapters, tmp_path):
 def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(llm):
     with pytest.raises(ValueError, match="token id"):
         llm.generate([[1, 2], [3, -4]], GREEDY)
+    with pytest.raises(ValueError, match="token id 2.0"):
+        llm.generate([[1, 2.0]], GREEDY)
     while llm.engine.loop.has_unfinished:
         llm.engine.loop.step()
     assert llm.engine.loop.pool.usage().kv == 0

@@ -244,3 +244,65 @@ def test_stop_strings_are_cut_off_even_across_tokens():
         run(loop)
         assert request.text == plain.text[:at]
         assert request.stop_reason == (stop if at is not None else None)
+
+
+def test_a_request_whose_adapter_lacks_memory_is_not_passed_for_ever():
+    loop, executor, _ = make_loop(41, max_num_seqs=8)
+    loop.add_adapter(adapter("large", 20))
+    for number in range(8):
+        loop.submit(make_request(number, 8, 12))
+    loop.step()
+    late = make_request(100, 4, 4, "large")
+    loop.submit(late)
+    for number in range(200, 260):  # more arrives than leaves
+        loop.submit(make_request(number, 8, 12))
+    before = loop.counters.finished
+    while late.state is not RequestState.FINISHED:
+        loop.step()
+        assert loop.counters.finished - before < 30
+    assert late.output_token_ids == expected(executor, late)
+    run(loop)
+
+
+def test_prefetch_leaves_running_requests_room_to_grow():
+    loop, _, _ = make_loop(13, load_polls=8, max_num_seqs=2)
+    loop.add_adapter(adapter("waits", 6))
+    for number in range(2):
+        loop.submit(make_request(number, 6, 16))
+    loop.step()
+    loop.submit(make_request(2, 4, 4, "waits"))
+    run(loop)
+    assert loop.scheduler.num_squashes == 0  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_while_waiting_for_the_device_loses_nothing():
+    loop, executor, _ = make_loop(30)
+    request = make_request(0, 5, 10)
+    loop.submit(request)
+    collect, calls = executor.collect, []
+
+    def interrupted(handle):
+        calls.append(handle)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return collect(handle)
+
+    executor.collect = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(loop)
+    run(loop)
+    assert request.output_token_ids == expected(executor, request)
+
+
+def test_a_step_that_fails_says_so_from_then_on():
+    loop, executor, _ = make_loop(30)
+    loop.submit(make_request(0, 5, 10))
+
+    def broken(plan):
+        raise OSError("device lost")
+
+    executor.dispatch = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="device lost"):
+        loop.step()
+    with pytest.raises(RuntimeError, match="an earlier step failed"):
+        loop.step()

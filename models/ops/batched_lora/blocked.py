@@ -23,9 +23,11 @@ def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTarg
         at = block * BLOCK_ROWS
         addresses = lax.dynamic_slice_in_dim(targets.addresses[t], at, BLOCK_ROWS, axis=1)
         owner = lax.dynamic_slice_in_dim(targets.row_adapter[t], at, BLOCK_ROWS)
-        window = targets.windows[t, block]
+        # the last window may have to slide back over tokens of the one before, which had this adapter's update already
+        window = jnp.minimum(targets.windows[t, block], x.shape[0] - window_tokens)
+        mine = (window + jnp.arange(window_tokens) >= targets.windows[t, block])[:, None]
+        mine &= lax.dynamic_slice_in_dim(targets.token_adapter, window, window_tokens)[:, None] == owner
         tokens = lax.dynamic_slice_in_dim(x, window, window_tokens)
-        mine = lax.dynamic_slice_in_dim(targets.token_adapter, window, window_tokens)[:, None] == owner
         a = gather_rows(pages, addresses[0], d_in)
         b = gather_rows(pages, addresses[1], d_out)
         low = jnp.einsum("nd,rd->nr", tokens, a, preferred_element_type=jnp.float32)

@@ -70,7 +70,7 @@ def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (16, 1), (8, 32)])
+@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (16, 1), (12, 1), (8, 32), (6, 32)])
 def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens):
     everything = [{t: r for t in TARGETS} for r in (1, 3, 8, 64, 256)]
     pool, adapters = make_pool([*everything, {"q_proj": 5, "v_proj": 130}, {"down_proj": 7}])
