@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import describe, read_bandwidth
+from benchmarks.machine import describe, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import random_model
@@ -126,16 +125,7 @@ def main() -> None:
     enable_compilation_cache()
     result = measure(args.rows, args.context, args.rounds, args.steps)
     result = {**describe(f"python -m benchmarks.lora_cost --rows {args.rows} --context {args.context}"), **result}
-    for key, value in result.items():
-        if key != "table":
-            print(f"{key}: {value}")
-    rows = result["table"]
-    assert isinstance(rows, list)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(v) for v in row.values()) + " |")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def describe(command: str) -> dict[str, object]:
+def describe(command: str) -> dict[str, Any]:
     """Machine, date, versions, command."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
@@ -27,6 +29,21 @@ def describe(command: str) -> dict[str, object]:
         "versions": versions,
         "command": command,
     }
+
+
+def publish(result: dict[str, Any], out: Path | None) -> None:
+    """Prints a result, its `table` (a list of rows) in Markdown, and writes it as JSON where `out` is given."""
+    for key, value in result.items():
+        if key != "table":
+            print(f"{key}: {value}")
+    header: list[str] = []
+    for row in result["table"]:
+        if list(row) != header:
+            header = list(row)
+            print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_bandwidth(threads: int | None = None, mbytes: int = 512, repeat: int = 5) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.lora_cost import Placed
-from benchmarks.machine import describe, matmul_rate, read_bandwidth
+from benchmarks.machine import describe, matmul_rate, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import blocked as lora_blocked
 from chameleon_jax.models.ops.batched_lora import plan as lora_plan
@@ -144,23 +143,19 @@ def measure() -> dict[str, Any]:
     for adapters, rank in ((16, 8), (32, 8), (16, 64)):
         name = f"LoRA, 32 rows, {adapters} adapters of rank {rank}"
         cases.append((name, functools.partial(loras, adapters, rank), floor(adapters * rank * per_rank, 64 * rank * per_rank)))
-    table = [{"op": name, "floor ms": round(low, 3)} | {k: round(v, 3) for k, v in run().items()} for name, run, low in cases]
-    return {"read_gb_per_s": round(bandwidth / 1e9, 1), "matmul_gflop_per_s": round(rate / 1e9), "ms a layer": table}
+    table = [
+        {"op, ms a layer": name, "floor": round(low, 3)} | {k: round(v, 3) for k, v in run().items()}
+        for name, run, low in cases
+    ]
+    return {"read_gb_per_s": round(bandwidth / 1e9, 1), "matmul_gflop_per_s": round(rate / 1e9), "table": table}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write JSON here")
     args = parser.parse_args()
-    result: dict[str, Any] = describe("python -m benchmarks.ops") | measure()
-    for key, value in result.items():
-        if key != "ms a layer":
-            print(f"{key}: {value}")
-    print("milliseconds a layer:")
-    for row in result["ms a layer"]:
-        print("  ".join(f"{key}: {value}" if key != "op" else str(value) for key, value in row.items()))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    result = describe("python -m benchmarks.ops") | measure()
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks.machine import describe, matmul_rate, read_bandwidth
+from benchmarks.machine import describe, matmul_rate, publish, read_bandwidth
 from chameleon_jax.checkpoints import huggingface, peft
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -179,14 +179,7 @@ def main() -> None:
     result = describe(f"python -m benchmarks.peers.compare --passes {args.passes}")
     result |= {"peers": {p: PEERS[p][0] for p in args.peers}, "read_gb_per_s": round(bandwidth / 1e9, 1)}
     result |= {"matmul_gflop_per_s": round(rate / 1e9), "table": rows}
-    for key, value in result.items():
-        if key != "table":
-            print(f"{key}: {value}")
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(v) for v in row.values()) + " |")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    publish(result, args.out)
 
 
 if __name__ == "__main__":
