@@ -18,7 +18,7 @@ check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/lint-imports
 
 parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
-	$(BIN)/python -m pytest tests/parity --override-ini addopts="-q --import-mode=importlib" -W ignore::DeprecationWarning
+	$(BIN)/python -m pytest tests/parity --override-ini addopts="-q --import-mode=importlib" -W default
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .

@@ -34,18 +34,20 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`adapters` adapters of `rank`, given to the rows in turn."""
+    """`adapters` adapters of `rank`, given to the rows in turn; `enable_lora` says whether the engine has programs for any."""
 
     name: str
     adapters: int = 0
     rank: int = 0
     targets: tuple[str, ...] = TARGETS
+    enable_lora: bool = True
 
 
 def cases() -> list[Case]:
     attention = TARGETS[:4]
     return [
-        Case("base only"),
+        Case("base only, engine without LoRA", enable_lora=False),
+        Case("base only, engine with LoRA"),
         Case("16 x rank 8, q k v o", 16, 8, attention),
         Case("16 x rank 8, all seven", 16, 8),
         Case("16 x rank 16, all seven", 16, 16),
@@ -64,11 +66,15 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     held = max(c.adapters * layout.place({t: c.rank for t in c.targets}).num_pages for c in cases() if c.adapters)
     num_pages = 1 + rows * width + held
     model = random_model(config, jnp.dtype("float32"))
-    engine = DeviceEngine(model, layout, buckets, num_pages, jnp.dtype("float32"))
+    engines = {
+        enabled: DeviceEngine(model, layout, shapes, num_pages, jnp.dtype("float32"))
+        for enabled, shapes in ((True, buckets), (False, dataclasses.replace(buckets, max_adapter_pages=0)))
+    }
     bandwidth = read_bandwidth()
 
     def run(case: Case) -> float:
         """Seconds of one step, the mean over `steps`."""
+        engine = engines[case.enable_lora]
         placed: list[Placed | None] = [None]
         if case.adapters:
             placement = layout.place({t: case.rank for t in case.targets})
@@ -92,14 +98,14 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     for _ in range(rounds):
         for case in cases():
             times[case.name].append(run(case))
-    base = float(np.median(times["base only"]))
+    base = float(np.median(times[cases()[0].name]))
     table = []
     for case in cases():
         seconds = float(np.median(times[case.name]))
         per_rank = sum(sum(config.target_shape(t)) for t in case.targets)
         extra_bytes = case.adapters * case.rank * per_rank * config.num_layers * 4
         extra_flops = 2 * rows * case.rank * per_rank * config.num_layers if case.adapters else 0
-        paired = np.median(np.array(times[case.name]) / np.array(times["base only"]))
+        paired = np.median(np.array(times[case.name]) / np.array(times[cases()[0].name]))
         table.append(
             {
                 "case": case.name,
