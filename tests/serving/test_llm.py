@@ -68,16 +68,26 @@ def test_batch_of_32_and_chunked(model, adapters, alone):
         assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
 
 
-def test_squashed_and_recomputed_with_adapters_evicted_and_reloaded(model, adapters, alone):
+def test_adapters_evicted_and_reloaded(model, adapters, alone):
     prompts, loras = workload(adapters)
-    with make_llm(model, num_pages=64, predicted_output_len=1) as llm:
+    with make_llm(model, num_pages=64) as llm:
         outputs = llm.generate(prompts, GREEDY, lora_request=loras)
         counters, loop = llm.engine.loop.cache.counters, llm.engine.loop
-        assert loop.scheduler.num_squashes > 0
         assert counters.evictions > 0 and counters.loads > len(adapters)
         usage = loop.pool.usage()
         assert usage.kv == 0 and usage.free + usage.adapters == usage.total
     assert tokens(outputs) == alone
+
+
+def test_squashed_and_recomputed(model, adapters, alone):
+    prompts, loras = workload(adapters)
+    picks = [i for i, lora in enumerate(loras) if lora in (None, adapters[0])] * 3
+    # one small adapter and far more requests than pages, each admitted for one token of the 24 it will have
+    with make_llm(model, num_pages=40, max_num_seqs=16, max_lora_rank=2, predicted_output_len=1) as llm:
+        outputs = llm.generate([prompts[i] for i in picks], GREEDY, lora_request=[loras[i] for i in picks])
+        assert llm.engine.loop.scheduler.num_squashes > 0
+        assert max(o.metrics.num_squashes for o in outputs) > 0
+    assert tokens(outputs) == [alone[i] for i in picks]
 
 
 def test_adapters_that_wait_on_disk(model, adapters, alone):
