@@ -14,7 +14,7 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     """`[..., d_out]` of `x [..., d_in]` and `weight [d_out, d_in]`.
 
     On CPU the weights come first: XLA's matrix product packs its second operand anew at every call, which for a few rows
-    costs as much as multiplying (1.1 to 1.5 times the whole for 2 to 64 rows, docs/experiments.md).
+    costs as much as multiplying (up to 1.6 times the whole, docs/experiments.md).
     """
     out_dtype = out_dtype or x.dtype
 

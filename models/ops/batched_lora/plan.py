@@ -77,7 +77,7 @@ class LoraTargets:
 
 
 def window_tiles(tiles: int, tile_tokens: int) -> int:
-    """Tiles of a window: 8 rows in decode, 128 tokens in prefill, both measured best on CPU (docs/experiments.md)."""
+    """Tiles of a window: 8 rows in decode (docs/experiments.md has what others cost on CPU), 128 tokens in prefill."""
     return min(tiles, 8 if tile_tokens == 1 else max(1, 128 // tile_tokens))
 
 
