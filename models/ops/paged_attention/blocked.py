@@ -3,7 +3,8 @@
 The loops' trip counts are data, so one program serves every length. Tiles of like length share a group, so that little is
 padded to the longest of it, and a group's block of keys and values stays in the core's cache between the two products. On
 CPU this is 5 times as fast as one large gather for 32 rows, whose temporary is touched once and thrown away, and groups of
-8 rows 1.5 times as fast as row by row (docs/experiments.md). On a GPU such loops synchronise with the host: a kernel belongs there.
+8 rows 1.5 times as fast as row by row (docs/experiments.md). On a GPU such loops synchronise with the host: a kernel
+belongs there.
 """
 
 from __future__ import annotations
