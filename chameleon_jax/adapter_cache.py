@@ -2,6 +2,8 @@
 
 An adapter that a request runs with is referenced and never leaves; a pinned one neither. The others are idle and leave, by
 the policy's score, when somebody needs their pages; those that a waiting request wants leave last.
+
+The idle ones and their pages are counted as adapters change state, so that asking for room costs the same however many there are.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 from collections.abc import Collection
 
 from chameleon_jax.adapters import AdapterInfo, AdapterTier
-from chameleon_jax.eviction import POLICIES, AdapterUse
+from chameleon_jax.eviction import AdapterUse, make_policy
 from chameleon_jax.page_pool import PagePool
 
 
@@ -48,15 +50,15 @@ class CacheCounters:
 class AdapterCache:
     """Residency of adapters in a `PagePool`."""
 
-    def __init__(self, pool: PagePool, policy: str = "lru"):
-        if policy not in POLICIES:
-            raise ValueError(f"eviction_policy is {policy!r}; allowed: {', '.join(POLICIES)}")
+    def __init__(self, pool: PagePool, eviction: str = "chameleon"):
         self.pool = pool
         self.counters = CacheCounters()
         self.loads_by_adapter: dict[str, int] = {}
         self.num_loading = 0
-        self._policy = POLICIES[policy]
+        self._policy = make_policy(eviction)
         self._entries: dict[str, CacheEntry] = {}
+        self._idle: dict[str, CacheEntry] = {}  # resident, not referenced, not pinned
+        self._idle_pages = 0
 
     def __contains__(self, content_hash: str) -> bool:
         return content_hash in self._entries
@@ -69,15 +71,24 @@ class AdapterCache:
 
     def add(self, info: AdapterInfo, now: float) -> CacheEntry:
         """Makes an adapter known, or one that was removed known again."""
-        entry = self._entries.setdefault(info.content_hash, CacheEntry(info, AdapterUse(info.num_pages, now)))
+        entry = self._entries.get(info.content_hash)
+        if entry is None:
+            entry = self._entries[info.content_hash] = CacheEntry(info, AdapterUse(info.num_pages, info.num_bytes, now))
         entry.removed = False
         return entry
 
     def remove(self, content_hash: str) -> list[str]:
         """Forgets an adapter as soon as no request needs it. Returns the hashes that are forgotten now."""
         entry = self._entries[content_hash]
-        entry.removed, entry.pinned = True, False
+        entry.removed = True
+        self.pin(content_hash, False)
         return self._forget_if_free(entry)
+
+    def pin(self, content_hash: str, pinned: bool = True) -> None:
+        """A pinned adapter does not leave once it is resident."""
+        entry = self._entries[content_hash]
+        entry.pinned = pinned
+        self._count_idle(entry)
 
     def hold(self, content_hash: str) -> None:
         """A request that will need the adapter was submitted."""
@@ -90,26 +101,29 @@ class AdapterCache:
         return self._forget_if_free(entry)
 
     def acquire(self, content_hash: str, now: float) -> None:
-        """A request starts running with a resident adapter."""
+        """A request starts running with an adapter that is resident, or will be before the request's first step."""
         entry = self._entries[content_hash]
-        if entry.tier is not AdapterTier.RESIDENT:
-            raise ValueError(f"adapter {content_hash[:12]} is {entry.tier.value}, not resident")
+        if entry.tier is AdapterTier.HOST:
+            raise ValueError(f"adapter {content_hash[:12]} is host, neither loading nor resident")
         entry.references += 1
-        entry.use.last_used, entry.use.uses = now, entry.use.uses + 1
+        entry.use.use(now)
+        self._policy.used(entry.use, now)
+        self._count_idle(entry)
 
     def release(self, content_hash: str, now: float) -> None:
         """That request stopped running. The adapter stays where it is."""
         entry = self._entries[content_hash]
         entry.references -= 1
         entry.use.last_used = now
+        self._count_idle(entry)
 
-    def reclaimable(self, wanted: Collection[str] | None = None) -> int:
-        """Pages that eviction can free; with `wanted`, those of adapters outside it."""
-        return sum(len(e.pages) for e in self._entries.values() if self._idle(e) and e.info.content_hash not in (wanted or ()))
+    @property
+    def idle_pages(self) -> int:
+        """Pages that eviction can free."""
+        return self._idle_pages
 
-    def can_reserve(self, pages: int) -> bool:
-        """Whether `reserve` would find that many."""
-        return pages <= self.pool.num_free or pages <= self.pool.num_free + self.reclaimable()
+    def is_idle(self, content_hash: str) -> bool:
+        return content_hash in self._idle
 
     def reserve(self, pages: int, now: float, *, keep: Collection[str] = (), wanted: Collection[str] = ()) -> bool:
         """Evicts idle adapters until `pages` pages are free, those outside `wanted` first and those in `keep` never.
@@ -119,15 +133,19 @@ class AdapterCache:
         missing = pages - self.pool.num_free
         if missing <= 0:
             return True
-        idle = [e for e in self._entries.values() if self._idle(e) and e.info.content_hash not in keep]
-        if sum(len(e.pages) for e in idle) < missing:
+        if self._idle_pages < missing:
             return False
-        idle.sort(key=lambda e: (e.info.content_hash in wanted, self._policy(e.use, now)))
-        for entry in idle:
+        idle = [entry for content_hash, entry in self._idle.items() if content_hash not in keep]
+        if sum(len(entry.pages) for entry in idle) < missing:
+            return False
+        scores = self._policy.scores([entry.use for entry in idle], now)
+        order = sorted(range(len(idle)), key=lambda i: (idle[i].info.content_hash in wanted, scores[i]))
+        for i in order:
             if missing <= 0:
                 break
-            missing -= len(entry.pages)
-            self._evict(entry)
+            missing -= len(idle[i].pages)
+            self._evict(idle[i])
+            self._policy.evicted(scores[i])
         return True
 
     def begin_load(self, content_hash: str) -> list[int]:
@@ -144,25 +162,34 @@ class AdapterCache:
         """LOADING -> RESIDENT."""
         entry = self._entries[content_hash]
         entry.tier = AdapterTier.RESIDENT
+        self._count_idle(entry)
         self.num_loading -= 1
         self.counters.loads += 1
         self.counters.bytes_loaded += entry.info.num_bytes
         self.loads_by_adapter[content_hash] = self.loads_by_adapter.get(content_hash, 0) + 1
 
     def fail_load(self, content_hash: str) -> None:
-        """LOADING -> HOST: the weights could not be had; the pages are free again."""
+        """LOADING -> HOST: the weights could not be had or nobody wants them any more; the pages are free again."""
         self.num_loading -= 1
         self._to_host(self._entries[content_hash])
 
-    def evict_idle(self) -> int:
-        """Empties the cache of what nobody uses; returns how many left."""
-        idle = [e for e in self._entries.values() if self._idle(e)]
+    def evict_idle(self, keep: Collection[str] = ()) -> int:
+        """Empties the cache of what nobody uses, `keep` excepted; returns how many left."""
+        idle = [entry for content_hash, entry in self._idle.items() if content_hash not in keep]
         for entry in idle:
             self._evict(entry)
         return len(idle)
 
-    def _idle(self, entry: CacheEntry) -> bool:
-        return entry.tier is AdapterTier.RESIDENT and entry.references == 0 and not entry.pinned
+    def _count_idle(self, entry: CacheEntry) -> None:
+        """Keeps `_idle` true after a change of state."""
+        content_hash = entry.info.content_hash
+        idle = entry.tier is AdapterTier.RESIDENT and not entry.references and not entry.pinned
+        if idle and content_hash not in self._idle:
+            self._idle[content_hash] = entry
+            self._idle_pages += len(entry.pages)
+        elif not idle and content_hash in self._idle:
+            del self._idle[content_hash]
+            self._idle_pages -= entry.info.num_pages
 
     def _evict(self, entry: CacheEntry) -> None:
         self._to_host(entry)
@@ -171,6 +198,7 @@ class AdapterCache:
     def _to_host(self, entry: CacheEntry) -> None:
         self.pool.free_adapter(entry.info.content_hash)
         entry.pages, entry.tier = [], AdapterTier.HOST
+        self._count_idle(entry)
 
     def _forget_if_free(self, entry: CacheEntry) -> list[str]:
         """A removed adapter that nobody holds goes, pages and all; one that is loading goes when the load is done."""

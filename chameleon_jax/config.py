@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from chameleon_jax.systems import System, get_system
+
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
     if not condition:
@@ -27,9 +29,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory that weights, pool and scratch may take.
         page_tokens: tokens of a page at least.
         enable_lora: False compiles no LoRA program and refuses adapters.
-        eviction_policy: which idle adapter leaves first; see `eviction.POLICIES`.
-        scheduler: order of admission; see `scheduler.SCHEDULERS`.
-        predicted_output_len: output tokens for which a request is admitted; it may outgrow them.
+        system: which policies serve, one of `systems.SYSTEMS` by name, or a `systems.System` of your own.
+        ttft_slo: seconds to the first token that the scheduler aims at.
+        predicted_output_len: output tokens that a request is expected to take before any has ended; it may outgrow them.
         max_queue_len: requests that may wait; None: no limit.
         seed: from which requests without a seed draw theirs.
     """
@@ -45,8 +47,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     page_tokens: int = 16
     enable_lora: bool = True
-    eviction_policy: str = "lru"
-    scheduler: str = "fifo"
+    system: str | System = "chameleon"
+    ttft_slo: float = 5.0
     predicted_output_len: int = 128
     max_queue_len: int | None = None
     seed: int = 0
@@ -65,5 +67,7 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         _require(0 < share <= 1, "gpu_memory_utilization", share, "above 0, at most 1")
         _require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
+        get_system(self.system)
+        _require(self.ttft_slo > 0, "ttft_slo", self.ttft_slo, "above 0 seconds")
         _require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
         _require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")

@@ -103,7 +103,13 @@ class Logprob:
 
 @dataclasses.dataclass
 class RequestMetrics:
-    """Times of the engine's clock, in seconds; `num_squashes` counts recomputations."""
+    """Times of the engine's clock, in seconds.
+
+    Attributes:
+        num_squashes: recomputations.
+        adapter_was_resident: whether the adapter was there when the request's turn came; None: it has none, or no turn yet.
+        adapter_wait: seconds by which the adapter's load delayed the request after its turn had come.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -111,6 +117,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_squashes: int = 0
     adapter_was_resident: bool | None = None
+    adapter_wait: float = 0.0
 
 
 @dataclasses.dataclass
@@ -154,12 +161,15 @@ class Request:
         num_computed: tokens whose KV the dispatched steps write.
         num_to_prefill: tokens that were known when it started running; decoding begins behind them.
         num_in_flight: tokens sampled by dispatched steps that were not collected.
+        predicted_output_len: output tokens it is expected to take.
+        size: its weighted request size (see scheduler.request_size).
+        decode_limit: the value of num_computed at which its next decode needs a page or is one too many.
         slot: its place in the device's `slot_tokens` while it runs.
         pages: KV pages it owns, in order.
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     params: SamplingParams
     arrival_time: float
     seed: int
@@ -177,6 +187,9 @@ class Request:
     num_computed: int = 0
     num_to_prefill: int = 0
     num_in_flight: int = 0
+    predicted_output_len: int = 1
+    size: float = 0.0
+    decode_limit: int = 0
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
     metrics: RequestMetrics = dataclasses.field(default_factory=lambda: RequestMetrics(0.0))

@@ -31,6 +31,7 @@ from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
 from chameleon_jax.serving.jax_executor import JaxExecutor
 from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
 CPU_POOL_BYTES = 2 << 30
@@ -92,7 +93,7 @@ class Engine:
         self._paths: dict[str, str] = {}  # where a named adapter was read from
         self.loop = ServingLoop(
             config,
-            JaxExecutor(self.device, self.store, self._placements),
+            JaxExecutor(self.device, self.store, self._placements, get_system(config.system).transfers_per_load),
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,

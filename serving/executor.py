@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import StepPlan
 
 
-@dataclasses.dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One token of one request; `logprobs` maps token ids to log-probabilities, the chosen one first."""
 
     request: Request
@@ -41,3 +40,6 @@ class Executor(Protocol):
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
         """Loads that ended: steps dispatched from now on may use the adapter. With `wait`, for at least one to end."""
+
+    def cancel_load(self, content_hash: str) -> None:
+        """Gives up a load that has begun and has not been reported as ended: nothing dispatched later writes to its pages."""

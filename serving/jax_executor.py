@@ -41,12 +41,20 @@ class _Load:
 
 
 class JaxExecutor:
-    """`Executor` over a `DeviceEngine`. `placements` maps content hashes to where an adapter's rows lie in its pages."""
+    """`Executor` over a `DeviceEngine`.
 
-    def __init__(self, engine: DeviceEngine, store: HostStore, placements: dict[str, AdapterPlacement]):
+    Args:
+        placements: content hashes to where an adapter's rows lie in its pages.
+        transfers_per_load: copies of an adapter that are sent to the device, of which the last is kept.
+    """
+
+    def __init__(
+        self, engine: DeviceEngine, store: HostStore, placements: dict[str, AdapterPlacement], transfers_per_load: int = 1
+    ):
         self._engine = engine
         self._store = store
         self._placements = placements
+        self._transfers_per_load = transfers_per_load
         self._resident: dict[str, ResidentAdapter] = {}
         self._loads: dict[str, _Load] = {}
 
@@ -87,6 +95,9 @@ class JaxExecutor:
                 ended.append(result)
         return ended
 
+    def cancel_load(self, content_hash: str) -> None:
+        del self._loads[content_hash]
+
     def _advance(self, load: _Load, wait: bool) -> LoadResult | None:
         """Moves a load on as far as it goes without waiting: the pieces that have arrived are written."""
         if load.pieces is None and not load.block.done():
@@ -111,7 +122,8 @@ class JaxExecutor:
             part = pages[first : first + size]
             piece = np.zeros((block.shape[0], size, block.shape[2]), block.dtype)
             piece[:, : len(part)] = block[:, first : first + size]
-            pieces.append((self._engine.put(piece), part))
+            for _ in range(self._transfers_per_load):
+                pieces.append((self._engine.put(piece), part))
         return pieces
 
     def _run(

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterInfo
+from chameleon_jax.adapters import AdapterInfo, AdapterTier
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
-from chameleon_jax.scheduler import SCHEDULERS, Scheduler, StepPlan
+from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.serving.executor import Executor, SampledToken
+from chameleon_jax.systems import get_system
 
 
 class QueueFull(Exception):
@@ -27,13 +29,15 @@ class QueueFull(Exception):
 
 @dataclasses.dataclass
 class LoopCounters:
-    """Since the start: steps dispatched, tokens handed out, prompt tokens computed, requests that ended by reason."""
+    """Since the start: steps dispatched, tokens handed out, prompt tokens computed, rows decoded, requests that ended, seconds
+    for which steps were held back by loads."""
 
     steps: int = 0
     generation_tokens: int = 0
     prefill_tokens: int = 0
     decode_rows: int = 0
     finished: int = 0
+    load_wait: float = 0.0
 
 
 class ServingLoop:
@@ -41,6 +45,7 @@ class ServingLoop:
 
     Args:
         clock: seconds, monotonic; the simulator passes its own.
+        predictor: of output lengths; None: each adapter's own history.
         forget: called with the content hash of an adapter that nothing needs any more.
     """
 
@@ -53,15 +58,15 @@ class ServingLoop:
         page_tokens: int,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
+        predictor: LengthPredictor | None = None,
         forget: Callable[[str], None] = lambda content_hash: None,
     ):
-        if config.scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler is {config.scheduler!r}; allowed: {', '.join(SCHEDULERS)}")
         self.config = config
         self.executor = executor
         self.pool = pool
-        self.cache = AdapterCache(pool, config.eviction_policy)
-        self.scheduler: Scheduler = SCHEDULERS[config.scheduler](config, page_tokens, pool, self.cache)
+        self.cache = AdapterCache(pool, get_system(config.system).eviction)
+        predictor = predictor or HistoryPredictor(config.predicted_output_len)
+        self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
         self._page_tokens = page_tokens
@@ -107,7 +112,7 @@ class ServingLoop:
             self.cache.hold(request.adapter)
         request.order = self._orders = self._orders + 1
         self._requests[request.request_id] = request
-        self.scheduler.add(request)
+        self.scheduler.add(request, self._clock())
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request now; returns it, or None where there is none of that id."""
@@ -137,7 +142,7 @@ class ServingLoop:
                     f"pinned adapters would take {taken} of {self.pool.capacity} pages; allowed: half, and room for every "
                     f"request (the largest needs {max(needs, default=0)})"
                 )
-        entry.pinned = pinned
+        self.cache.pin(content_hash, pinned)
 
     def _pinned_pages(self, besides: str | None) -> int:
         pinned = (e.info for e in self.cache.entries() if e.pinned)
@@ -160,7 +165,7 @@ class ServingLoop:
         if self._failed:
             raise RuntimeError("an earlier step failed; start a new engine")
         ended = self._finish_loads()
-        plan = self._start_step()
+        plan = self._start_step(ended)
         if not plan.runs and not self._in_flight and self._requests:
             ended += self._finish_loads(wait=True)  # whoever is left waits for an adapter
         while len(self._in_flight) > plan.runs:
@@ -169,11 +174,15 @@ class ServingLoop:
             ended += self._hand_out(tokens)
         return ended
 
-    def _start_step(self) -> StepPlan:
+    def _start_step(self, ended: list[Request]) -> StepPlan:
         try:
             plan = self.scheduler.plan(self._clock())
+            for content_hash in plan.cancels:
+                self.executor.cancel_load(content_hash)
             for content_hash, pages in plan.loads:
                 self.executor.begin_load(content_hash, pages)
+            if plan.awaited:
+                ended += self._await_loads(plan)
             if plan.runs:
                 self._in_flight.append(self.executor.dispatch(plan))
         except BaseException:
@@ -183,6 +192,21 @@ class ServingLoop:
         self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
         self.counters.decode_rows += len(plan.decodes)
         return plan
+
+    def _await_loads(self, plan: StepPlan) -> list[Request]:
+        """Holds a step back until the adapters it needs are there; requests of one that cannot be had leave the plan."""
+        ended: list[Request] = []
+        begin = self._clock()
+        while any(a in self.cache and self.cache.entry(a).tier is AdapterTier.LOADING for a in plan.awaited):
+            ended += self._finish_loads(wait=True)
+        waited = self._clock() - begin
+        self.counters.load_wait += waited
+        plan.prefills = [chunk for chunk in plan.prefills if chunk.request.state is RequestState.RUNNING]
+        plan.decodes = [request for request in plan.decodes if request.state is RequestState.RUNNING]
+        for chunk in plan.prefills:
+            if chunk.request.adapter in plan.awaited:
+                chunk.request.metrics.adapter_wait += waited
+        return ended
 
     def _finish_loads(self, wait: bool = False) -> list[Request]:
         ended: list[Request] = []

@@ -1,8 +1,6 @@
 """What runs in the next step."""
 
-from chameleon_jax.scheduler.fifo import FifoScheduler
-from chameleon_jax.scheduler.plan import PrefillChunk, Scheduler, StepPlan
+from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
+from chameleon_jax.scheduler.scheduler import Scheduler
 
-SCHEDULERS: dict[str, type[FifoScheduler]] = {"fifo": FifoScheduler}
-
-__all__ = ["SCHEDULERS", "FifoScheduler", "PrefillChunk", "Scheduler", "StepPlan"]
+__all__ = ["PrefillChunk", "Scheduler", "StepPlan"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Protocol
 
 from chameleon_jax.request import Request
 
@@ -21,33 +19,21 @@ class PrefillChunk:
 
 @dataclasses.dataclass
 class StepPlan:
-    """One step. `loads` lists `(content hash, pages)` whose transfer starts after the step was dispatched."""
+    """One step.
+
+    Attributes:
+        loads: `(content hash, pages)` of adapters whose transfer starts now.
+        cancels: content hashes of adapters whose transfer is given up, before the loads start.
+        awaited: content hashes of adapters that have to be there before the step may run.
+    """
 
     prefills: list[PrefillChunk] = dataclasses.field(default_factory=list)
     decodes: list[Request] = dataclasses.field(default_factory=list)
     loads: list[tuple[str, list[int]]] = dataclasses.field(default_factory=list)
+    cancels: list[str] = dataclasses.field(default_factory=list)
+    awaited: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def runs(self) -> bool:
         """Whether the device has anything to compute."""
         return bool(self.prefills or self.decodes)
-
-
-class Scheduler(Protocol):
-    """Owns the order of requests. Memory is the pool's and the cache's, which it asks before it acts."""
-
-    @property
-    def waiting(self) -> Iterable[Request]: ...
-    @property
-    def running(self) -> Iterable[Request]: ...
-    @property
-    def num_waiting(self) -> int: ...
-
-    def add(self, request: Request) -> None:
-        """Takes in a new request."""
-
-    def finish(self, request: Request, now: float) -> None:
-        """Forgets a request, waiting or running, and gives back what it held."""
-
-    def plan(self, now: float) -> StepPlan:
-        """Decides the next step and books it: positions advance as if it had run."""

@@ -64,14 +64,14 @@ class Cache(RuleBasedStateMachine):
     @rule(name=NAMES, pinned=st.booleans())
     def pin(self, name, pinned):
         if self.known(name):
-            self.cache.entry(name).pinned = pinned
+            self.cache.pin(name, pinned)
 
     @rule(pages=st.integers(1, 23), wanted=st.sets(NAMES), keep=st.sets(NAMES))
     def reserve(self, pages, wanted, keep):
         entries = self.cache.entries()
         safe = {e.info.content_hash: list(e.pages) for e in entries if e.references or e.pinned or e.info.content_hash in keep}
         safe |= {e.info.content_hash: list(e.pages) for e in entries if e.tier is AdapterTier.LOADING}
-        unwanted = [e for e in entries if self.cache._idle(e) and e.info.content_hash not in wanted | keep]
+        unwanted = [e for e in entries if self.cache.is_idle(e.info.content_hash) and e.info.content_hash not in wanted | keep]
         enough = self.pool.num_free + sum(len(e.pages) for e in unwanted) >= pages
         before = {e.info.content_hash: e.tier for e in entries}
         ok = self.cache.reserve(pages, self.now, keep=keep, wanted=wanted)
@@ -114,7 +114,7 @@ def resident(cache: AdapterCache, *names: str) -> None:
 
 
 def test_the_least_recently_used_leaves_first_and_the_wanted_last():
-    cache = AdapterCache(PagePool(10))
+    cache = AdapterCache(PagePool(10), "lru")
     resident(cache, "a", "b", "c")
     assert cache.reserve(3, 10.0, wanted={"a"})
     assert [e.tier for e in cache.entries()] == [AdapterTier.RESIDENT, AdapterTier.HOST, AdapterTier.RESIDENT]
@@ -125,14 +125,14 @@ def test_the_least_recently_used_leaves_first_and_the_wanted_last():
 
 
 def test_states_that_do_not_follow_are_refused():
-    cache = AdapterCache(PagePool(10))
+    cache = AdapterCache(PagePool(10), "lru")
     cache.add(info("a"), 0.0)
-    with pytest.raises(ValueError, match="is host, not resident"):
+    with pytest.raises(ValueError, match="is host, neither"):
         cache.acquire("a", 0.0)
     cache.begin_load("a")
     with pytest.raises(ValueError, match="is loading already"):
         cache.begin_load("a")
-    with pytest.raises(ValueError, match="eviction_policy is 'random'; allowed: lru"):
+    with pytest.raises(ValueError, match="eviction is 'random'; allowed: lru"):
         AdapterCache(PagePool(10), "random")
 
 

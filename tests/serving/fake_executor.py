@@ -64,6 +64,9 @@ class FakeExecutor:
             ended.append(LoadResult(content_hash))
         return ended
 
+    def cancel_load(self, content_hash: str) -> None:
+        del self.loads[content_hash]
+
     def _sample(self, request, length: int) -> int:
         tokens = []
         for position in range(length):

@@ -11,6 +11,7 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState, SamplingParams
 from chameleon_jax.serving.loop import QueueFull, ServingLoop
+from chameleon_jax.systems import SYSTEMS
 from tests.serving.fake_executor import FakeExecutor
 
 PAGE_TOKENS = 4
@@ -27,7 +28,7 @@ class Clock:
 def make_loop(num_pages: int, load_polls: int = 1, **settings) -> tuple[ServingLoop, FakeExecutor, list[str]]:
     executor = FakeExecutor(PAGE_TOKENS, load_polls)
     forgotten: list[str] = []
-    defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "predicted_output_len": 3}
+    defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "predicted_output_len": 3, "system": "fifo"}
     loop = ServingLoop(
         EngineConfig(**(defaults | settings)),
         executor,
@@ -81,10 +82,10 @@ TRAFFIC = st.lists(
 )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
-@given(traffic=TRAFFIC, num_pages=st.integers(26, 60), load_polls=st.integers(0, 5))
-def test_random_traffic(traffic, num_pages, load_polls):
-    loop, executor, forgotten = make_loop(num_pages, load_polls)
+@settings(max_examples=400, derandomize=True, deadline=None)
+@given(traffic=TRAFFIC, num_pages=st.integers(26, 60), load_polls=st.integers(0, 5), system=st.sampled_from(list(SYSTEMS)))
+def test_random_traffic(traffic, num_pages, load_polls, system):
+    loop, executor, forgotten = make_loop(num_pages, load_polls, system=system)
     version = dict.fromkeys(range(4), 0)
     name = {i: f"a{i}.0" for i in range(4)}
     for i in range(4):
@@ -138,7 +139,7 @@ def test_random_traffic(traffic, num_pages, load_polls):
     loop.step()
     assert sorted(forgotten) == sorted(replaced)
     for entry in loop.cache.entries():
-        entry.pinned = False
+        loop.cache.pin(entry.info.content_hash, False)
     loop.cache.evict_idle()
     assert loop.pool.num_free == loop.pool.capacity or any(e.tier is AdapterTier.LOADING for e in loop.cache.entries())
 
@@ -272,7 +273,7 @@ def test_prefetch_leaves_running_requests_room_to_grow():
     loop.step()
     loop.submit(make_request(2, 4, 4, "waits"))
     run(loop)
-    assert loop.scheduler.num_squashes == 0  # type: ignore[attr-defined]
+    assert loop.scheduler.num_squashes == 0
 
 
 def test_an_interrupt_while_waiting_for_the_device_loses_nothing():

@@ -1,0 +1,248 @@
+"""The serving loop under a virtual clock: the scheduler, the cache and the pool are the ones that serve; the device is a cost model.
+
+    python -m benchmarks.simulate --system chameleon --profile a40-llama-7b --rps 9
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+
+import numpy as np
+
+from benchmarks.cost_model import CostModel, Profile
+from benchmarks.workload import Workload
+from chameleon_jax.adapters import AdapterInfo
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.length_predictor import ConfusionPredictor, LengthPredictor, OraclePredictor
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.serving.executor import LoadResult, SampledToken
+from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.systems import System, get_system
+
+TOKEN, STOP = 1, 2
+SAMPLE_S = 1.0
+"""Seconds between samples of memory and queues."""
+
+
+class VirtualClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimulatedExecutor:
+    """Takes as long as the cost model says, by moving the clock. The device runs one step after the other, the link one transfer after
+    the other; both run beside the host and each other.
+
+    Args:
+        last: request id to the position of its last token.
+        sizes: content hash to bytes.
+    """
+
+    def __init__(self, cost: CostModel, clock: VirtualClock, last: dict[str, int], sizes: dict[str, int], copies: int):
+        self._cost = cost
+        self._clock = clock
+        self._last = last
+        self._sizes = sizes
+        self._copies = copies
+        self._device_free = 0.0
+        self._link_free = 0.0
+        self._loads: dict[str, float] = {}
+        self.device_busy = self.link_busy = 0.0
+
+    def dispatch(self, plan: StepPlan) -> tuple[float, list[SampledToken]]:
+        self._clock.now += self._cost.profile.host
+        seconds = self._cost.step(plan)
+        self.device_busy += seconds
+        self._device_free = max(self._clock.now, self._device_free) + seconds
+        last = self._last
+        sampling = [chunk.request for chunk in plan.prefills if chunk.samples] + plan.decodes
+        tokens = [SampledToken(r, STOP if r.num_computed >= last[r.request_id] else TOKEN) for r in sampling]
+        return self._device_free, tokens
+
+    def collect(self, handle: tuple[float, list[SampledToken]]) -> list[SampledToken]:
+        end, tokens = handle
+        self._clock.now = max(self._clock.now, end)
+        return tokens
+
+    def begin_load(self, content_hash: str, pages: list[int]) -> None:
+        seconds = self._cost.load(self._sizes[content_hash], self._copies)
+        self.link_busy += seconds
+        self._link_free = max(self._clock.now, self._link_free) + seconds
+        self._loads[content_hash] = self._link_free
+
+    def poll_loads(self, wait: bool = False) -> list[LoadResult]:
+        if not self._loads:
+            return []
+        if wait:
+            self._clock.now = max(self._clock.now, min(self._loads.values()))
+        ended = [name for name, end in self._loads.items() if end <= self._clock.now]
+        for name in ended:
+            del self._loads[name]
+        return [LoadResult(name) for name in ended]
+
+    def cancel_load(self, content_hash: str) -> None:
+        del self._loads[content_hash]  # what was queued behind it keeps its time
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run measured. Arrays have one element a request, in order of arrival, unless they say otherwise; seconds.
+
+    Attributes:
+        ttft: time to first token; end of the run where it never came.
+        queue: from arrival to admission.
+        tbt: gaps between tokens of a request, one element a gap.
+        adapter_wait: part of the TTFT that its adapter's load cost.
+        memory: `[samples, 4]`: time, pages of KV, of adapters, free.
+        waiting: `[samples]` requests waiting.
+    """
+
+    arrival: np.ndarray
+    input: np.ndarray
+    output: np.ndarray
+    rank: np.ndarray
+    ttft: np.ndarray
+    queue: np.ndarray
+    e2e: np.ndarray
+    size: np.ndarray
+    adapter_wait: np.ndarray
+    tbt: np.ndarray
+    memory: np.ndarray
+    waiting: np.ndarray
+    hit_rate: float
+    loads: int
+    bytes_loaded: int
+    load_wait: float
+    squashes: int
+    bypasses: int
+    steps: int
+    finished_s: float
+    wall_s: float
+    device_busy: float
+    link_busy: float
+
+    def ttft_percentile(self, q: float) -> float:
+        return float(np.percentile(self.ttft, q))
+
+
+def make_predictor(name: str, true: dict[str, int], factor: float, seed: int) -> LengthPredictor | None:
+    """`history`, `oracle`, or the accuracy of a proxy classifier as `proxy-0.8`. Cuts scale with the workload's lengths."""
+    if name == "history":
+        return None
+    if name == "oracle":
+        return OraclePredictor(lambda request: true[request.request_id])
+    if name.startswith("proxy-"):
+        cuts, typical = [141 * factor, 503 * factor], [70 * factor, 270 * factor, 640 * factor]
+        return ConfusionPredictor(lambda request: true[request.request_id], float(name[6:]), cuts, typical, seed)
+    raise ValueError(f"predictor is {name!r}; allowed: history, oracle, proxy-ACCURACY")
+
+
+def simulate(
+    workload: Workload,
+    profile: Profile,
+    system: str | System,
+    *,
+    predictor: str = "proxy-0.8",
+    length_factor: float = 1.0,
+    seed: int = 0,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 4096,
+    ttft_slo: float = 5.0,
+) -> Result:
+    """Serves a workload to its end."""
+    begin = time.perf_counter()
+    adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
+    ranks = dict(zip(adapters, workload.ranks.tolist()))
+    cost, clock = CostModel(profile, ranks), VirtualClock()
+    longest = int(workload.output_tokens.max())
+    true = {f"r{i}": n for i, n in enumerate(workload.output_tokens.tolist())}
+    last = {f"r{i}": int(p + n - 1) for i, (p, n) in enumerate(zip(workload.input_tokens, workload.output_tokens))}
+    infos = {}
+    for name, rank in ranks.items():
+        pages = profile.adapter_pages(rank)
+        infos[name] = AdapterInfo(name, rank, pages, pages * profile.page_bytes)
+    sizes = {name: info.num_bytes for name, info in infos.items()}
+    system = get_system(system)
+    executor = SimulatedExecutor(cost, clock, last, sizes, system.transfers_per_load)
+    config = EngineConfig(
+        system=system,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        ttft_slo=ttft_slo,
+        predicted_output_len=max(1, round(211 * length_factor)),
+    )
+    loop = ServingLoop(
+        config,
+        executor,
+        PagePool(profile.num_pages),
+        page_tokens=profile.layout.page_tokens,
+        max_model_len=1 << 20,
+        clock=clock,
+        predictor=make_predictor(predictor, true, length_factor, seed),
+    )
+    for info in infos.values():
+        loop.add_adapter(info)
+    params = SamplingParams(temperature=0, max_tokens=longest)
+    stop = frozenset([STOP])
+    requests: list[Request] = []
+    pending = deque(
+        Request(f"r{i}", range(n), params, arrival, 0, stop, adapters[a])  # type: ignore[arg-type]
+        for i, (arrival, n, a) in enumerate(
+            zip(workload.arrival_s.tolist(), workload.input_tokens.tolist(), workload.adapter.tolist())
+        )
+    )
+    requests = list(pending)
+    gaps: list[float] = []
+    latest: dict[str, float] = {}
+    memory, waiting = [], []
+    next_sample = 0.0
+    while pending or loop.has_unfinished:
+        while pending and pending[0].arrival_time <= clock.now:
+            loop.submit(pending.popleft())
+        if not loop.has_unfinished:
+            clock.now = pending[0].arrival_time
+            continue
+        for request in loop.step():
+            name, now = request.request_id, clock.now
+            if name in latest:
+                gaps.append(now - latest[name])
+            latest[name] = now
+        if clock.now >= next_sample:
+            usage = loop.pool.usage()
+            memory.append((clock.now, usage.kv, usage.adapters, usage.free))
+            waiting.append(loop.scheduler.num_waiting)
+            next_sample = clock.now + SAMPLE_S
+    arrival = workload.arrival_s
+    metrics = [r.metrics for r in requests]
+    counters, order = loop.cache.counters, loop.scheduler.order
+    return Result(
+        arrival=arrival,
+        input=workload.input_tokens,
+        output=workload.output_tokens,
+        rank=workload.ranks[workload.adapter],
+        ttft=np.array([m.first_token_time for m in metrics], np.float64) - arrival,
+        queue=np.array([m.first_scheduled_time for m in metrics], np.float64) - arrival,
+        e2e=np.array([m.finished_time for m in metrics], np.float64) - arrival,
+        size=np.array([r.size for r in requests]),
+        adapter_wait=np.array([m.adapter_wait for m in metrics]),
+        tbt=np.array(gaps),
+        memory=np.array(memory),
+        waiting=np.array(waiting),
+        hit_rate=counters.hits / max(counters.hits + counters.misses, 1),
+        loads=counters.loads,
+        bytes_loaded=counters.bytes_loaded,
+        load_wait=loop.counters.load_wait,
+        squashes=loop.scheduler.num_squashes,
+        bypasses=getattr(order, "num_bypasses", 0),
+        steps=loop.counters.steps,
+        finished_s=clock.now,
+        wall_s=time.perf_counter() - begin,
+        device_busy=executor.device_busy,
+        link_busy=executor.link_busy,
+    )

@@ -1,0 +1,51 @@
+"""Where one queue ends and the next begins: clusters of request sizes (paper, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.cluster import vq
+
+MAX_LEVELS = 4
+ELBOW_SHARE = 0.05
+"""One more cluster must take away that share of the sizes' total variation to be worth having."""
+
+
+def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list[float]:
+    """Sizes at which levels part, ascending: midpoints between the centroids of K-means, at most `max_levels` - 1.
+
+    K is chosen by an elbow rule. (The paper takes the K of least within-cluster variation, which is always the largest.)
+    """
+    values = np.asarray(sizes, np.float64)
+    if len(values) < 2 or values.max() == values.min():
+        return []
+    centroids = [np.array([values.mean()])]
+    for k in range(2, max_levels + 1):
+        start = np.quantile(values, (np.arange(k) + 0.5) / k)
+        centroids.append(np.sort(vq.kmeans(values, np.unique(start))[0]))
+    variation = [_variation(values, c) for c in centroids]
+    best = centroids[0]
+    for k in range(1, len(centroids)):
+        if variation[k - 1] - variation[k] < ELBOW_SHARE * variation[0]:
+            break
+        best = centroids[k]
+    return ((best[1:] + best[:-1]) / 2).tolist()
+
+
+def equal_bounds(sizes: Sequence[float], levels: int = MAX_LEVELS) -> list[float]:
+    """Bounds of levels of equal width between the smallest and the largest size."""
+    low, high = min(sizes, default=0.0), max(sizes, default=0.0)
+    return [low + (high - low) * i / levels for i in range(1, levels)] if high > low else []
+
+
+def _variation(values: np.ndarray, centroids: np.ndarray) -> float:
+    return float((np.abs(values[:, None] - centroids[None]).min(axis=1) ** 2).sum())
+
+
+def distributions_differ(before: Sequence[float], now: Sequence[float], critical: float = 1.95) -> bool:
+    """Two-sample Kolmogorov-Smirnov test; `critical` 1.95 is a chance of 0.001 to call equal ones different."""
+    a, b = np.sort(before), np.sort(now)
+    points = np.concatenate([a, b])
+    gap = np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()
+    return bool(gap > critical * np.sqrt((len(a) + len(b)) / (len(a) * len(b))))

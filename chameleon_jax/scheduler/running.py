@@ -1,0 +1,98 @@
+"""The requests that run: prompts in chunks, then a token a step."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
+
+PREFILL_TILE = 32
+"""Chunks start at multiples of the device's prefill tile from the first uncomputed token."""
+
+
+def _place(request: Request) -> tuple[str, int]:
+    """Rows of one adapter side by side."""
+    return request.adapter or "", request.order
+
+
+class RunningSet:
+    """Requests with a slot and pages.
+
+    Args:
+        step_tokens: prompt tokens of a step at most, a multiple of PREFILL_TILE.
+        stall_tokens: the same while requests decode.
+        whole_prompts: cuts no prompt that fits a step.
+    """
+
+    def __init__(self, page_tokens: int, step_tokens: int, stall_tokens: int, whole_prompts: bool):
+        self.by_age: list[Request] = []  # in order of arrival
+        self._page_tokens = page_tokens
+        self._step_tiles = step_tokens // PREFILL_TILE
+        self._stall_tiles = min(stall_tokens, step_tokens) // PREFILL_TILE
+        self._whole_prompts = whole_prompts
+        self._prefilling: list[Request] = []  # in order of admission
+        self._decoding: list[Request] = []  # in the order of their rows
+
+    def __len__(self) -> int:
+        return len(self.by_age)
+
+    def add(self, request: Request) -> None:
+        request.num_computed, request.num_to_prefill = 0, request.num_known
+        request.state = RequestState.RUNNING
+        bisect.insort(self.by_age, request, key=lambda r: r.order)
+        self._prefilling.append(request)
+
+    def remove(self, request: Request) -> None:
+        self.by_age.remove(request)
+        (self._prefilling if request in self._prefilling else self._decoding).remove(request)
+
+    def plan_decodes(self, plan: StepPlan, grow: Callable[[Request, int], bool]) -> None:
+        """Every request past its prompt computes its next token, where `grow` finds the page it may need.
+
+        Args:
+            grow: hands a request that many more pages; may squash others, or the request itself (then it is False).
+        """
+        decodes = plan.decodes = []
+        for request in tuple(self._decoding):
+            if request.num_computed >= request.decode_limit and not self._can_decode(request, grow):
+                continue
+            decodes.append(request)
+        if len(decodes) > 1 and any(r.state is not RequestState.RUNNING for r in decodes):  # squashed by a later one's growth
+            decodes = plan.decodes = [r for r in decodes if r.state is RequestState.RUNNING]
+        for request in decodes:
+            request.num_computed += 1
+            request.num_in_flight += 1
+
+    def _can_decode(self, request: Request, grow: Callable[[Request, int], bool]) -> bool:
+        if request.state is not RequestState.RUNNING or request.num_computed >= request.max_total_tokens - 1:
+            return False  # squashed just now, or its last token is in flight
+        missing = request.num_computed // self._page_tokens + 1 - len(request.pages)
+        if missing > 0 and not grow(request, missing):
+            return False
+        request.decode_limit = min(len(request.pages) * self._page_tokens, request.max_total_tokens - 1)
+        return True
+
+    def plan_prefills(self, plan: StepPlan) -> None:
+        tiles = self._stall_tiles if plan.decodes else self._step_tiles
+        whole = tiles
+        for request in self._prefilling:
+            if tiles <= 0:
+                break
+            left = request.num_to_prefill - request.num_computed
+            needs = -(-left // PREFILL_TILE)
+            if self._whole_prompts and tiles < needs <= whole:
+                break
+            tokens = min(left, tiles * PREFILL_TILE)
+            tiles -= min(needs, tiles)
+            plan.prefills.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
+        for chunk in plan.prefills:
+            request = chunk.request
+            request.num_computed += chunk.num_tokens
+            if chunk.samples:
+                request.num_in_flight += 1
+                request.decode_limit = 0  # looked at before its first decode
+                self._prefilling.remove(request)
+                bisect.insort(self._decoding, request, key=_place)
+        plan.prefills.sort(key=lambda chunk: _place(chunk.request))

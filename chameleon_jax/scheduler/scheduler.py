@@ -1,0 +1,304 @@
+"""Decides the next step: who starts, who computes what, which adapters move.
+
+What is common to all systems is here; who starts next is an `AdmissionOrder`'s. What is short is taken, in this order, from
+free pages, from idle adapters, from the youngest running request, which is squashed: it waits again and recomputes what it had,
+to the same output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+from chameleon_jax.adapter_cache import AdapterCache
+from chameleon_jax.adapters import AdapterTier
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.length_predictor import LengthPredictor
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.prefetch import UsePredictor
+from chameleon_jax.request import FinishReason, Request, RequestState
+from chameleon_jax.scheduler.admission import MAX_LOADS, AdmissionOrder, Batch
+from chameleon_jax.scheduler.multilevel import MultiLevelQueue
+from chameleon_jax.scheduler.orders import fifo, shortest_first
+from chameleon_jax.scheduler.plan import StepPlan
+from chameleon_jax.scheduler.request_size import RequestSizer
+from chameleon_jax.scheduler.running import RunningSet
+from chameleon_jax.systems import System, get_system
+
+PREFETCH_DEPTH = 32
+"""Waiting requests whose adapters are loaded ahead."""
+
+
+@dataclasses.dataclass
+class SchedulerCounters:
+    """Since the start: requests that ended, were squashed for memory or because they had passed another, answered with more
+    tokens than predicted, with fewer; loads given up because nobody wanted them any more."""
+
+    ended: int = 0
+    memory_squashes: int = 0
+    bypass_squashes: int = 0
+    underpredicted: int = 0
+    overpredicted: int = 0
+    cancelled_loads: int = 0
+
+
+class Scheduler:
+    """Owns the requests. Memory is the pool's and the cache's, which it asks before it acts."""
+
+    def __init__(
+        self, config: EngineConfig, page_tokens: int, pool: PagePool, cache: AdapterCache, predictor: LengthPredictor
+    ):
+        self.counters = SchedulerCounters()
+        self.system: System = get_system(config.system)
+        self._page_tokens = page_tokens
+        self._pool = pool
+        self._cache = cache
+        self._predictor = predictor
+        self._sizer = RequestSizer(output_only=self.system.size == "output")
+        self._order = self._make_order(config)
+        self._running = RunningSet(
+            page_tokens,
+            config.max_num_batched_tokens,
+            self.system.stall_tokens or config.max_num_batched_tokens,
+            self.system.whole_prompts,
+        )
+        self._slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._waiting: dict[str, Request] = {}
+        self._wanted: Counter[str] = Counter()  # adapters of waiting requests
+        self._prefetched: set[str] = set()  # adapters that are loading for waiting requests
+        self._use_predictor = UsePredictor() if self.system.prefetch_predicted else None
+        self._steps_to_admission = 0
+
+    def _make_order(self, config: EngineConfig) -> AdmissionOrder:
+        if self.system.order == "fifo":
+            return fifo(self._first_pages)
+        if self.system.order == "sjf":
+            return shortest_first(self._first_pages)
+        return MultiLevelQueue(
+            self._pool.capacity,
+            self._first_pages,
+            self._adapter_pages,
+            config.ttft_slo,
+            equal_levels=self.system.equal_levels,
+            drift_test=self.system.drift_test,
+        )
+
+    @property
+    def order(self) -> AdmissionOrder:
+        return self._order
+
+    @property
+    def waiting(self) -> Iterable[Request]:
+        return self._waiting.values()
+
+    @property
+    def running(self) -> list[Request]:
+        """In order of arrival."""
+        return self._running.by_age
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_squashes(self) -> int:
+        return self.counters.memory_squashes + self.counters.bypass_squashes
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> None:
+        """Takes in a new request."""
+        request.predicted_output_len = self._predictor.predict(request)
+        request.size = self._sizer.size(request, self._adapter_pages(request))
+        if request.adapter is not None and self._use_predictor is not None:
+            self._use_predictor.used(request.adapter, now)
+        self._wait(request, now, new=True)
+
+    def finish(self, request: Request, now: float) -> None:
+        """Forgets a request, waiting or running, and gives back what it held."""
+        state, request.state = request.state, RequestState.FINISHED
+        if state is RequestState.RUNNING:
+            self._running.remove(request)
+            self._give_back(request, now)
+        elif state is RequestState.WAITING:
+            self._order.remove(request)
+            self._stop_waiting(request)
+        self.counters.ended += 1
+        if request.finish_reason is not FinishReason.ABORT:
+            self.counters.underpredicted += len(request.output_token_ids) > request.predicted_output_len
+            self.counters.overpredicted += len(request.output_token_ids) < request.predicted_output_len
+            self._predictor.observe(request)
+
+    def _wait(self, request: Request, now: float, new: bool) -> None:
+        self._waiting[request.request_id] = request
+        if request.adapter is not None:
+            self._wanted[request.adapter] += 1
+        self._order.add(request, now, new)
+
+    def _stop_waiting(self, request: Request) -> None:
+        del self._waiting[request.request_id]
+        if request.adapter is not None:
+            self._wanted[request.adapter] -= 1
+            if not self._wanted[request.adapter]:
+                del self._wanted[request.adapter]
+
+    def _first_pages(self, request: Request) -> int:
+        """KV pages for the prompt and the output that is expected, or may come."""
+        done = len(request.output_token_ids)
+        if self.system.reserve_max_tokens:
+            expected = request.params.max_tokens
+        else:
+            expected = min(request.params.max_tokens, max(request.predicted_output_len, done + 1))
+        return -(-(len(request.prompt_token_ids) + expected) // self._page_tokens)
+
+    def _adapter_pages(self, request: Request) -> int:
+        return 0 if request.adapter is None else self._cache.entry(request.adapter).info.num_pages
+
+    # -- the step -------------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan:
+        """Decides the next step and books it: positions advance as if it had run."""
+        plan = StepPlan()
+        self._measure_anew(now)
+        self._cancel_loads(plan)
+        if not self.system.keep_idle:
+            self._cache.evict_idle(keep=self._wanted)
+        self._make_way(now)
+        self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
+        if self._admit(plan, now):
+            self._prefetch(plan, now)
+        self._running.plan_prefills(plan)
+        return plan
+
+    def _measure_anew(self, now: float) -> None:
+        for request, tokens in self._predictor.updates():
+            if request.state is RequestState.WAITING:
+                self._order.remove(request)
+                request.predicted_output_len = tokens
+                request.size = self._sizer.size(request, self._adapter_pages(request))
+                self._order.add(request, now, new=False)
+
+    def _admit(self, plan: StepPlan, now: float) -> bool:
+        """Starts requests. False where one that could run lacks memory."""
+        self._steps_to_admission -= 1
+        if not self._waiting or (self._steps_to_admission > 0 and len(self._running)):
+            return True
+        self._steps_to_admission = self.system.admission_interval
+        batch = Batch(self._pool, self._cache, len(self._slots), self.system.overlap_loads)
+        self._order.admit(batch, self.running, now)
+        self._commit(batch, plan, now)
+        return not batch.lacks_memory
+
+    def _commit(self, batch: Batch, plan: StepPlan, now: float) -> None:
+        if batch.pages and not self._cache.reserve(batch.pages, now, keep=batch.keep, wanted=self._wanted):
+            raise AssertionError(f"a batch of {batch.pages} pages was agreed to and does not fit")
+        for adapter in batch.loads:
+            self._begin_load(adapter, plan)
+            self._prefetched.add(adapter)
+        awaited = set()
+        for request in batch.starts:
+            self._start(request, now)
+            if request.adapter is not None and self._cache.entry(request.adapter).tier is AdapterTier.LOADING:
+                awaited.add(request.adapter)
+        plan.awaited = sorted(awaited)
+
+    def _begin_load(self, adapter: str, plan: StepPlan) -> None:
+        plan.loads.append((adapter, self._cache.begin_load(adapter)))
+
+    def _start(self, request: Request, now: float) -> None:
+        if request.adapter is not None:
+            self._cache.acquire(request.adapter, now)
+        metrics = request.metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = now
+            if request.adapter is not None:
+                self._cache.counters.hits += bool(metrics.adapter_was_resident)
+                self._cache.counters.misses += not metrics.adapter_was_resident
+        request.pages = list(self._pool.extend_kv(request.request_id, self._first_pages(request)))
+        request.slot = self._slots.pop()
+        self._stop_waiting(request)
+        self._running.add(request)
+
+    # -- memory ---------------------------------------------------------------------------------------------------------
+
+    def _make_way(self, now: float) -> None:
+        """Squashes a request that passed another which could run in its place."""
+        victim = self._order.victim(self._pool.num_free + self._cache.idle_pages, self.running)
+        if victim is not None:
+            self.counters.bypass_squashes += 1
+            self._squash(victim, now)
+
+    def _grow(self, request: Request, pages: int, now: float) -> bool:
+        """Makes room for the request's next token; False where it has to wait or was squashed itself."""
+        while not self._cache.reserve(pages, now, wanted=self._wanted):
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                return False  # only a load under way can hold the pages it lacks; it will end
+            self.counters.memory_squashes += 1
+            self._squash(victim, now)
+            if victim is request:
+                return False
+        request.pages.extend(self._pool.extend_kv(request.request_id, pages))
+        return True
+
+    def _squash(self, request: Request, now: float) -> None:
+        """RUNNING -> WAITING, ahead of all of its queue that arrived later."""
+        self._running.remove(request)
+        request.state = RequestState.WAITING
+        self._give_back(request, now)
+        request.num_computed = 0
+        request.metrics.num_squashes += 1
+        self._wait(request, now, new=False)
+
+    def _give_back(self, request: Request, now: float) -> None:
+        self._pool.free_kv(request.request_id)
+        request.pages = []
+        self._slots.append(request.slot)
+        request.slot = -1
+        if request.adapter is not None:
+            self._cache.release(request.adapter, now)
+        self._order.ended(request, now)
+
+    # -- adapters ahead of need -----------------------------------------------------------------------------------------
+
+    def _cancel_loads(self, plan: StepPlan) -> None:
+        """Gives up loads for waiting requests that went away."""
+        for adapter in [a for a in self._prefetched if a not in self._wanted]:
+            self._prefetched.discard(adapter)
+            entry = self._cache.entry(adapter) if adapter in self._cache else None
+            if entry is not None and entry.tier is AdapterTier.LOADING and not entry.references:
+                plan.cancels.append(adapter)
+                self._cache.fail_load(adapter)
+                self.counters.cancelled_loads += 1
+
+    def _prefetch(self, plan: StepPlan, now: float) -> None:
+        """Loads what waiting requests want into pages that nobody uses, or that only adapters hold which are needed later.
+
+        A page for every running request is left, since what is loading cannot be evicted when they grow.
+        """
+        sooner: set[str] = set()
+        spare = len(self._running)
+        for request in self._order.upcoming(PREFETCH_DEPTH) if self._wanted else ():
+            if self._cache.num_loading >= MAX_LOADS:
+                return
+            adapter = request.adapter
+            if adapter is None or adapter in sooner:
+                continue
+            entry = self._cache.entry(adapter)
+            if entry.tier is AdapterTier.HOST:
+                if not self._cache.reserve(entry.info.num_pages + spare, now, keep=sooner, wanted=self._wanted):
+                    return
+                self._begin_load(adapter, plan)
+                self._prefetched.add(adapter)
+            sooner.add(adapter)
+        if self._use_predictor is not None and not self._cache.num_loading:
+            self._prefetch_predicted(self._use_predictor, plan, now, spare)
+
+    def _prefetch_predicted(self, predictor: UsePredictor, plan: StepPlan, now: float, spare: int) -> None:
+        absent = (e.info.content_hash for e in self._cache.entries() if e.tier is AdapterTier.HOST and not e.removed)
+        for adapter in predictor.candidates(absent, now):
+            pages = self._cache.entry(adapter).info.num_pages
+            if self._cache.num_loading >= MAX_LOADS or not self._pool.can_allocate(pages + spare):
+                return
+            self._begin_load(adapter, plan)
