@@ -21,7 +21,7 @@ class Profile:
         memory: device memory of all devices; `utilization` of it holds weights, scratch and pool.
         bandwidth: bytes a second that kernels read from device memory.
         flops: operations a second of large matrix products.
-        prefill_overhead: of a step's prefill part beside reading the weights.
+        prefill_overhead: of a step's prefill part: launches, embedding, sampling.
         lora_overhead: of a step part that has any adapter in it.
         lora_token_rank: LoRA compute of one prompt token and one rank, q k v o.
         lora_row: LoRA compute of one decoding row beside reading its adapter.
@@ -100,7 +100,7 @@ class CostModel:
     def _prefill(self, plan: StepPlan) -> float:
         if not plan.prefills:
             return 0.0
-        seconds = self.profile.prefill_overhead + self._weights + self._collectives
+        seconds = self.profile.prefill_overhead + self._collectives
         tokens, lora = 0, 0
         for chunk in plan.prefills:
             n = chunk.num_tokens
@@ -110,7 +110,7 @@ class CostModel:
                 lora += n * self._ranks[chunk.request.adapter]
         if lora:
             seconds += self.profile.lora_overhead + self._lora_token_rank * lora
-        return seconds + self._token * tokens
+        return seconds + max(self._weights, self._token * tokens)
 
     def _decode(self, plan: StepPlan) -> float:
         if not plan.decodes:

@@ -23,7 +23,8 @@ class System:
         eviction: which idle adapter leaves first; see `eviction.POLICIES`.
         keep_idle: adapters that no request wants stay in the pool while nobody needs their pages.
         prefetch_predicted: also load adapters that are likely to be asked for soon, into memory that nobody uses.
-        overlap_loads: a request whose adapter is loading lets others run until it is there; else the step waits for the load.
+        overlap_loads: a request whose adapter is loading lets others run until it is there; else its step waits for the load,
+            and the load for the step before it, as where adapters are copied on the stream that computes.
         whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
         stall_tokens: prompt tokens in a step at most while requests decode; None: max_num_batched_tokens.
         reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.

@@ -1,14 +1,18 @@
-"""The command line: generate, finetune, convert, bench. Heavy modules are imported by the command that needs them."""
+"""The command line. Heavy modules are imported by the command that needs them."""
 
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from chameleon_jax.checkpoints.checkpoint import Checkpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,6 +126,59 @@ def finetune(
 
 
 @app.command()
+def train_length_proxy(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(help='JSONL of {"prompt": text as served or "prompt_token_ids": [ids], "output_len": tokens}.')
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for the proxy, in Orbax's format.")],
+    class_cuts: Annotated[str, typer.Option(help="Largest output length of each class but the last, tokens.")] = "141,503",
+    window: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 256,
+    epochs: int = 8,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    held_out: Annotated[float, typer.Option(help="Share of the examples that only measures.")] = 0.2,
+    seed: int = 0,
+) -> None:
+    """Train the predictor of output lengths on past requests.
+
+    Example: chameleon-jax train-length-proxy smollm2-135m --data requests.jsonl --output length-proxy
+    """
+    from chameleon_jax.checkpoints.loading import load_checkpoint
+    from chameleon_jax.models import length_proxy
+
+    if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
+        raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
+    with _errors():
+        config = length_proxy.LengthProxyConfig(
+            class_cuts=[int(cut) for cut in class_cuts.split(",")],
+            window=window,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            held_out=held_out,
+            seed=seed,
+        )
+        prompts, output_lens = _length_examples(data, load_checkpoint(model))
+        begin = time.perf_counter()
+
+        def report(step: int, steps: int, loss: float) -> None:
+            if step == 1 or step % 10 == 0 or step == steps:
+                console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
+
+        proxy = length_proxy.train(prompts, output_lens, config, report)
+        length_proxy.save(proxy, output)
+    print(f"held-out accuracy {proxy.accuracy:.3f} of {proxy.confusion.sum()} examples")
+    classes = range(config.num_classes)
+    print(f"{'up to':>8s} {'predicts':>8s} {'accuracy':>8s}   examples classified as " + " ".join(f"{c:6d}" for c in classes))
+    for c, row in enumerate(proxy.confusion):
+        cut = config.class_cuts[c] if c < len(config.class_cuts) else "any"
+        counts = " ".join(f"{n:6d}" for n in row)
+        print(f"{cut:>8} {proxy.class_lens[c]:8d} {row[c] / row.sum():8.3f}   class {c:<16d} {counts}")
+    console.print(f"wrote {output}")
+
+
+@app.command()
 def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
@@ -191,6 +248,49 @@ def bench(
         "ttft_p99_s": round(float(np.percentile(ttft, 99)), 4),
     }
     print(json.dumps(result) if as_json else "\n".join(f"{key:20s} {value}" for key, value in result.items()))
+
+
+def _length_examples(file: Path, checkpoint: Checkpoint) -> tuple[list[list[int]], list[int]]:
+    """Prompts' token ids and output lengths in tokens. Raises ValueError naming file:line, field, value and what is allowed."""
+    prompts, output_lens = [], []
+    vocab_size, tokenizer = checkpoint.config.vocab_size, checkpoint.tokenizer
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                prompt, output_len = _length_example(json.loads(line), vocab_size)
+                if isinstance(prompt, str):
+                    if tokenizer is None:
+                        raise ValueError("prompt is text, but the model has no tokenizer; allowed: prompt_token_ids")
+                    prompt = tokenizer.encode(prompt)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: {error}") from error
+            prompts.append(prompt)
+            output_lens.append(output_len)
+    return prompts, output_lens
+
+
+def _length_example(example: Any, vocab_size: int) -> tuple[str | list[int], int]:
+    """Text or token ids, and output tokens, of one line's JSON."""
+
+    def require(condition: bool, field: str, value: Any, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
+
+    require(isinstance(example, dict), "the line", example, "an object")
+    text, ids, output_len = (example.get(field) for field in ("prompt", "prompt_token_ids", "output_len"))
+    if (text is None) == (ids is None):
+        raise ValueError(f"fields are {', '.join(example)}; allowed: output_len, and one of prompt and prompt_token_ids")
+    require(type(output_len) is int and 1 <= output_len < 2**31, "output_len", output_len, "an integer from 1")
+    if ids is None:
+        require(isinstance(text, str) and text != "", "prompt", text, "text that is not empty")
+        return text, output_len
+    require(isinstance(ids, list) and bool(ids), "prompt_token_ids", ids, "a list that is not empty")
+    for i, token in enumerate(ids):
+        if not (type(token) is int and 0 <= token < vocab_size):
+            require(False, f"prompt_token_ids[{i}]", token, f"an id from 0 to {vocab_size - 1}")
+    return ids, output_len
 
 
 def _progress(done: int, total: int) -> None:

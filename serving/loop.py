@@ -168,10 +168,7 @@ class ServingLoop:
         plan = self._start_step(ended)
         if not plan.runs and not self._in_flight and self._requests:
             ended += self._finish_loads(wait=True)  # whoever is left waits for an adapter
-        while len(self._in_flight) > plan.runs:
-            tokens = self.executor.collect(self._in_flight[0])
-            self._in_flight.popleft()
-            ended += self._hand_out(tokens)
+        self._collect(ended, leave=int(plan.runs))
         return ended
 
     def _start_step(self, ended: list[Request]) -> StepPlan:
@@ -179,10 +176,12 @@ class ServingLoop:
             plan = self.scheduler.plan(self._clock())
             for content_hash in plan.cancels:
                 self.executor.cancel_load(content_hash)
+            if plan.awaited:
+                self._collect(ended)
             for content_hash, pages in plan.loads:
                 self.executor.begin_load(content_hash, pages)
             if plan.awaited:
-                ended += self._await_loads(plan)
+                self._await_loads(plan, ended)
             if plan.runs:
                 self._in_flight.append(self.executor.dispatch(plan))
         except BaseException:
@@ -193,9 +192,16 @@ class ServingLoop:
         self.counters.decode_rows += len(plan.decodes)
         return plan
 
-    def _await_loads(self, plan: StepPlan) -> list[Request]:
-        """Holds a step back until the adapters it needs are there; requests of one that cannot be had leave the plan."""
-        ended: list[Request] = []
+    def _collect(self, ended: list[Request], leave: int = 0) -> None:
+        """Waits for the steps in flight, except the last `leave`, and hands out their tokens."""
+        while len(self._in_flight) > leave:
+            tokens = self.executor.collect(self._in_flight[0])
+            self._in_flight.popleft()
+            ended += self._hand_out(tokens)
+
+    def _await_loads(self, plan: StepPlan, ended: list[Request]) -> None:
+        """Holds a step back, the device idle, until the adapters it needs are there: how systems serve that copy adapters on the
+        stream they compute on. Requests that have ended meanwhile leave the plan."""
         begin = self._clock()
         while any(a in self.cache and self.cache.entry(a).tier is AdapterTier.LOADING for a in plan.awaited):
             ended += self._finish_loads(wait=True)
@@ -206,7 +212,6 @@ class ServingLoop:
         for chunk in plan.prefills:
             if chunk.request.adapter in plan.awaited:
                 chunk.request.metrics.adapter_wait += waited
-        return ended
 
     def _finish_loads(self, wait: bool = False) -> list[Request]:
         ended: list[Request] = []

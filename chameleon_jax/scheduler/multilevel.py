@@ -47,7 +47,8 @@ class MultiLevelQueue:
     Args:
         total: pages of the pool.
         pages_of: KV pages with which a request starts.
-        adapter_pages_of: pages of its adapter.
+        adapter_pages_of: pages of its adapter that running requests do not hold already (the paper charges every request its whole
+            adapter, which leaves memory unused where requests share adapters).
         slo: target for time to first token, seconds.
         equal_levels: four levels of equal width and quota.
         drift_test: refresh as soon as sizes or rate differ from those of the last refresh.

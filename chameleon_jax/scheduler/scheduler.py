@@ -78,7 +78,7 @@ class Scheduler:
         return MultiLevelQueue(
             self._pool.capacity,
             self._first_pages,
-            self._adapter_pages,
+            self._missing_pages,
             config.ttft_slo,
             equal_levels=self.system.equal_levels,
             drift_test=self.system.drift_test,
@@ -154,6 +154,13 @@ class Scheduler:
 
     def _adapter_pages(self, request: Request) -> int:
         return 0 if request.adapter is None else self._cache.entry(request.adapter).info.num_pages
+
+    def _missing_pages(self, request: Request) -> int:
+        """Adapter pages that the request would add to what running requests hold."""
+        if request.adapter is None:
+            return 0
+        entry = self._cache.entry(request.adapter)
+        return 0 if entry.references else entry.info.num_pages
 
     # -- the step -------------------------------------------------------------------------------------------------------
 

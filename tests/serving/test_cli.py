@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
+from chameleon_jax.models import length_proxy
 from chameleon_jax.serving.cli import app
 from tests import reference_models as reference
 
@@ -23,7 +25,7 @@ def run(*arguments: object):
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("generate", "finetune", "convert", "bench"):
+    for command in ("generate", "finetune", "train-length-proxy", "convert", "bench"):
         assert command in result.output
         assert "Example: chameleon-jax" in run(command, "--help").output
 
@@ -42,6 +44,40 @@ def test_bench_reports_json(model, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["requests"] == 3 and report["adapters"] == 1 and report["output_tokens_per_s"] > 0
+
+
+def test_train_length_proxy_saves_what_it_measured(model, tmp_path):
+    data = tmp_path / "requests.jsonl"
+    examples = [{"prompt_token_ids": [1 + i % 2] * (5 + i % 4), "output_len": 10 + 500 * (i % 2)} for i in range(40)]
+    data.write_text("\n".join(map(json.dumps, examples)))
+    options = ["--data", data, "--output", tmp_path / "proxy", "--class-cuts", "141", "--window", 32, "--learning-rate", 0.01]
+    result = run("train-length-proxy", model, *options)
+    assert result.exit_code == 0, result.output
+    proxy = length_proxy.load(tmp_path / "proxy")
+    assert f"held-out accuracy {proxy.accuracy:.3f} of 8 examples" in result.stdout
+    assert proxy.predict_lens([[1] * 6, [2] * 6]).tolist() == [10, 510]
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{", "Expecting property name"),
+        ("[]", r"the line is \[\]; allowed: an object"),
+        ('{"output_len": 3}', "fields are output_len; allowed: output_len, and one of"),
+        ('{"prompt_token_ids": [1], "output_len": 0}', "output_len is 0; allowed: an integer from 1"),
+        ('{"prompt_token_ids": [1], "output_len": true}', "output_len is True"),
+        ('{"prompt_token_ids": [1, 256], "output_len": 3}', r"prompt_token_ids\[1\] is 256; allowed: an id from 0 to 255"),
+        ('{"prompt_token_ids": [], "output_len": 3}', r"prompt_token_ids is \[\]"),
+        ('{"prompt": "", "output_len": 3}', "prompt is ''"),
+        ('{"prompt": "hello", "output_len": 3}', "the model has no tokenizer"),
+    ],
+)
+def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
+    data = tmp_path / "d"
+    data.write_text('{"prompt_token_ids": [1], "output_len": 3}\n\n' + line)
+    result = run("train-length-proxy", model, "--data", data, "--output", tmp_path / "proxy")
+    assert result.exit_code == 1
+    assert re.search(rf"d:3: ({message})".replace(" ", ""), re.sub(r"\s", "", result.output))  # rich wraps lines
 
 
 @pytest.mark.parametrize(
