@@ -36,6 +36,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group test
 	@touch $@
 
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group bench
+	@touch $@
+
 $(VENV)/installed-check: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --group check
 	@touch $@

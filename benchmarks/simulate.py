@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from benchmarks.cost_model import CostModel, Profile
+from benchmarks.cost_model import LENGTH_FACTOR, STEP_TOKENS, CostModel, Profile
 from benchmarks.workload import Workload
 from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
@@ -149,10 +149,10 @@ def simulate(
     system: str | System,
     *,
     predictor: str = "proxy-0.8",
-    length_factor: float = 1.0,
+    length_factor: float = LENGTH_FACTOR,
     seed: int = 0,
     max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 4096,
+    max_num_batched_tokens: int = STEP_TOKENS,
     ttft_slo: float = 5.0,
 ) -> Result:
     """Serves a workload to its end."""
