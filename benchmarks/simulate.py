@@ -154,6 +154,7 @@ def simulate(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = STEP_TOKENS,
     ttft_slo: float = 5.0,
+    tbt_slo: float = 0.3,
 ) -> Result:
     """Serves a workload to its end."""
     begin = time.perf_counter()
@@ -173,8 +174,9 @@ def simulate(
     config = EngineConfig(
         system=system,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens * (4 if system.bound_stalls else 1),
         ttft_slo=ttft_slo,
+        tbt_slo=tbt_slo,
         predicted_output_len=max(1, round(211 * length_factor)),
     )
     loop = ServingLoop(

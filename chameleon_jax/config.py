@@ -31,6 +31,7 @@ class EngineConfig:
         enable_lora: False compiles no LoRA program and refuses adapters.
         system: which policies serve, one of `systems.SYSTEMS` by name, or a `systems.System` of your own.
         ttft_slo: seconds to the first token that the scheduler aims at.
+        tbt_slo: seconds between tokens that the scheduler aims at.
         predicted_output_len: output tokens that a request is expected to take before any has ended; it may outgrow them.
         max_queue_len: requests that may wait; None: no limit.
         seed: from which requests without a seed draw theirs.
@@ -49,6 +50,7 @@ class EngineConfig:
     enable_lora: bool = True
     system: str | System = "chameleon"
     ttft_slo: float = 5.0
+    tbt_slo: float = 0.15
     predicted_output_len: int = 128
     max_queue_len: int | None = None
     seed: int = 0
@@ -69,5 +71,6 @@ class EngineConfig:
         _require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
         get_system(self.system)
         _require(self.ttft_slo > 0, "ttft_slo", self.ttft_slo, "above 0 seconds")
+        _require(self.tbt_slo > 0, "tbt_slo", self.tbt_slo, "above 0 seconds")
         _require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
         _require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 WINDOW_S = 300.0
@@ -149,7 +149,7 @@ def make_policy(name: str) -> Policy:
     return POLICIES[name]()
 
 
-POLICIES = {
+POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": Lru,
     "chameleon": Compound,
     "fairshare": lambda: Compound(1 / 3, 1 / 3, 1 / 3),

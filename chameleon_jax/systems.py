@@ -6,7 +6,7 @@ import dataclasses
 
 from chameleon_jax.eviction import POLICIES
 
-ORDERS = ("fifo", "sjf", "multilevel", "slack")
+ORDERS = ("fifo", "sjf", "multilevel", "boost")
 SIZES = ("wrs", "output")
 
 
@@ -16,7 +16,7 @@ class System:
 
     Attributes:
         order: who starts next: "fifo"; "sjf", shortest predicted output first; "multilevel", the paper's queues with quotas;
-            "slack", ours: least work first among those that still meet the TTFT target.
+            "boost", ours: first come first served with a head start that is larger the less work a request is.
         size: what the queues sort by: "wrs", the paper's weighted request size, or "output", the predicted output alone.
         equal_levels: four queues of equal width and quota instead of clustered ones.
         drift_test: recompute queues and quotas as soon as the mix has visibly shifted, not only every five minutes.
@@ -26,7 +26,8 @@ class System:
         overlap_loads: a request whose adapter is loading lets others run until it is there; else its step waits for the load,
             and the load for the step before it, as where adapters are copied on the stream that computes.
         whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
-        stall_tokens: prompt tokens in a step at most while requests decode; None: max_num_batched_tokens.
+        bound_stalls: while requests decode, a step takes as much of the prompts as keeps it within the target for the time
+            between tokens, by what steps of that size and rank have taken so far; else max_num_batched_tokens, whatever their ranks.
         reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.
         admission_interval: steps between admissions while requests run.
         transfers_per_load: times an adapter is copied to the device for one load.
@@ -41,7 +42,7 @@ class System:
     prefetch_predicted: bool = False
     overlap_loads: bool = False
     whole_prompts: bool = True
-    stall_tokens: int | None = None
+    bound_stalls: bool = False
     reserve_max_tokens: bool = False
     admission_interval: int = 1
     transfers_per_load: int = 1
@@ -53,8 +54,6 @@ class System:
         for field in ("admission_interval", "transfers_per_load"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; allowed: 1 or more")
-        if self.stall_tokens is not None and (self.stall_tokens < 32 or self.stall_tokens % 32):
-            raise ValueError(f"stall_tokens is {self.stall_tokens}; allowed: a multiple of 32")
 
 
 _CHAMELEON = System()
@@ -62,6 +61,9 @@ _S_LORA = System(order="fifo", eviction="lru", keep_idle=False)
 
 SYSTEMS: dict[str, System] = {
     "chameleon": _CHAMELEON,
+    "chameleon-plus": System(
+        order="boost", eviction="cost-aware", prefetch_predicted=True, overlap_loads=True, whole_prompts=False, bound_stalls=True
+    ),
     "s-lora": _S_LORA,
     "s-lora-published": dataclasses.replace(_S_LORA, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2),
     "sjf": dataclasses.replace(_S_LORA, order="sjf"),

@@ -143,7 +143,7 @@ def make_output(request: Request, prompt: str | None, lora: LoRARequest | None, 
     return RequestOutput(
         request_id=request.request_id,
         prompt=prompt,
-        prompt_token_ids=request.prompt_token_ids,
+        prompt_token_ids=list(request.prompt_token_ids),
         outputs=[completion],
         finished=finish is not None,
         lora_request=lora,

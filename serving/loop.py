@@ -74,7 +74,8 @@ class ServingLoop:
         self._forget = forget
         self._requests: dict[str, Request] = {}
         self._orders = 0
-        self._in_flight: deque[Any] = deque()  # handles of dispatched steps whose tokens were not looked at
+        self._in_flight: deque[tuple[Any, StepPlan, float]] = deque()  # dispatched steps whose tokens were not looked at
+        self._collected_at = 0.0
         self._failed = False
 
     # -- requests -------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class ServingLoop:
             if plan.awaited:
                 self._await_loads(plan, ended)
             if plan.runs:
-                self._in_flight.append(self.executor.dispatch(plan))
+                self._in_flight.append((self.executor.dispatch(plan), plan, self._clock()))
         except BaseException:
             self._failed = True
             raise
@@ -195,8 +196,12 @@ class ServingLoop:
     def _collect(self, ended: list[Request], leave: int = 0) -> None:
         """Waits for the steps in flight, except the last `leave`, and hands out their tokens."""
         while len(self._in_flight) > leave:
-            tokens = self.executor.collect(self._in_flight[0])
+            handle, plan, dispatched_at = self._in_flight[0]
+            tokens = self.executor.collect(handle)
             self._in_flight.popleft()
+            now = self._clock()
+            self.scheduler.ran(plan, now - max(dispatched_at, self._collected_at))
+            self._collected_at = now
             ended += self._hand_out(tokens)
 
     def _await_loads(self, plan: StepPlan, ended: list[Request]) -> None:

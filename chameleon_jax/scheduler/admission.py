@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from chameleon_jax.adapter_cache import AdapterCache
@@ -22,7 +22,7 @@ class Verdict(enum.Enum):
     WAITS = enum.auto()  # for its adapter, or for tokens of it that are in flight; others may pass
     NO_ADAPTER_MEMORY = enum.auto()  # its tokens fit, its adapter does not
     NO_MEMORY = enum.auto()
-    NO_SLOT = enum.auto()
+    FULL = enum.auto()  # no slot, or the next step has prompts enough
 
 
 class Batch:
@@ -31,16 +31,29 @@ class Batch:
     Args:
         pages_of: KV pages with which a request starts.
         slots: requests that may start.
+        prompt_room: what the next step can prefill beside what has started, in tokens or seconds; the request that uses it up is the
+            last, so that what has started is what is computed next and the order of the others is still open.
+        prompt_of: what a request takes of it.
         overlap_loads: a request starts when its adapter is there; otherwise it starts at once and its step waits for the load.
     """
 
-    def __init__(self, pool: PagePool, cache: AdapterCache, slots: int, overlap_loads: bool):
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: AdapterCache,
+        slots: int,
+        prompt_room: float,
+        prompt_of: Callable[[Request], float],
+        overlap_loads: bool,
+    ):
         self.starts: list[Request] = []
         self.loads: list[str] = []
         self.lacks_memory = False
         self._pool = pool
         self._cache = cache
         self._slots = slots
+        self._prompt_room = prompt_room
+        self._prompt_of = prompt_of
         self._overlap_loads = overlap_loads
         self._pages = 0
         self._kept: set[str] = set()  # idle adapters that it uses
@@ -61,8 +74,8 @@ class Batch:
 
     def offer(self, request: Request, kv_pages: int) -> Verdict:
         """Takes the request in where it fits."""
-        if len(self.starts) >= self._slots:
-            return Verdict.NO_SLOT
+        if len(self.starts) >= self._slots or self._prompt_room <= 0:
+            return Verdict.FULL
         if request.num_in_flight:
             return Verdict.WAITS
         adapter, load_pages, kept_pages = request.adapter, 0, 0
@@ -88,6 +101,7 @@ class Batch:
                 self._kept.add(adapter)
         self._kept_pages += kept_pages
         self._pages += kv_pages + load_pages
+        self._prompt_room -= self._prompt_of(request)
         self.starts.append(request)
         return Verdict.STARTS
 

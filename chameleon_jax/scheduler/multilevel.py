@@ -8,8 +8,8 @@ n the number of older requests in the system. A request starts at most (n + 1) (
 its level is served in order of arrival, so n heads go before it, and a head waits
 - at most L for its quota: nothing is lent while it waits, so what was lent or used comes back as the running ones end; if
   it is larger than the quota it may start when nothing is charged to its level;
-- then at most DOOR_S for memory while others may take it (the paper sets no such limit);
-- then at most K L: nobody starts before the head that has been waiting for memory longest, so within L it is empty enough for
+- then at most DOOR_S for memory, or for room in a step, while others may take it (the paper sets no such limit);
+- then at most K L: nobody starts before the head that has been waiting for that longest, so within L there is enough for
   it, and at most K heads, one a level, stand in that line.
 Requests that squashed because they outgrew their prediction count again among the n each time they come back; the oldest
 request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_multilevel.py` holds it to that.
@@ -33,8 +33,8 @@ FIRST_REFRESH = 100
 """Requests after which levels are formed for the first time."""
 DRIFT_SAMPLE = 128
 """Arrivals that a drift test compares with those of the last refresh."""
-DOOR_S = 2.0
-"""Seconds that a head may wait for memory before nobody starts ahead of it."""
+DOOR_S = 0.25
+"""Seconds that a head may wait for memory or for room in a step before nobody starts ahead of it."""
 BYPASS_DEPTH = 16
 """Younger requests of a queue that are looked at when its head's adapter lacks memory."""
 SQUASH_SHARE = 0.05
@@ -160,7 +160,7 @@ class MultiLevelQueue:
             elif verdict is Verdict.WAITS:
                 passed += 1
             else:
-                if passed == 0 and verdict in (Verdict.NO_MEMORY, Verdict.NO_ADAPTER_MEMORY):
+                if passed == 0:
                     level.blocked_since = level.blocked_since if level.blocked_since is not None else now
                 if passed == 0 and verdict is Verdict.NO_ADAPTER_MEMORY:
                     self._bypass(level, request, batch, running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 from chameleon_jax.request import Request
@@ -10,6 +11,12 @@ from chameleon_jax.scheduler.request_queue import RequestQueue
 
 PASS_DEPTH = 32
 """Requests whose adapters load that the ones behind them may pass."""
+
+BOOST_TAIL = 0.01
+"""Share of requests that may miss the TTFT target: with the target it sets how fast the tail of waiting times should fall."""
+
+MAX_BOOST = 1.0
+"""Of the TTFT target."""
 
 PagesOf = Callable[[Request], int]
 """KV pages with which a request starts."""
@@ -70,3 +77,24 @@ def fifo(pages_of: PagesOf) -> SingleQueue:
 def shortest_first(pages_of: PagesOf) -> SingleQueue:
     """By predicted output (S-LoRA+SJF in the paper)."""
     return SingleQueue(pages_of, lambda request: float(request.predicted_output_len))
+
+
+def boosted(pages_of: PagesOf, work_of: Callable[[Request], float], slo: float) -> SingleQueue:
+    """By arrival time less a boost that is larger the less work a request is: (1 / gamma) ln(1 / (1 - exp(-gamma work))).
+
+    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue. gamma is the
+    rate at which the tail is to fall: BOOST_TAIL of the requests beyond `slo`. A boost is at most MAX_BOOST: a request can only be
+    passed by those that come within that time after it, so it starts at most as long after it came as first come first served
+    would start the last of these.
+
+    Args:
+        work_of: seconds of prefill.
+        slo: target for time to first token, seconds.
+    """
+    gamma = -math.log(BOOST_TAIL) / slo
+
+    def key(request: Request) -> float:
+        boost = -math.log1p(-math.exp(-gamma * max(work_of(request), 1e-6))) / gamma
+        return request.arrival_time - min(boost, MAX_BOOST * slo)
+
+    return SingleQueue(pages_of, key)

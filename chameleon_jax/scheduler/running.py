@@ -22,21 +22,27 @@ class RunningSet:
 
     Args:
         step_tokens: prompt tokens of a step at most, a multiple of PREFILL_TILE.
-        stall_tokens: the same while requests decode.
         whole_prompts: cuts no prompt that fits a step.
     """
 
-    def __init__(self, page_tokens: int, step_tokens: int, stall_tokens: int, whole_prompts: bool):
+    def __init__(self, page_tokens: int, step_tokens: int, whole_prompts: bool):
         self.by_age: list[Request] = []  # in order of arrival
         self._page_tokens = page_tokens
         self._step_tiles = step_tokens // PREFILL_TILE
-        self._stall_tiles = min(stall_tokens, step_tokens) // PREFILL_TILE
         self._whole_prompts = whole_prompts
         self._prefilling: list[Request] = []  # in order of admission
         self._decoding: list[Request] = []  # in the order of their rows
 
     def __len__(self) -> int:
         return len(self.by_age)
+
+    @property
+    def step_tokens(self) -> int:
+        return self._step_tiles * PREFILL_TILE
+
+    def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
+        """What the prompts of requests that have started still cost, `cost_of(request, tokens)` each."""
+        return sum(cost_of(r, r.num_to_prefill - r.num_computed) for r in self._prefilling)
 
     def add(self, request: Request) -> None:
         request.num_computed, request.num_to_prefill = 0, request.num_known
@@ -74,19 +80,31 @@ class RunningSet:
         request.decode_limit = min(len(request.pages) * self._page_tokens, request.max_total_tokens - 1)
         return True
 
-    def plan_prefills(self, plan: StepPlan) -> None:
-        tiles = self._stall_tiles if plan.decodes else self._step_tiles
-        whole = tiles
+    def plan_prefills(self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float]) -> None:
+        """Cuts prompts into chunks, those that started first first, until the step is full.
+
+        Args:
+            seconds: that the chunks may take, at least one tile excepted.
+            seconds_of: how long that many tokens of a request take.
+        """
+        tiles = whole = self._step_tiles
         for request in self._prefilling:
-            if tiles <= 0:
-                break
             left = request.num_to_prefill - request.num_computed
             needs = -(-left // PREFILL_TILE)
-            if self._whole_prompts and tiles < needs <= whole:
+            if tiles <= 0 or (self._whole_prompts and tiles < needs <= whole):
                 break
             tokens = min(left, tiles * PREFILL_TILE)
-            tiles -= min(needs, tiles)
+            needed = seconds_of(request, tokens)
+            if needed > seconds:
+                tokens = min(tokens, int(tokens * max(seconds, 0.0) / needed) // PREFILL_TILE * PREFILL_TILE)
+                if not tokens and plan.prefills:
+                    break
+                tokens = max(tokens, min(left, PREFILL_TILE))
+            seconds -= needed
+            tiles -= -(-tokens // PREFILL_TILE)
             plan.prefills.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
+            if seconds <= 0:
+                break
         for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.num_tokens

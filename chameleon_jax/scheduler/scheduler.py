@@ -20,12 +20,15 @@ from chameleon_jax.prefetch import UsePredictor
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler.admission import MAX_LOADS, AdmissionOrder, Batch
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
-from chameleon_jax.scheduler.orders import fifo, shortest_first
+from chameleon_jax.scheduler.orders import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.request_size import RequestSizer
 from chameleon_jax.scheduler.running import RunningSet
+from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 from chameleon_jax.systems import System, get_system
 
+GUESSED_TOKEN_S = 2e-4
+"""Seconds of a prompt token before any was timed."""
 PREFETCH_DEPTH = 32
 """Waiting requests whose adapters are loaded ahead."""
 
@@ -56,13 +59,10 @@ class Scheduler:
         self._cache = cache
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
+        self._cost = StepCost()
+        self._tbt_slo = config.tbt_slo
         self._order = self._make_order(config)
-        self._running = RunningSet(
-            page_tokens,
-            config.max_num_batched_tokens,
-            self.system.stall_tokens or config.max_num_batched_tokens,
-            self.system.whole_prompts,
-        )
+        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[str] = Counter()  # adapters of waiting requests
@@ -75,6 +75,8 @@ class Scheduler:
             return fifo(self._first_pages)
         if self.system.order == "sjf":
             return shortest_first(self._first_pages)
+        if self.system.order == "boost":
+            return boosted(self._first_pages, self._prefill_work, config.ttft_slo)
         return MultiLevelQueue(
             self._pool.capacity,
             self._first_pages,
@@ -173,10 +175,33 @@ class Scheduler:
             self._cache.evict_idle(keep=self._wanted)
         self._make_way(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
-        if self._admit(plan, now):
+        budget = self._prefill_budget(plan)
+        if self._admit(plan, budget, now):
             self._prefetch(plan, now)
-        self._running.plan_prefills(plan)
+        self._running.plan_prefills(plan, budget, self._prefill_seconds)
         return plan
+
+    def _prefill_budget(self, plan: StepPlan) -> float:
+        """Seconds that prompts may take in a step with these decodes: what the target for the time between tokens leaves."""
+        if not (self.system.bound_stalls and plan.decodes and self._cost.known):
+            return float("inf")
+        step = self._cost.features(plan, self._rank)
+        step[PREFILL] = 1.0
+        return self._tbt_slo - self._cost.seconds(step)
+
+    def ran(self, plan: StepPlan, seconds: float) -> None:
+        """A step took that long."""
+        self._cost.observe(self._cost.features(plan, self._rank), seconds)
+
+    def _rank(self, request: Request) -> int:
+        return 0 if request.adapter is None or request.adapter not in self._cache else self._cache.entry(request.adapter).info.rank
+
+    def _prefill_seconds(self, request: Request, tokens: int) -> float:
+        """Until steps have been seen, a guess."""
+        return self._cost.prefill_seconds(tokens, self._rank(request)) if self._cost.known else tokens * GUESSED_TOKEN_S
+
+    def _prefill_work(self, request: Request) -> float:
+        return self._prefill_seconds(request, request.num_known)
 
     def _measure_anew(self, now: float) -> None:
         for request, tokens in self._predictor.updates():
@@ -186,16 +211,27 @@ class Scheduler:
                 request.size = self._sizer.size(request, self._adapter_pages(request))
                 self._order.add(request, now, new=False)
 
-    def _admit(self, plan: StepPlan, now: float) -> bool:
+    def _admit(self, plan: StepPlan, budget: float, now: float) -> bool:
         """Starts requests. False where one that could run lacks memory."""
         self._steps_to_admission -= 1
         if not self._waiting or (self._steps_to_admission > 0 and len(self._running)):
             return True
         self._steps_to_admission = self.system.admission_interval
-        batch = Batch(self._pool, self._cache, len(self._slots), self.system.overlap_loads)
+        batch = self._new_batch(budget)
         self._order.admit(batch, self.running, now)
         self._commit(batch, plan, now)
         return not batch.lacks_memory
+
+    def _new_batch(self, budget: float) -> Batch:
+        """Takes as many prompts as the steps until the next admission can prefill, by tokens, or by time where that is bounded."""
+        if budget < float("inf"):
+            room = budget - self._running.prompts_left(self._prefill_seconds)
+            prompt_of = self._prefill_work
+        else:
+            room = self._running.step_tokens * self.system.admission_interval
+            room -= self._running.prompts_left(lambda request, tokens: tokens)
+            prompt_of = _known_tokens
+        return Batch(self._pool, self._cache, len(self._slots), room, prompt_of, self.system.overlap_loads)
 
     def _commit(self, batch: Batch, plan: StepPlan, now: float) -> None:
         if batch.pages and not self._cache.reserve(batch.pages, now, keep=batch.keep, wanted=self._wanted):
@@ -309,3 +345,7 @@ class Scheduler:
             if self._cache.num_loading >= MAX_LOADS or not self._pool.can_allocate(pages + spare):
                 return
             self._begin_load(adapter, plan)
+
+
+def _known_tokens(request: Request) -> float:
+    return request.num_known

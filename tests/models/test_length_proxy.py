@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from chameleon_jax.models import length_proxy
+from chameleon_jax.models.length_proxy import LengthProxyConfig
+
+CONFIG = LengthProxyConfig(
+    window=32, vocab_buckets=256, hidden_size=32, num_heads=2, num_layers=1, epochs=12, learning_rate=3e-3
+)
+
+
+def task(count: int, marked: bool) -> tuple[list[list[int]], list[int]]:
+    """Prompts with output lengths; a token 1, 2 or 3 somewhere in a marked one says which class its length is in."""
+    rng = np.random.default_rng(0)
+    prompts, output_lens = [], []
+    for _ in range(count):
+        label = int(rng.integers(3))
+        prompt = rng.integers(10, 200, int(rng.integers(4, 30))).tolist()
+        if marked:
+            prompt[int(rng.integers(len(prompt)))] = label + 1
+        prompts.append(prompt)
+        output_lens.append(int(rng.integers((1, 142, 504)[label], (142, 504, 900)[label])))
+    return prompts, output_lens
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    return length_proxy.train(*task(600, marked=True), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def saved(proxy, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("proxy")
+    length_proxy.save(proxy, directory)
+    return directory
+
+
+def test_a_marker_token_is_learned(proxy):
+    assert proxy.confusion.shape == (3, 3) and abs(proxy.confusion.sum() - 120) <= 2
+    assert proxy.accuracy > 0.9
+
+
+def test_labels_without_a_cause_are_not():
+    proxy = length_proxy.train(*task(600, marked=False), CONFIG)
+    assert 0.33 - 0.13 < proxy.accuracy < 0.33 + 0.13  # three standard deviations of 120 guesses
+
+
+def test_a_class_predicts_its_mean_length_or_what_the_config_says(proxy):
+    prompts, output_lens = task(600, marked=True)
+    for c, predicted in enumerate(proxy.class_lens):
+        mean = np.mean([n for n in output_lens if CONFIG.classes_of([n]) == c])
+        assert abs(predicted - mean) < 0.1 * mean
+    classes = proxy.classify(prompts[:20])
+    np.testing.assert_array_equal(proxy.predict_lens(prompts[:20]), proxy.class_lens[classes])
+    config = dataclasses.replace(CONFIG, class_lens=(1, 2, 3), epochs=1)
+    assert length_proxy.train(prompts[:60], output_lens[:60], config).class_lens.tolist() == [1, 2, 3]
+
+
+def test_classes_end_with_their_cut():
+    assert LengthProxyConfig().classes_of([1, 141, 142, 503, 504]).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_long_prompts_are_read_at_both_ends(proxy):
+    start, end = ([marker, *[50] * 300] for marker in (1, 3)), ([*[50] * 300, marker] for marker in (1, 3))
+    middle = [[*[50] * 150, marker, *[50] * 150] for marker in (1, 3)]
+    logits = _logits(proxy, [*start, *end, *middle])
+    assert np.abs(logits[0] - logits[1]).max() > 0.01 and np.abs(logits[2] - logits[3]).max() > 0.01
+    np.testing.assert_array_equal(logits[4], logits[5])
+
+
+def test_a_prompt_alone_and_in_a_batch(proxy):
+    prompts, _ = task(40, marked=True)
+    np.testing.assert_array_equal(proxy.classify(prompts), [proxy.classify([p])[0] for p in prompts])
+    prompts = [p for p in prompts if len(p) <= 8]
+    padded, tight = _logits(proxy, [*prompts, []], 32), _logits(proxy, prompts, 8)
+    np.testing.assert_allclose(padded[:-1], tight, rtol=1e-4, atol=1e-4)
+    assert len(prompts) > 3 and np.isfinite(padded).all()
+    assert proxy.classify([]).shape == (0,)
+
+
+def test_the_same_seed_trains_the_same_proxy():
+    prompts, output_lens = task(600, marked=True)
+    config = dataclasses.replace(CONFIG, epochs=1)
+    first, second, other = (
+        length_proxy.train(prompts[:60], output_lens[:60], dataclasses.replace(config, seed=s)) for s in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
+
+
+def test_nothing_is_compiled_after_warm_up(proxy):
+    proxy.warm_up()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
+    )
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 7, 8, 9, 33):
+        proxy.predict_lens([rng.integers(0, 50_000, int(rng.integers(1, 90))).tolist() for _ in range(count)])
+    assert compiled == []
+    jax.jit(lambda x: x + count)(np.zeros(3))
+    assert compiled  # the listener hears
+
+
+def test_saved_and_loaded(proxy, saved):
+    loaded = length_proxy.load(saved)
+    prompts, _ = task(100, marked=True)
+    np.testing.assert_array_equal(loaded.classify(prompts), proxy.classify(prompts))
+    np.testing.assert_array_equal(loaded.predict_lens(prompts), proxy.predict_lens(prompts))
+    np.testing.assert_array_equal(loaded.confusion, proxy.confusion)
+    assert loaded.config == proxy.config
+    length_proxy.save(loaded, saved)  # over an earlier one
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"config": {"hidden_size": 48}}, "blocks.0.attention_norm.bias is \\[32\\]; the config says \\[48\\]"),
+        ({"config": {"num_layers": 2}}, "has no tensor blocks.1"),
+        ({"config": {"window": 7}}, "window is 7; allowed"),
+        ({"config": {"depth": 7}}, "depth"),
+        ({"class_lens": [1, 2]}, "class_lens or confusion is not of the 3 classes"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved, tmp_path, change, message):
+    directory = tmp_path / "proxy"
+    shutil.copytree(saved, directory)
+    settings = json.loads((directory / "length_proxy.json").read_text())
+    settings |= change | {"config": settings["config"] | change.get("config", {})}
+    (directory / "length_proxy.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        length_proxy.load(directory)
+
+
+def test_a_directory_without_a_proxy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a length proxy"):
+        length_proxy.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("class_cuts", ()),
+        ("class_cuts", (5, 5)),
+        ("class_lens", (1, 2)),
+        ("window", 9),
+        ("hidden_size", 33),
+        ("epochs", 0),
+        ("token_dropout", 1.0),
+        ("held_out", 0.0),
+        ("learning_rate", 0),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "prompts,output_lens,message",
+    [
+        ([[1]], [3, 4], "output_lens has 2 entries; needed: one for each of 1 prompts"),
+        ([[1], []], [3, 4], "prompts\\[1\\] has 0 tokens"),
+        ([[1], [2]], [3, 0], "output_lens\\[1\\] has 0 tokens"),
+        ([[1]] * 5, [3, 3, 200, 200, 600], "output_lens has 1 in class 2"),
+        ([], [], "output_lens has 0 in class 0"),
+    ],
+)
+def test_bad_examples_are_named(prompts, output_lens, message):
+    with pytest.raises(ValueError, match=message):
+        length_proxy.train(prompts, output_lens, CONFIG)
+
+
+def _logits(proxy, prompts, length=CONFIG.window) -> np.ndarray:
+    inputs = length_proxy._encode(prompts, proxy.config, len(prompts), length)
+    return np.asarray(jax.jit(lambda params, *inputs: nnx.merge(proxy._graph, params)(*inputs))(proxy.params, *inputs))
