@@ -9,7 +9,7 @@ from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.scheduler import StepPlan
 
 GIB = 2**30
-LENGTH_FACTOR = 0.18
+LENGTH_FACTOR = 0.185
 """By which Azure's lengths are scaled on the A40; the paper scaled them too, by a factor it does not give."""
 STEP_TOKENS = 512
 """Prompt tokens of a step on the A40."""
@@ -128,7 +128,7 @@ class CostModel:
         adapters = {request.adapter for request in rows}
         adapters.discard(None)
         if adapters:
-            pages = sum([self._pages[name] for name in adapters])  # type: ignore[index]
+            pages = sum([self._pages[name] for name in adapters])  # type: ignore[index,misc]
             seconds += profile.lora_overhead / 2 + self._page * pages + profile.lora_row * len(rows)
         return seconds
 
@@ -141,7 +141,6 @@ _A40 = Profile(
     name="a40-llama-7b",
     model=PRESETS["llama-7b"],
     memory=48e9,
-    scratch=12.9e9,
     bandwidth=560e9,
     flops=88.4e12,
     prefill_overhead=0.030,
@@ -154,15 +153,14 @@ _A40 = Profile(
     link_latency=0.0045,
 )
 """Calibrated, with LENGTH_FACTOR and STEP_TOKENS, to what the paper says of its A40: the time to first token of a medium request
-on an idle machine by rank, S-LoRA's knee, the cache's hit rate (see docs/paper.md). `scratch` is what it takes for the hit rate:
-the paper does not say how much of the 48 GB its pool had. 560 GB/s is 80 % of the A40's bandwidth, 88 TFLOP/s 59 % of its bf16 rate."""
+on an idle machine by rank, and S-LoRA's knee (see docs/paper.md). 560 GB/s is 80 % of the A40's bandwidth, 88 TFLOP/s 59 % of its
+bf16 rate."""
 
 _SPEEDUP = 1.9  # of A100 kernels that the memory or the tensor cores do not bound: launches, LoRA
 _A100 = dataclasses.replace(
     _A40,
     name="a100-80gb",
     memory=80e9,
-    scratch=3 * GIB,
     bandwidth=1630e9,
     flops=184e12,
     prefill_overhead=_A40.prefill_overhead / _SPEEDUP,

@@ -24,6 +24,8 @@ from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import System, get_system
 
 TOKEN, STOP = 1, 2
+TBT_SLO = 0.32
+"""Target for systems that bound stalls: what the others have at STEP_TOKENS on the A40, so that neither is given more."""
 SAMPLE_S = 1.0
 """Seconds between samples of memory and queues."""
 
@@ -154,7 +156,7 @@ def simulate(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = STEP_TOKENS,
     ttft_slo: float = 5.0,
-    tbt_slo: float = 0.3,
+    tbt_slo: float = TBT_SLO,
 ) -> Result:
     """Serves a workload to its end."""
     begin = time.perf_counter()
@@ -194,7 +196,7 @@ def simulate(
     stop = frozenset([STOP])
     requests: list[Request] = []
     pending = deque(
-        Request(f"r{i}", range(n), params, arrival, 0, stop, adapters[a])  # type: ignore[arg-type]
+        Request(f"r{i}", range(n), params, arrival, 0, stop, adapters[a])
         for i, (arrival, n, a) in enumerate(
             zip(workload.arrival_s.tolist(), workload.input_tokens.tolist(), workload.adapter.tolist())
         )

@@ -27,8 +27,8 @@ from chameleon_jax.scheduler.running import RunningSet
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 from chameleon_jax.systems import System, get_system
 
-GUESSED_TOKEN_S = 2e-4
-"""Seconds of a prompt token before any was timed."""
+GUESSED_TOKEN_S = 1e-3
+"""Seconds of a prompt token before enough steps were timed; high, so that the first steps stall nobody."""
 PREFETCH_DEPTH = 32
 """Waiting requests whose adapters are loaded ahead."""
 
@@ -183,8 +183,10 @@ class Scheduler:
 
     def _prefill_budget(self, plan: StepPlan) -> float:
         """Seconds that prompts may take in a step with these decodes: what the target for the time between tokens leaves."""
-        if not (self.system.bound_stalls and plan.decodes and self._cost.known):
+        if not (self.system.bound_stalls and plan.decodes):
             return float("inf")
+        if not self._cost.known:
+            return self._tbt_slo
         step = self._cost.features(plan, self._rank)
         step[PREFILL] = 1.0
         return self._tbt_slo - self._cost.seconds(step)

@@ -18,7 +18,7 @@ class StepCost:
     FORGET = 0.999
     SCALE = np.array([1e0, 1e3, 1e5, 1e0, 1e2, 1e4])
     """Typical sizes of the features, so that one regularisation suits all."""
-    ENOUGH = 200
+    ENOUGH = 50
     """Steps before it is believed."""
     LONGEST = 5.0
     """Seconds; what took longer was an interruption, not a step."""
