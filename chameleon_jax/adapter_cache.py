@@ -59,6 +59,8 @@ class AdapterCache:
         self._entries: dict[str, CacheEntry] = {}
         self._idle: dict[str, CacheEntry] = {}  # resident, not referenced, not pinned
         self._idle_pages = 0
+        self._removed: set[str] = set()  # those that are to be forgotten
+        self._pinned: set[str] = set()
 
     def __contains__(self, content_hash: str) -> bool:
         return content_hash in self._entries
@@ -75,12 +77,14 @@ class AdapterCache:
         if entry is None:
             entry = self._entries[info.content_hash] = CacheEntry(info, AdapterUse(info.num_pages, info.num_bytes, now))
         entry.removed = False
+        self._removed.discard(info.content_hash)
         return entry
 
     def remove(self, content_hash: str) -> list[str]:
         """Forgets an adapter as soon as no request needs it. Returns the hashes that are forgotten now."""
         entry = self._entries[content_hash]
         entry.removed = True
+        self._removed.add(content_hash)
         self.pin(content_hash, False)
         return self._forget_if_free(entry)
 
@@ -88,7 +92,12 @@ class AdapterCache:
         """A pinned adapter does not leave once it is resident."""
         entry = self._entries[content_hash]
         entry.pinned = pinned
+        (self._pinned.add if pinned else self._pinned.discard)(content_hash)
         self._count_idle(entry)
+
+    def pinned_pages(self, besides: str | None = None) -> int:
+        """Pages that pinned adapters take, or will, one of them excepted."""
+        return sum(self._entries[name].info.num_pages for name in self._pinned if name != besides)
 
     def hold(self, content_hash: str) -> None:
         """A request that will need the adapter was submitted."""
@@ -207,8 +216,9 @@ class AdapterCache:
         if entry.tier is AdapterTier.RESIDENT:
             self._to_host(entry)
         del self._entries[entry.info.content_hash]
+        self._removed.discard(entry.info.content_hash)
         return [entry.info.content_hash]
 
     def sweep(self) -> list[str]:
         """Forgets removed adapters whose load has ended since; returns their hashes."""
-        return [gone for entry in list(self._entries.values()) for gone in self._forget_if_free(entry)]
+        return [gone for name in list(self._removed) for gone in self._forget_if_free(self._entries[name])]

@@ -101,10 +101,10 @@ class ServingLoop:
                 f"allowed: {self.max_model_len} together (max_model_len)"
             )
         pages = self._most_pages(request)
-        if pages > self.pool.capacity - self._pinned_pages(request.adapter):
+        if pages > self.pool.capacity - self.cache.pinned_pages(request.adapter):
             raise ValueError(
                 f"the request needs up to {pages} pages for its tokens and adapter; the pool has {self.pool.capacity}, "
-                f"of which {self._pinned_pages(request.adapter)} hold other pinned adapters"
+                f"of which {self.cache.pinned_pages(request.adapter)} hold other pinned adapters"
             )
         limit = self.config.max_queue_len
         if limit is not None and self.scheduler.num_waiting >= limit:
@@ -136,7 +136,7 @@ class ServingLoop:
         """A pinned adapter never leaves the pool once it is there. Raises ValueError where a live request could then starve."""
         entry = self.cache.entry(content_hash)
         if pinned:
-            taken = self._pinned_pages(content_hash) + entry.info.num_pages
+            taken = self.cache.pinned_pages(content_hash) + entry.info.num_pages
             needs = [self._most_pages(r) for r in self._requests.values() if r.adapter != content_hash]
             if taken + max(needs, default=0) > self.pool.capacity or taken > self.pool.capacity // 2:
                 raise ValueError(
@@ -144,10 +144,6 @@ class ServingLoop:
                     f"request (the largest needs {max(needs, default=0)})"
                 )
         self.cache.pin(content_hash, pinned)
-
-    def _pinned_pages(self, besides: str | None) -> int:
-        pinned = (e.info for e in self.cache.entries() if e.pinned)
-        return sum(info.num_pages for info in pinned if info.content_hash != besides)
 
     def _most_pages(self, request: Request) -> int:
         adapter = 0 if request.adapter is None else self.cache.entry(request.adapter).info.num_pages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from chameleon_jax.request import Request
 
 
@@ -24,6 +26,7 @@ class StepPlan:
     Attributes:
         loads: `(content hash, pages)` of adapters whose transfer starts now.
         cancels: content hashes of adapters whose transfer is given up, before the loads start.
+        features: what `step_cost.StepCost` learns from; None where nothing is to be learnt.
         awaited: content hashes of adapters that have to be there before the step may run.
     """
 
@@ -32,6 +35,7 @@ class StepPlan:
     loads: list[tuple[str, list[int]]] = dataclasses.field(default_factory=list)
     cancels: list[str] = dataclasses.field(default_factory=list)
     awaited: list[str] = dataclasses.field(default_factory=list)
+    features: np.ndarray | None = None
 
     @property
     def runs(self) -> bool:

@@ -11,6 +11,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+
 from chameleon_jax.adapter_cache import AdapterCache
 from chameleon_jax.adapters import AdapterTier
 from chameleon_jax.config import EngineConfig
@@ -60,6 +62,7 @@ class Scheduler:
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
         self._cost = StepCost()
+        self._learns = self.system.bound_stalls or self.system.order == "boost"
         self._tbt_slo = config.tbt_slo
         self._order = self._make_order(config)
         self._running = RunningSet(page_tokens, config.max_num_batched_tokens, self.system.whole_prompts)
@@ -179,21 +182,26 @@ class Scheduler:
         if self._admit(plan, budget, now):
             self._prefetch(plan, now)
         self._running.plan_prefills(plan, budget, self._prefill_seconds)
+        if plan.features is not None:
+            plan.features += self._cost.features(plan.prefills, (), self._rank)
         return plan
 
     def _prefill_budget(self, plan: StepPlan) -> float:
         """Seconds that prompts may take in a step with these decodes: what the target for the time between tokens leaves."""
+        if self._learns:
+            plan.features = self._cost.features((), plan.decodes, self._rank)
         if not (self.system.bound_stalls and plan.decodes):
             return float("inf")
-        if not self._cost.known:
+        if not self._cost.known or plan.features is None:
             return self._tbt_slo
-        step = self._cost.features(plan, self._rank)
-        step[PREFILL] = 1.0
-        return self._tbt_slo - self._cost.seconds(step)
+        prefill = np.zeros_like(plan.features)
+        prefill[PREFILL] = 1.0
+        return self._tbt_slo - self._cost.seconds(plan.features + prefill)
 
     def ran(self, plan: StepPlan, seconds: float) -> None:
         """A step took that long."""
-        self._cost.observe(self._cost.features(plan, self._rank), seconds)
+        if plan.features is not None:
+            self._cost.observe(plan.features, seconds)
 
     def _rank(self, request: Request) -> int:
         return 0 if request.adapter is None or request.adapter not in self._cache else self._cache.entry(request.adapter).info.rank

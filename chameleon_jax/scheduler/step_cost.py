@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from chameleon_jax.scheduler.plan import StepPlan
+from chameleon_jax.request import Request
+from chameleon_jax.scheduler.plan import PrefillChunk
 
 FEATURES = 6
 PREFILL, TOKENS, TOKEN_RANKS, DECODE, ROWS, CONTEXT = range(FEATURES)
@@ -33,16 +36,16 @@ class StepCost:
         return self.num_steps >= self.ENOUGH
 
     @staticmethod
-    def features(plan: StepPlan, rank_of) -> np.ndarray:
-        """`[FEATURES]` of a plan, before or after it is booked."""
+    def features(prefills: Sequence[PrefillChunk], decodes: Sequence[Request], rank_of: Callable[[Request], int]) -> np.ndarray:
+        """`[FEATURES]` of a step."""
         x = [0.0] * FEATURES
-        for chunk in plan.prefills:
+        for chunk in prefills:
             x[PREFILL] = 1.0
             x[TOKENS] += chunk.num_tokens
             x[TOKEN_RANKS] += chunk.num_tokens * rank_of(chunk.request)
-        if plan.decodes:
-            x[DECODE], x[ROWS] = 1.0, len(plan.decodes)
-            x[CONTEXT] = sum([request.num_computed for request in plan.decodes])
+        if decodes:
+            x[DECODE], x[ROWS] = 1.0, len(decodes)
+            x[CONTEXT] = sum([request.num_computed for request in decodes])
         return np.array(x)
 
     def observe(self, features: np.ndarray, seconds: float) -> None:
@@ -53,8 +56,9 @@ class StepCost:
         gain /= self.FORGET + x @ gain
         self._weights += gain * (seconds - x @ self._weights)
         self._inverse = (self._inverse - np.outer(gain, x @ self._inverse)) / self.FORGET
-        if np.trace(self._inverse) > 1e6:  # nothing new for long: forgetting would make it unstable
-            self._inverse *= 1e6 / np.trace(self._inverse)
+        spread = self._inverse.trace()
+        if spread > 1e6:  # nothing new for long: forgetting would make it unstable
+            self._inverse *= 1e6 / spread
         self.num_steps += 1
 
     def seconds(self, features: np.ndarray) -> float:
@@ -63,4 +67,5 @@ class StepCost:
     def prefill_seconds(self, tokens: int, rank: int) -> float:
         """Of that many prompt tokens in a step that prefills anyway."""
         w = self._weights
-        return max(w[TOKENS], 1e-9) * tokens / self.SCALE[TOKENS] + max(w[TOKEN_RANKS], 0.0) * tokens * rank / self.SCALE[TOKEN_RANKS]
+        token_ranks = max(w[TOKEN_RANKS], 0.0) * tokens * rank / self.SCALE[TOKEN_RANKS]
+        return float(max(w[TOKENS], 1e-9) * tokens / self.SCALE[TOKENS] + token_ranks)

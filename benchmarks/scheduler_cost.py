@@ -1,0 +1,105 @@
+"""What the scheduler and the cache cost the host for a step, and how that grows with the queue.
+
+    python -m benchmarks.scheduler_cost
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.machine import describe, publish
+from chameleon_jax.adapter_cache import AdapterCache
+from chameleon_jax.adapters import AdapterInfo
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.length_predictor import HistoryPredictor
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.request import FinishReason, Request, SamplingParams
+from chameleon_jax.scheduler import Scheduler
+from chameleon_jax.systems import get_system
+
+RANKS = (8, 16, 32, 64, 128)
+STEP_S = 0.03
+GOAL_MS = 0.5
+
+
+def measure(system: str, running: int, queued: int, adapters: int, steps: int = 400, seed: int = 0) -> dict[str, object]:
+    """Milliseconds of processor time that `plan`, `ran` and `finish` take for a step, in a steady state: what ends (one request in 40 each step) is replaced at the
+    end of the queue, the pool is just large enough for the running ones, so that adapters are evicted all the time."""
+    rng = np.random.default_rng(seed)
+    pool, now = PagePool(running * 24 + running * 10), 0.0
+    config = EngineConfig(system=system, max_num_seqs=running, max_num_batched_tokens=2048)
+    cache = AdapterCache(pool, get_system(system).eviction)
+    scheduler = Scheduler(config, 16, pool, cache, HistoryPredictor(64))
+    for i in range(adapters):
+        pages = RANKS[i % len(RANKS)] // 4
+        cache.add(AdapterInfo(f"a{i}", RANKS[i % len(RANKS)], pages, pages << 23), now)
+    numbers = itertools.count()
+    popularity = 1 / np.arange(1, adapters + 1)
+    popularity /= popularity.sum()
+
+    def arrive() -> None:
+        i = next(numbers)
+        adapter = f"a{rng.choice(adapters, p=popularity)}"
+        request = Request(f"r{i}", range(int(rng.integers(50, 400))), SamplingParams(max_tokens=400), now, 0, adapter=adapter)
+        request.order = i
+        scheduler.add(request, now)
+
+    for _ in range(running + queued):
+        arrive()
+    plans: list[float] = []
+    looked_at = 0
+    for step in range(steps + 200):
+        now += STEP_S
+        begin = time.thread_time()
+        plan = scheduler.plan(now)
+        seconds = time.thread_time() - begin
+        for content_hash, _ in plan.loads:
+            cache.finish_load(content_hash)
+        for request in [chunk.request for chunk in plan.prefills if chunk.samples] + plan.decodes:
+            request.num_in_flight -= 1
+            request.output_token_ids.append(0)
+        ended = [r for r in scheduler.running if rng.random() < 0.025 and r.output_token_ids]
+        begin = time.thread_time()
+        for request in ended:
+            request.finish_reason = FinishReason.STOP
+            scheduler.finish(request, now)
+        scheduler.ran(plan, 5e-3 + 2e-5 * sum(chunk.num_tokens for chunk in plan.prefills))
+        seconds += time.thread_time() - begin
+        for _ in ended:
+            arrive()
+        if step >= 200:
+            plans.append(seconds * 1e3)
+            looked_at += len(scheduler.running)
+    cuts = statistics.quantiles(plans, n=100)
+    return {
+        "system": system,
+        "running": round(looked_at / len(plans)),
+        "queued": scheduler.num_waiting,
+        "adapters": adapters,
+        "mean ms": round(statistics.mean(plans), 3),
+        "p50 ms": round(cuts[49], 3),
+        "p99 ms": round(cuts[98], 3),
+        "evictions a step": round(cache.counters.evictions / (len(plans) + 200), 2),
+    }
+
+
+def main(
+    system: Annotated[list[str] | None, typer.Option(help="One or more; default: fifo, chameleon, chameleon-plus.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Processor time of the host's policies for one step."""
+    names = system or ["fifo", "chameleon", "chameleon-plus"]
+    rows = [measure(name, 256, queued, 1000) for name in names for queued in (100, 1000, 10_000)]
+    result = {**describe("python -m benchmarks.scheduler_cost"), "goal": f"mean at most {GOAL_MS} ms at 10,000 queued", "table": rows}
+    publish(result, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
