@@ -76,7 +76,9 @@ class Profile:
             return self.num_pages_override
         room = self.memory * self.utilization - self.weight_bytes - self.scratch * self.tensor_parallel
         if room < 2 * self.page_bytes:
-            raise ValueError(f"{self.name}: {self.model.num_params / 1e9:.0f} B parameters leave no room in {self.memory / GIB:.0f} GiB")
+            raise ValueError(
+                f"{self.name}: {self.model.num_params / 1e9:.0f} B parameters leave no room in {self.memory / GIB:.0f} GiB"
+            )
         return int(room // self.page_bytes)
 
     def adapter_pages(self, rank: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> int:
@@ -152,9 +154,9 @@ _A40 = Profile(
     link_bandwidth=12.9e9,
     link_latency=0.0045,
 )
-"""Calibrated, with LENGTH_FACTOR and STEP_TOKENS, to what the paper says of its A40: the time to first token of a medium request
-on an idle machine by rank, and S-LoRA's knee (see docs/paper.md). 560 GB/s is 80 % of the A40's bandwidth, 88 TFLOP/s 59 % of its
-bf16 rate."""
+"""Calibrated, with LENGTH_FACTOR and STEP_TOKENS, to what the paper says of its A40: the time to first token of a medium
+request on an idle machine by rank, and S-LoRA's knee (see docs/paper.md). 560 GB/s is 80 % of the A40's bandwidth, 88 TFLOP/s
+59 % of its bf16 rate."""
 
 _SPEEDUP = 1.9  # of A100 kernels that the memory or the tensor cores do not bound: launches, LoRA
 _A100 = dataclasses.replace(

@@ -1,4 +1,5 @@
-"""The serving loop under a virtual clock: the scheduler, the cache and the pool are the ones that serve; the device is a cost model.
+"""The serving loop under a virtual clock: the scheduler, the cache and the pool are the ones that serve; the device is a cost
+model.
 
     python -m benchmarks.simulate --system chameleon --profile a40-llama-7b --rps 9
 """
@@ -38,8 +39,8 @@ class VirtualClock:
 
 
 class SimulatedExecutor:
-    """Takes as long as the cost model says, by moving the clock. The device runs one step after the other, the link one transfer after
-    the other; both run beside the host and each other.
+    """Takes as long as the cost model says, by moving the clock. The device runs one step after the other, the link one
+    transfer after the other; both run beside the host and each other.
 
     Args:
         last: request id to the position of its last token.

@@ -3,7 +3,8 @@
 An adapter that a request runs with is referenced and never leaves; a pinned one neither. The others are idle and leave, by
 the policy's score, when somebody needs their pages; those that a waiting request wants leave last.
 
-The idle ones and their pages are counted as adapters change state, so that asking for room costs the same however many there are.
+The idle ones and their pages are counted as adapters change state, so that asking for room costs the same however many there
+are.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class EngineConfig:
         ttft_slo: seconds to the first token that the scheduler aims at.
         tbt_slo: seconds between tokens that the scheduler aims at.
         predicted_output_len: output tokens that a request is expected to take before any has ended; it may outgrow them.
+        length_proxy: directory of a trained length proxy (`chameleon-jax train-length-proxy`) that predicts output lengths from
+            prompts; None: from each adapter's history.
         max_queue_len: requests that may wait; None: no limit.
         seed: from which requests without a seed draw theirs.
     """
@@ -52,6 +54,7 @@ class EngineConfig:
     ttft_slo: float = 5.0
     tbt_slo: float = 0.15
     predicted_output_len: int = 128
+    length_proxy: str | None = None
     max_queue_len: int | None = None
     seed: int = 0
 

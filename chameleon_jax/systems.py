@@ -27,7 +27,8 @@ class System:
             and the load for the step before it, as where adapters are copied on the stream that computes.
         whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
         bound_stalls: while requests decode, a step takes as much of the prompts as keeps it within the target for the time
-            between tokens, by what steps of that size and rank have taken so far; else max_num_batched_tokens, whatever their ranks.
+            between tokens, by what steps of that size and rank have taken so far; else max_num_batched_tokens, whatever their
+            ranks.
         reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.
         admission_interval: steps between admissions while requests run.
         transfers_per_load: times an adapter is copied to the device for one load.
@@ -61,9 +62,7 @@ _S_LORA = System(order="fifo", eviction="lru", keep_idle=False)
 
 SYSTEMS: dict[str, System] = {
     "chameleon": _CHAMELEON,
-    "chameleon-plus": System(
-        order="boost", eviction="cost-aware", overlap_loads=True, whole_prompts=False, bound_stalls=True
-    ),
+    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, whole_prompts=False, bound_stalls=True),
     "s-lora": _S_LORA,
     "s-lora-published": dataclasses.replace(_S_LORA, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2),
     "sjf": dataclasses.replace(_S_LORA, order="sjf"),

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.systems import SYSTEMS
+
 if TYPE_CHECKING:
     from chameleon_jax.checkpoints.checkpoint import Checkpoint
 
@@ -24,6 +27,8 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
+SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
+DEFAULT_SYSTEM = str(EngineConfig.system)
 LoraModules = Annotated[
     list[str] | None,
     typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),
@@ -54,6 +59,7 @@ def generate(
     seed: int | None = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     max_model_len: int | None = None,
+    system: SystemName = DEFAULT_SYSTEM,
 ) -> None:
     """Complete one prompt, with the base model or with adapters.
 
@@ -65,6 +71,7 @@ def generate(
     adapters = _adapters(lora_modules)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
+    settings["system"] = system
     with _errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=_progress, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)
@@ -209,6 +216,7 @@ def bench(
     max_num_seqs: int = 32,
     dtype: str = "auto",
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    system: SystemName = DEFAULT_SYSTEM,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Measure throughput and time to first token of one batch; adapters are given to requests in turn.
@@ -222,7 +230,8 @@ def bench(
 
     adapters = _adapters(lora_modules)
     settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": prompt_len + output_len}
-    settings |= {"dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters), "progress": _progress}
+    settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}
+    settings["progress"] = _progress
     with _errors(), LLM(model, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)

@@ -21,7 +21,8 @@ from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.models import llama
+from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
+from chameleon_jax.models import length_proxy, llama
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.engine import DeviceEngine, Progress
@@ -30,6 +31,7 @@ from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
 from chameleon_jax.serving.jax_executor import JaxExecutor
+from chameleon_jax.serving.length_predictor import ProxyPredictor
 from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import get_system
 
@@ -88,6 +90,9 @@ class Engine:
         self.num_pages = config.num_pages or self._pages_that_fit()
         self.device = DeviceEngine(weights, self.layout, self._buckets(), self.num_pages, self.dtype, progress)
         self.store = HostStore(config.lora_host_bytes, None)
+        self._predictor: LengthPredictor = HistoryPredictor(config.predicted_output_len)
+        if config.length_proxy is not None:
+            self._predictor = ProxyPredictor(length_proxy.load(config.length_proxy), self._predictor)
         self._placements: dict[str, AdapterPlacement] = {}
         self.registry = AdapterRegistry()
         self._paths: dict[str, str] = {}  # where a named adapter was read from
@@ -98,6 +103,7 @@ class Engine:
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
             clock=clock,
+            predictor=self._predictor,
             forget=self._forget,
         )
         self.clock = clock
@@ -106,6 +112,8 @@ class Engine:
 
     def close(self) -> None:
         self.store.close()
+        if isinstance(self._predictor, ProxyPredictor):
+            self._predictor.close()
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

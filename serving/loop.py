@@ -201,8 +201,8 @@ class ServingLoop:
             ended += self._hand_out(tokens)
 
     def _await_loads(self, plan: StepPlan, ended: list[Request]) -> None:
-        """Holds a step back, the device idle, until the adapters it needs are there: how systems serve that copy adapters on the
-        stream they compute on. Requests that have ended meanwhile leave the plan."""
+        """Holds a step back, the device idle, until the adapters it needs are there: how systems serve that copy adapters on
+        the stream they compute on. Requests that have ended meanwhile leave the plan."""
         begin = self._clock()
         while any(a in self.cache and self.cache.entry(a).tier is AdapterTier.LOADING for a in plan.awaited):
             ended += self._finish_loads(wait=True)

@@ -26,13 +26,14 @@ class Verdict(enum.Enum):
 
 
 class Batch:
-    """The requests that start in this step, and the adapters that are loaded for them. Grows while everything in it fits together.
+    """The requests that start in this step, and the adapters that are loaded for them. Grows while everything in it fits
+    together.
 
     Args:
         pages_of: KV pages with which a request starts.
         slots: requests that may start.
-        prompt_room: what the next step can prefill beside what has started, in tokens or seconds; the request that uses it up is the
-            last, so that what has started is what is computed next and the order of the others is still open.
+        prompt_room: what the next step can prefill beside what has started, in tokens or seconds; the request that uses it up
+            is the last, so that what has started is what is computed next and the order of the others is still open.
         prompt_of: what a request takes of it.
         overlap_loads: a request starts when its adapter is there; otherwise it starts at once and its step waits for the load.
     """

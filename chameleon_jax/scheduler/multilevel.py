@@ -3,8 +3,8 @@
 Small requests never wait behind large ones, since those run on their own quota; large ones are never starved, since theirs
 cannot be taken away. What a queue that is empty does not use is lent to the others, smallest first.
 
-**Starvation bound.** Let L be the most seconds in which everything that runs at some moment has ended, K the number of levels and
-n the number of older requests in the system. A request starts at most (n + 1) ((K + 1) L + DOOR_S) seconds after it came:
+**Starvation bound.** Let L be the most seconds in which everything that runs at some moment has ended, K the number of levels
+and n the number of older requests in the system. A request starts at most (n + 1) ((K + 1) L + DOOR_S) seconds after it came:
 its level is served in order of arrival, so n heads go before it, and a head waits
 - at most L for its quota: nothing is lent while it waits, so what was lent or used comes back as the running ones end; if
   it is larger than the quota it may start when nothing is charged to its level;
@@ -12,13 +12,14 @@ its level is served in order of arrival, so n heads go before it, and a head wai
 - then at most K L: nobody starts before the head that has been waiting for that longest, so within L there is enough for
   it, and at most K heads, one a level, stand in that line.
 Requests that squashed because they outgrew their prediction count again among the n each time they come back; the oldest
-request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_multilevel.py` holds it to that.
+request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_multilevel.py` holds it to
+that.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.admission import Batch, Verdict
@@ -47,8 +48,8 @@ class MultiLevelQueue:
     Args:
         total: pages of the pool.
         pages_of: KV pages with which a request starts.
-        adapter_pages_of: pages of its adapter that running requests do not hold already (the paper charges every request its whole
-            adapter, which leaves memory unused where requests share adapters).
+        adapter_pages_of: pages of its adapter that running requests do not hold already (the paper charges every request its
+            whole adapter, which leaves memory unused where requests share adapters).
         slo: target for time to first token, seconds.
         equal_levels: four levels of equal width and quota.
         drift_test: refresh as soon as sizes or rate differ from those of the last refresh.

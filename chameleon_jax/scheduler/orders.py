@@ -82,10 +82,10 @@ def shortest_first(pages_of: PagesOf) -> SingleQueue:
 def boosted(pages_of: PagesOf, work_of: Callable[[Request], float], slo: float) -> SingleQueue:
     """By arrival time less a boost that is larger the less work a request is: (1 / gamma) ln(1 / (1 - exp(-gamma work))).
 
-    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue. gamma is the
-    rate at which the tail is to fall: BOOST_TAIL of the requests beyond `slo`. A boost is at most MAX_BOOST: a request can only be
-    passed by those that come within that time after it, so it starts at most as long after it came as first come first served
-    would start the last of these.
+    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue.
+    gamma is the rate at which the tail is to fall: BOOST_TAIL of the requests beyond `slo`. A boost is at most MAX_BOOST: a
+    request can only be passed by those that come within that time after it, so it starts at most as long after it came as
+    first come first served would start the last of these.
 
     Args:
         work_of: seconds of prefill.

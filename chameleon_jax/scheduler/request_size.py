@@ -10,8 +10,8 @@ INPUT_WEIGHT, OUTPUT_WEIGHT = 0.4, 0.6
 class RequestSizer:
     """Weighted request size: (A input / max input + B output / max output) x adapter pages / max adapter pages.
 
-    The maxima are those of the requests seen so far (the paper does not say which), so sizes are in (0, 1] at the time they are taken.
-    A request without an adapter counts as one with the smallest adapter there can be, of one page.
+    The maxima are those of the requests seen so far (the paper does not say which), so sizes are in (0, 1] at the time they
+    are taken. A request without an adapter counts as one with the smallest adapter there can be, of one page.
 
     Args:
         output_only: the predicted output alone, for comparison.

@@ -18,12 +18,12 @@ from chameleon_jax.adapters import AdapterTier
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.length_predictor import LengthPredictor
 from chameleon_jax.page_pool import PagePool
-from chameleon_jax.prefetch import UsePredictor
 from chameleon_jax.request import FinishReason, Request, RequestState
-from chameleon_jax.scheduler.admission import MAX_LOADS, AdmissionOrder, Batch
+from chameleon_jax.scheduler.admission import AdmissionOrder, Batch
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
 from chameleon_jax.scheduler.orders import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.plan import StepPlan
+from chameleon_jax.scheduler.prefetcher import Prefetcher
 from chameleon_jax.scheduler.request_size import RequestSizer
 from chameleon_jax.scheduler.running import RunningSet
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
@@ -31,29 +31,24 @@ from chameleon_jax.systems import System, get_system
 
 GUESSED_TOKEN_S = 1e-3
 """Seconds of a prompt token before enough steps were timed; high, so that the first steps stall nobody."""
-PREFETCH_DEPTH = 32
-"""Waiting requests whose adapters are loaded ahead."""
 
 
 @dataclasses.dataclass
 class SchedulerCounters:
     """Since the start: requests that ended, were squashed for memory or because they had passed another, answered with more
-    tokens than predicted, with fewer; loads given up because nobody wanted them any more."""
+    tokens than predicted, with fewer."""
 
     ended: int = 0
     memory_squashes: int = 0
     bypass_squashes: int = 0
     underpredicted: int = 0
     overpredicted: int = 0
-    cancelled_loads: int = 0
 
 
 class Scheduler:
     """Owns the requests. Memory is the pool's and the cache's, which it asks before it acts."""
 
-    def __init__(
-        self, config: EngineConfig, page_tokens: int, pool: PagePool, cache: AdapterCache, predictor: LengthPredictor
-    ):
+    def __init__(self, config: EngineConfig, page_tokens: int, pool: PagePool, cache: AdapterCache, predictor: LengthPredictor):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
         self._page_tokens = page_tokens
@@ -69,8 +64,7 @@ class Scheduler:
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[str] = Counter()  # adapters of waiting requests
-        self._prefetched: set[str] = set()  # adapters that are loading for waiting requests
-        self._use_predictor = UsePredictor() if self.system.prefetch_predicted else None
+        self._prefetcher = Prefetcher(pool, cache, self._wanted, self.system.prefetch_predicted)
         self._steps_to_admission = 0
 
     def _make_order(self, config: EngineConfig) -> AdmissionOrder:
@@ -107,6 +101,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_cancelled_loads(self) -> int:
+        return self._prefetcher.num_cancelled
+
+    @property
     def num_squashes(self) -> int:
         return self.counters.memory_squashes + self.counters.bypass_squashes
 
@@ -116,8 +114,7 @@ class Scheduler:
         """Takes in a new request."""
         request.predicted_output_len = self._predictor.predict(request)
         request.size = self._sizer.size(request, self._adapter_pages(request))
-        if request.adapter is not None and self._use_predictor is not None:
-            self._use_predictor.used(request.adapter, now)
+        self._prefetcher.used(request, now)
         self._wait(request, now, new=True)
 
     def finish(self, request: Request, now: float) -> None:
@@ -173,14 +170,14 @@ class Scheduler:
         """Decides the next step and books it: positions advance as if it had run."""
         plan = StepPlan()
         self._measure_anew(now)
-        self._cancel_loads(plan)
+        self._prefetcher.cancel(plan)
         if not self.system.keep_idle:
             self._cache.evict_idle(keep=self._wanted)
         self._make_way(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
         budget = self._prefill_budget(plan)
         if self._admit(plan, budget, now):
-            self._prefetch(plan, now)
+            self._prefetcher.load_ahead(plan, self._order, len(self._running), now)
         self._running.plan_prefills(plan, budget, self._prefill_seconds)
         if plan.features is not None:
             plan.features += self._cost.features(plan.prefills, (), self._rank)
@@ -204,7 +201,7 @@ class Scheduler:
             self._cost.observe(plan.features, seconds)
 
     def _rank(self, request: Request) -> int:
-        return 0 if request.adapter is None or request.adapter not in self._cache else self._cache.entry(request.adapter).info.rank
+        return 0 if request.adapter is None else self._cache.entry(request.adapter).info.rank
 
     def _prefill_seconds(self, request: Request, tokens: int) -> float:
         """Until steps have been seen, a guess."""
@@ -233,7 +230,7 @@ class Scheduler:
         return not batch.lacks_memory
 
     def _new_batch(self, budget: float) -> Batch:
-        """Takes as many prompts as the steps until the next admission can prefill, by tokens, or by time where that is bounded."""
+        """Takes as many prompts as the steps until the next admission can prefill: tokens, or time where that is bounded."""
         if budget < float("inf"):
             room = budget - self._running.prompts_left(self._prefill_seconds)
             prompt_of = self._prefill_work
@@ -247,17 +244,13 @@ class Scheduler:
         if batch.pages and not self._cache.reserve(batch.pages, now, keep=batch.keep, wanted=self._wanted):
             raise AssertionError(f"a batch of {batch.pages} pages was agreed to and does not fit")
         for adapter in batch.loads:
-            self._begin_load(adapter, plan)
-            self._prefetched.add(adapter)
+            self._prefetcher.begin(adapter, plan)
         awaited = set()
         for request in batch.starts:
             self._start(request, now)
             if request.adapter is not None and self._cache.entry(request.adapter).tier is AdapterTier.LOADING:
                 awaited.add(request.adapter)
         plan.awaited = sorted(awaited)
-
-    def _begin_load(self, adapter: str, plan: StepPlan) -> None:
-        plan.loads.append((adapter, self._cache.begin_load(adapter)))
 
     def _start(self, request: Request, now: float) -> None:
         if request.adapter is not None:
@@ -312,49 +305,6 @@ class Scheduler:
         if request.adapter is not None:
             self._cache.release(request.adapter, now)
         self._order.ended(request, now)
-
-    # -- adapters ahead of need -----------------------------------------------------------------------------------------
-
-    def _cancel_loads(self, plan: StepPlan) -> None:
-        """Gives up loads for waiting requests that went away."""
-        for adapter in [a for a in self._prefetched if a not in self._wanted]:
-            self._prefetched.discard(adapter)
-            entry = self._cache.entry(adapter) if adapter in self._cache else None
-            if entry is not None and entry.tier is AdapterTier.LOADING and not entry.references:
-                plan.cancels.append(adapter)
-                self._cache.fail_load(adapter)
-                self.counters.cancelled_loads += 1
-
-    def _prefetch(self, plan: StepPlan, now: float) -> None:
-        """Loads what waiting requests want into pages that nobody uses, or that only adapters hold which are needed later.
-
-        A page for every running request is left, since what is loading cannot be evicted when they grow.
-        """
-        sooner: set[str] = set()
-        spare = len(self._running)
-        for request in self._order.upcoming(PREFETCH_DEPTH) if self._wanted else ():
-            if self._cache.num_loading >= MAX_LOADS:
-                return
-            adapter = request.adapter
-            if adapter is None or adapter in sooner:
-                continue
-            entry = self._cache.entry(adapter)
-            if entry.tier is AdapterTier.HOST:
-                if not self._cache.reserve(entry.info.num_pages + spare, now, keep=sooner, wanted=self._wanted):
-                    return
-                self._begin_load(adapter, plan)
-                self._prefetched.add(adapter)
-            sooner.add(adapter)
-        if self._use_predictor is not None and not self._cache.num_loading:
-            self._prefetch_predicted(self._use_predictor, plan, now, spare)
-
-    def _prefetch_predicted(self, predictor: UsePredictor, plan: StepPlan, now: float, spare: int) -> None:
-        absent = (e.info.content_hash for e in self._cache.entries() if e.tier is AdapterTier.HOST and not e.removed)
-        for adapter in predictor.candidates(absent, now):
-            pages = self._cache.entry(adapter).info.num_pages
-            if self._cache.num_loading >= MAX_LOADS or not self._pool.can_allocate(pages + spare):
-                return
-            self._begin_load(adapter, plan)
 
 
 def _known_tokens(request: Request) -> float:
