@@ -7,13 +7,19 @@ model.
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 import time
 from collections import deque
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from benchmarks.cost_model import LENGTH_FACTOR, STEP_TOKENS, CostModel, Profile
-from benchmarks.workload import Workload
+from benchmarks.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostModel, Profile
+from benchmarks.machine import describe, publish
+from benchmarks.workload import Workload, WorkloadSpec, generate
 from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.length_predictor import ConfusionPredictor, LengthPredictor, OraclePredictor
@@ -251,3 +257,63 @@ def simulate(
         device_busy=executor.device_busy,
         link_busy=executor.link_busy,
     )
+
+
+def _overridden(system: str, settings: list[str]) -> System:
+    """A named system with fields set as `field=value`; values are read as JSON where they are JSON."""
+    known = {field.name for field in dataclasses.fields(System)}
+    changes = {}
+    for setting in settings:
+        field, separator, value = setting.partition("=")
+        if not separator or field not in known:
+            raise typer.BadParameter(f"--set is {setting!r}; allowed: FIELD=VALUE, FIELD one of {', '.join(sorted(known))}")
+        try:
+            changes[field] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[field] = value
+    return dataclasses.replace(get_system(system), **changes)
+
+
+def main(
+    system: Annotated[list[str] | None, typer.Option(help="One or more; default: s-lora, chameleon, chameleon-plus.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of `systems.System`, for all of them.")] = None,
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "a40-llama-7b",
+    rps: float = 9.0,
+    duration: Annotated[float, typer.Option(help="Seconds.")] = 600.0,
+    seed: int = 0,
+    predictor: Annotated[str, typer.Option(help="history, oracle or proxy-ACCURACY.")] = "proxy-0.8",
+    length_factor: float = LENGTH_FACTOR,
+    num_adapters: int = 100,
+    locality: float = 0.0,
+    shape: str = "flat",
+    trace: Annotated[Path | None, typer.Option(help="Take lengths from an Azure trace (CSV).")] = None,
+) -> None:
+    """Serve one workload on simulated hardware with one system after the other."""
+    if profile not in PROFILES:
+        raise typer.BadParameter(f"--profile is {profile!r}; allowed: {', '.join(PROFILES)}")
+    spec = WorkloadSpec(
+        rps, duration, seed, length_factor, num_adapters=num_adapters, locality=locality, shape=shape, trace=trace
+    )
+    workload, rows = generate(spec), []
+    for name in system or ["s-lora", "chameleon", "chameleon-plus"]:
+        chosen = _overridden(name, change or [])
+        result = simulate(workload, PROFILES[profile], chosen, predictor=predictor, length_factor=length_factor, seed=seed)
+        rows.append(
+            {
+                "system": name,
+                "TTFT p50 s": round(result.ttft_percentile(50), 3),
+                "TTFT p99 s": round(result.ttft_percentile(99), 3),
+                "TBT p99 s": round(float(np.percentile(result.tbt, 99)), 3),
+                "hit rate": round(result.hit_rate, 3),
+                "GB loaded": round(result.bytes_loaded / 1e9, 1),
+                "squashes": result.squashes,
+                "wall s": round(result.wall_s, 2),
+                "tokens simulated a second": round((len(result.tbt) + len(result.ttft)) / result.wall_s),
+            }
+        )
+    header = describe(f"python -m benchmarks.simulate {' '.join(sys.argv[1:])}")
+    publish({**header, "simulated": profile, "requests": len(workload.arrival_s), "table": rows}, None)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -307,3 +307,93 @@ def test_a_step_that_fails_says_so_from_then_on():
         loop.step()
     with pytest.raises(RuntimeError, match="an earlier step failed"):
         loop.step()
+
+
+def test_a_load_is_given_up_when_nobody_waits_for_it_any_more():
+    loop, executor, _ = make_loop(40, load_polls=50)
+    loop.add_adapter(adapter("slow", 3))
+    loop.submit(make_request(9, 5, 20))  # else the loop waits for the load
+    for number in range(2):
+        loop.submit(make_request(number, 5, 4, "slow"))
+    loop.step()
+    assert "slow" in executor.loads
+    loop.abort("r0")
+    loop.step()
+    assert "slow" in executor.loads and loop.scheduler.counters.cancelled_loads == 0  # the other one waits for it
+    loop.abort("r1")
+    loop.step()
+    assert not executor.loads and loop.scheduler.counters.cancelled_loads == 1
+    assert loop.cache.entry("slow").tier is AdapterTier.HOST and loop.pool.usage().adapters == 0
+    again = make_request(2, 5, 4, "slow")
+    loop.submit(again)
+    run(loop)
+    assert again.output_token_ids == expected(executor, again)
+
+
+def slow_loads(loop: ServingLoop, executor: FakeExecutor, seconds: float) -> None:
+    poll = executor.poll_loads
+
+    def poll_slowly(wait=False):
+        if wait:
+            loop._clock.now += seconds  # type: ignore[attr-defined]
+        return poll(wait)
+
+    executor.poll_loads = poll_slowly  # type: ignore[method-assign]
+
+
+def test_a_load_that_blocks_holds_the_step_back():
+    loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon")
+    slow_loads(loop, executor, 2.0)
+    loop.add_adapter(adapter("cold", 3))
+    first, with_it, beside = make_request(0, 5, 12), make_request(1, 5, 4, "cold"), make_request(2, 5, 4)
+    loop.submit(first)
+    loop.step()
+    loop.step()
+    collected, before = len(first.output_token_ids), loop.counters.load_wait
+    loop.submit(with_it)
+    loop.submit(beside)
+    loop.step()
+    assert len(first.output_token_ids) == collected + 1  # of the step before, which the load waits for
+    assert before == 0 and loop.counters.load_wait == pytest.approx(2.0, abs=0.1)
+    assert with_it.metrics.adapter_wait == pytest.approx(2.0, abs=0.1)
+    assert first.metrics.adapter_wait == beside.metrics.adapter_wait == 0
+    assert loop.cache.entry("cold").tier is AdapterTier.RESIDENT
+    run(loop)
+    assert all(r.output_token_ids == expected(executor, r) for r in (first, with_it, beside))
+    assert loop.counters.load_wait == pytest.approx(2.0, abs=0.1)
+    assert (loop.cache.counters.hits, loop.cache.counters.misses) == (0, 1)
+
+
+def test_a_blocking_load_that_fails_ends_its_requests_only():
+    loop, executor, _ = make_loop(60, system="chameleon")
+    for name in ("broken", "whole"):
+        loop.add_adapter(adapter(name, 3))
+    executor.failing.add("broken")
+    names = [None, "broken", "whole", "broken"]
+    requests = [make_request(number, 5, 4, name) for number, name in enumerate(names)]
+    for request in requests:
+        loop.submit(request)
+    run(loop)
+    for request in requests:
+        if request.adapter == "broken":
+            assert request.finish_reason is FinishReason.ABORT and "gone" in str(request.stop_reason)
+            assert request.output_token_ids == []
+        else:
+            assert request.output_token_ids == expected(executor, request)
+    assert loop.pool.usage().kv == 0 and loop.pool.usage().adapters == 3
+
+
+def test_predictions_that_were_wrong_are_counted():
+    loop, executor, _ = make_loop(60, predicted_output_len=3)
+    longer, as_long, aborted = make_request(0, 5, 8), make_request(1, 5, 3), make_request(2, 5, 8)
+    clipped = make_request(3, 5, 2)  # at most 2 are expected of it
+    shorter = make_request(4, 5, 8, stop_token_ids=[executor.next_token(make_request(4, 5, 8).prompt_token_ids, None)])
+    for request in (longer, as_long, aborted, clipped, shorter):
+        loop.submit(request)
+    assert [r.predicted_output_len for r in (longer, as_long, clipped, shorter)] == [3, 3, 2, 3]
+    loop.step()
+    loop.abort("r2")
+    run(loop)
+    assert len(shorter.output_token_ids) == 1
+    counters = loop.scheduler.counters
+    assert (counters.underpredicted, counters.overpredicted, counters.ended) == (1, 1, 5)
