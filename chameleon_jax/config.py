@@ -50,7 +50,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     page_tokens: int = 16
     enable_lora: bool = True
-    system: str | System = "chameleon"
+    system: str | System = "chameleon-plus"
     ttft_slo: float = 5.0
     tbt_slo: float = 0.15
     predicted_output_len: int = 128
