@@ -22,8 +22,10 @@ def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list
         return []
     centroids = [np.array([values.mean()])]
     for k in range(2, max_levels + 1):
-        start = np.quantile(values, (np.arange(k) + 0.5) / k)
-        centroids.append(np.sort(vq.kmeans(values, np.unique(start))[0]))
+        start = np.unique(np.quantile(values, (np.arange(k) + 0.5) / k))
+        if len(start) < k:  # most are equal
+            start = np.linspace(values.min(), values.max(), k)
+        centroids.append(np.sort(vq.kmeans(values, start)[0]))
     variation = [_variation(values, c) for c in centroids]
     best = centroids[0]
     for k in range(1, len(centroids)):

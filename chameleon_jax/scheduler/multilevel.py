@@ -12,7 +12,7 @@ its level is served in order of arrival, so n heads go before it, and a head wai
 - then at most K L: nobody starts before the head that has been waiting for that longest, so within L there is enough for
   it, and at most K heads, one a level, stand in that line.
 Requests that squashed because they outgrew their prediction count again among the n each time they come back; the oldest
-request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_multilevel.py` holds it to
+request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_starvation.py` holds it to
 that.
 """
 
@@ -122,7 +122,7 @@ class MultiLevelQueue:
         self._clock.tick(now, bool(running))
         self._refresh_if_due(running, now)
         first = self._first_blocked()
-        if first is not None and now - (first.blocked_since or now) >= DOOR_S:
+        if first is not None and first.blocked_since is not None and now - first.blocked_since >= DOOR_S:
             if self._offer_head(first, batch, now) is not Verdict.STARTS:
                 return
         lent = 0
@@ -264,6 +264,7 @@ class MultiLevelQueue:
         sizes = self._history.sizes()
         self._refreshed_sizes = sizes
         waiting = [request for level in self.levels for request in level.waiting]
+        blocked = {id(level.waiting.at(0)): level.blocked_since for level in self.levels}
         self.bounds = equal_bounds(sizes) if self._equal_levels else cluster_bounds(sizes)
         count = len(self.bounds) + 1
         if self._equal_levels:
@@ -274,6 +275,8 @@ class MultiLevelQueue:
         self.levels = [Level(quota) for quota in quotas]
         for request in waiting:
             self.levels[self._level_of(request)].waiting.add(request)
+        for level in self.levels:
+            level.blocked_since = blocked.get(id(level.waiting.at(0)))
         for request in running:
             if request.request_id in self._charges:
                 level, pages = self._level_of(request), sum(p for _, p in self._charges[request.request_id])

@@ -319,10 +319,10 @@ def test_a_load_is_given_up_when_nobody_waits_for_it_any_more():
     assert "slow" in executor.loads
     loop.abort("r0")
     loop.step()
-    assert "slow" in executor.loads and loop.scheduler.counters.cancelled_loads == 0  # the other one waits for it
+    assert "slow" in executor.loads and loop.scheduler.num_cancelled_loads == 0  # the other one waits for it
     loop.abort("r1")
     loop.step()
-    assert not executor.loads and loop.scheduler.counters.cancelled_loads == 1
+    assert not executor.loads and loop.scheduler.num_cancelled_loads == 1
     assert loop.cache.entry("slow").tier is AdapterTier.HOST and loop.pool.usage().adapters == 0
     again = make_request(2, 5, 4, "slow")
     loop.submit(again)
@@ -342,7 +342,7 @@ def slow_loads(loop: ServingLoop, executor: FakeExecutor, seconds: float) -> Non
 
 
 def test_a_load_that_blocks_holds_the_step_back():
-    loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon")
+    loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon", max_num_batched_tokens=64)
     slow_loads(loop, executor, 2.0)
     loop.add_adapter(adapter("cold", 3))
     first, with_it, beside = make_request(0, 5, 12), make_request(1, 5, 4, "cold"), make_request(2, 5, 4)
