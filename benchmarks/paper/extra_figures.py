@@ -1,0 +1,120 @@
+"""Beyond the paper: our own system beside its, and what locality in adapter use changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from benchmarks.paper import plots
+from benchmarks.paper.study import HIGH, LOW, MEDIUM, RELATIVE, Study, known
+from benchmarks.paper.tables import Outcome, Row, compare
+from chameleon_jax.systems import SYSTEMS, System
+
+PLUS = "chameleon-plus"
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "uniform adapters": {"adapter_exponent": 0.0},
+    "locality 0.84": {"locality": 0.84},
+    "spike": {"shape": "spike", "spike_share": 0.2},
+}
+MEASURES = {
+    "P99 TTFT": ("ttft_p99", 1.0, "s"),
+    "P50 TTFT": ("ttft_p50", 1.0, "s"),
+    "P99 gap between tokens": ("tbt_p99", 1e3, "ms"),
+    "mean wait of the worst rank": ("worst_rank_queue", 1.0, "s"),
+    "mean wait of the worst size class": ("worst_size_queue", 1.0, "s"),
+}
+
+
+def plus(study: Study) -> Outcome:
+    """Loads are shares of chameleon's own knee on each workload."""
+    names = known("s-lora", "chameleon", PLUS)
+    cases = {(name, workload): study.case(name, **fields) for workload, fields in WORKLOADS.items() for name in names}
+    knees = study.knees(cases)
+    loads = {(w, load): round(RELATIVE[load] * knees["chameleon", w], 3) for w in WORKLOADS for load in ("medium", "high")}
+    points = study.measure({(n, w, load): cases[n, w].at(rps=rps) for n in names for (w, load), rps in loads.items()})
+    rows: list[Row] = []
+    for w in WORKLOADS:
+        rows.append({"workload": w, "measure": "knee, RPS"} | {name: knees[name, w] for name in names})
+        for load in ("medium", "high"):
+            for measure, (key, scale, unit) in MEASURES.items():
+                row: Row = {"workload": w, "measure": f"{measure}, {unit}, at {loads[w, load]:.2f} RPS"}
+                row |= {name: scale * points[name, w, load].mean(key) for name in names}
+                if PLUS in names:
+                    row[f"{PLUS} against chameleon, %"] = points[PLUS, w, load].change(points["chameleon", w, load], key)
+                rows.append(row)
+    plot, axes = plots.grid(3, title="Ours beside the paper's system", panel=(5.4, 4.0))
+    plots.bars(axes[0], list(WORKLOADS), {name: [knees[name, w] for w in WORKLOADS] for name in names}, "", "knee, RPS")
+    for axis, load in zip(axes[1:], ("medium", "high"), strict=True):
+        series = {name: [points[name, w, load]["ttft_p99"] for w in WORKLOADS] for name in names}
+        plots.bars(axis, list(WORKLOADS), series, "", f"P99 TTFT, s, {load} load", log=True)
+    note = "Loads are 0.93 and 1.05 of chameleon's own knee on each workload. The paper has none of these figures."
+    tables = [study.table(f"{PLUS} and chameleon", rows, note if PLUS in names else f"{note} {PLUS} is not among the systems.")]
+    if PLUS in names:
+        tables.append(_ablation(study, loads["calibrated", "medium"], loads["calibrated", "high"], knees))
+    return Outcome("Ours: chameleon-plus", tables, plot)
+
+
+def ablations() -> dict[str, System]:
+    """Our system with one choice at a time set back to the paper's."""
+    ours, theirs = SYSTEMS[PLUS], SYSTEMS["chameleon"]
+    changed = [f.name for f in dataclasses.fields(System) if getattr(ours, f.name) != getattr(theirs, f.name)]
+    return {
+        f"{name} = {getattr(theirs, name)!r}": dataclasses.replace(ours, **{name: getattr(theirs, name)}) for name in changed
+    }
+
+
+def _ablation(study: Study, medium: float, high: float, knees: dict[tuple[str, str], float]) -> Any:
+    variants = {PLUS: SYSTEMS[PLUS], **ablations(), "chameleon": SYSTEMS["chameleon"]}
+    found = study.knees({label: study.case(system) for label, system in variants.items()})
+    points = study.measure({(v, rps): study.case(system, rps) for v, system in variants.items() for rps in (medium, high)})
+    rows: list[Row] = []
+    for label in variants:
+        row: Row = {"system": label if label in SYSTEMS else f"with {label}", "knee, RPS": found[label]}
+        row[f"P99 TTFT at {medium:.2f} RPS, s"] = points[label, medium]["ttft_p99"]
+        row[f"P99 TTFT at {high:.2f} RPS, s"] = points[label, high]["ttft_p99"]
+        row["P99 gap, ms"] = 1e3 * points[label, medium].mean("tbt_p99")
+        row["worst rank's mean wait, s"] = points[label, medium].mean("worst_rank_queue")
+        rows.append(row)
+    note = (
+        "One choice at a time set back to chameleon's, on the calibrated workload; the last two columns are at the lower load."
+    )
+    return study.table(f"{PLUS}, what each choice brings", rows, note)
+
+
+def locality(study: Study) -> Outcome:
+    names, values = known("s-lora", "chameleon-lru", "chameleon", PLUS), (0.0, 0.84)
+    loads: dict[str, dict[str, Any]] = {f"{rps:g} RPS": {"rps": rps} for rps in sorted({LOW, MEDIUM, study.near_knee(), HIGH})}
+    loads[f"{MEDIUM:g} RPS, 500 adapters"] = {"rps": MEDIUM, "num_adapters": 500}
+    knees = study.knees({(name, value): study.case(name, locality=value) for name in names for value in values})
+    points = study.measure(
+        {(n, v, load): study.case(n, locality=v, **fields) for load, fields in loads.items() for n in names for v in values}
+    )
+    rows: list[Row] = []
+    for load in loads:
+        for name in names:
+            row: Row = {"load": load, "system": name}
+            for value in values:
+                row[f"P99 TTFT, s, locality {value:g}"] = points[name, value, load]["ttft_p99"]
+                row[f"hits, %, locality {value:g}"] = 100 * points[name, value, load].mean("hit_rate")
+                row[f"loads, locality {value:g}"] = points[name, value, load].mean("loads")
+            rows.append(row)
+    against = [
+        compare(f"P99 TTFT of {name} against s-lora, {load}, locality {value:g}", None, change, "%")
+        for value in values
+        for load in loads
+        for name in names[1:]
+        for change in [points[name, value, load].change(points["s-lora", value, load])]
+    ]
+    tops = [{"system": name} | {f"knee, RPS, locality {value:g}": knees[name, value] for value in values} for name in names]
+    plot, axes = plots.grid(1, 2, title="Locality of adapter use", panel=(10.0, 3.6))
+    for axis, value in zip(axes, values, strict=True):
+        series = {name: [points[name, value, load]["ttft_p99"] for load in loads] for name in names}
+        plots.bars(axis, list(loads), series, f"locality {value:g}", "P99 TTFT, s", log=True)
+    note = "Locality: probability that a request names a recent one's adapter; 0.84 is what a real LoRA trace has."
+    tables = [
+        study.table("Both ends of locality", rows, note),
+        study.table("Knees", tops),
+        study.table("Against s-lora", against),
+    ]
+    return Outcome("Locality", tables, plot)
