@@ -196,6 +196,7 @@ def _a100(name: str, model: LlamaConfig = _A100.model, gigabytes: float = 80, tp
 
 _ALL = [
     _A40,
+    dataclasses.replace(_A40, name="a40-llama-7b-small-pool", scratch=12.9e9),  # 2,005 pages: adapters are evicted
     *(_a100(f"a100-{gb}gb", gigabytes=gb) for gb in (24, 48, 80)),
     *(_a100(f"a100-tp{tp}", tp=tp) for tp in (1, 2, 4)),
     _a100("a100-llama-13b", PRESETS["llama-13b"]),

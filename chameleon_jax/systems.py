@@ -62,7 +62,7 @@ _S_LORA = System(order="fifo", eviction="lru", keep_idle=False)
 
 SYSTEMS: dict[str, System] = {
     "chameleon": _CHAMELEON,
-    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, whole_prompts=False, bound_stalls=True),
+    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, bound_stalls=True),
     "s-lora": _S_LORA,
     "s-lora-published": dataclasses.replace(_S_LORA, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2),
     "sjf": dataclasses.replace(_S_LORA, order="sjf"),

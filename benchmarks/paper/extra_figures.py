@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper import plots
-from benchmarks.paper.study import HIGH, LOW, MEDIUM, RELATIVE, Study, known
+from benchmarks.paper.study import A40, BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
 from benchmarks.paper.tables import Outcome, Row, compare
 from chameleon_jax.systems import SYSTEMS, System
 
 PLUS = "chameleon-plus"
+SMALL_POOL = "a40-llama-7b-small-pool"
+LENGTH_FACTORS = (0.16, LENGTH_FACTOR, 0.21)
+FULL_RPS = 12.5
+"""Load at which memory is full in the paper."""
 WORKLOADS: dict[str, dict[str, Any]] = {
     "calibrated": {},
     "uniform adapters": {"adapter_exponent": 0.0},
@@ -51,7 +56,10 @@ def plus(study: Study) -> Outcome:
     note = "Loads are 0.93 and 1.05 of chameleon's own knee on each workload. The paper has none of these figures."
     tables = [study.table(f"{PLUS} and chameleon", rows, note if PLUS in names else f"{note} {PLUS} is not among the systems.")]
     if PLUS in names:
-        tables.append(_ablation(study, loads["calibrated", "medium"], loads["calibrated", "high"], knees))
+        tables.append(
+            _ablation(study, "the calibrated workload", loads["calibrated", "medium"], loads["calibrated", "high"], {})
+        )
+        tables.append(_ablation(study, "400 adapters, all alike", MEDIUM, HIGH, {"num_adapters": 400, "adapter_exponent": 0.0}))
     return Outcome("Ours: chameleon-plus", tables, plot)
 
 
@@ -64,10 +72,11 @@ def ablations() -> dict[str, System]:
     }
 
 
-def _ablation(study: Study, medium: float, high: float, knees: dict[tuple[str, str], float]) -> Any:
+def _ablation(study: Study, workload: str, medium: float, high: float, spec: dict[str, Any]) -> Any:
     variants = {PLUS: SYSTEMS[PLUS], **ablations(), "chameleon": SYSTEMS["chameleon"]}
-    found = study.knees({label: study.case(system) for label, system in variants.items()})
-    points = study.measure({(v, rps): study.case(system, rps) for v, system in variants.items() for rps in (medium, high)})
+    found = study.knees({label: study.case(system, **spec) for label, system in variants.items()})
+    loads = (medium, high)
+    points = study.measure({(v, rps): study.case(system, rps, **spec) for v, system in variants.items() for rps in loads})
     rows: list[Row] = []
     for label in variants:
         row: Row = {"system": label if label in SYSTEMS else f"with {label}", "knee, RPS": found[label]}
@@ -75,11 +84,11 @@ def _ablation(study: Study, medium: float, high: float, knees: dict[tuple[str, s
         row[f"P99 TTFT at {high:.2f} RPS, s"] = points[label, high]["ttft_p99"]
         row["P99 gap, ms"] = 1e3 * points[label, medium].mean("tbt_p99")
         row["worst rank's mean wait, s"] = points[label, medium].mean("worst_rank_queue")
+        row["hits, %"] = 100 * points[label, medium].mean("hit_rate")
+        row["loads"] = points[label, medium].mean("loads")
         rows.append(row)
-    note = (
-        "One choice at a time set back to chameleon's, on the calibrated workload; the last two columns are at the lower load."
-    )
-    return study.table(f"{PLUS}, what each choice brings", rows, note)
+    note = "One choice at a time set back to chameleon's; the last four columns are at the lower load."
+    return study.table(f"{PLUS}, what each choice brings: {workload}", rows, note)
 
 
 def locality(study: Study) -> Outcome:
@@ -118,3 +127,29 @@ def locality(study: Study) -> Outcome:
         study.table("Against s-lora", against),
     ]
     return Outcome("Locality", tables, plot)
+
+
+def calibration(study: Study) -> Outcome:
+    """How the A40 profile's two free numbers, lengths and pool, move what the paper says of its machine."""
+    pools = {A40: "all that the device leaves", SMALL_POOL: "2,005 pages"}
+    cases: dict[tuple[float, str], dict[str, Any]] = {
+        (f, p): {"length_factor": f, "profile": p} for f in LENGTH_FACTORS for p in pools
+    }
+    knees = study.knees({(n, *key): study.case(n, **fields) for key, fields in cases.items() for n in BASELINES})
+    points = study.measure(
+        {(rps, *key): study.case("chameleon", rps, **fields) for key, fields in cases.items() for rps in (MEDIUM, FULL_RPS)}
+    )
+    rows: list[Row] = []
+    for factor, profile in cases:
+        row: Row = {"lengths x": factor, "pool": pools[profile]}
+        row |= {f"knee of {name}, RPS (paper 8.6)": knees[name, factor, profile] for name in BASELINES}
+        row["hits at 8 RPS, % (paper about 75)"] = 100 * points[MEDIUM, factor, profile].mean("hit_rate")
+        row["median free memory at 12.5 RPS, % (paper about 0)"] = 100 * points[FULL_RPS, factor, profile].mean("free_median")
+        rows.append(row)
+    plot, axes = plots.grid(1, title="Calibration", panel=(6.0, 4.0))
+    series = {f"{n}, {pools[p]}": [knees[n, f, p] for f in LENGTH_FACTORS] for n in BASELINES for p in pools}
+    plots.bars(axes[0], [f"{f:g}" for f in LENGTH_FACTORS], series, "lengths x", "knee, RPS")
+    note = (
+        f"Chosen: lengths x {LENGTH_FACTOR}, the whole pool. No choice has all three; the hit rate is the one that is given up."
+    )
+    return Outcome("Calibration of the A40", [study.table("What lengths and pool change", rows, note)], plot)

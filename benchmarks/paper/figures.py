@@ -29,4 +29,5 @@ FIGURES: dict[str, Callable[[Study], Outcome]] = {
     "25": hardware_figures.tensor_parallel,
     "plus": extra_figures.plus,
     "locality": extra_figures.locality,
+    "calibration": extra_figures.calibration,
 }
