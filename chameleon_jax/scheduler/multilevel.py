@@ -279,9 +279,9 @@ class MultiLevelQueue:
             level.blocked_since = blocked.get(id(level.waiting.at(0)))
         for request in running:
             if request.request_id in self._charges:
-                level, pages = self._level_of(request), sum(p for _, p in self._charges[request.request_id])
-                self._charges[request.request_id] = [(level, pages)]
-                self.levels[level].remaining -= pages
+                home, pages = self._level_of(request), sum(p for _, p in self._charges[request.request_id])
+                self._charges[request.request_id] = [(home, pages)]
+                self.levels[home].remaining -= pages
 
 
 class Pace:
