@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check parity format clean
+.PHONY: demo test check parity paper format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -19,6 +19,9 @@ check: $(VENV)/installed-check ## format, lint, types, import contract
 
 parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
 	$(BIN)/python -m pytest tests/parity --override-ini addopts="-q --import-mode=importlib" -W default
+
+paper: $(VENV)/installed-bench ## the paper's figures, simulated, with two seeds
+	$(BIN)/python -m benchmarks.reproduce_paper --quick --out .cache/paper
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .

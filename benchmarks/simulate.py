@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -152,6 +153,12 @@ def make_predictor(name: str, true: dict[str, int], factor: float, seed: int) ->
     raise ValueError(f"predictor is {name!r}; allowed: history, oracle, proxy-ACCURACY")
 
 
+def step_tokens(system: str | System, tokens: int) -> int:
+    """Prompt tokens of a step at most. Where steps are bounded by time, `tokens` is not what bounds them; four times as many
+    let the time be the bound."""
+    return tokens * (4 if get_system(system).bound_stalls else 1)
+
+
 def simulate(
     workload: Workload,
     profile: Profile,
@@ -164,12 +171,13 @@ def simulate(
     max_num_batched_tokens: int = STEP_TOKENS,
     ttft_slo: float = 5.0,
     tbt_slo: float = TBT_SLO,
+    cost_model: Callable[[Profile, dict[str, int]], CostModel] = CostModel,
 ) -> Result:
-    """Serves a workload to its end."""
+    """Serves a workload to its end. `cost_model` takes a profile and the ranks of adapters by name."""
     begin = time.perf_counter()
     adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
     ranks = dict(zip(adapters, workload.ranks.tolist()))
-    cost, clock = CostModel(profile, ranks), VirtualClock()
+    cost, clock = cost_model(profile, ranks), VirtualClock()
     longest = int(workload.output_tokens.max())
     true = {f"r{i}": n for i, n in enumerate(workload.output_tokens.tolist())}
     last = {f"r{i}": int(p + n - 1) for i, (p, n) in enumerate(zip(workload.input_tokens, workload.output_tokens))}
@@ -183,7 +191,7 @@ def simulate(
     config = EngineConfig(
         system=system,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens * (4 if system.bound_stalls else 1),
+        max_num_batched_tokens=step_tokens(system, max_num_batched_tokens),
         ttft_slo=ttft_slo,
         tbt_slo=tbt_slo,
         predicted_output_len=max(1, round(211 * length_factor)),

@@ -1,0 +1,190 @@
+"""Several systems against the same workloads on one engine, forth and back, and what a simulation would have expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving import calibrate
+from benchmarks.serving.calibrate import Calibration, TimingExecutor, Timings
+from benchmarks.serving.engine import BenchmarkEngine
+from benchmarks.serving.measure import Measurement, Outcome, serve, summarise
+from benchmarks.simulate import step_tokens
+from benchmarks.workload import Workload
+from chameleon_jax.config import EngineConfig
+
+LENGTH_STEP = 64
+"""Tokens."""
+MEMORY_POINTS = 240
+"""Samples of memory that are kept of a run, at most."""
+PREDICTED = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "tokens_per_s", "hit_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every run has in common. `batched_tokens` is a step's prompt tokens; see `simulate.step_tokens`."""
+
+    predictor: str
+    length_factor: float
+    ttft_slo: float
+    tbt_slo: float
+    batched_tokens: int
+    max_num_seqs: int
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Runs by system, one a pass.
+
+    Attributes:
+        predicted: what the calibrated cost model expects.
+        adjusted: what it would have expected, had it known how fast the machine was during the run.
+        slowness: seconds of the run's steps over what the calibration says of them.
+    """
+
+    measured: dict[str, list[Outcome]]
+    predicted: dict[str, list[Outcome]] = dataclasses.field(default_factory=dict)
+    adjusted: dict[str, list[Outcome]] = dataclasses.field(default_factory=dict)
+    slowness: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None
+
+
+def build_engine(
+    model: str, workloads: list[Workload], systems: list[str], settings: Settings, config: dict[str, Any]
+) -> BenchmarkEngine:
+    """Compiled for the longest request of all workloads, rounded up so that others find the programs in the compilation cache;
+    the adapters are in host memory."""
+    longest = max(int(w.input_tokens.max() + max(v.output_tokens.max() for v in workloads)) for w in workloads)
+    ranks = workloads[0].ranks.tolist()
+    engine = BenchmarkEngine(
+        model,
+        EngineConfig(
+            max_lora_rank=max(ranks),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(step_tokens(system, settings.batched_tokens) for system in systems),
+            **{"max_model_len": -(-longest // LENGTH_STEP) * LENGTH_STEP} | config,
+        ),
+        progress=lambda done, total: print(f"\rprograms {done}/{total}", end="" if done < total else "\n", flush=True),
+    )
+    engine.add_random_loras(ranks)
+    return engine
+
+
+def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings) -> tuple[Measurement, Timings]:
+    timings = TimingExecutor.timings = Timings()
+    measured = serve(
+        engine,
+        workload,
+        system,
+        predictor=settings.predictor,
+        length_factor=settings.length_factor,
+        executor=TimingExecutor,
+        max_num_batched_tokens=step_tokens(system, settings.batched_tokens),
+        ttft_slo=settings.ttft_slo,
+        tbt_slo=settings.tbt_slo,
+        predicted_output_len=max(1, round(211 * settings.length_factor)),
+    )
+    return measured, timings
+
+
+def compare(
+    engine: BenchmarkEngine,
+    systems: list[str],
+    workloads: list[Workload],
+    calibration_workload: Workload | None,
+    settings: Settings,
+) -> Comparison:
+    """A pass over the systems for each workload, every second one backwards. Each pass first times steps to calibrate with,
+    since a machine that others use is not equally fast all the time."""
+    result = Comparison({system: [] for system in systems})
+    timings: dict[str, list[Timings]] = {system: [] for system in systems}
+    others = Timings()
+    for i, workload in enumerate(workloads):
+        for system in systems if calibration_workload is not None else ():
+            assert calibration_workload is not None
+            others.add(run(engine, calibration_workload, system, settings)[1])
+        for system in systems if i % 2 == 0 else reversed(systems):
+            outcome, timed = run(engine, workload, system, settings)
+            result.measured[system].append(outcome)
+            timings[system].append(timed)
+            p50, p99 = np.percentile(outcome.ttft, [50, 99])
+            print(
+                f"pass {i + 1}, {system}: TTFT p50 {p50:.3f} s, p99 {p99:.3f} s; ended after {outcome.finished_s:.1f} s",
+                flush=True,
+            )
+    if calibration_workload is not None:
+        result.calibration = calibration = calibrate.fit(others)
+        for system in systems:
+            slowness = result.slowness[system] = [calibrate.slowness(calibration, timed) for timed in timings[system]]
+            for predicted, factors in ((result.predicted, [1.0] * len(workloads)), (result.adjusted, slowness)):
+                predicted[system] = [
+                    predict(engine, workload, system, settings, calibration.slowed(factor))
+                    for workload, factor in zip(workloads, factors)
+                ]
+    return result
+
+
+def predict(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings, calibration: Calibration) -> Outcome:
+    return calibrate.predict(
+        engine,
+        calibration,
+        workload,
+        system,
+        predictor=settings.predictor,
+        length_factor=settings.length_factor,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.batched_tokens,
+        ttft_slo=settings.ttft_slo,
+        tbt_slo=settings.tbt_slo,
+    )
+
+
+def tables(comparison: Comparison, ttft_slo: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows to print, and for each system every figure of every pass."""
+    rows: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    for system, runs in comparison.measured.items():
+        summaries = [summarise(outcome, ttft_slo) for outcome in runs]
+        details[system] = {"passes": summaries}
+        rows.append({"system": system} | {name: spread([s[name] for s in summaries]) for name in summaries[0]})
+    for title, predictions in (("predicted", comparison.predicted), ("at the run's speed", comparison.adjusted)):
+        for system, runs in predictions.items():
+            summaries = [summarise(outcome, ttft_slo) for outcome in runs]
+            details[system] |= {title: summaries, "slowness": comparison.slowness[system]}
+            row: dict[str, Any] = {title: system}
+            for name in PREDICTED:
+                expected = float(np.mean([s[name] for s in summaries]))
+                seen = float(np.mean([s[name] for s in details[system]["passes"]]))
+                row[name] = f"{number(expected)} ({expected / seen - 1:+.0%})" if seen else number(expected)
+            rows.append(row | {"slowness": spread(comparison.slowness[system])})
+    return rows, details
+
+
+def orders(comparison: Comparison) -> dict[str, str]:
+    """Systems from the lowest TTFT p99 to the highest, means of the passes: measured, and predicted."""
+    groups = {"measured": comparison.measured, "predicted": comparison.predicted, "at the run's speed": comparison.adjusted}
+    result = {}
+    for title, runs_by_system in groups.items():
+        p99 = {system: np.mean([np.percentile(run.ttft, 99) for run in runs]) for system, runs in runs_by_system.items()}
+        if p99:
+            result[title] = ", ".join(sorted(p99, key=lambda system: p99[system]))
+    return result
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and half the range where there are several."""
+    return number(float(np.mean(values))) + (f" ± {number((max(values) - min(values)) / 2)}" if len(values) > 1 else "")
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def memory_over_time(outcome: Outcome) -> dict[str, list[float]]:
+    """Columns; the first sample of each of MEMORY_POINTS equal stretches of time."""
+    stretch = (outcome.memory[:, 0] * MEMORY_POINTS / outcome.finished_s).astype(int)
+    seconds, *pages = outcome.memory[np.unique(stretch, return_index=True)[1]].T
+    names = ("kv_pages", "adapter_pages", "free_pages")
+    return {"seconds": seconds.round(2).tolist()} | {name: p.astype(int).tolist() for name, p in zip(names, pages)}

@@ -1,0 +1,105 @@
+"""The engine that serves, with a loop that can be started anew and outputs whose lengths the benchmark sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.simulate import STOP, TOKEN
+from chameleon_jax.length_predictor import LengthPredictor
+from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.models.config import TARGETS
+from chameleon_jax.page_pool import PagePool
+from chameleon_jax.request import LoRARequest, Request, SamplingParams
+from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.executor import SampledToken
+from chameleon_jax.serving.jax_executor import JaxExecutor
+from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.systems import System, get_system
+
+ATTENTION = TARGETS[:4]
+"""What the paper's adapters adapt."""
+
+
+class EndingExecutor(JaxExecutor):
+    """Ends each output at a length that only the benchmark knows: the token there becomes STOP, and none before it is.
+
+    Attributes:
+        lengths: request id to output tokens.
+    """
+
+    lengths: dict[str, int]
+
+    def collect(self, handle: Any) -> list[SampledToken]:
+        return [self._ended(token) for token in super().collect(handle)]
+
+    def _ended(self, token: SampledToken) -> SampledToken:
+        request = token.request
+        if len(request.output_token_ids) + 1 >= self.lengths[request.request_id]:
+            return token._replace(token_id=STOP)
+        return token._replace(token_id=TOKEN) if token.token_id == STOP else token
+
+
+class BenchmarkEngine(Engine):
+    """`Engine` whose weights, programs and adapters in host memory outlive the loop."""
+
+    def add_random_loras(self, ranks: Sequence[int], seed: int = 0) -> None:
+        """Names `adapter-i`, of rank ranks[i] on q, k, v and o. Their weights are cuts of one random array."""
+        shapes = [self.model_config.target_shape(target) for target in ATTENTION]
+        rng = np.random.default_rng(seed)
+        values = rng.standard_normal(4 * max(ranks) * max(map(max, shapes)), np.float32) * np.float32(0.02)
+
+        def cut(*shape: int) -> np.ndarray:
+            size = int(np.prod(shape))
+            first = int(rng.integers(len(values) - size + 1))
+            return values[first : first + size].reshape(shape)
+
+        for i, rank in enumerate(ranks):
+            tensors = {
+                (layer, target): (cut(rank, d_in), cut(d_out, rank))
+                for layer in range(self.model_config.num_layers)
+                for target, (d_in, d_out) in zip(ATTENTION, shapes)
+            }
+            self.add_lora_weights(f"adapter-{i}", AdapterWeights(tensors))
+
+    def restart(
+        self,
+        system: str | System,
+        clock: Callable[[], float],
+        *,
+        lengths: dict[str, int],
+        predictor: LengthPredictor | None,
+        executor: type[EndingExecutor] = EndingExecutor,
+        **settings: Any,
+    ) -> None:
+        """A new loop of another system: an empty pool and cache, nothing learnt; the adapters are known to it.
+
+        Args:
+            lengths: output tokens of the requests to come, by id.
+            settings: fields of `EngineConfig` that differ, within what was compiled.
+        """
+        if self.loop.has_unfinished:
+            raise RuntimeError("requests are unfinished")
+        config = dataclasses.replace(self.config, system=system, **settings)
+        ending = executor(self.device, self.store, self._placements, get_system(system).transfers_per_load)
+        ending.lengths = lengths
+        self.loop = ServingLoop(
+            config,
+            ending,
+            PagePool(self.num_pages),
+            page_tokens=self.layout.page_tokens,
+            max_model_len=self.max_model_len,
+            clock=clock,
+            predictor=predictor,
+            forget=self._forget,
+        )
+        for name in self.registry.names():
+            self.loop.add_adapter(self._named(name))
+
+    def submit_drawn(self, request_id: str, prompt: Sequence[int], max_tokens: int, adapter: int, arrival: float) -> Request:
+        """Greedy; ends at the length given to `restart`."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=(STOP,), ignore_eos=True)
+        return self.submit(prompt, params, LoRARequest(f"adapter-{adapter}"), request_id, arrival)

@@ -1,0 +1,138 @@
+"""The benchmark against the engine, on a tiny model: it runs, ends requests where it must, and memory moves as designed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import serve
+from benchmarks.serving.calibrate import STEP_TERMS, Timings, fit, slowness
+from benchmarks.serving.comparison import Settings, build_engine
+from benchmarks.simulate import STOP, step_tokens
+from benchmarks.workload import Workload
+from chameleon_jax.request import FinishReason
+
+NUM_PAGES, NUM_ADAPTERS, RANK, LONGEST = 28, 6, 8, 128
+SETTINGS = Settings("history", 0.1, 5.0, 0.3, 32, 2)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """27 pages; its six adapters take four each."""
+    request = Workload(np.zeros(1), np.array([100]), np.array([24]), np.zeros(1, int), np.full(NUM_ADAPTERS, RANK))
+    engine = build_engine("tiny", [request], ["chameleon"], SETTINGS, {"num_pages": NUM_PAGES, "load_format": "dummy"})
+    assert engine.max_model_len == LONGEST
+    yield engine
+    engine.close()
+
+
+def start(engine, lengths: dict[str, int], system: str = "chameleon") -> None:
+    ticks = itertools.count()
+    engine.restart(system, lambda: next(ticks) * 1e-3, lengths=lengths, predictor=None, predicted_output_len=24)
+
+
+def finish(engine) -> list:
+    """Runs to the end; returns the memory after each step."""
+    usages = []
+    while engine.loop.has_unfinished:
+        engine.loop.step()
+        usages.append(engine.loop.pool.usage())
+    return usages
+
+
+def touch(engine, names: itertools.count) -> list:
+    """One short request for each adapter, one after the other."""
+    usages = []
+    for adapter in range(NUM_ADAPTERS):
+        engine.submit_drawn(f"touch-{next(names)}", [5] * 8, 4, adapter, 0.0)
+        usages += finish(engine)
+    return usages
+
+
+def test_in_a_spike_adapters_give_their_memory_to_kv_and_get_it_back(engine):
+    names = itertools.count()
+    lengths = {f"touch-{i}": 2 for i in range(2 * NUM_ADAPTERS)} | {f"long-{i}": 24 for i in range(8)}
+    start(engine, lengths)
+    quiet = touch(engine, names)
+    grown = quiet[-1].adapters
+    assert grown == NUM_ADAPTERS * 4 and quiet[-1].kv == 0
+    assert [u.adapters for u in quiet] == sorted(u.adapters for u in quiet)  # nothing needed their memory
+
+    for i in range(8):
+        engine.submit_drawn(f"long-{i}", [7] * 100, 24, i % 2, 0.0)
+    burst = finish(engine)
+    assert max(u.kv for u in burst) >= 14  # two requests, of eight pages at their ends
+    low = min(u.adapters for u in burst)
+    assert low <= grown / 2
+    assert all(u.free + u.kv + u.adapters == NUM_PAGES - 1 for u in burst)
+    assert burst[-1].kv == 0 and burst[-1].adapters < grown
+
+    again = touch(engine, names)
+    assert again[-1].adapters == grown
+    assert engine.loop.cache.counters.evictions > 0
+
+
+@pytest.mark.parametrize("system", ["s-lora", "chameleon-plus"])
+def test_requests_end_where_the_benchmark_says(engine, system):
+    lengths = {"a": 1, "b": 5, "c": 24}
+    start(engine, lengths, system)
+    requests = [engine.submit_drawn(name, [9] * 20, 24, i, 0.0) for i, name in enumerate(lengths)]
+    finish(engine)
+    for request in requests:
+        assert len(request.output_token_ids) == lengths[request.request_id]
+        assert request.output_token_ids.index(STOP) == len(request.output_token_ids) - 1
+        assert request.finish_reason is FinishReason.STOP
+
+
+def test_a_restart_empties_the_cache(engine):
+    start(engine, {"a": 2})
+    engine.submit_drawn("a", [9] * 20, 24, 0, 0.0)
+    with pytest.raises(RuntimeError, match="unfinished"):
+        start(engine, {})
+    finish(engine)
+    assert engine.loop.pool.usage().adapters > 0
+    start(engine, {})
+    assert engine.loop.pool.usage().free == NUM_PAGES - 1
+
+
+def test_a_calibration_finds_the_costs_it_was_made_from():
+    rng = np.random.default_rng(0)
+    cost = rng.random(len(STEP_TERMS))
+    terms = rng.integers(0, 100, (200, len(STEP_TERMS))).astype(float)
+    timings = Timings(terms.tolist(), (terms @ cost).tolist(), [0.25], [(pieces, 0.5 + 2.0 * pieces) for pieces in range(1, 9)])
+    calibration = fit(timings)
+    np.testing.assert_allclose(calibration.step, cost, rtol=1e-6)
+    np.testing.assert_allclose(calibration.load, (0.5, 2.0), rtol=1e-6)
+    assert calibration.host == 0.25 and calibration.error < 1e-6
+    assert slowness(calibration.slowed(0.5), timings) == pytest.approx(2.0)
+
+
+def test_the_command_writes_what_it_measured_and_predicted(engine, tmp_path):
+    app = typer.Typer()
+    app.command()(serve.main)
+    pictures = importlib.util.find_spec("matplotlib") is not None  # not among what the tests need
+    plots = f"--plots {tmp_path}" if pictures else ""
+    options = f"""tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
+        --max-input 100 --max-output 24 --num-adapters {NUM_ADAPTERS} --ranks {RANK} --num-pages {NUM_PAGES} --max-num-seqs 2
+        --max-num-batched-tokens 32 --predict --calibration-s 1 --out {tmp_path}/result.json {plots}"""
+    result = CliRunner().invoke(app, options.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert set(written["systems"]) == {"s-lora", "chameleon"}
+    for system in written["systems"].values():
+        [measured], [predicted] = system["passes"], system["predicted"]
+        assert 0 < measured["ttft_p50_ms"] <= measured["ttft_p99_ms"]
+        assert predicted["steps"] > 0
+        assert len(system["memory"]["seconds"]) == len(system["memory"]["kv_pages"]) > 1
+    assert (tmp_path / "result.png").is_file() == pictures
+
+
+def test_a_system_that_bounds_stalls_may_take_longer_prompts():
+    assert step_tokens("chameleon", 128) == 128
+    assert step_tokens("chameleon-plus", 128) == 512
