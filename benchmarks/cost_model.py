@@ -6,7 +6,8 @@ import dataclasses
 
 from chameleon_jax.models.config import PRESETS, LlamaConfig
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.scheduler import PrefillChunk, StepPlan
 
 GIB = 2**30
 LENGTH_FACTOR = 0.185
@@ -219,3 +220,21 @@ _ALL = [
 ]
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}
 """The A100 and H100 ones are not calibrated: the A40's efficiencies on published rates (H100: what we aim at there)."""
+
+STALL_S = 0.305
+"""99th percentile of the time between tokens that systems with STEP_TOKENS a step have on the A40 at medium load."""
+
+
+def stall_seconds(profile: Profile) -> float:
+    """The same on another profile: STALL_S in proportion to a full step there, with prompts and 64 decoding rows of mean
+    rank."""
+
+    def full_step(profile: Profile) -> float:
+        ranks = {f"a{i}": (8, 16, 32, 64, 128)[i % 5] for i in range(30)}
+        requests = [Request(f"{i}", range(256), SamplingParams(), 0.0, 0, adapter=f"a{i % 30}") for i in range(64)]
+        for request in requests:
+            request.num_computed = 256
+        chunks = [PrefillChunk(request, 0, STEP_TOKENS // 5, True) for request in requests[:5]]
+        return CostModel(profile, ranks).step(StepPlan(prefills=chunks, decodes=requests))
+
+    return STALL_S * full_step(profile) / full_step(_A40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from chameleon_jax.systems import System, get_system
 
@@ -73,7 +74,7 @@ class EngineConfig:
         _require(0 < share <= 1, "gpu_memory_utilization", share, "above 0, at most 1")
         _require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
         get_system(self.system)
-        _require(self.ttft_slo > 0, "ttft_slo", self.ttft_slo, "above 0 seconds")
-        _require(self.tbt_slo > 0, "tbt_slo", self.tbt_slo, "above 0 seconds")
+        _require(0 < self.ttft_slo < math.inf, "ttft_slo", self.ttft_slo, "above 0 seconds, finite")
+        _require(0 < self.tbt_slo < math.inf, "tbt_slo", self.tbt_slo, "above 0 seconds, finite")
         _require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
         _require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")

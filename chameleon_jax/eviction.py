@@ -36,6 +36,7 @@ class AdapterUse:
     _window_uses: int = 0
     _previous_uses: int = 0
     _decayed: float = 0.0
+    _decayed_at: float = 0.0
 
     @property
     def load_seconds(self) -> float:
@@ -45,7 +46,7 @@ class AdapterUse:
         self._roll(now)
         self._window_uses += 1
         self._decayed = self.rate(now) * HALF_LIFE_S / math.log(2) + 1
-        self.uses, self.last_used = self.uses + 1, now
+        self.uses, self.last_used, self._decayed_at = self.uses + 1, now, now
 
     def frequency(self, now: float) -> float:
         """Uses in the last WINDOW_S; the part of the window before the current one counts in proportion."""
@@ -55,7 +56,7 @@ class AdapterUse:
 
     def rate(self, now: float) -> float:
         """Uses a second, decayed."""
-        return self._decayed * 0.5 ** ((now - self.last_used) / HALF_LIFE_S) * math.log(2) / HALF_LIFE_S
+        return self._decayed * 0.5 ** ((now - self._decayed_at) / HALF_LIFE_S) * math.log(2) / HALF_LIFE_S
 
     def _roll(self, now: float) -> None:
         passed = int((now - self._window_start) // WINDOW_S)

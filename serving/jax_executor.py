@@ -57,6 +57,7 @@ class JaxExecutor:
         self._transfers_per_load = transfers_per_load
         self._resident: dict[str, ResidentAdapter] = {}
         self._loads: dict[str, _Load] = {}
+        self._ended: list[LoadResult] = []  # not reported yet: an interrupt may come between two loads
 
     def dispatch(self, plan: StepPlan) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
         handle = []
@@ -80,6 +81,7 @@ class JaxExecutor:
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
+        self._resident.pop(content_hash, None)
         self._loads[content_hash] = _Load(content_hash, list(pages), self._store.fetch(content_hash))
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
@@ -87,12 +89,12 @@ class JaxExecutor:
             waiting = [load.block for load in self._loads.values() if load.pieces is None]
             if len(waiting) == len(self._loads):
                 futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
-        ended = []
         for load in list(self._loads.values()):
             result = self._advance(load, wait)
             if result is not None:
                 del self._loads[load.content_hash]
-                ended.append(result)
+                self._ended.append(result)
+        ended, self._ended = self._ended, []
         return ended
 
     def cancel_load(self, content_hash: str) -> None:
@@ -106,7 +108,8 @@ class JaxExecutor:
             if load.pieces is None:
                 load.pieces = self._split(load.block.result(), load.pages)
             while load.pieces and (wait or load.pieces[0][0].is_ready()):
-                self._engine.write_adapter(*load.pieces.popleft())
+                self._engine.write_adapter(*load.pieces[0])
+                load.pieces.popleft()
         except Exception as error:  # whatever it is, it belongs to the requests that wait for the adapter
             return LoadResult(load.content_hash, error)
         if load.pieces:

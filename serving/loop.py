@@ -6,10 +6,11 @@ device never waits for the host. A request that turns out to have ended computes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from chameleon_jax.adapter_cache import AdapterCache
@@ -76,13 +77,16 @@ class ServingLoop:
         self._orders = 0
         self._in_flight: deque[tuple[Any, StepPlan, float]] = deque()  # dispatched steps whose tokens were not looked at
         self._collected_at = 0.0
+        self._pending: StepPlan | None = None  # planned and not dispatched: an interrupt came while it waited
+        self._updated: list[Request] = []  # what the next return of `step` reports
         self._failed = False
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests or self._in_flight)
+        """Also while adapters load, so that what nobody wants any more is given up."""
+        return bool(self._requests or self._in_flight or self._updated or self.cache.num_loading)
 
     def submit(self, request: Request) -> None:
         """Takes a request in.
@@ -130,7 +134,7 @@ class ServingLoop:
     def remove_adapter(self, content_hash: str) -> None:
         """Requests that were submitted with the adapter still finish with it; then its memory is free."""
         for gone in self.cache.remove(content_hash):
-            self._forget(gone)
+            self._forgotten(gone)
 
     def pin_adapter(self, content_hash: str, pinned: bool = True) -> None:
         """A pinned adapter never leaves the pool once it is there. Raises ValueError where a live request could then starve."""
@@ -161,51 +165,32 @@ class ServingLoop:
         """
         if self._failed:
             raise RuntimeError("an earlier step failed; start a new engine")
-        ended = self._finish_loads()
-        plan = self._start_step(ended)
-        if not plan.runs and not self._in_flight and self._requests:
-            ended += self._finish_loads(wait=True)  # whoever is left waits for an adapter
-        self._collect(ended, leave=int(plan.runs))
-        return ended
+        self._finish_loads()
+        plan = self._pending or self._plan()
+        if plan.awaited:
+            self._await_loads(plan)
+        self._dispatch(plan)
+        if not plan.runs and not self._in_flight and self.has_unfinished:
+            self._finish_loads(wait=True)  # whoever is left waits for an adapter
+        self._collect(leave=int(plan.runs))
+        updated, self._updated = self._updated, []
+        return updated
 
-    def _start_step(self, ended: list[Request]) -> StepPlan:
-        try:
-            plan = self.scheduler.plan(self._clock())
+    def _plan(self) -> StepPlan:
+        with self._fatal():
+            self._pending = plan = self.scheduler.plan(self._clock())
             for content_hash in plan.cancels:
                 self.executor.cancel_load(content_hash)
-            if plan.awaited:
-                self._collect(ended)
-            for content_hash, pages in plan.loads:
-                self.executor.begin_load(content_hash, pages)
-            if plan.awaited:
-                self._await_loads(plan, ended)
-            if plan.runs:
-                self._in_flight.append((self.executor.dispatch(plan), plan, self._clock()))
-        except BaseException:
-            self._failed = True
-            raise
-        self.counters.steps += plan.runs
-        self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
-        self.counters.decode_rows += len(plan.decodes)
         return plan
 
-    def _collect(self, ended: list[Request], leave: int = 0) -> None:
-        """Waits for the steps in flight, except the last `leave`, and hands out their tokens."""
-        while len(self._in_flight) > leave:
-            handle, plan, dispatched_at = self._in_flight[0]
-            tokens = self.executor.collect(handle)
-            self._in_flight.popleft()
-            now = self._clock()
-            self.scheduler.ran(plan, now - max(dispatched_at, self._collected_at))
-            self._collected_at = now
-            ended += self._hand_out(tokens)
-
-    def _await_loads(self, plan: StepPlan, ended: list[Request]) -> None:
+    def _await_loads(self, plan: StepPlan) -> None:
         """Holds a step back, the device idle, until the adapters it needs are there: how systems serve that copy adapters on
         the stream they compute on. Requests that have ended meanwhile leave the plan."""
+        self._collect()
         begin = self._clock()
+        self._begin_loads(plan)
         while any(a in self.cache and self.cache.entry(a).tier is AdapterTier.LOADING for a in plan.awaited):
-            ended += self._finish_loads(wait=True)
+            self._finish_loads(wait=True)
         waited = self._clock() - begin
         self.counters.load_wait += waited
         plan.prefills = [chunk for chunk in plan.prefills if chunk.request.state is RequestState.RUNNING]
@@ -214,8 +199,43 @@ class ServingLoop:
             if chunk.request.adapter in plan.awaited:
                 chunk.request.metrics.adapter_wait += waited
 
-    def _finish_loads(self, wait: bool = False) -> list[Request]:
-        ended: list[Request] = []
+    def _begin_loads(self, plan: StepPlan) -> None:
+        with self._fatal():
+            for content_hash, pages in plan.loads:
+                self.executor.begin_load(content_hash, pages)
+        plan.loads = []
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        self._begin_loads(plan)
+        if plan.runs:
+            with self._fatal():
+                self._in_flight.append((self.executor.dispatch(plan), plan, self._clock()))
+        self._pending = None
+        self.counters.steps += plan.runs
+        self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
+        self.counters.decode_rows += len(plan.decodes)
+
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """What is raised inside leaves the plan half done: nothing can go on from there."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _collect(self, leave: int = 0) -> None:
+        """Waits for the steps in flight, except the last `leave`, and hands out their tokens."""
+        while len(self._in_flight) > leave:
+            handle, plan, dispatched_at = self._in_flight[0]
+            tokens = self.executor.collect(handle)
+            self._in_flight.popleft()
+            now = self._clock()
+            self.scheduler.ran(plan, now - max(dispatched_at, self._collected_at))
+            self._collected_at = now
+            self._hand_out(tokens)
+
+    def _finish_loads(self, wait: bool = False) -> None:
         for result in self.executor.poll_loads(wait):
             if result.error is None:
                 self.cache.finish_load(result.content_hash)
@@ -223,22 +243,22 @@ class ServingLoop:
             self.cache.fail_load(result.content_hash)
             for request in [r for r in self._requests.values() if r.adapter == result.content_hash]:
                 self._finish(request, FinishReason.ABORT, f"its adapter could not be loaded: {result.error}")
-                ended.append(request)
+                self._updated.append(request)
         for gone in self.cache.sweep():
-            self._forget(gone)
-        return ended
+            self._forgotten(gone)
 
-    def _hand_out(self, tokens: list[SampledToken]) -> list[Request]:
+    def _forgotten(self, content_hash: str) -> None:
+        self.scheduler.forget(content_hash)
+        self._forget(content_hash)
+
+    def _hand_out(self, tokens: list[SampledToken]) -> None:
         now = self._clock()
-        updated = []
         for sampled in tokens:
             request = sampled.request
             request.num_in_flight -= 1
-            if request.state is RequestState.FINISHED:
-                continue
-            self._append(request, sampled, now)
-            updated.append(request)
-        return updated
+            if request.state is not RequestState.FINISHED:
+                self._append(request, sampled, now)
+                self._updated.append(request)
 
     def _append(self, request: Request, sampled: SampledToken, now: float) -> None:
         if request.metrics.first_token_time is None:
@@ -282,7 +302,7 @@ class ServingLoop:
         self.counters.finished += 1
         if request.adapter is not None:
             for gone in self.cache.unhold(request.adapter):
-                self._forget(gone)
+                self._forgotten(gone)
 
 
 def _cut(request: Request, searched: int) -> str | None:

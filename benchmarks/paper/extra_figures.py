@@ -73,13 +73,15 @@ def ablations() -> dict[str, System]:
 
 
 def _ablation(study: Study, workload: str, medium: float, high: float, spec: dict[str, Any]) -> Any:
-    variants = {PLUS: SYSTEMS[PLUS], **ablations(), "chameleon": SYSTEMS["chameleon"]}
+    variants = {PLUS: SYSTEMS[PLUS], **ablations()}
+    for name in ("chameleon", "s-lora"):
+        variants |= {f"{name} + bound_stalls": dataclasses.replace(SYSTEMS[name], bound_stalls=True), name: SYSTEMS[name]}
     found = study.knees({label: study.case(system, **spec) for label, system in variants.items()})
     loads = (medium, high)
     points = study.measure({(v, rps): study.case(system, rps, **spec) for v, system in variants.items() for rps in loads})
     rows: list[Row] = []
     for label in variants:
-        row: Row = {"system": label if label in SYSTEMS else f"with {label}", "knee, RPS": found[label]}
+        row: Row = {"system": label if label.split()[0] in SYSTEMS else f"with {label}", "knee, RPS": found[label]}
         row[f"P99 TTFT at {medium:.2f} RPS, s"] = points[label, medium]["ttft_p99"]
         row[f"P99 TTFT at {high:.2f} RPS, s"] = points[label, high]["ttft_p99"]
         row["P99 gap, ms"] = 1e3 * points[label, medium].mean("tbt_p99")

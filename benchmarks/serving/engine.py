@@ -34,9 +34,9 @@ class EndingExecutor(JaxExecutor):
     lengths: dict[str, int]
 
     def collect(self, handle: Any) -> list[SampledToken]:
-        return [self._ended(token) for token in super().collect(handle)]
+        return [self._end(token) for token in super().collect(handle)]
 
-    def _ended(self, token: SampledToken) -> SampledToken:
+    def _end(self, token: SampledToken) -> SampledToken:
         request = token.request
         if len(request.output_token_ids) + 1 >= self.lengths[request.request_id]:
             return token._replace(token_id=STOP)

@@ -59,6 +59,7 @@ class Batch:
         self._pages = 0
         self._kept: set[str] = set()  # idle adapters that it uses
         self._kept_pages = 0
+        self._held = 0  # pages for the tokens of one that waits for its adapter
 
     @property
     def pages(self) -> int:
@@ -71,7 +72,7 @@ class Batch:
 
     def room(self) -> int:
         """Pages that are free or can be freed beyond what the batch needs."""
-        return self._pool.num_free + self._cache.idle_pages - self._kept_pages - self._pages
+        return self._pool.num_free + self._cache.idle_pages - self._kept_pages - self._pages - self._held
 
     def offer(self, request: Request, kv_pages: int) -> Verdict:
         """Takes the request in where it fits."""
@@ -87,7 +88,7 @@ class Batch:
                 request.metrics.adapter_was_resident = there
             absent = entry.tier is AdapterTier.HOST and adapter not in self.loads
             if self._overlap_loads and not there:
-                return self._load(adapter, entry.info.num_pages) if absent else Verdict.WAITS
+                return self._wait_for_load(adapter, entry.info.num_pages if absent else 0, kv_pages)
             load_pages = entry.info.num_pages if absent else 0
             if self._cache.is_idle(adapter) and adapter not in self._kept:
                 kept_pages = entry.info.num_pages
@@ -106,12 +107,15 @@ class Batch:
         self.starts.append(request)
         return Verdict.STARTS
 
-    def _load(self, adapter: str, pages: int) -> Verdict:
-        if self._cache.num_loading + len(self.loads) < MAX_LOADS:
-            if pages > self.room():
-                self.lacks_memory = True
-                return Verdict.NO_ADAPTER_MEMORY
-            self._pages += pages
+    def _wait_for_load(self, adapter: str, load_pages: int, kv_pages: int) -> Verdict:
+        """The first that waits for its adapter keeps the pages it will start with from those who pass it."""
+        held = 0 if self._held else kv_pages
+        if load_pages + held > self.room():
+            self.lacks_memory = True
+            return Verdict.NO_ADAPTER_MEMORY if held <= self.room() else Verdict.NO_MEMORY
+        self._held += held
+        if load_pages and self._cache.num_loading + len(self.loads) < MAX_LOADS:
+            self._pages += load_pages
             self.loads.append(adapter)
         return Verdict.WAITS
 

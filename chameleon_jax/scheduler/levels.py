@@ -47,6 +47,8 @@ def _variation(values: np.ndarray, centroids: np.ndarray) -> float:
 
 def distributions_differ(before: Sequence[float], now: Sequence[float], critical: float = 1.95) -> bool:
     """Two-sample Kolmogorov-Smirnov test; `critical` 1.95 is a chance of 0.001 to call equal ones different."""
+    if not before or not now:
+        return bool(before) != bool(now)
     a, b = np.sort(before), np.sort(now)
     points = np.concatenate([a, b])
     gap = np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()

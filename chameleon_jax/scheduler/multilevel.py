@@ -11,9 +11,9 @@ its level is served in order of arrival, so n heads go before it, and a head wai
 - then at most DOOR_S for memory, or for room in a step, while others may take it (the paper sets no such limit);
 - then at most K L: nobody starts before the head that has been waiting for that longest, so within L there is enough for
   it, and at most K heads, one a level, stand in that line.
-Requests that squashed because they outgrew their prediction count again among the n each time they come back; the oldest
-request is never squashed, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_starvation.py` holds it to
-that.
+Every refresh while it waits may add one L, since it moves charges between levels. Requests that are squashed because they
+outgrew their prediction count again among the n each time they come back; the oldest request is never squashed, so each L sees
+at least one through. `tests/chameleon_jax/scheduler/test_starvation.py` holds it to that.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class MultiLevelQueue:
     Args:
         total: pages of the pool.
         pages_of: KV pages with which a request starts.
-        adapter_pages_of: pages of its adapter that running requests do not hold already (the paper charges every request its
-            whole adapter, which leaves memory unused where requests share adapters).
+        adapter_pages_of: pages of its adapter.
+        missing_pages_of: those of them that running requests do not hold already. They are what a request is charged: the
+            paper charges everyone the whole adapter, which leaves memory unused where requests share adapters.
         slo: target for time to first token, seconds.
         equal_levels: four levels of equal width and quota.
         drift_test: refresh as soon as sizes or rate differ from those of the last refresh.
@@ -60,6 +61,7 @@ class MultiLevelQueue:
         total: int,
         pages_of: PagesOf,
         adapter_pages_of: PagesOf,
+        missing_pages_of: PagesOf,
         slo: float,
         *,
         equal_levels: bool = False,
@@ -71,6 +73,7 @@ class MultiLevelQueue:
         self._total = total
         self._pages_of = pages_of
         self._adapter_pages_of = adapter_pages_of
+        self._missing_pages_of = missing_pages_of
         self._slo = slo
         self._equal_levels = equal_levels
         self._drift_test = drift_test
@@ -92,7 +95,7 @@ class MultiLevelQueue:
     def add(self, request: Request, now: float, new: bool = True) -> None:
         if new:
             self._arrivals += 1
-            self._history.arrived(request, self._need(request), now)
+            self._history.arrived(request, self._pages_of(request) + self._adapter_pages_of(request), now)
         self.levels[self._level_of(request)].waiting.add(request)
         self._length += 1
 
@@ -234,7 +237,7 @@ class MultiLevelQueue:
             level.remaining -= pages
 
     def _need(self, request: Request) -> int:
-        return self._pages_of(request) + self._adapter_pages_of(request)
+        return self._pages_of(request) + self._missing_pages_of(request)
 
     # -- levels and quotas ----------------------------------------------------------------------------------------------
 

@@ -39,6 +39,10 @@ class Prefetcher:
         if request.adapter is not None and self._predictor is not None:
             self._predictor.used(request.adapter, now)
 
+    def forget(self, content_hash: str) -> None:
+        if self._predictor is not None:
+            self._predictor.forget(content_hash)
+
     def begin(self, adapter: str, plan: StepPlan) -> None:
         """Loads an adapter that a waiting request needs."""
         plan.loads.append((adapter, self._cache.begin_load(adapter)))

@@ -77,6 +77,7 @@ class Scheduler:
         return MultiLevelQueue(
             self._pool.capacity,
             self._first_pages,
+            self._adapter_pages,
             self._missing_pages,
             config.ttft_slo,
             equal_levels=self.system.equal_levels,
@@ -116,6 +117,10 @@ class Scheduler:
         request.size = self._sizer.size(request, self._adapter_pages(request))
         self._prefetcher.used(request, now)
         self._wait(request, now, new=True)
+
+    def forget(self, content_hash: str) -> None:
+        """An adapter is not known any more."""
+        self._prefetcher.forget(content_hash)
 
     def finish(self, request: Request, now: float) -> None:
         """Forgets a request, waiting or running, and gives back what it held."""
@@ -232,7 +237,8 @@ class Scheduler:
     def _new_batch(self, budget: float) -> Batch:
         """Takes as many prompts as the steps until the next admission can prefill: tokens, or time where that is bounded."""
         if budget < float("inf"):
-            room = budget - self._running.prompts_left(self._prefill_seconds)
+            # one may always start when no started prompt is left, as one tile is always computed
+            room = max(budget, 1e-9) - self._running.prompts_left(self._prefill_seconds)
             prompt_of = self._prefill_work
         else:
             room = self._running.step_tokens * self.system.admission_interval

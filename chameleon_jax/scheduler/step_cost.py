@@ -15,20 +15,25 @@ PREFILL, TOKENS, TOKEN_RANKS, DECODE, ROWS, CONTEXT = range(FEATURES)
 
 class StepCost:
     """Seconds of a step as a linear function of what is in it: a prefill part, its tokens, its tokens x their adapter's rank, a
-    decode part, its rows, their context tokens. Fitted by recursive least squares that forgets, so it follows the machine.
+    decode part, its rows, their context tokens. Fitted by least squares that forget, so it follows the machine.
     """
 
     FORGET = 0.999
     SCALE = np.array([1e0, 1e3, 1e5, 1e0, 1e2, 1e4])
     """Typical sizes of the features, so that one regularisation suits all."""
+    RIDGE = 1e-3
+    """Pull of every weight towards 0, which is all that is known of a feature that never varies."""
     ENOUGH = 50
     """Steps before it is believed."""
     LONGEST = 5.0
     """Seconds; what took longer was an interruption, not a step."""
+    OUTLIER = 4.0
+    """Times what was expected; a step that took longer counts as that long."""
 
     def __init__(self) -> None:
-        self._weights = np.zeros(FEATURES)
-        self._inverse = np.eye(FEATURES) * 1e3
+        self._weights: np.ndarray = np.zeros(FEATURES)
+        self._moments: np.ndarray = np.eye(FEATURES) * self.RIDGE  # decayed sum of x x^T
+        self._products: np.ndarray = np.zeros(FEATURES)  # decayed sum of x seconds
         self.num_steps = 0
 
     @property
@@ -49,16 +54,15 @@ class StepCost:
         return np.array(x)
 
     def observe(self, features: np.ndarray, seconds: float) -> None:
-        if seconds <= 0 or seconds > self.LONGEST:
+        if not 0 < seconds <= self.LONGEST:
             return
         x = features / self.SCALE
-        gain = self._inverse @ x
-        gain /= self.FORGET + x @ gain
-        self._weights += gain * (seconds - x @ self._weights)
-        self._inverse = (self._inverse - np.outer(gain, x @ self._inverse)) / self.FORGET
-        spread = self._inverse.trace()
-        if spread > 1e6:  # nothing new for long: forgetting would make it unstable
-            self._inverse *= 1e6 / spread
+        if self.known:
+            seconds = min(seconds, self.OUTLIER * max(float(x @ self._weights), 1e-3))
+        self._moments = self.FORGET * self._moments + np.outer(x, x)
+        self._moments[np.diag_indices(FEATURES)] += (1 - self.FORGET) * self.RIDGE
+        self._products = self.FORGET * self._products + x * seconds
+        self._weights = np.linalg.solve(self._moments, self._products)
         self.num_steps += 1
 
     def seconds(self, features: np.ndarray) -> float:

@@ -34,7 +34,7 @@ class Order:
         self.cache = AdapterCache(PagePool(total + 1))
         for name, pages in adapters.items():
             self.cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), START)
-        self.queue = MultiLevelQueue(total, lambda r: len(r.prompt_token_ids), self._missing, slo=5.0)
+        self.queue = MultiLevelQueue(total, lambda r: len(r.prompt_token_ids), self._missing, self._missing, slo=5.0)
         if quotas:
             self.queue.bounds, self.queue.levels = list(bounds), [Level(quota) for quota in quotas]
         self.running: list[Request] = []
