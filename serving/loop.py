@@ -181,6 +181,7 @@ class ServingLoop:
             self._pending = plan = self.scheduler.plan(self._clock())
             for content_hash in plan.cancels:
                 self.executor.cancel_load(content_hash)
+        self._sweep()
         return plan
 
     def _await_loads(self, plan: StepPlan) -> None:
@@ -244,6 +245,9 @@ class ServingLoop:
             for request in [r for r in self._requests.values() if r.adapter == result.content_hash]:
                 self._finish(request, FinishReason.ABORT, f"its adapter could not be loaded: {result.error}")
                 self._updated.append(request)
+        self._sweep()
+
+    def _sweep(self) -> None:
         for gone in self.cache.sweep():
             self._forgotten(gone)
 

@@ -145,3 +145,15 @@ def test_a_registry_names_content():
     assert registry.names() == ["x", "y"] and registry.get("z") is None
     with pytest.raises(KeyError, match="no adapter is named 'z'; there are: x, y"):
         registry.remove("z")
+
+
+def test_what_runs_long_is_not_taken_for_what_is_used_often():
+    cache = AdapterCache(PagePool(10))
+    resident(cache, "long", "often")
+    cache.acquire("long", 10.0)
+    for now in range(10, 1210, 200):
+        cache.acquire("often", float(now))
+        cache.release("often", now + 1.0)
+    cache.release("long", 1210.0)
+    rates = [entry.use.rate(1210.0) for entry in cache.entries()]
+    assert rates[0] < rates[1]

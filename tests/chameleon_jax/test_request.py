@@ -48,6 +48,10 @@ def test_sampling_params_name_what_is_wrong(field, value):
         ("gpu_memory_utilization", 0),
         ("page_tokens", 0),
         ("predicted_output_len", 0),
+        ("ttft_slo", 0.0),
+        ("ttft_slo", float("inf")),
+        ("tbt_slo", float("nan")),
+        ("system", "fastest"),
         ("max_queue_len", 0),
     ],
 )

@@ -397,3 +397,70 @@ def test_predictions_that_were_wrong_are_counted():
     assert len(shorter.output_token_ids) == 1
     counters = loop.scheduler.counters
     assert (counters.underpredicted, counters.overpredicted, counters.ended) == (1, 1, 5)
+
+
+def test_others_start_where_a_decode_step_alone_takes_longer_than_the_target():
+    loop, executor, _ = make_loop(60, system="chameleon-plus", tbt_slo=1e-6)
+    long = make_request(0, 5, 75)
+    loop.submit(long)
+    for _ in range(60):
+        loop.step()  # enough for the cost of steps to be known
+    late = make_request(1, 40, 4)
+    loop.submit(late)
+    for _ in range(12):
+        loop.step()
+    assert late.state is RequestState.FINISHED and long.state is RequestState.RUNNING
+    run(loop)
+    assert late.output_token_ids == expected(executor, late)
+
+
+@pytest.mark.parametrize("system", ["fifo", "chameleon-plus"])
+def test_a_request_that_waits_for_its_adapter_keeps_its_pages_from_those_who_pass(system):
+    loop, _, _ = make_loop(28, load_polls=20, max_num_seqs=8, system=system)
+    loop.add_adapter(adapter("slow", 3))
+    waits = make_request(0, 40, 20, "slow")
+    loop.submit(waits)
+    for number in range(1, 100):
+        loop.submit(make_request(number, 8, 8))
+        loop.step()
+        if waits.state is RequestState.RUNNING:
+            break
+    assert number < 30 and loop.cache.counters.loads == 1
+    run(loop)
+
+
+def test_an_interrupt_while_a_load_is_awaited_loses_nothing():
+    loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon")
+    loop.add_adapter(adapter("cold", 3))
+    first, second = make_request(0, 5, 12), make_request(1, 5, 8, "cold")
+    loop.submit(first)
+    loop.step()
+    loop.step()
+    loop.submit(second)
+    poll = executor.poll_loads
+
+    def interrupted(wait=False):
+        if wait:
+            executor.poll_loads = poll  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+        return poll(wait)
+
+    executor.poll_loads = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(loop)
+    run(loop)
+    assert [r.output_token_ids for r in (first, second)] == [expected(executor, r) for r in (first, second)]
+
+
+def test_a_load_that_outlives_its_requests_is_given_up():
+    loop, executor, forgotten = make_loop(60, load_polls=1000)
+    loop.add_adapter(adapter("slow", 3))
+    loop.submit(make_request(1, 5, 40))
+    loop.submit(make_request(0, 5, 4, "slow"))
+    loop.step()
+    assert executor.loads
+    loop.abort("r0")
+    loop.abort("r1")
+    loop.remove_adapter("slow")
+    run(loop)
+    assert not executor.loads and forgotten == ["slow"] and loop.pool.num_free == loop.pool.capacity

@@ -68,3 +68,8 @@ def test_the_drift_test_seldom_calls_equal_ones_different():
 @pytest.mark.parametrize("sizes", [[1.0] * 99 + [2.0], [0.1] + [1.0] * 99, [1.0] * 60 + [1.0, 1.1]])
 def test_a_few_that_differ_from_the_rest_are_no_error(sizes):
     assert all(min(sizes) < bound < max(sizes) for bound in cluster_bounds(sizes))
+
+
+def test_nothing_differs_from_something():
+    assert distributions_differ([], [1.0]) and distributions_differ([1.0], [])
+    assert not distributions_differ([], [])
