@@ -425,7 +425,7 @@ def test_a_request_that_waits_for_its_adapter_keeps_its_pages_from_those_who_pas
         loop.step()
         if waits.state is RequestState.RUNNING:
             break
-    assert number < 30 and loop.cache.counters.loads == 1
+    assert number <= 22 and loop.cache.counters.loads == 1  # as soon as its adapter is there
     run(loop)
 
 
