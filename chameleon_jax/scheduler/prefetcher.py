@@ -31,7 +31,7 @@ class Prefetcher:
         self._pool = pool
         self._cache = cache
         self._wanted = wanted
-        self._for_waiting: set[str] = set()  # adapters whose load began for a waiting request
+        self._for_waiting: set[str] = set()  # adapters that load for a waiting request
         self._predictor = UsePredictor() if predicts else None
 
     def used(self, request: Request, now: float) -> None:
@@ -50,10 +50,12 @@ class Prefetcher:
 
     def cancel(self, plan: StepPlan) -> None:
         """Gives up loads for waiting requests that went away."""
-        for adapter in [a for a in self._for_waiting if a not in self._wanted]:
-            self._for_waiting.discard(adapter)
+        for adapter in list(self._for_waiting):
             entry = self._cache.entry(adapter) if adapter in self._cache else None
-            if entry is not None and entry.tier is AdapterTier.LOADING and not entry.references:
+            if entry is None or entry.tier is not AdapterTier.LOADING:
+                self._for_waiting.discard(adapter)
+            elif adapter not in self._wanted and not entry.references:
+                self._for_waiting.discard(adapter)
                 plan.cancels.append(adapter)
                 self._cache.fail_load(adapter)
                 self.num_cancelled += 1

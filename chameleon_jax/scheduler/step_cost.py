@@ -9,6 +9,8 @@ import numpy as np
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.plan import PrefillChunk
 
+LEAST_TOKEN_S = 1e-12
+"""Of a prompt token: nothing is free, so that a share of it can be taken."""
 FEATURES = 6
 PREFILL, TOKENS, TOKEN_RANKS, DECODE, ROWS, CONTEXT = range(FEATURES)
 
@@ -34,6 +36,7 @@ class StepCost:
         self._weights: np.ndarray = np.zeros(FEATURES)
         self._moments: np.ndarray = np.eye(FEATURES) * self.RIDGE  # decayed sum of x x^T
         self._products: np.ndarray = np.zeros(FEATURES)  # decayed sum of x seconds
+        self._per_token, self._per_token_rank = LEAST_TOKEN_S, 0.0
         self.num_steps = 0
 
     @property
@@ -63,6 +66,8 @@ class StepCost:
         self._moments[np.diag_indices(FEATURES)] += (1 - self.FORGET) * self.RIDGE
         self._products = self.FORGET * self._products + x * seconds
         self._weights = np.linalg.solve(self._moments, self._products)
+        self._per_token = max(float(self._weights[TOKENS] / self.SCALE[TOKENS]), LEAST_TOKEN_S)
+        self._per_token_rank = max(float(self._weights[TOKEN_RANKS] / self.SCALE[TOKEN_RANKS]), 0.0)
         self.num_steps += 1
 
     def seconds(self, features: np.ndarray) -> float:
@@ -70,6 +75,4 @@ class StepCost:
 
     def prefill_seconds(self, tokens: int, rank: int) -> float:
         """Of that many prompt tokens in a step that prefills anyway."""
-        w = self._weights
-        token_ranks = max(w[TOKEN_RANKS], 0.0) * tokens * rank / self.SCALE[TOKEN_RANKS]
-        return float(max(w[TOKENS], 1e-9) * tokens / self.SCALE[TOKENS] + token_ranks)
+        return tokens * (self._per_token + rank * self._per_token_rank)
