@@ -133,14 +133,24 @@ class Gdsf:
         self._age = max(self._age, score)
 
 
-class CostAware(_Stateless):
+class CostAware:
     """Seconds of reloading that keeping an adapter is expected to save, per second and page: rate x load time / pages.
 
-    Multiplies what Chameleon adds (as ELORA and FASTLIBRA do): a large adapter that nobody asks for is worth nothing.
+    Multiplies what Chameleon adds (as ELORA and FASTLIBRA do): a large adapter that nobody asks for is worth nothing. All rates
+    decay alike, so their order does not change between uses: the score is the logarithm of the value at the last use, moved
+    by the time that has passed until then, and is taken once a use.
     """
 
+    NEVER_USED = -1e9
+
+    def used(self, use: AdapterUse, now: float) -> None:
+        use.priority = math.log2(use.rate(now) * use.load_seconds / use.num_pages) + now / HALF_LIFE_S
+
     def scores(self, uses: Sequence[AdapterUse], now: float) -> list[float]:
-        return [use.rate(now) * use.load_seconds / use.num_pages for use in uses]
+        return [use.priority if use.uses else self.NEVER_USED for use in uses]
+
+    def evicted(self, score: float) -> None:
+        pass
 
 
 def make_policy(name: str) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -143,10 +144,34 @@ def test_gdsf_ages_what_is_not_used():
 
 
 def test_cost_aware_scores_are_seconds_saved_per_second_and_page():
-    small, large = use_at(0.0, pages=1, num_bytes=0), use_at(0.0, 0.0, pages=4, num_bytes=3 * int(LINK_BYTES_PER_S))
+    policy = CostAware()
+    small, large = AdapterUse(1, 0, 0.0), AdapterUse(4, 3 * int(LINK_BYTES_PER_S), 0.0)
+    for use, times in ((small, (0.0,)), (large, (0.0, 0.0, HALF_LIFE_S))):
+        for now in times:
+            use.use(now)
+            policy.used(use, now)
+    now = 3 * HALF_LIFE_S
+    scores = policy.scores([small, large, use_at(pages=64, num_bytes=10**12)], now)
+    values = [use.rate(now) * use.load_seconds / use.num_pages for use in (small, large)]
+    assert [2 ** (score - now / HALF_LIFE_S) for score in scores] == pytest.approx([*values, 0])
     one = math.log(2) / HALF_LIFE_S
-    scores = CostAware().scores([small, large, use_at(pages=64, num_bytes=10**12)], HALF_LIFE_S)
-    assert scores == pytest.approx([one / 2 * LOAD_LATENCY_S, one * (3 + LOAD_LATENCY_S) / 4, 0])
+    assert values == pytest.approx([one / 8 * LOAD_LATENCY_S, one * 2 / 4 * (3 + LOAD_LATENCY_S) / 4])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(0.1, 200)), min_size=1, max_size=40))
+def test_cost_aware_order_is_that_of_the_values_at_any_time(events):
+    policy, uses, now = CostAware(), [AdapterUse(1 + i, i * 10**9, 0.0) for i in range(5)], 0.0
+    for which, gap in events:
+        now += gap
+        uses[which].use(now)
+        policy.used(uses[which], now)
+    for later in (now, now + 500.0):
+        values = [use.rate(later) * use.load_seconds / use.num_pages for use in uses]
+        scores = policy.scores(uses, later)
+        for i, j in itertools.combinations(range(5), 2):
+            if abs(values[i] - values[j]) > 1e-9 * max(values):
+                assert (values[i] < values[j]) == (scores[i] < scores[j])
 
 
 def test_an_unknown_policy_is_named_with_those_there_are():
