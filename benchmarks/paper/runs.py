@@ -138,7 +138,7 @@ class Runner:
     def __init__(self, cache: Cache, workers: int):
         self.cache = cache
         self.executed = 0
-        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+        context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX has threads may hang
         self._pool = ProcessPoolExecutor(workers, context, _ignore_interrupts) if workers > 1 else None
 
     def __enter__(self) -> Runner:
