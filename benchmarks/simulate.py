@@ -20,6 +20,7 @@ import typer
 
 from benchmarks.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostModel, Profile, stall_seconds
 from benchmarks.machine import describe, publish
+from benchmarks.outcome import Outcome, Recorder
 from benchmarks.workload import Workload, WorkloadSpec, generate
 from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
@@ -99,39 +100,18 @@ class SimulatedExecutor:
 
 
 @dataclasses.dataclass
-class Result:
-    """What a run measured. Arrays have one element a request, in order of arrival, unless they say otherwise; seconds.
+class Result(Outcome):
+    """What a simulation gave beside what a run on the engine does.
 
     Attributes:
-        ttft: time to first token; end of the run where it never came.
-        queue: from arrival to admission.
-        tbt: gaps between tokens of a request, one element a gap.
-        adapter_wait: part of the TTFT that its adapter's load cost.
-        hit_rate: share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
-        memory: `[samples, 4]`: time, pages of KV, of adapters, free.
-        waiting: `[samples]` requests waiting.
+        arrival, input, rank: of the workload's requests.
+        wall_s: seconds that the simulation took.
+        device_busy, link_busy: seconds.
     """
 
     arrival: np.ndarray
     input: np.ndarray
-    output: np.ndarray
     rank: np.ndarray
-    ttft: np.ndarray
-    queue: np.ndarray
-    e2e: np.ndarray
-    size: np.ndarray
-    adapter_wait: np.ndarray
-    tbt: np.ndarray
-    memory: np.ndarray
-    waiting: np.ndarray
-    hit_rate: float
-    loads: int
-    bytes_loaded: int
-    load_wait: float
-    squashes: int
-    bypasses: int
-    steps: int
-    finished_s: float
     wall_s: float
     device_busy: float
     link_busy: float
@@ -214,7 +194,6 @@ def simulate(
         loop.add_adapter(info)
     limit = SamplingParams(temperature=0, max_tokens=longest)
     stop = frozenset([STOP])
-    requests: list[Request] = []
     pending = deque(
         # S-LoRA's own benchmark asks for the true length, which the worst case that it reserves for then is
         Request(
@@ -236,50 +215,20 @@ def simulate(
         )
     )
     requests = list(pending)
-    gaps: list[float] = []
-    latest: dict[str, float] = {}
-    memory, waiting = [], []
-    next_sample = 0.0
+    recorder = Recorder(loop, SAMPLE_S)
     while pending or loop.has_unfinished:
         while pending and pending[0].arrival_time <= clock.now:
             loop.submit(pending.popleft())
         if not loop.has_unfinished:
             clock.now = pending[0].arrival_time
             continue
-        for request in loop.step():
-            name, now = request.request_id, clock.now
-            if name in latest:
-                gaps.append(now - latest[name])
-            latest[name] = now
-        if clock.now >= next_sample:
-            usage = loop.pool.usage()
-            memory.append((clock.now, usage.kv, usage.adapters, usage.free))
-            waiting.append(loop.scheduler.num_waiting)
-            next_sample = clock.now + SAMPLE_S
-    arrival = workload.arrival_s
-    metrics = [r.metrics for r in requests]
-    counters, order = loop.cache.counters, loop.scheduler.order
+        recorder.stepped(loop.step(), clock.now)
+        recorder.sample(clock.now)
     return Result(
-        arrival=arrival,
+        **recorder.measured(requests, workload, clock.now),
+        arrival=workload.arrival_s,
         input=workload.input_tokens,
-        output=workload.output_tokens,
         rank=workload.ranks[workload.adapter],
-        ttft=np.array([m.first_token_time for m in metrics], np.float64) - arrival,
-        queue=np.array([m.first_scheduled_time for m in metrics], np.float64) - arrival,
-        e2e=np.array([m.finished_time for m in metrics], np.float64) - arrival,
-        size=np.array([r.size for r in requests]),
-        adapter_wait=np.array([m.adapter_wait for m in metrics]),
-        tbt=np.array(gaps),
-        memory=np.array(memory),
-        waiting=np.array(waiting),
-        hit_rate=counters.hits / max(counters.hits + counters.misses, 1),
-        loads=counters.loads,
-        bytes_loaded=counters.bytes_loaded,
-        load_wait=loop.counters.load_wait,
-        squashes=loop.scheduler.num_squashes,
-        bypasses=getattr(order, "num_bypasses", 0),
-        steps=loop.counters.steps,
-        finished_s=clock.now,
         wall_s=time.perf_counter() - begin,
         device_busy=executor.device_busy,
         link_busy=executor.link_busy,

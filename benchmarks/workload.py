@@ -25,6 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from chameleon_jax.checks import require
+
 ARRIVALS = ("poisson", "gamma", "trace")
 SHAPES = ("flat", "diurnal", "spike")
 TRACE_COLUMNS = (("arrival_s", "input_tokens", "output_tokens"), ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))
@@ -49,11 +51,6 @@ REAL_HIT_RATES = {8: 0.83, 32: 0.88, 128: 0.92}
 REAL_HIT_RATES_SHUFFLED = {8: 0.10, 32: 0.29, 128: 0.61}
 
 _cdf, _inverse_cdf = np.vectorize(NormalDist().cdf, otypes=[float]), np.vectorize(NormalDist().inv_cdf, otypes=[float])
-
-
-def _require(condition: bool, field: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,26 +103,26 @@ class WorkloadSpec:
 
     def __post_init__(self) -> None:
         for field in ("rps", "duration_s", "length_factor"):
-            _require(0 < getattr(self, field) < np.inf, field, getattr(self, field), "above 0")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+            require(0 < getattr(self, field) < np.inf, field, getattr(self, field), "above 0")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         for field in ("max_input", "max_output"):
             limit = getattr(self, field)
-            _require(limit is None or limit >= 1, field, limit, "1 or more, or None")
-        _require(self.num_adapters >= 1, "num_adapters", self.num_adapters, "1 or more")
+            require(limit is None or limit >= 1, field, limit, "1 or more, or None")
+        require(self.num_adapters >= 1, "num_adapters", self.num_adapters, "1 or more")
         distinct = len(set(self.ranks)) == len(self.ranks) > 0
-        _require(distinct and min(self.ranks) >= 1, "ranks", self.ranks, "one or more distinct ranks of 1 or more")
+        require(distinct and min(self.ranks) >= 1, "ranks", self.ranks, "one or more distinct ranks of 1 or more")
         for field in ("rank_exponent", "adapter_exponent"):
-            _require(0 <= getattr(self, field) < np.inf, field, getattr(self, field), "0 or more")
-        _require(0 <= self.locality < 1, "locality", self.locality, "0 or more, below 1")
-        _require(self.arrivals in ARRIVALS, "arrivals", self.arrivals, ", ".join(ARRIVALS))
-        _require(0.01 <= self.cv <= 100, "cv", self.cv, "0.01 to 100")
-        _require(self.cv == 1 or self.arrivals == "gamma", "cv", self.cv, f"1 where arrivals is {self.arrivals!r}")
-        _require(self.shape in SHAPES, "shape", self.shape, ", ".join(SHAPES))
-        _require(1 <= self.peak_factor < np.inf, "peak_factor", self.peak_factor, "1 or more")
-        _require(0 < self.spike_share < 1, "spike_share", self.spike_share, "above 0, below 1")
+            require(0 <= getattr(self, field) < np.inf, field, getattr(self, field), "0 or more")
+        require(0 <= self.locality < 1, "locality", self.locality, "0 or more, below 1")
+        require(self.arrivals in ARRIVALS, "arrivals", self.arrivals, ", ".join(ARRIVALS))
+        require(0.01 <= self.cv <= 100, "cv", self.cv, "0.01 to 100")
+        require(self.cv == 1 or self.arrivals == "gamma", "cv", self.cv, f"1 where arrivals is {self.arrivals!r}")
+        require(self.shape in SHAPES, "shape", self.shape, ", ".join(SHAPES))
+        require(1 <= self.peak_factor < np.inf, "peak_factor", self.peak_factor, "1 or more")
+        require(0 < self.spike_share < 1, "spike_share", self.spike_share, "above 0, below 1")
         period = self.period_s
-        _require(period is None or 0 < period <= self.duration_s, "period_s", period, "above 0, at most duration_s, or None")
-        _require(self.arrivals != "trace" or self.trace is not None, "trace", self.trace, "a file where arrivals is 'trace'")
+        require(period is None or 0 < period <= self.duration_s, "period_s", period, "above 0, at most duration_s, or None")
+        require(self.arrivals != "trace" or self.trace is not None, "trace", self.trace, "a file where arrivals is 'trace'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +169,10 @@ def read_trace(path: Path) -> np.ndarray:
         reader = csv.DictReader(file)
         columns = next((c for c in TRACE_COLUMNS if set(c) <= set(reader.fieldnames or ())), None)
         allowed = " or ".join(",".join(names) for names in TRACE_COLUMNS)
-        _require(columns is not None, f"header of {path}", ",".join(reader.fieldnames or ()), f"one with {allowed}")
+        require(columns is not None, f"header of {path}", ",".join(reader.fieldnames or ()), f"one with {allowed}")
         rows = [[row[name] for name in columns or ()] for row in reader]
     whole = len({row[0] for row in rows}) > 1 and all(all(row) for row in rows)
-    _require(whole, f"content of {path}", f"{len(rows)} rows", "rows without a gap, of two or more different times")
+    require(whole, f"content of {path}", f"{len(rows)} rows", "rows without a gap, of two or more different times")
     time, *tokens = zip(*rows, strict=True)
     if columns == TRACE_COLUMNS[1]:
         stamps = np.array([text.removesuffix("Z").removesuffix("+00:00") for text in time], "datetime64[ns]")
@@ -310,7 +307,7 @@ def main(
     fields: dict[str, Any] = dict(locals())  # the options are the fields of the spec
     try:
         workload = generate(WorkloadSpec(**fields | {"ranks": tuple(int(rank) for rank in ranks.split(","))}))
-        _require(len(workload) > 1, "number of requests", len(workload), "2 or more: raise --rps or --duration")
+        require(len(workload) > 1, "number of requests", len(workload), "2 or more: raise --rps or --duration")
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(_report(workload))

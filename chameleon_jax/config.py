@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from chameleon_jax.checks import require
 from chameleon_jax.systems import System, get_system
-
-
-def _require(condition: bool, field: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +57,20 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         dtypes = ("auto", "float32", "bfloat16")
-        _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
-        _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "auto, dummy")
-        _require(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "1 or more")
-        _require(1 <= self.max_num_seqs <= 1024, "max_num_seqs", self.max_num_seqs, "1 to 1024")
+        require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
+        require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "auto, dummy")
+        require(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "1 or more")
+        require(1 <= self.max_num_seqs <= 1024, "max_num_seqs", self.max_num_seqs, "1 to 1024")
         tokens = self.max_num_batched_tokens
-        _require(tokens >= 32 and tokens % 32 == 0, "max_num_batched_tokens", tokens, "a multiple of 32")
-        _require(1 <= self.max_lora_rank <= 256, "max_lora_rank", self.max_lora_rank, "1 to 256")
-        _require(self.lora_host_bytes >= 0, "lora_host_bytes", self.lora_host_bytes, "0 or more")
-        _require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "2 or more")
+        require(tokens >= 32 and tokens % 32 == 0, "max_num_batched_tokens", tokens, "a multiple of 32")
+        require(1 <= self.max_lora_rank <= 256, "max_lora_rank", self.max_lora_rank, "1 to 256")
+        require(self.lora_host_bytes >= 0, "lora_host_bytes", self.lora_host_bytes, "0 or more")
+        require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "2 or more")
         share = self.gpu_memory_utilization
-        _require(0 < share <= 1, "gpu_memory_utilization", share, "above 0, at most 1")
-        _require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
+        require(0 < share <= 1, "gpu_memory_utilization", share, "above 0, at most 1")
+        require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
         get_system(self.system)
-        _require(0 < self.ttft_slo < math.inf, "ttft_slo", self.ttft_slo, "above 0 seconds, finite")
-        _require(0 < self.tbt_slo < math.inf, "tbt_slo", self.tbt_slo, "above 0 seconds, finite")
-        _require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
-        _require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")
+        require(0 < self.ttft_slo < math.inf, "ttft_slo", self.ttft_slo, "above 0 seconds, finite")
+        require(0 < self.tbt_slo < math.inf, "tbt_slo", self.tbt_slo, "above 0 seconds, finite")
+        require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
+        require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")

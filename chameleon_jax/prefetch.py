@@ -1,13 +1,15 @@
-"""Which adapters will be asked for soon: each one's gaps between uses, after Shahrad et al.'s hybrid histogram (ATC 2020)."""
+"""Which adapters will be asked for soon: each one's gaps between uses, after Shahrad et al. (ATC 2020).
+
+Their hybrid histogram bins the gaps; the last 64 of each adapter are few enough to be kept as they are, sorted.
+"""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
 
-BIN_S = 1.0
-NUM_BINS = 240
-"""Gaps of up to four minutes; longer ones are not predicted."""
+LONGEST_GAP_S = 240.0
+"""Longer gaps are not predicted."""
 HEAD, TAIL = 0.05, 0.95
 """Quantiles of the gaps between which the next use is expected."""
 LEAST_GAPS = 4
@@ -25,7 +27,7 @@ class UseHistory:
 
     def used(self, now: float) -> None:
         gap, self.last = now - self.last, now
-        if gap > NUM_BINS * BIN_S:
+        if gap > LONGEST_GAP_S:
             return
         if len(self._recent) == self.LIMIT:
             del self._gaps[bisect.bisect_left(self._gaps, self._recent.pop(0))]

@@ -108,6 +108,7 @@ class RequestMetrics:
     Attributes:
         num_squashes: recomputations.
         adapter_was_resident: whether the adapter was there when the request's turn came; None: it has none, or no turn yet.
+        adapter_awaited_since: when its turn first came while its adapter was not there and others could pass.
         adapter_wait: seconds by which the adapter's load delayed the request after its turn had come.
     """
 
@@ -117,6 +118,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_squashes: int = 0
     adapter_was_resident: bool | None = None
+    adapter_awaited_since: float | None = None
     adapter_wait: float = 0.0
 
 

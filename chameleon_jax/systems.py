@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from chameleon_jax.checks import require
 from chameleon_jax.eviction import POLICIES
 
 ORDERS = ("fifo", "sjf", "multilevel", "boost")
@@ -50,11 +51,11 @@ class System:
 
     def __post_init__(self) -> None:
         for field, allowed in (("order", ORDERS), ("size", SIZES), ("eviction", tuple(POLICIES))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+            value = getattr(self, field)
+            require(value in allowed, field, value, ", ".join(allowed))
         for field in ("admission_interval", "transfers_per_load"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; allowed: 1 or more")
+            value = getattr(self, field)
+            require(value >= 1, field, value, "1 or more")
 
 
 _CHAMELEON = System()
@@ -84,6 +85,5 @@ def get_system(system: str | System) -> System:
     """Raises ValueError for a name that is none of SYSTEMS."""
     if isinstance(system, System):
         return system
-    if system not in SYSTEMS:
-        raise ValueError(f"system is {system!r}; allowed: {', '.join(SYSTEMS)}")
+    require(system in SYSTEMS, "system", system, ", ".join(SYSTEMS))
     return SYSTEMS[system]

@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import numbers
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -30,7 +28,6 @@ from chameleon_jax.length_predictor import CLASS_CUTS
 
 ROW_BUCKETS = (1, 8)
 """Rows a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""
-_WEIGHTS, _SETTINGS = "orbax_weights", "length_proxy.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +164,7 @@ class LengthProxy:
         self.class_lens = np.asarray(class_lens, np.int64)
         self.confusion = np.asarray(confusion, np.int64)
         self._device = _host_device()
-        self._graph = nnx.split(_abstract_model(config))[0]
+        self._graph = nnx.split(abstract_model(config))[0]
         self.params = jax.device_put(params, self._device)
 
     @property
@@ -264,52 +261,6 @@ def train(
     return proxy
 
 
-def save(proxy: LengthProxy, directory: str | Path) -> None:
-    """Writes a directory that `load` reads; an earlier one's content is replaced."""
-    import orbax.checkpoint as ocp
-
-    directory = Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(tensor) for name, tensor in _flat(proxy.params).items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _WEIGHTS, tensors, force=True)
-    settings = {"class_lens": proxy.class_lens.tolist(), "confusion": proxy.confusion.tolist()}
-    (directory / _SETTINGS).write_text(json.dumps({"config": dataclasses.asdict(proxy.config), **settings}, indent=2))
-
-
-def load(directory: str | Path) -> LengthProxy:
-    """Reads what `save` wrote. Raises ValueError where the directory is no such proxy, or naming what does not fit."""
-    import orbax.checkpoint as ocp
-
-    directory = Path(directory).absolute()
-    file = directory / _SETTINGS
-    if not file.is_file() or not (directory / _WEIGHTS).is_dir():
-        raise ValueError(f"{directory} has no {_SETTINGS} or no {_WEIGHTS}: not a length proxy")
-    try:
-        settings = json.loads(file.read_text())
-        config = LengthProxyConfig(**settings["config"])
-        class_lens, confusion = np.array(settings["class_lens"], int), np.array(settings["confusion"], int)
-    except (ValueError, TypeError, KeyError) as error:  # no JSON, a bad value; an unknown field; one that is missing
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not class_lens.shape == confusion.shape[:1] == confusion.shape[1:] == (config.num_classes,):
-        raise ValueError(f"{file}: class_lens or confusion is not of the {config.num_classes} classes that the config says")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory / _WEIGHTS)
-        tree = dict(getattr(metadata, "item_metadata", metadata))
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        tensors = checkpointer.restore(directory / _WEIGHTS, restore_args=args)
-    _, params = nnx.split(_abstract_model(config))
-    wanted = _flat(params)
-    for name, tensor in wanted.items():
-        if name not in tensors:
-            raise ValueError(f"{directory / _WEIGHTS} has no tensor {name}")
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"tensor {name} is {list(tensors[name].shape)}; the config says {list(tensor.shape)}")
-    pure = nnx.to_pure_dict(params)
-    nnx.replace_by_pure_dict(params, jax.tree.unflatten(jax.tree.structure(pure), [jnp.asarray(tensors[n]) for n in wanted]))
-    return LengthProxy(config, params, class_lens, confusion)
-
-
 def _encode(
     prompts: Sequence[Sequence[int]], config: LengthProxyConfig, rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -338,14 +289,9 @@ def _split(classes: np.ndarray, config: LengthProxyConfig, rng: np.random.Genera
     return np.concatenate(train), np.concatenate(held)
 
 
-def _abstract_model(config: LengthProxyConfig) -> LengthClassifier:
+def abstract_model(config: LengthProxyConfig) -> LengthClassifier:
+    """Shapes without values."""
     return nnx.eval_shape(lambda: LengthClassifier(config, nnx.Rngs(0)))
-
-
-def _flat(params: Any) -> dict[str, Any]:
-    """Tensors by path, such as `blocks.0.qkv.kernel`."""
-    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(params))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _host_device() -> jax.Device:

@@ -151,13 +151,14 @@ def train_length_proxy(
 
     Example: chameleon-jax train-length-proxy smollm2-135m --data requests.jsonl --output length-proxy
     """
+    from chameleon_jax.checkpoints.length_proxy import save
     from chameleon_jax.checkpoints.loading import load_checkpoint
-    from chameleon_jax.models import length_proxy
+    from chameleon_jax.models.length_proxy import LengthProxyConfig, train
 
     if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
         raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
     with _errors():
-        config = length_proxy.LengthProxyConfig(
+        config = LengthProxyConfig(
             class_cuts=[int(cut) for cut in class_cuts.split(",")],
             window=window,
             epochs=epochs,
@@ -173,8 +174,8 @@ def train_length_proxy(
             if step == 1 or step % 10 == 0 or step == steps:
                 console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
 
-        proxy = length_proxy.train(prompts, output_lens, config, report)
-        length_proxy.save(proxy, output)
+        proxy = train(prompts, output_lens, config, report)
+        save(proxy, output)
     print(f"held-out accuracy {proxy.accuracy:.3f} of {proxy.confusion.sum()} examples")
     classes = range(config.num_classes)
     print(f"{'up to':>8s} {'predicts':>8s} {'accuracy':>8s}   examples classified as " + " ".join(f"{c:6d}" for c in classes))

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.adapters import AdapterInfo, AdapterRegistry
-from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints import length_proxy, peft
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
-from chameleon_jax.models import length_proxy, llama
+from chameleon_jax.models import llama
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.engine import DeviceEngine, Progress

@@ -21,6 +21,7 @@ from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.serving.executor import Executor, SampledToken
+from chameleon_jax.serving.stop_strings import cut_at_stop
 from chameleon_jax.systems import get_system
 
 
@@ -285,7 +286,7 @@ class ServingLoop:
 
     def _cut_at_stop(self, request: Request, searched: int) -> bool:
         """Ends the request where its text from `searched` on completes a stop string (which is cut off)."""
-        stop = _cut(request, searched)
+        stop = cut_at_stop(request, searched)
         if stop is None:
             return False
         request.stream = None
@@ -300,25 +301,10 @@ class ServingLoop:
         if request.stream is not None:
             searched = len(request.text)
             request.text += request.stream.flush()
-            if reason is FinishReason.LENGTH and (stop := _cut(request, searched)) is not None:
+            if reason is FinishReason.LENGTH and (stop := cut_at_stop(request, searched)) is not None:
                 request.finish_reason, request.stop_reason = FinishReason.STOP, stop
         del self._requests[request.request_id]
         self.counters.finished += 1
         if request.adapter is not None:
             for gone in self.cache.unhold(request.adapter):
                 self._forgotten(gone)
-
-
-def _cut(request: Request, searched: int) -> str | None:
-    """Cuts the text before the stop string that what follows `searched` completes, and returns it.
-
-    Stop strings count from the first token after min_tokens on, as in vLLM.
-    """
-    if request.params.min_tokens and len(request.output_token_ids) <= request.params.min_tokens:
-        return None
-    for stop in request.params.stop:
-        at = request.text.find(stop, max(0, searched - len(stop) + 1))
-        if at >= 0:
-            request.text = request.text[:at]
-            return stop
-    return None

@@ -32,6 +32,7 @@ SOURCES = (
     "chameleon_jax/models/page_layout.py",
     "benchmarks/simulate.py",
     "benchmarks/cost_model.py",
+    "benchmarks/outcome.py",
     "benchmarks/workload.py",
     "benchmarks/paper/summary.py",
 )

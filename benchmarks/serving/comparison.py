@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.outcome import Outcome
 from benchmarks.serving import calibrate
 from benchmarks.serving.calibrate import Calibration, TimingExecutor, Timings
 from benchmarks.serving.engine import BenchmarkEngine
-from benchmarks.serving.measure import Measurement, Outcome, serve, summarise
+from benchmarks.serving.measure import serve, summarise
 from benchmarks.simulate import step_tokens
 from benchmarks.workload import Workload
 from chameleon_jax.config import EngineConfig
@@ -72,7 +73,7 @@ def build_engine(
     return engine
 
 
-def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings) -> tuple[Measurement, Timings]:
+def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings) -> tuple[Outcome, Timings]:
     timings = TimingExecutor.timings = Timings()
     measured = serve(
         engine,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from benchmarks.outcome import Outcome, Recorder
 from benchmarks.serving.engine import BenchmarkEngine, EndingExecutor
 from benchmarks.simulate import make_predictor
 from benchmarks.workload import Workload
@@ -20,47 +20,6 @@ SAMPLE_S = 0.05
 PERCENTILES = (50, 90, 99)
 
 
-class Outcome(Protocol):
-    """What a run gave, measured here or simulated (`simulate.Result`); see `Measurement`."""
-
-    ttft: np.ndarray
-    tbt: np.ndarray
-    e2e: np.ndarray
-    output: np.ndarray
-    memory: np.ndarray
-    hit_rate: float
-    bytes_loaded: int
-    load_wait: float
-    squashes: int
-    steps: int
-    finished_s: float
-
-
-@dataclasses.dataclass
-class Measurement:
-    """Seconds, by the clock that started with the run.
-
-    Attributes:
-        ttft, e2e, output: `[requests]` time to first token, time to last token, output tokens, in order of arrival.
-        tbt: `[gaps]` between tokens of a request.
-        memory: `[samples, 4]`: time, pages of KV, of adapters, free.
-        load_wait: for which steps were held back by loads.
-        finished_s: when the last request ended.
-    """
-
-    ttft: np.ndarray
-    tbt: np.ndarray
-    e2e: np.ndarray
-    output: np.ndarray
-    memory: np.ndarray
-    hit_rate: float
-    bytes_loaded: int
-    load_wait: float
-    squashes: int
-    steps: int
-    finished_s: float
-
-
 def serve(
     engine: BenchmarkEngine,
     workload: Workload,
@@ -70,7 +29,7 @@ def serve(
     length_factor: float,
     executor: type[EndingExecutor] = EndingExecutor,
     **settings: Any,
-) -> Measurement:
+) -> Outcome:
     """Serves a workload to its end, in one thread. Prompts are random tokens; `settings` as in `BenchmarkEngine.restart`."""
     outputs = workload.output_tokens.tolist()
     lengths = {f"r{i}": n for i, n in enumerate(outputs)}
@@ -88,41 +47,18 @@ def serve(
     loop = engine.loop
     begin = time.perf_counter()
     requests: list[Request] = []
-    gaps: list[float] = []
-    latest: dict[str, float] = {}
-    memory: list[tuple[float, int, int, int]] = []
-    next_sample = 0.0
+    recorder = Recorder(loop, SAMPLE_S)
     while len(requests) < len(arrivals) or loop.has_unfinished:
         now = clock()
         while len(requests) < len(arrivals) and arrivals[i := len(requests)] <= now:
             requests.append(engine.submit_drawn(f"r{i}", prompts[i], max(outputs), adapters[i], arrivals[i]))
         if loop.has_unfinished:
-            for request in loop.step():
-                name, at = request.request_id, clock()
-                if name in latest:
-                    gaps.append(at - latest[name])
-                latest[name] = at
+            updated = loop.step()
+            recorder.stepped(updated, clock())
         else:
             time.sleep(max(0.0, min(arrivals[len(requests)] - clock(), SAMPLE_S)))
-        if (now := clock()) >= next_sample:
-            usage = loop.pool.usage()
-            memory.append((now, usage.kv, usage.adapters, usage.free))
-            next_sample = now + SAMPLE_S
-    finished = clock()
-    counters = loop.cache.counters
-    return Measurement(
-        ttft=np.array([r.metrics.first_token_time for r in requests], np.float64) - workload.arrival_s,
-        tbt=np.array(gaps),
-        e2e=np.array([r.metrics.finished_time for r in requests], np.float64) - workload.arrival_s,
-        output=np.array([len(r.output_token_ids) for r in requests]),
-        memory=np.array(memory),
-        hit_rate=counters.hits / max(counters.hits + counters.misses, 1),
-        bytes_loaded=counters.bytes_loaded,
-        load_wait=loop.counters.load_wait,
-        squashes=loop.scheduler.num_squashes,
-        steps=loop.counters.steps,
-        finished_s=finished,
-    )
+        recorder.sample(clock())
+    return Outcome(**recorder.measured(requests, workload, clock()))
 
 
 def summarise(outcome: Outcome, ttft_slo: float) -> dict[str, float]:

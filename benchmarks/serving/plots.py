@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.serving.measure import Outcome
+from benchmarks.outcome import Outcome
 
 
 def draw(

@@ -29,8 +29,13 @@ class Batch:
     """The requests that start in this step, and the adapters that are loaded for them. Grows while everything in it fits
     together.
 
+    Attributes:
+        starts: requests that start.
+        await_adapters: requests whose turn it was, but for their adapter.
+        loads: adapters that are loaded.
+        lacks_memory: whether a request that could start did not fit.
+
     Args:
-        pages_of: KV pages with which a request starts.
         slots: requests that may start.
         prompt_room: what the next step can prefill beside what has started, in tokens or seconds; the request that uses it up
             is the last, so that what has started is what is computed next and the order of the others is still open.
@@ -48,6 +53,7 @@ class Batch:
         overlap_loads: bool,
     ):
         self.starts: list[Request] = []
+        self.await_adapters: list[Request] = []
         self.loads: list[str] = []
         self.lacks_memory = False
         self._pool = pool
@@ -88,7 +94,7 @@ class Batch:
                 request.metrics.adapter_was_resident = there
             absent = entry.tier is AdapterTier.HOST and adapter not in self.loads
             if self._overlap_loads and not there:
-                return self._wait_for_load(adapter, entry.info.num_pages if absent else 0, kv_pages)
+                return self._wait_for_load(request, adapter, entry.info.num_pages if absent else 0, kv_pages)
             load_pages = entry.info.num_pages if absent else 0
             if self._cache.is_idle(adapter) and adapter not in self._kept:
                 kept_pages = entry.info.num_pages
@@ -107,13 +113,14 @@ class Batch:
         self.starts.append(request)
         return Verdict.STARTS
 
-    def _wait_for_load(self, adapter: str, load_pages: int, kv_pages: int) -> Verdict:
+    def _wait_for_load(self, request: Request, adapter: str, load_pages: int, kv_pages: int) -> Verdict:
         """The first that waits for its adapter keeps the pages it will start with from those who pass it."""
         held = 0 if self._held else kv_pages
         if load_pages + held > self.room():
             self.lacks_memory = True
             return Verdict.NO_ADAPTER_MEMORY if held <= self.room() else Verdict.NO_MEMORY
         self._held += held
+        self.await_adapters.append(request)
         if load_pages and self._cache.num_loading + len(self.loads) < MAX_LOADS:
             self._pages += load_pages
             self.loads.append(adapter)
@@ -123,7 +130,6 @@ class Batch:
 class AdmissionOrder(Protocol):
     """Owns the waiting requests, and says which start next."""
 
-    def __len__(self) -> int: ...
     def add(self, request: Request, now: float, new: bool = True) -> None:
         """A request waits: it is new, or was squashed or measured anew. Its `predicted_output_len` and `size` are set."""
 
@@ -136,7 +142,7 @@ class AdmissionOrder(Protocol):
     def ended(self, request: Request, now: float) -> None:
         """A request that had started ended, or was squashed."""
 
-    def victim(self, room: int, running: Collection[Request]) -> Request | None:
+    def victim(self, room: int) -> Request | None:
         """A running request that has to go so that one which waits longer can start; `room` pages are free or can be freed."""
 
     def upcoming(self, count: int) -> list[Request]:

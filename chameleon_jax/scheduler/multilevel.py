@@ -53,7 +53,7 @@ class MultiLevelQueue:
             paper charges everyone the whole adapter, which leaves memory unused where requests share adapters.
         slo: target for time to first token, seconds.
         equal_levels: four levels of equal width and quota.
-        drift_test: refresh as soon as sizes or rate differ from those of the last refresh.
+        drift_test: refresh as soon as sizes differ from those of the last refresh.
     """
 
     def __init__(
@@ -84,11 +84,7 @@ class MultiLevelQueue:
         self._num_started = 0
         self._charges: dict[str, list[tuple[int, int]]] = {}  # request id -> (level, pages)
         self._passing: dict[str, Request] = {}  # running requests that passed the head of their queue
-        self._length = 0
         self._clock = Pace()
-
-    def __len__(self) -> int:
-        return self._length
 
     # -- waiting --------------------------------------------------------------------------------------------------------
 
@@ -97,14 +93,12 @@ class MultiLevelQueue:
             self._arrivals += 1
             self._history.arrived(request, self._pages_of(request) + self._adapter_pages_of(request), now)
         self.levels[self._level_of(request)].waiting.add(request)
-        self._length += 1
 
     def remove(self, request: Request) -> None:
         level = self.levels[self._level_of(request)]
         if level.waiting.at(0) is request:
             level.blocked_since = None
         level.waiting.remove(request)
-        self._length -= 1
 
     def upcoming(self, count: int) -> list[Request]:
         """The first of every level in turn, small ones first."""
@@ -136,7 +130,7 @@ class MultiLevelQueue:
         if lent > 0:
             self._lend(lent, batch, now)
 
-    def victim(self, room: int, running: Collection[Request]) -> Request | None:
+    def victim(self, room: int) -> Request | None:
         """A request that passed a head which could start in its place: room and its pages are what the head needs."""
         for request in self._passing.values():
             head = self.levels[self._level_of(request)].waiting.at(0)

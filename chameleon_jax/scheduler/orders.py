@@ -36,9 +36,6 @@ class SingleQueue:
         self._queue = RequestQueue()
         self._keys: dict[str, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
     def add(self, request: Request, now: float, new: bool = True) -> None:
         self._keys[request.request_id] = self._key(request)
         self._queue.add(request, self._keys[request.request_id])
@@ -63,7 +60,7 @@ class SingleQueue:
     def ended(self, request: Request, now: float) -> None:
         pass
 
-    def victim(self, room: int, running: Collection[Request]) -> Request | None:
+    def victim(self, room: int) -> Request | None:
         return None
 
     def upcoming(self, count: int) -> list[Request]:

@@ -35,10 +35,9 @@ GUESSED_TOKEN_S = 1e-3
 
 @dataclasses.dataclass
 class SchedulerCounters:
-    """Since the start: requests that ended, were squashed for memory or because they had passed another, answered with more
+    """Since the start: requests that were squashed for memory or because they had passed another, answered with more
     tokens than predicted, with fewer."""
 
-    ended: int = 0
     memory_squashes: int = 0
     bypass_squashes: int = 0
     underpredicted: int = 0
@@ -131,7 +130,6 @@ class Scheduler:
         elif state is RequestState.WAITING:
             self._order.remove(request)
             self._stop_waiting(request)
-        self.counters.ended += 1
         if request.finish_reason is not FinishReason.ABORT:
             self.counters.underpredicted += len(request.output_token_ids) > request.predicted_output_len
             self.counters.overpredicted += len(request.output_token_ids) < request.predicted_output_len
@@ -180,6 +178,8 @@ class Scheduler:
             self._cache.evict_idle(keep=self._wanted)
         self._make_way(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
+        if self._learns:
+            plan.features = self._cost.features((), plan.decodes, self._rank)
         budget = self._prefill_budget(plan)
         if self._admit(plan, budget, now):
             self._prefetcher.load_ahead(plan, self._order, len(self._running), now)
@@ -190,8 +190,6 @@ class Scheduler:
 
     def _prefill_budget(self, plan: StepPlan) -> float:
         """Seconds that prompts may take in a step with these decodes: what the target for the time between tokens leaves."""
-        if self._learns:
-            plan.features = self._cost.features((), plan.decodes, self._rank)
         if not (self.system.bound_stalls and plan.decodes):
             return float("inf")
         if not self._cost.known or plan.features is None:
@@ -231,6 +229,9 @@ class Scheduler:
         self._steps_to_admission = self.system.admission_interval
         batch = self._new_batch(budget)
         self._order.admit(batch, self.running, now)
+        for request in batch.await_adapters:
+            if request.metrics.adapter_awaited_since is None:
+                request.metrics.adapter_awaited_since = now
         self._commit(batch, plan, now)
         return not batch.lacks_memory
 
@@ -264,6 +265,8 @@ class Scheduler:
         metrics = request.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = now
+            if metrics.adapter_awaited_since is not None:
+                metrics.adapter_wait = now - metrics.adapter_awaited_since
             if request.adapter is not None:
                 self._cache.counters.hits += bool(metrics.adapter_was_resident)
                 self._cache.counters.misses += not metrics.adapter_was_resident
@@ -276,7 +279,7 @@ class Scheduler:
 
     def _make_way(self, now: float) -> None:
         """Squashes a request that passed another which could run in its place."""
-        victim = self._order.victim(self._pool.num_free + self._cache.idle_pages, self.running)
+        victim = self._order.victim(self._pool.num_free + self._cache.idle_pages)
         if victim is not None:
             self.counters.bypass_squashes += 1
             self._squash(victim, now)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 
 import jax
 import numpy as np
@@ -34,13 +32,6 @@ def task(count: int, marked: bool) -> tuple[list[list[int]], list[int]]:
 @pytest.fixture(scope="module")
 def proxy():
     return length_proxy.train(*task(600, marked=True), CONFIG)
-
-
-@pytest.fixture(scope="module")
-def saved(proxy, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("proxy")
-    length_proxy.save(proxy, directory)
-    return directory
 
 
 def test_a_marker_token_is_learned(proxy):
@@ -108,41 +99,6 @@ def test_nothing_is_compiled_after_warm_up(proxy):
     assert compiled == []
     jax.jit(lambda x: x + count)(np.zeros(3))
     assert compiled  # the listener hears
-
-
-def test_saved_and_loaded(proxy, saved):
-    loaded = length_proxy.load(saved)
-    prompts, _ = task(100, marked=True)
-    np.testing.assert_array_equal(loaded.classify(prompts), proxy.classify(prompts))
-    np.testing.assert_array_equal(loaded.predict_lens(prompts), proxy.predict_lens(prompts))
-    np.testing.assert_array_equal(loaded.confusion, proxy.confusion)
-    assert loaded.config == proxy.config
-    length_proxy.save(loaded, saved)  # over an earlier one
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"config": {"hidden_size": 48}}, "blocks.0.attention_norm.bias is \\[32\\]; the config says \\[48\\]"),
-        ({"config": {"num_layers": 2}}, "has no tensor blocks.1"),
-        ({"config": {"window": 7}}, "window is 7; allowed"),
-        ({"config": {"depth": 7}}, "depth"),
-        ({"class_lens": [1, 2]}, "class_lens or confusion is not of the 3 classes"),
-    ],
-)
-def test_what_does_not_fit_is_named(saved, tmp_path, change, message):
-    directory = tmp_path / "proxy"
-    shutil.copytree(saved, directory)
-    settings = json.loads((directory / "length_proxy.json").read_text())
-    settings |= change | {"config": settings["config"] | change.get("config", {})}
-    (directory / "length_proxy.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=message):
-        length_proxy.load(directory)
-
-
-def test_a_directory_without_a_proxy_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not a length proxy"):
-        length_proxy.load(tmp_path)
 
 
 @pytest.mark.parametrize(

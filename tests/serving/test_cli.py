@@ -8,7 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from chameleon_jax.models import length_proxy
+from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.serving.cli import app
 from tests import reference_models as reference
 

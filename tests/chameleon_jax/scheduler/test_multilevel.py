@@ -79,7 +79,7 @@ def test_every_level_starts_on_its_own_quota_small_ones_first():
     order = Order(quotas=(10, 20), bounds=(0.5,))
     order.wait(request(1, 15, 0.9), request(2, 15, 0.9), request(3, 4, 0.1), request(4, 4, 0.5), request(5, 4, 0.2))
     assert order.admit() == [3, 4, 1]
-    assert order.remaining() == [2, 5] and len(order.queue) == 2
+    assert order.remaining() == [2, 5] and len(order.queue.upcoming(9)) == 2
     assert order.admit() == []
 
 
@@ -188,11 +188,11 @@ def test_who_passed_goes_when_the_head_could_have_its_memory():
     order = blocked_head()
     order.admit()
     passer = order.running[1]
-    assert order.queue.victim(10, order.running) is None  # 10 and 3 are not the 14 that the head needs
-    assert order.queue.victim(14, order.running) is None  # it can start anyway
-    assert order.queue.victim(11, order.running) is passer
+    assert order.queue.victim(10) is None  # 10 and 3 are not the 14 that the head needs
+    assert order.queue.victim(14) is None  # it can start anyway
+    assert order.queue.victim(11) is passer
     assert order.queue.num_bypass_squashes == 1
-    assert order.queue.victim(11, order.running) is None  # no more than SQUASH_SHARE of those that started
+    assert order.queue.victim(11) is None  # no more than SQUASH_SHARE of those that started
     order.end(passer)
     order.wait(request(3, 3, tokens=5))
     assert order.admit() == []  # nor passes anybody who might have to

@@ -1,0 +1,20 @@
+"""Where a request's text ends."""
+
+from __future__ import annotations
+
+from chameleon_jax.request import Request
+
+
+def cut_at_stop(request: Request, searched: int) -> str | None:
+    """Cuts the text before the stop string that what follows `searched` completes, and returns it.
+
+    Stop strings count from the first token after min_tokens on, as in vLLM.
+    """
+    if request.params.min_tokens and len(request.output_token_ids) <= request.params.min_tokens:
+        return None
+    for stop in request.params.stop:
+        at = request.text.find(stop, max(0, searched - len(stop) + 1))
+        if at >= 0:
+            request.text = request.text[:at]
+            return stop
+    return None
