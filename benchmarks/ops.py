@@ -107,7 +107,7 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
             for t in TARGETS:
                 d_in, d_out = CONFIG.target_shape(t)
                 y, x = inputs[d_out] + total * 0, inputs[d_in] + total * 1e-9
-                total = total + lora_blocked.batched_lora(y, x, layer, targets, t).sum()
+                total = total + lora_blocked.batched_lora(y, x, layer, targets, (t,)).sum()
         return total
 
     result = {}

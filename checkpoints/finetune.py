@@ -80,11 +80,14 @@ def loss(graph: Any, params: Any, adapter: list[LayerAdapter], tokens: jax.Array
     """Mean cross-entropy of the next token over `tokens [batch, length]` int32, nats a token."""
     model: llama.Llama = nnx.merge(graph, params)
 
-    def adapt(target: str, y: jax.Array, x: jax.Array, layer: LayerAdapter) -> jax.Array:
-        if target not in layer:
-            return y
-        a, b = layer[target]
-        return y + (x @ a.T) @ b.T * scale
+    def adapt(targets: tuple[str, ...], y: jax.Array, x: jax.Array, layer: LayerAdapter) -> jax.Array:
+        def update(target: str) -> jax.Array:
+            if target not in layer:
+                return jnp.zeros((*x.shape[:-1], model.config.target_shape(target)[1]), x.dtype)
+            a, b = layer[target]
+            return (x @ a.T) @ b.T * scale
+
+        return y + jnp.concatenate([update(t) for t in targets], axis=-1)
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
     hidden, _ = model(tokens[:, :-1], positions, adapter, llama.causal_attention, adapt)

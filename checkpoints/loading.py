@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chameleon_jax.checkpoints import gguf, huggingface, orbax
+from chameleon_jax.checkpoints import huggingface, orbax
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 
 
@@ -15,6 +15,8 @@ def load_checkpoint(model: str) -> Checkpoint:
         ValueError: it cannot be found or served; says why.
     """
     path = Path(model)
+    if model == "smollm2-135m" or path.suffix == ".gguf":
+        from chameleon_jax.checkpoints import gguf  # what reads no GGUF file needs no gguf package
     if model == "smollm2-135m":
         return gguf.load(gguf.smollm2_path())
     if path.suffix == ".gguf":

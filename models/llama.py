@@ -23,8 +23,8 @@ from chameleon_jax.models.ops.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """`(q [..., heads, head_dim], k, v [..., kv_heads, head_dim], extra) -> ([..., heads, head_dim], extra)`."""
-Adapt = Callable[[str, jax.Array, jax.Array, Any], jax.Array]
-"""`(target, y [..., d_out], x [..., d_in], extra) -> y` with the adapters' updates added."""
+Adapt = Callable[[tuple[str, ...], jax.Array, jax.Array, Any], jax.Array]
+"""`(targets, y [..., sum of their d_out], x [..., d_in], extra) -> y` with the adapters' updates added."""
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -82,23 +82,22 @@ class LlamaLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], extra: Any, attend: Attend, adapt: Adapt | None
     ) -> tuple[jax.Array, Any]:
-        def add(target: str, y: jax.Array, inputs: jax.Array) -> jax.Array:
-            return y if adapt is None else adapt(target, y, inputs, extra)
+        def add(targets: tuple[str, ...], y: jax.Array, inputs: jax.Array) -> jax.Array:
+            return y if adapt is None else adapt(targets, y, inputs, extra)
 
         with jax.named_scope("attention"):
             h = self.attention_norm(x)
             q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            q, k, v = jnp.split(self.qkv(h), (q_size, q_size + kv_size), axis=-1)
-            q, k, v = add("q_proj", q, h), add("k_proj", k, h), add("v_proj", v, h)
-            q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+            qkv = add(("q_proj", "k_proj", "v_proj"), self.qkv(h), h)
+            q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in jnp.split(qkv, (q_size, q_size + kv_size), axis=-1))
             attended, extra = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, extra)
             attended = attended.reshape(*x.shape[:-1], q_size)
-            x = x + add("o_proj", self.o(attended), attended)
+            x = x + add(("o_proj",), self.o(attended), attended)
         with jax.named_scope("mlp"):
             h = self.mlp_norm(x)
-            gate, up = jnp.split(self.gate_up(h), 2, axis=-1)
-            h = jax.nn.silu(add("gate_proj", gate, h)) * add("up_proj", up, h)
-            return x + add("down_proj", self.down(h), h), extra
+            gate, up = jnp.split(add(("gate_proj", "up_proj"), self.gate_up(h), h), 2, axis=-1)
+            h = jax.nn.silu(gate) * up
+            return x + add(("down_proj",), self.down(h), h), extra
 
 
 class Llama(nnx.Module):
@@ -143,11 +142,20 @@ class Llama(nnx.Module):
             left.append(extra)
         return self.norm(x), left
 
+    @property
+    def output_matrix(self) -> jax.Array:
+        """`[vocab, hidden]`; the embedding's where the two are tied."""
+        return (self.embed if self.head is None else self.head.weight)[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., vocab]` float32 of `hidden` `[..., hidden]`."""
-        with jax.named_scope("head"):
-            weight = self.embed if self.head is None else self.head.weight
-            return linear(hidden, weight[...], jnp.dtype(jnp.float32))
+        return logits(hidden, self.output_matrix)
+
+
+def logits(hidden: jax.Array, output_matrix: jax.Array) -> jax.Array:
+    """`[..., vocab]` float32 of `hidden [..., hidden]` and `Llama.output_matrix`."""
+    with jax.named_scope("head"):
+        return linear(hidden, output_matrix, jnp.dtype(jnp.float32))
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, extra: Any) -> tuple[jax.Array, Any]:

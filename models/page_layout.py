@@ -9,6 +9,7 @@ such a run lies follows from where the run starts (`row_address`), so a device s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -34,6 +35,16 @@ class AdapterPlacement:
     starts: dict[str, tuple[int, int]]
     num_pages: int
 
+    @functools.cached_property
+    def rank_of_targets(self) -> np.ndarray:
+        """`[targets]` int32, 0 where the adapter lacks the target."""
+        return np.array([self.ranks.get(t, 0) for t in TARGETS], np.int32)
+
+    @functools.cached_property
+    def start_of_runs(self) -> np.ndarray:
+        """`[2 * targets]` int32: A's and B's start of each target in turn."""
+        return np.array([self.starts.get(t, (0, 0)) for t in TARGETS], np.int32).ravel()
+
 
 @dataclasses.dataclass(frozen=True)
 class PageLayout:
@@ -54,6 +65,11 @@ class PageLayout:
     @property
     def page_elems(self) -> int:
         return 2 * self.config.num_kv_heads * self.page_tokens * self.config.head_dim
+
+    @functools.cached_property
+    def row_unit(self) -> int:
+        """Divides where any LoRA row begins in its page and how long it is, in elements; at most 16."""
+        return math.gcd(16, *(width for target in TARGETS for width in self.config.target_shape(target)))
 
     def page_bytes(self, itemsize: int) -> int:
         """Bytes of a page over all layers; `itemsize` is the pool's dtype in bytes."""

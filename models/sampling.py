@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ MAX_LOGPROBS = 20
 """Alternatives reported beside the chosen token, as OpenAI's API allows."""
 MAX_BANNED = 8
 """Token ids a row may forbid (stop ids before min_tokens)."""
-_BISECTIONS = 32
+_THRESHOLD_BITS = 32
+"""How finely a threshold in [0, 1] is found."""
 
 
 class SamplingMode(enum.Enum):
@@ -55,15 +58,20 @@ class Sampled:
     top_logprobs: jax.Array | None = None
 
 
-def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode) -> Sampled:
-    """Draws one token a row from `logits [rows, vocab]` float32. Log-probabilities are the model's, before temperature."""
+def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode, guesses: int = 1) -> Sampled:
+    """Draws one token a row from `logits [rows, vocab]` float32. Log-probabilities are the model's, before temperature.
+
+    Args:
+        guesses: thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so
+            1; a GPU by the number of passes.
+    """
     slots = jnp.arange(logits.shape[0])[:, None]
     banned = rows.integers[:, 5:]
     allowed = logits.at[slots, jnp.where(banned < 0, logits.shape[1], banned)].set(-jnp.inf, mode="drop")
     tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
     if mode is SamplingMode.GREEDY:
         return Sampled(tokens=tokens)
-    tokens = jnp.where(rows.floats[:, 0] > 0, _draw(allowed, rows), tokens)
+    tokens = jnp.where(rows.floats[:, 0] > 0, _draw(allowed, rows, guesses), tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
     logprobs = jax.nn.log_softmax(logits, -1)
@@ -72,14 +80,14 @@ def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode) -> Sampled
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
-def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+def _draw(logits: jax.Array, rows: SamplingRows, guesses: int) -> jax.Array:
     """Gumbel-max over what top-k, top-p and min-p leave."""
     integers = jnp.asarray(rows.integers)
     temperature, top_p, min_p = jnp.asarray(rows.floats).T
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))  # in [0, 1]; the best token has 1
     weights = jnp.where(weights >= min_p[:, None], weights, 0.0)
-    keep = (weights > 0) & (weights >= _threshold(weights, integers[:, 4], top_p)[:, None])
+    keep = (weights > 0) & (weights >= _threshold(weights, integers[:, 4], top_p, guesses)[:, None])
 
     def gumbel(row: jax.Array) -> jax.Array:
         key = jax.random.key(row[2].astype(jnp.uint32))
@@ -90,25 +98,34 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     return jnp.argmax(noisy, -1).astype(jnp.int32)
 
 
-def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: int) -> jax.Array:
     """The largest weight `[rows]` at or above which at least top_k tokens and a share top_p of the mass lie.
 
     Ties at the threshold are all kept, as Hugging Face does. top_p applies to what min_p and top_k left (vLLM's order).
     """
 
-    def bisect(enough) -> jax.Array:
-        def halve(_, bounds):
+    def search(amount: jax.Array, least: jax.Array) -> jax.Array:
+        """The largest threshold at or above which weights that amount to at least `least` lie."""
+
+        def narrow(_, bounds):
             low, high = bounds
-            middle = (low + high) / 2
-            ok = enough(weights >= middle[:, None])
-            return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+            cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
+            for cut, total in zip(cuts, _sums([jnp.where(weights >= cut[:, None], amount, 0.0) for cut in cuts])):
+                low = jnp.where(total >= least, jnp.maximum(low, cut), low)
+                high = jnp.where(total >= least, high, jnp.minimum(high, cut))
+            return low, high
 
         zero = jnp.zeros(weights.shape[0])
-        return lax.fori_loop(0, _BISECTIONS, halve, (zero, zero + 1 + 1e-6))[0]
+        rounds = math.ceil(_THRESHOLD_BITS / math.log2(guesses + 1))
+        return lax.fori_loop(0, rounds, narrow, (zero, zero + 1 + 1e-6), unroll=guesses > 1)[0]
 
-    low_k = bisect(lambda kept: kept.sum(-1) >= top_k)
-    low_k = jnp.where(top_k > 0, low_k, 0.0)
+    low_k = jnp.where(top_k > 0, search(jnp.ones_like(weights), top_k.astype(jnp.float32)), 0.0)
     remaining = jnp.where(weights >= low_k[:, None], weights, 0.0)
-    mass = remaining.sum(-1)
-    low_p = bisect(lambda kept: jnp.where(kept, remaining, 0.0).sum(-1) >= top_p * mass)
+    low_p = search(remaining, top_p * remaining.sum(-1))
     return jnp.maximum(low_k, jnp.where(top_p < 1, low_p, 0.0))
+
+
+def _sums(arrays: list[jax.Array]) -> Sequence[jax.Array]:
+    """Row sums of arrays that are made from one another, in one pass: XLA does not join separate reductions of this kind."""
+    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+    return lax.reduce(tuple(arrays), zeros, lambda xs, ys: tuple(x + y for x, y in zip(xs, ys)), dimensions=(1,))

@@ -13,7 +13,7 @@ import numpy as np
 from chameleon_jax.models.ops.batched_lora import plan_batch
 from chameleon_jax.models.ops.batched_lora.plan import PlacedAdapter
 from chameleon_jax.models.sampling import MAX_BANNED, SamplingMode, SamplingRows
-from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, PREFILL_TILE, StepBuckets, StepInputs
+from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, StepBuckets, StepInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def pack_step(segments: Sequence[Segment], buckets: StepBuckets) -> tuple[StepIn
         The inputs, and for each segment the tile that holds its last token.
     """
     decode = segments[0].tokens is None
-    size = DECODE_TILE if decode else PREFILL_TILE
+    size = DECODE_TILE if decode else buckets.prefill_tile
     lengths = [1 if s.tokens is None else len(s.tokens) for s in segments]
     counts = [-(-n // size) for n in lengths]
     tiles = buckets.bucket(sum(counts), size)

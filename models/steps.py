@@ -15,17 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
-from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops.batched_lora import LoraPlan, batched_lora, plan_batch, resolve
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
 from chameleon_jax.models.sampling import Sampled, SamplingMode, SamplingRows, sample
+from chameleon_jax.scheduler.running import PREFILL_TILE
 
 DECODE_TILE = 1
-PREFILL_TILE = 32
-"""Tokens of one sequence handled as a unit in prefill."""
 FROM_SLOT = -1
 """A token id that says: take the token that was last sampled for this slot."""
 
@@ -47,9 +45,20 @@ class StepInputs:
 
 
 def forward(
-    graph: Any, params: Any, pages: list[jax.Array], slot_tokens: jax.Array, inputs: StepInputs, *, layout: PageLayout
+    graph: Any,
+    params: Any,
+    pages: list[jax.Array],
+    slot_tokens: jax.Array,
+    inputs: StepInputs,
+    *,
+    layout: PageLayout,
+    backend: str,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Hidden states `[tiles, hidden]` of each tile's last token, and the pool with the tokens' KV in it."""
+    """Hidden states `[tiles, hidden]` of each tile's last token, and the pool with the tokens' KV in it.
+
+    Args:
+        backend: of the device ops, one of `ops.BACKENDS`.
+    """
     model: Llama = nnx.merge(graph, params)
     tiles = jnp.asarray(inputs.tiles)
     starts, counts, slots, tables = tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3:]
@@ -65,47 +74,51 @@ def forward(
     tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens[slots], tile_tokens), inputs.tokens)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pages = write_kv(pages, k, v, _after(q, page_ids), page_slots)
+        pages = write_kv(pages, k, v, page_ids, page_slots)
         tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])
         kv_heads = layout.config.num_kv_heads
-        return paged_attention(tiled, pages, tables, starts, counts, num_kv_heads=kv_heads).reshape(q.shape), pages
+        attended = paged_attention(tiled, pages, tables, starts, counts, num_kv_heads=kv_heads, backend=backend)
+        return attended.reshape(q.shape), pages
 
     adapt = None
     if inputs.lora is not None:
         targets = resolve(inputs.lora, layout, tile_tokens)
 
-        def adapt(target: str, y: jax.Array, x: jax.Array, pages: jax.Array) -> jax.Array:
+        def adapt(names: tuple[str, ...], y: jax.Array, x: jax.Array, pages: jax.Array) -> jax.Array:
             with jax.named_scope("lora"):
-                return batched_lora(y, x, pages, targets, target)
+                return batched_lora(y, x, pages, targets, names, backend=backend)
 
     hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
     return hidden[last], pages
 
 
-def _after(value: jax.Array, page_ids: jax.Array) -> jax.Array:
-    """`page_ids`, by way of `value`.
-
-    Adapters' rows are read from the pool for q, k and v before the new keys and values are written to it. The write depends
-    on k and v; tied to q too, it can be done in place. Untied, XLA copies the pool to keep what q's reads see (jax 0.10.2 on
-    CPU drops an `optimization_barrier` before it decides). The number added is 0 whatever the bits are.
-    """
-    bits = lax.bitcast_convert_type(value.ravel()[0].astype(jnp.float32), jnp.int32)
-    return page_ids + jnp.minimum(bits & 0x7FFFFFFF, 0)
-
-
 def sample_step(
-    graph: Any, params: Any, hidden: jax.Array, slot_tokens: jax.Array, rows: SamplingRows, *, mode: SamplingMode
+    head: jax.Array, hidden: jax.Array, slot_tokens: jax.Array, rows: SamplingRows, *, mode: SamplingMode, backend: str
 ) -> tuple[Sampled, jax.Array]:
-    """Draws one token for each of `hidden [rows, hidden]` and puts it where the next step looks for it."""
-    model: Llama = nnx.merge(graph, params)
-    sampled = sample(model.logits(hidden), rows, mode)
+    """Draws one token for each of `hidden [rows, hidden]` and puts it where the next step looks for it.
+
+    Args:
+        head: the output matrix, `Llama.output_matrix`.
+        backend: of the device ops, one of `ops.BACKENDS`.
+    """
+    sampled = sample(logits(hidden, head), rows, mode, guesses=7 if backend == "triton" else 1)
     return sampled, slot_tokens.at[rows.integers[:, 0]].set(sampled.tokens)
 
 
-def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> list[jax.Array]:
-    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]` of every layer."""
-    return [layer.at[page_ids].set(block[i], mode="promise_in_bounds") for i, layer in enumerate(pages)]
+def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]` of every layer.
+
+    Besides the pool it returns a number that nobody needs: the pool is donated to the next program, so that only another
+    output can tell when this one was executed.
+    """
+    return [layer.at[page_ids].set(block[i], mode="promise_in_bounds") for i, layer in enumerate(pages)], page_ids[0]
+
+
+def prefill_tile(backend: str) -> int:
+    """Tokens of one sequence that a backend handles as a unit in prefill. A tensor core's share of the work grows with them,
+    padding too."""
+    return 64 if backend == "triton" else PREFILL_TILE
 
 
 def powers_of_two(first: int, last: int) -> tuple[int, ...]:
@@ -124,6 +137,7 @@ class StepBuckets:
         table_width: pages of the longest sequence.
         max_rank: largest LoRA rank.
         max_adapter_pages: pages of the largest adapter; 0: no adapters are served and no LoRA program is compiled.
+        prefill_tile: tokens of one sequence handled as a unit in prefill.
     """
 
     max_num_seqs: int
@@ -131,6 +145,7 @@ class StepBuckets:
     table_width: int
     max_rank: int
     max_adapter_pages: int
+    prefill_tile: int = PREFILL_TILE
 
     @property
     def decode(self) -> tuple[int, ...]:
@@ -138,8 +153,10 @@ class StepBuckets:
 
     @property
     def prefill(self) -> tuple[int, ...]:
-        """Tiles of PREFILL_TILE tokens."""
-        return powers_of_two(1, self.max_prefill_tokens // PREFILL_TILE)
+        """Tiles of `prefill_tile` tokens. From 8 on in half steps: padding is computed, and a prompt is bound by computing."""
+        last = -(-self.max_prefill_tokens // self.prefill_tile)
+        powers = powers_of_two(1, last)
+        return tuple(sorted({*powers, *(n + n // 2 for n in powers if n >= 8 and n + n // 2 < last)}))
 
     def sizes(self, tile_tokens: int) -> tuple[int, ...]:
         """Buckets, in tiles, of a step of such tiles."""

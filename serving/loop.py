@@ -20,6 +20,7 @@ from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
+from chameleon_jax.scheduler.running import PREFILL_TILE
 from chameleon_jax.serving.executor import Executor, SampledToken
 from chameleon_jax.serving.stop_strings import cut_at_stop
 from chameleon_jax.systems import get_system
@@ -46,6 +47,7 @@ class ServingLoop:
     """Drives an executor. Not thread-safe: one thread owns it.
 
     Args:
+        prefill_tile: tokens that the device handles as a unit in prefill.
         clock: seconds, monotonic; the simulator passes its own.
         predictor: of output lengths; None: each adapter's own history.
         forget: called with the content hash of an adapter that nothing needs any more.
@@ -59,6 +61,7 @@ class ServingLoop:
         *,
         page_tokens: int,
         max_model_len: int,
+        prefill_tile: int = PREFILL_TILE,
         clock: Callable[[], float] = time.monotonic,
         predictor: LengthPredictor | None = None,
         forget: Callable[[str], None] = lambda content_hash: None,
@@ -68,7 +71,7 @@ class ServingLoop:
         self.pool = pool
         self.cache = AdapterCache(pool, get_system(config.system).eviction)
         predictor = predictor or HistoryPredictor(config.predicted_output_len)
-        self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor)
+        self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor, prefill_tile)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
         self._page_tokens = page_tokens

@@ -19,7 +19,7 @@ from benchmarks.simulate import Result, simulate
 from benchmarks.workload import Workload
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, window_tiles
-from chameleon_jax.models.steps import DECODE_TILE, PREFILL_TILE, StepBuckets
+from chameleon_jax.models.steps import DECODE_TILE, StepBuckets
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.serving.executor import LoadResult, SampledToken
@@ -34,10 +34,10 @@ STEP_TERMS = (
     "decode row",
     "decode LoRA block",
     "decode key",
-    "load piece",
+    "load page",
 )
 """What a step's seconds are linear in. Tokens and rows are those of the compiled shape; a LoRA block is BLOCK_ROWS rank rows of
-a window of tokens; keys are summed over tokens; pieces are those of adapters that were loaded since the step before."""
+a window of tokens; keys are summed over tokens; pages are those sent for adapters that were loaded since the step before."""
 
 
 def step_terms(plan: StepPlan, ranks: dict[str, int], buckets: StepBuckets) -> list[float]:
@@ -46,12 +46,12 @@ def step_terms(plan: StepPlan, ranks: dict[str, int], buckets: StepBuckets) -> l
     if plan.prefills:
         owners: list[Request] = []
         for chunk in plan.prefills:
-            owners += [chunk.request] * -(-chunk.num_tokens // PREFILL_TILE)
+            owners += [chunk.request] * -(-chunk.num_tokens // buckets.prefill_tile)
             terms[3] += chunk.num_tokens * (chunk.start + chunk.num_tokens / 2)
-        tiles = buckets.bucket(len(owners), PREFILL_TILE)
-        window = window_tiles(tiles, PREFILL_TILE)
-        terms[0], terms[1] = 1.0, tiles * PREFILL_TILE
-        terms[2] = lora_blocks(owners, ranks, window) * window * PREFILL_TILE
+        tiles = buckets.bucket(len(owners), buckets.prefill_tile)
+        window = window_tiles(tiles, buckets.prefill_tile)
+        terms[0], terms[1] = 1.0, tiles * buckets.prefill_tile
+        terms[2] = lora_blocks(owners, ranks, window) * window * buckets.prefill_tile
     if plan.decodes:
         rows = buckets.bucket(len(plan.decodes), DECODE_TILE)
         terms[4], terms[5] = 1.0, rows
@@ -72,7 +72,7 @@ def lora_blocks(owners: list[Request], ranks: dict[str, int], window: int) -> in
 @dataclasses.dataclass
 class Timings:
     """What a `TimingExecutor` saw: a row of STEP_TERMS and the seconds of each step, seconds of each dispatch, and of each
-    load that was waited for, pieces and seconds."""
+    load that was waited for, pages sent and seconds."""
 
     steps: list[list[float]] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -99,7 +99,6 @@ class TimingExecutor(EndingExecutor):
         super().__init__(engine, *args)
         self._ranks = {name: max(placement.ranks.values()) for name, placement in self._placements.items()}
         self._free = 0.0
-        self._began: dict[str, float] = {}
         self._loaded = 0
 
     def dispatch(self, plan: StepPlan) -> Any:
@@ -121,22 +120,14 @@ class TimingExecutor(EndingExecutor):
             self._free = now
         return tokens
 
-    def begin_load(self, content_hash: str, pages: list[int]) -> None:
-        self._began[content_hash] = time.perf_counter()
-        super().begin_load(content_hash, pages)
-
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
         ended = super().poll_loads(wait)
-        now = time.perf_counter()
         for result in ended:
-            pieces = self._pieces(result.content_hash)
-            self._loaded += pieces
+            pages = result.num_bytes // self._engine.pieces.page_bytes
+            self._loaded += pages
             if wait and len(ended) == 1 and not self._loads:
-                self.timings.loads.append((pieces, now - self._began[result.content_hash]))
+                self.timings.loads.append((pages, result.seconds))
         return ended
-
-    def _pieces(self, content_hash: str) -> int:
-        return self._transfers_per_load * -(-self._placements[content_hash].num_pages // self._engine.load_pages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +136,7 @@ class Calibration:
 
     Attributes:
         step: of each of STEP_TERMS.
-        load: of a load, of each of its pieces: from its start until its adapter may be used.
+        load: of a load, of each page sent: from its start until its adapter may be used.
         host: of a dispatch.
         error: of the steps that were fitted: standard deviation of the residual over the mean step.
     """
@@ -199,18 +190,17 @@ class MeasuredCostModel(CostModel):
         self._ranks = ranks
         self._calibration = calibration
         self._buckets = device.buckets
-        self._piece_bytes = device.load_pages * profile.page_bytes
-        self._pieces = 0
+        self._loaded_pages = 0
 
     def step(self, plan: StepPlan) -> float:
         terms = step_terms(plan, self._ranks, self._buckets)
-        terms[-1], self._pieces = self._pieces, 0
+        terms[-1], self._loaded_pages = self._loaded_pages, 0
         return sum(seconds * term for seconds, term in zip(self._calibration.step, terms))
 
     def load(self, num_bytes: int, copies: int = 1) -> float:
-        pieces = copies * -(-num_bytes // self._piece_bytes)
-        self._pieces += pieces
-        return self._calibration.load[0] + self._calibration.load[1] * pieces
+        pages = copies * num_bytes // self.profile.page_bytes
+        self._loaded_pages += pages
+        return self._calibration.load[0] + self._calibration.load[1] * pages
 
 
 def predict(

@@ -9,7 +9,7 @@ from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
 
 PREFILL_TILE = 32
-"""Chunks start at multiples of the device's prefill tile from the first uncomputed token."""
+"""Tokens of one sequence that a device handles as a unit in prefill, unless it says otherwise."""
 
 
 def _place(request: Request) -> tuple[str, int]:
@@ -21,14 +21,16 @@ class RunningSet:
     """Requests with a slot and pages.
 
     Args:
-        step_tokens: prompt tokens of a step at most, a multiple of PREFILL_TILE.
+        step_tokens: prompt tokens of a step at most, rounded down to whole tiles, of which there is always one.
+        prefill_tile: the device's; chunks start at multiples of it from the first uncomputed token.
         whole_prompts: cuts no prompt that fits a step.
     """
 
-    def __init__(self, page_tokens: int, step_tokens: int, whole_prompts: bool):
+    def __init__(self, page_tokens: int, step_tokens: int, prefill_tile: int, whole_prompts: bool):
         self.by_age: list[Request] = []  # in order of arrival
         self._page_tokens = page_tokens
-        self._step_tiles = step_tokens // PREFILL_TILE
+        self._tile = prefill_tile
+        self._step_tiles = max(1, step_tokens // prefill_tile)
         self._whole_prompts = whole_prompts
         self._prefilling: list[Request] = []  # in order of admission
         self._decoding: list[Request] = []  # in the order of their rows
@@ -38,7 +40,7 @@ class RunningSet:
 
     @property
     def step_tokens(self) -> int:
-        return self._step_tiles * PREFILL_TILE
+        return self._step_tiles * self._tile
 
     def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
         """What the prompts of requests that have started still cost, `cost_of(request, tokens)` each."""
@@ -90,18 +92,18 @@ class RunningSet:
         tiles = whole = self._step_tiles
         for request in self._prefilling:
             left = request.num_to_prefill - request.num_computed
-            needs = -(-left // PREFILL_TILE)
+            needs = -(-left // self._tile)
             if tiles <= 0 or (self._whole_prompts and tiles < needs <= whole):
                 break
-            tokens = min(left, tiles * PREFILL_TILE)
+            tokens = min(left, tiles * self._tile)
             needed = seconds_of(request, tokens)
             if needed > seconds:
-                tokens = min(tokens, int(tokens * max(seconds, 0.0) / needed) // PREFILL_TILE * PREFILL_TILE)
+                tokens = min(tokens, int(tokens * max(seconds, 0.0) / needed) // self._tile * self._tile)
                 if not tokens and plan.prefills:
                     break
-                tokens = max(tokens, min(left, PREFILL_TILE))
+                tokens = max(tokens, min(left, self._tile))
             seconds -= needed
-            tiles -= -(-tokens // PREFILL_TILE)
+            tiles -= -(-tokens // self._tile)
             plan.prefills.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
             if seconds <= 0:
                 break

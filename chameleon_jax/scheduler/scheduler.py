@@ -25,7 +25,7 @@ from chameleon_jax.scheduler.orders import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefetcher import Prefetcher
 from chameleon_jax.scheduler.request_size import RequestSizer
-from chameleon_jax.scheduler.running import RunningSet
+from chameleon_jax.scheduler.running import PREFILL_TILE, RunningSet
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 from chameleon_jax.systems import System, get_system
 
@@ -47,7 +47,15 @@ class SchedulerCounters:
 class Scheduler:
     """Owns the requests. Memory is the pool's and the cache's, which it asks before it acts."""
 
-    def __init__(self, config: EngineConfig, page_tokens: int, pool: PagePool, cache: AdapterCache, predictor: LengthPredictor):
+    def __init__(
+        self,
+        config: EngineConfig,
+        page_tokens: int,
+        pool: PagePool,
+        cache: AdapterCache,
+        predictor: LengthPredictor,
+        prefill_tile: int = PREFILL_TILE,
+    ):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
         self._page_tokens = page_tokens
@@ -59,7 +67,7 @@ class Scheduler:
         self._learns = self.system.bound_stalls or self.system.order == "boost"
         self._tbt_slo = config.tbt_slo
         self._order = self._make_order(config)
-        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, self.system.whole_prompts)
+        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, prefill_tile, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[str] = Counter()  # adapters of waiting requests

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from chameleon_jax.checkpoints import huggingface, loading, orbax
+from chameleon_jax.checkpoints import gguf, huggingface, loading, orbax
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from tests import reference_models as reference
 from tests.checkpoints import test_gguf
@@ -29,7 +29,7 @@ def test_directory(kind, tmp_path):
 
 def test_packaged_model(monkeypatch, tmp_path):
     path = test_gguf.write(tmp_path / "packaged.gguf")
-    monkeypatch.setattr(loading.gguf, "smollm2_path", lambda: path)
+    monkeypatch.setattr(gguf, "smollm2_path", lambda: path)
     assert load_checkpoint("smollm2-135m").config.hidden_size == 256
 
 

@@ -20,7 +20,9 @@ def draw(**fields) -> Draw:
 def counts(logits, draws: int, **fields) -> np.ndarray:
     """How often each token is drawn over many positions."""
     rows, mode = pack_draws({i: draw(position=i, **fields) for i in range(draws)}, draws, 0)
-    tokens = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (draws, VOCAB)), rows, mode).tokens
+    logits = jnp.broadcast_to(logits, (draws, VOCAB))
+    tokens, again = (jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens for guesses in (1, 7))
+    np.testing.assert_array_equal(tokens, again)
     return np.bincount(np.asarray(tokens), minlength=VOCAB)
 
 

@@ -23,19 +23,18 @@ BUCKETS = steps.StepBuckets(
     table_width=16,
     max_rank=16,
     max_adapter_pages=LAYOUT.place({t: 16 for t in TARGETS}).num_pages,
+    prefill_tile=32,
 )
 NUM_PAGES = 2000
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(
-    "tiles,tile_tokens", [(1, steps.DECODE_TILE), (6, steps.DECODE_TILE), (1, steps.PREFILL_TILE), (2, steps.PREFILL_TILE)]
-)
+@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (6, 1), (1, 32), (2, 32)])
 def test_the_pool_is_updated_in_place(tiles, tile_tokens, lora):
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, jnp.dtype("float32"), nnx.Rngs(0))))
     pages = [jax.ShapeDtypeStruct((NUM_PAGES, LAYOUT.page_elems), jnp.float32)] * CONFIG.num_layers
     slots = jax.ShapeDtypeStruct((7,), jnp.int32)
-    step = jax.jit(functools.partial(steps.forward, graph, layout=LAYOUT), donate_argnums=1)
+    step = jax.jit(functools.partial(steps.forward, graph, layout=LAYOUT, backend="blocked"), donate_argnums=1)
     memory = step.lower(params, pages, slots, BUCKETS.example(tiles, tile_tokens, lora)).compile().memory_analysis()
     one_layer = NUM_PAGES * LAYOUT.page_elems * 4
     assert memory.alias_size_in_bytes == CONFIG.num_layers * one_layer
@@ -55,3 +54,5 @@ def test_every_size_has_a_bucket():
     assert [BUCKETS.bucket(n, steps.DECODE_TILE) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     assert set(BUCKETS.decode) | set(BUCKETS.prefill) == set(BUCKETS.sample_rows)
     assert steps.powers_of_two(1, 1) == (1,)
+    assert dataclasses.replace(BUCKETS, max_prefill_tokens=1024).prefill == (1, 2, 4, 8, 12, 16, 24, 32)
+    assert dataclasses.replace(BUCKETS, max_prefill_tokens=1024, prefill_tile=64).prefill == (1, 2, 4, 8, 12, 16)

@@ -1,7 +1,7 @@
 """Batched LoRA in plain XLA: a loop over the plan's blocks of rank rows, each against its own window of tokens.
 
 The trip count is data: no adapter, no iteration. Floor of a call: the bytes of the distinct adapters' rows in each window,
-read once. On a GPU such loops synchronise with the host: a kernel belongs there.
+read once. On a GPU such loops synchronise with the host: `triton.py` is for those.
 """
 
 from __future__ import annotations
@@ -10,22 +10,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets, gather_rows
 
 
-def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, target: str) -> jax.Array:
+def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, names: tuple[str, ...]) -> jax.Array:
     """See `api.batched_lora`."""
-    t = TARGETS.index(target)
-    window_tokens, d_in, d_out = targets.window_tokens, x.shape[1], y.shape[1]
+    for t, column, d_out in targets.columns(names):
+        y = _add_target(y, x, pages, targets, t, column, d_out)
+    return y
+
+
+def _add_target(
+    y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, t: int, column: int, d_out: int
+) -> jax.Array:
+    window_tokens, d_in = targets.window_tokens, x.shape[1]
 
     def one_block(block, y):
         at = block * BLOCK_ROWS
         addresses = lax.dynamic_slice_in_dim(targets.addresses[t], at, BLOCK_ROWS, axis=1)
         owner = lax.dynamic_slice_in_dim(targets.row_adapter[t], at, BLOCK_ROWS)
         # the last window may have to slide back over tokens of the one before, which had this adapter's update already
-        window = jnp.minimum(targets.windows[t, block], x.shape[0] - window_tokens)
-        mine = (window + jnp.arange(window_tokens) >= targets.windows[t, block])[:, None]
+        begin = targets.block_window[t, block] * window_tokens
+        window = jnp.minimum(begin, x.shape[0] - window_tokens)
+        mine = (window + jnp.arange(window_tokens) >= begin)[:, None]
         mine &= lax.dynamic_slice_in_dim(targets.token_adapter, window, window_tokens)[:, None] == owner
         tokens = lax.dynamic_slice_in_dim(x, window, window_tokens)
         a = gather_rows(pages, addresses[0], d_in)
@@ -35,7 +42,7 @@ def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTarg
         # rows that pad a block hold whatever the trash page does, even NaN, and 0 * NaN is NaN
         b = jnp.where((owner >= 0)[:, None], b, 0)
         update = jnp.einsum("nr,rd->nd", low, b, preferred_element_type=jnp.float32)
-        before = lax.dynamic_slice_in_dim(y, window, window_tokens)
-        return lax.dynamic_update_slice_in_dim(y, (before + update).astype(y.dtype), window, axis=0)
+        before = lax.dynamic_slice(y, (window, column), (window_tokens, d_out))
+        return lax.dynamic_update_slice(y, (before + update).astype(y.dtype), (window, column))
 
     return lax.fori_loop(0, targets.num_blocks[t], one_block, y)

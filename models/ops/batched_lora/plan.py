@@ -10,6 +10,7 @@ batch, never with the largest rank or with how many adapters are resident.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -38,19 +39,19 @@ class PlacedAdapter(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraPlan:
-    """What the host sends of the adapters in a batch. Three arrays, so that a dispatch has few arguments.
+    """What the host sends of the adapters in a batch. Four arrays, so that a dispatch has few arguments.
 
     Attributes:
         adapters: `[tiles, 2 * targets + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
             (`PageLayout.place`), then its pages.
         rank_rows: `[targets, capacity]` int32 codes, -1 where a block is not full.
-        blocks: `[targets, 1 + capacity / BLOCK_ROWS]` int32; the number of blocks, then the first tile of each one's window.
+        first_blocks: `[targets, windows + 1]` int32, blocks of all windows before each one; the last is their number.
         tile_adapter: `[tiles]` int32, the batch's index of each tile's adapter, -1 for the base model.
     """
 
     adapters: jax.Array | np.ndarray
     rank_rows: jax.Array | np.ndarray
-    blocks: jax.Array | np.ndarray
+    first_blocks: jax.Array | np.ndarray
     tile_adapter: jax.Array | np.ndarray
 
 
@@ -62,23 +63,38 @@ class LoraTargets:
     Attributes:
         addresses: `[targets, 2, capacity, 2]` int32: page and offset of the row of A and of B.
         row_adapter: `[targets, capacity]` int32, -2 where there is no row.
-        num_blocks: `[targets]` int32.
-        windows: `[targets, capacity / BLOCK_ROWS]` int32, the first token of each block's window.
+        first_blocks: `[targets, windows + 1]` int32, as in the plan.
+        block_window: `[targets, capacity / BLOCK_ROWS]` int32, the window that a block belongs to.
         token_adapter: `[tokens]` int32.
         window_tokens: tokens of a window (static).
+        d_out: outputs of each target's matrix (static).
+        row_unit: a number that divides every offset and every row's width (static).
     """
 
     addresses: jax.Array
     row_adapter: jax.Array
-    num_blocks: jax.Array
-    windows: jax.Array
+    first_blocks: jax.Array
+    block_window: jax.Array
     token_adapter: jax.Array
     window_tokens: int = dataclasses.field(metadata={"static": True})
+    d_out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    row_unit: int = dataclasses.field(metadata={"static": True})
+
+    def columns(self, names: Sequence[str]) -> list[tuple[int, int, int]]:
+        """`(target, first column, columns)` of each of `names` where their outputs stand side by side."""
+        numbers = [TARGETS.index(name) for name in names]
+        ends = itertools.accumulate(self.d_out[t] for t in numbers)
+        return [(t, end - self.d_out[t], self.d_out[t]) for t, end in zip(numbers, ends)]
+
+    @property
+    def num_blocks(self) -> jax.Array:
+        """`[targets]` int32."""
+        return self.first_blocks[:, -1]
 
 
 def window_tiles(tiles: int, tile_tokens: int) -> int:
-    """Tiles of a window: 8 rows in decode (docs/experiments.md has what others cost on CPU), 128 tokens in prefill."""
-    return min(tiles, 8 if tile_tokens == 1 else max(1, 128 // tile_tokens))
+    """Tiles of a window: 16 rows in decode, the fewest that a tensor core multiplies, 128 tokens in prefill."""
+    return min(tiles, 16 if tile_tokens == 1 else max(1, 128 // tile_tokens))
 
 
 def plan_batch(
@@ -94,9 +110,11 @@ def plan_batch(
     """
     # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
+    step = window_tiles(tiles, tile_tokens)
+    windows = -(-tiles // step)
     adapters = np.zeros((tiles, 2 * len(TARGETS) + max_pages), np.int32)
     rank_rows = np.full((len(TARGETS), capacity), -1, np.int32)
-    blocks = np.zeros((len(TARGETS), 1 + capacity // BLOCK_ROWS), np.int32)
+    first_blocks = np.zeros((len(TARGETS), windows + 1), np.int32)
     tile_adapter = np.full(tiles, -1, np.int32)
 
     index: dict[int, int] = {}
@@ -104,36 +122,33 @@ def plan_batch(
     for tile, adapter in enumerate(tile_adapters):
         if adapter is None:
             continue
-        if id(adapter) not in index:
-            index[id(adapter)] = number = len(distinct)
+        number = index.setdefault(id(adapter), len(distinct))
+        if number == len(distinct):
             distinct.append(adapter)
-            for t, target in enumerate(TARGETS):
-                adapters[number, 2 * t : 2 * t + 2] = adapter.placement.starts.get(target, (0, 0))
+            adapters[number, : 2 * len(TARGETS)] = adapter.placement.start_of_runs
             adapters[number, 2 * len(TARGETS) : 2 * len(TARGETS) + len(adapter.pages)] = adapter.pages
-        tile_adapter[tile] = index[id(adapter)]
+        tile_adapter[tile] = number
 
-    step = window_tiles(tiles, tile_tokens)
-    for first in range(0, tiles, step):
-        present = [a for a in dict.fromkeys(tile_adapter[first : first + step].tolist()) if a >= 0]
-        for t, target in enumerate(TARGETS):
-            ranks = [(a, distinct[a].placement.ranks.get(target, 0)) for a in present]
-            total = sum(rank for _, rank in ranks)
-            if not total:
-                continue
-            done = int(blocks[t, 0])
-            at = done * BLOCK_ROWS
-            for a, rank in ranks:
-                rank_rows[t, at : at + rank] = np.arange(a * MAX_RANK, a * MAX_RANK + rank)
-                at += rank
-            new = -(-total // BLOCK_ROWS)
-            blocks[t, 1 + done : 1 + done + new] = first
-            blocks[t, 0] = done + new
-    return LoraPlan(adapters=adapters, rank_rows=rank_rows, blocks=blocks, tile_adapter=tile_adapter)
+    # entries: the (window, adapter) pairs that occur, window after window
+    with_adapter = np.flatnonzero(tile_adapter >= 0)
+    entries = np.unique(with_adapter // step * tiles + tile_adapter[with_adapter])
+    window, owner = np.divmod(entries, tiles)
+    ranks = np.array([a.placement.rank_of_targets for a in distinct], np.int64).reshape(-1, len(TARGETS))[owner].T
+    rows = ranks @ (window[:, None] == np.arange(windows))
+    first_blocks[:, 1:] = np.cumsum(-(-rows // BLOCK_ROWS), axis=1)
+    # where an entry's rows begin: its window's first block, then what the entries before it in the window take
+    before = np.cumsum(ranks, axis=1) - ranks - (np.cumsum(rows, axis=1) - rows)[:, window]
+    begin = np.arange(len(TARGETS))[:, None] * capacity + first_blocks[:, window] * BLOCK_ROWS + before
+    counts = ranks.ravel()
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    codes = np.broadcast_to(owner * MAX_RANK, ranks.shape).ravel()
+    rank_rows.ravel()[np.repeat(begin.ravel(), counts) + within] = np.repeat(codes, counts) + within
+    return LoraPlan(adapters=adapters, rank_rows=rank_rows, first_blocks=first_blocks, tile_adapter=tile_adapter)
 
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
     """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
-    adapters, rank_rows, blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.blocks))
+    adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
     tiles = plan.tile_adapter.shape[0]
     page_table = adapters[:, 2 * len(TARGETS) :]
     valid = rank_rows >= 0
@@ -153,13 +168,17 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
             page = jnp.where(valid[t], page_table[owner[t], page], TRASH_PAGE)
             sides.append(jnp.stack([page, jnp.where(valid[t], offset, 0)], -1))
         per_target.append(jnp.stack(sides))
+    block = jnp.arange(rank_rows.shape[1] // BLOCK_ROWS)
+    windows_before = first_blocks[:, 1:, None] <= block
     return LoraTargets(
         addresses=jnp.stack(per_target),
         row_adapter=jnp.where(valid, owner, -2),
-        num_blocks=blocks[:, 0],
-        windows=blocks[:, 1:] * tile_tokens,
+        first_blocks=first_blocks,
+        block_window=jnp.sum(windows_before, axis=1, dtype=jnp.int32),
         token_adapter=jnp.repeat(jnp.asarray(plan.tile_adapter), tile_tokens),
         window_tokens=window_tiles(tiles, tile_tokens) * tile_tokens,
+        d_out=tuple(layout.config.target_shape(t)[1] for t in TARGETS),
+        row_unit=layout.row_unit,
     )
 
 

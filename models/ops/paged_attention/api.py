@@ -8,11 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from chameleon_jax.models.ops.paged_attention import blocked, reference
+from chameleon_jax.models.ops.paged_attention import blocked, reference, triton
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.paged_attention,
     "blocked": blocked.paged_attention,
+    "triton": triton.paged_attention,
 }
 
 

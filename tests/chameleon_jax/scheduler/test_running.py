@@ -20,7 +20,7 @@ def request(number: int, prompt: int, output: int = 4, adapter: str | None = Non
 
 
 def running(*requests: Request, step_tokens: int = 64, whole_prompts: bool = False) -> RunningSet:
-    made = RunningSet(PAGE_TOKENS, step_tokens, whole_prompts)
+    made = RunningSet(PAGE_TOKENS, step_tokens, PREFILL_TILE, whole_prompts)
     for each in requests:
         made.add(each)
     return made

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, batched_lora, plan_batch, resolve
+from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
@@ -51,22 +53,35 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0) -> tuple[jnp.ndarra
     return jnp.array(pool), adapters
 
 
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@functools.cache
+def compiled(backend: str):
+    """The op; a GPU's kernels in interpret mode."""
+    kwargs = {"interpret": True} if backend == "triton" else {}
+    return jax.jit(functools.partial(BACKENDS[backend], **kwargs), static_argnums=4)
+
+
 def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int) -> None:
     plan = plan_batch(tile_adapters, tiles=tiles, tile_tokens=tile_tokens, max_rank=256, max_pages=MAX_PAGES)
     targets = resolve(plan, LAYOUT, tile_tokens)
     rng = np.random.default_rng(1)
-    for target in TARGETS:
-        d_in, d_out = CONFIG.target_shape(target)
-        x = rng.standard_normal((tiles * tile_tokens, d_in)).astype(np.float32)
-        y = rng.standard_normal((tiles * tile_tokens, d_out)).astype(np.float32)
-        expected = y.copy()
-        for tile, adapter in enumerate(tile_adapters):
-            if adapter is not None and (0, target) in adapter.weights.tensors:
-                a, b = adapter.weights.tensors[0, target]
-                rows = slice(tile * tile_tokens, (tile + 1) * tile_tokens)
-                expected[rows] += x[rows] @ a.T @ b.T
-        got = batched_lora(jnp.array(y), jnp.array(x), pool, targets, target, backend=backend)
-        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=target)
+    for names in GROUPS:
+        x = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(names[0])[0])).astype(np.float32)
+        outputs = []
+        for target in names:
+            y = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(target)[1])).astype(np.float32)
+            expected = y.copy()
+            for tile, adapter in enumerate(tile_adapters):
+                if adapter is not None and (0, target) in adapter.weights.tensors:
+                    a, b = adapter.weights.tensors[0, target]
+                    rows = slice(tile * tile_tokens, (tile + 1) * tile_tokens)
+                    expected[rows] += x[rows] @ a.T @ b.T
+            outputs.append((y, expected))
+        y, expected = (np.concatenate(side, axis=1) for side in zip(*outputs))
+        got = compiled(backend)(jnp.array(y), jnp.array(x), pool, targets, names)
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=str(names))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,28 +93,38 @@ def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens):
     picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
     tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
     if backend == "reference":
-        pool = jnp.nan_to_num(pool)  # only the blocked backend promises to ignore what is in foreign pages
+        pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore what is in foreign pages
     check(backend, pool, tile_adapters, tiles, tile_tokens)
 
 
+@pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])
+def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
+    monkeypatch.setattr(triton, "SPLIT_ELEMS", 24)
+    compiled.cache_clear()  # what is traced has read the constant
+    pool, adapters = make_pool([{t: r for t in TARGETS} for r in (3, 40)])
+    check("triton", pool, [adapters[0], None, *adapters], tiles, tile_tokens)
+    compiled.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(
     ranks=st.lists(st.dictionaries(st.sampled_from(TARGETS), st.integers(1, 70), min_size=1), min_size=1, max_size=4),
     picks=st.lists(st.integers(0, 4), min_size=1, max_size=8),
 )
-def test_any_batch(ranks, picks):
+def test_any_batch(backend, ranks, picks):
     pool, adapters = make_pool(ranks)
-    check("blocked", pool, [adapters[i] if i < len(adapters) else None for i in picks], 8, 1)
+    check(backend, pool, [adapters[i] if i < len(adapters) else None for i in picks], 8, 1)
 
 
 def test_work_is_true_ranks_of_the_adapters_that_are_there():
     _, adapters = make_pool([{"q_proj": 8}, {"q_proj": 200, "v_proj": 200}])
     plan = plan_batch([adapters[0]] * 4, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
     assert (plan.rank_rows >= 0).sum() == 8
-    assert plan.blocks[:, 0].tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert plan.first_blocks[:, -1].tolist() == [1, 0, 0, 0, 0, 0, 0]
     plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
     assert (plan.rank_rows >= 0).sum(axis=1).tolist() == [208, 0, 200, 0, 0, 0, 0]
-    assert plan.blocks[0, 0] == -(-208 // BLOCK_ROWS)
+    assert plan.first_blocks[0, -1] == -(-208 // BLOCK_ROWS)
 
 
 def test_the_worst_case_fits():

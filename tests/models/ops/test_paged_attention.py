@@ -1,15 +1,32 @@
-"""Every backend against plain NumPy, over random lengths, pages and group sizes."""
+"""Every backend against plain NumPy, over random lengths, pages, group and head sizes; kernels run interpreted but on a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chameleon_jax.models.ops.paged_attention import BACKENDS, paged_attention, write_kv
+from chameleon_jax.models.ops.paged_attention import BACKENDS, paged_attention, triton, write_kv
 
 HEAD_DIM, PAGE_TOKENS = 16, 8
+
+
+@pytest.fixture(autouse=True)
+def _interpret(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "triton", functools.partial(triton.paged_attention, interpret=jax.default_backend() != "gpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    heads: int
+    kv_heads: int
+    head_dim: int = HEAD_DIM
+    page_tokens: int = PAGE_TOKENS
 
 
 def naive(q, k, v, start):
@@ -23,31 +40,67 @@ def naive(q, k, v, start):
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (4, 1)])
-@pytest.mark.parametrize("tile_tokens,starts,counts", [(1, [0, 300, 17, 0], [1, 1, 1, 0]), (8, [0, 8, 200, 0], [8, 5, 8, 0])])
-def test_against_numpy(backend, heads, kv_heads, tile_tokens, starts, counts):
+def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tolerance=2e-5):
+    """Tiles of sequences on scattered pages, whose every other place holds NaN, as earlier owners may have left it."""
     rng = np.random.default_rng(0)
-    width = 40
-    tables = rng.permutation(np.arange(1, 1 + 4 * width)).reshape(4, width).astype(np.int32)
-    # what earlier owners left behind must not matter
-    pages = jnp.full((200, 2 * kv_heads * PAGE_TOKENS * HEAD_DIM), jnp.nan)
-    q = rng.standard_normal((4, tile_tokens, heads, HEAD_DIM)).astype(np.float32)
+    ends = np.where(counts, np.add(starts, counts), 0)
+    width = -(-ends.max() // geometry.page_tokens) + 1
+    tables = rng.permutation(np.arange(1, 1 + len(starts) * width)).reshape(-1, width).astype(np.int32)
+    pool = np.full((1 + tables.size, 2, geometry.kv_heads, geometry.page_tokens, geometry.head_dim), np.nan, dtype)
+    q = rng.standard_normal((len(starts), tile_tokens, geometry.heads, geometry.head_dim)).astype(dtype)
     contexts = []
-    for table, start, count in zip(tables, starts, counts):
-        k, v = rng.standard_normal((2, start + count, kv_heads, HEAD_DIM)).astype(np.float32)
-        position = np.arange(start + count)
-        pages = write_kv(pages, jnp.array(k), jnp.array(v), table[position // PAGE_TOKENS], position % PAGE_TOKENS)
-        contexts.append((k, v))
+    for table, end in zip(tables, ends):
+        kv = rng.standard_normal((end, 2, geometry.kv_heads, geometry.head_dim)).astype(dtype)
+        position = np.arange(end)
+        pool[table[position // geometry.page_tokens], :, :, position % geometry.page_tokens] = kv
+        contexts.append(kv.astype(np.float32).swapaxes(0, 1))
     if backend == "reference":
-        pages = jnp.nan_to_num(pages)  # it reads scores of all positions; only values are guarded
-    out = paged_attention(
-        jnp.array(q), pages, tables, jnp.array(starts), jnp.array(counts), num_kv_heads=kv_heads, backend=backend
-    )
+        pool = np.nan_to_num(pool)  # it reads scores of all positions; only values are guarded
+    attend = jax.jit(functools.partial(paged_attention, num_kv_heads=geometry.kv_heads, backend=backend))
+    out = attend(q, pool.reshape(len(pool), -1), tables, np.array(starts, np.int32), np.array(counts, np.int32))
     chex.assert_shape(out, q.shape)
+    assert out.dtype == dtype
     chex.assert_tree_all_finite(out)
     for i, (start, count) in enumerate(zip(starts, counts)):
-        np.testing.assert_allclose(out[i, :count], naive(q[i, :count], *contexts[i], start), atol=2e-5)
+        expected = naive(q[i, :count].astype(np.float32), *contexts[i], start)
+        np.testing.assert_allclose(np.array(out[i, :count], np.float32), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "geometry", [Geometry(4, 4), Geometry(6, 2, page_tokens=24), Geometry(4, 1, head_dim=80), Geometry(4, 2, 64, 16)], ids=str
+)
+@pytest.mark.parametrize(
+    "tile_tokens,starts,counts",
+    [
+        (1, [0, 300, 7, 17, 0], [1, 1, 0, 1, 0]),
+        (8, [0, 8, 200, 0], [8, 5, 8, 0]),
+        (32, [0, 0, 40, 170, 0], [32, 9, 0, 32, 0]),
+    ],
+    ids=["decode", "short-tiles", "prefill"],
+)
+def test_against_numpy(backend, geometry, tile_tokens, starts, counts):
+    check(backend, geometry, tile_tokens, starts, counts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "tile_tokens,starts,counts", [(1, [0, 150], [1, 1]), (32, [0, 70], [32, 30])], ids=["decode", "prefill"]
+)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_bfloat16(backend, tile_tokens, starts, counts, kv_heads):
+    check(backend, Geometry(4, kv_heads, 64), tile_tokens, starts, counts, jnp.bfloat16, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 64])
+@pytest.mark.parametrize("tile_tokens,starts,counts", [(1, [0, 400, 0, 63], [1, 1, 0, 1]), (16, [0, 240], [16, 3])])
+def test_splits_do_not_matter(monkeypatch, splits, tile_tokens, starts, counts):
+    geometry = Geometry(2, 1)
+    monkeypatch.setattr(triton, "TOKENS_PER_ROW", 1)
+    programs = len(starts)
+    monkeypatch.setattr(triton, "DECODE_PROGRAMS", splits * programs)
+    monkeypatch.setattr(triton, "PREFILL_PROGRAMS", splits * programs)
+    check("triton", geometry, tile_tokens, starts, counts)
 
 
 def test_write_kv_touches_its_own_places_only():

@@ -1,0 +1,212 @@
+"""Batched LoRA for NVIDIA GPUs, in Pallas Triton: two launches for all matrices that share an input.
+
+`shrink` walks the plan's blocks of rank rows: a fixed number of programs takes turns, so that work follows the blocks there
+are and not those there could be, and d_in is split so that a few blocks still fill the device. `expand` gives each program
+some columns of one window's tokens and adds up the window's blocks: every element of y has one writer, nothing is atomic and
+sums do not depend on what else is in the batch. Both read rank rows in place, 16 bytes a load, through addresses that were
+resolved once for all layers. Tokens of a window share what is read.
+
+Floor of a call: the bytes of the distinct adapters' true rank rows in each window at the memory bandwidth, and in prefill
+y read and written once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from chameleon_jax.models.ops import pallas_triton as pt
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets
+
+SHRINK_PROGRAMS = 132
+"""Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100."""
+SHRINK_ROWS = 16
+"""Rank rows that one program multiplies at a time, the fewest that a tensor core takes."""
+MAX_SPLITS = 4
+"""Parts of d_in; each costs `expand` a partial sum to read."""
+SPLIT_ELEMS = 1024
+"""d_in is split into parts of at least this."""
+EXPAND_COLUMNS = 128
+
+
+def batched_lora(
+    y: jax.Array,
+    x: jax.Array,
+    pages: jax.Array,
+    targets: LoraTargets,
+    names: tuple[str, ...],
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `api.batched_lora`. `interpret` runs the kernels without a GPU."""
+    columns = targets.columns(names)
+    splits = max(1, min(MAX_SPLITS, x.shape[1] // SPLIT_ELEMS))
+    low = _shrink(x, pages, targets, [t for t, _, _ in columns], splits, interpret)
+    return _expand(y, low, pages, targets, columns, interpret)
+
+
+def _tile(window_tokens: int) -> int:
+    """Tokens of a window as a tile: a power of two that a tensor core takes."""
+    return max(16, 1 << (window_tokens - 1).bit_length())
+
+
+def _shrink(
+    x: jax.Array, pages: jax.Array, targets: LoraTargets, numbers: list[int], splits: int, interpret: bool
+) -> jax.Array:
+    """Products of windows' tokens with their own adapters' rows of A: `[splits, names, blocks, tile, BLOCK_ROWS]` float32,
+    to be summed over the splits. Blocks that are not there are left unwritten."""
+    num_blocks = targets.block_window.shape[1]
+    programs = min(SHRINK_PROGRAMS if not interpret else 4, num_blocks * len(numbers) * BLOCK_ROWS // SHRINK_ROWS)
+    tile = _tile(targets.window_tokens)
+    return pt.call(
+        functools.partial(
+            _shrink_kernel,
+            numbers=numbers,
+            programs=programs,
+            splits=splits,
+            window_tokens=targets.window_tokens,
+            block_k=128 if tile <= 32 else 64,
+            unit=targets.row_unit,
+        ),
+        jax.ShapeDtypeStruct((splits, len(numbers), num_blocks, tile, BLOCK_ROWS), jnp.float32),
+        grid=(programs, splits),
+        num_warps=4,
+        num_stages=4,
+        interpret=interpret,
+        name="lora_shrink",
+    )(x, pages, targets.addresses, targets.row_adapter, targets.first_blocks, targets.block_window, targets.token_adapter)
+
+
+def _shrink_kernel(
+    x: Any,
+    pages: Any,
+    addresses: Any,
+    row_adapter: Any,
+    first_blocks: Any,
+    block_window: Any,
+    token_adapter: Any,
+    low: Any,
+    *,
+    numbers: Sequence[int],
+    programs: int,
+    splits: int,
+    window_tokens: int,
+    block_k: int,
+    unit: int,
+) -> None:
+    (num_tokens, d_in), tile = x.shape, low.shape[3]
+    program, split = pt.program_id(0), pt.program_id(1)
+    steps = pt.ceil_div(d_in, splits * block_k)
+    parts = BLOCK_ROWS // SHRINK_ROWS
+    ends, total = [], jnp.int32(0)
+    for t in numbers:
+        total = total + pt.load(first_blocks, (t, first_blocks.shape[1] - 1))
+        ends.append(total)
+
+    def one_task(turn, nothing):
+        task = program + turn * programs
+        number, part = lax.div(task, parts), lax.rem(task, parts)
+        place = sum((number >= end).astype(jnp.int32) for end in ends[:-1]) + jnp.int32(0)
+        t = pt.pick(numbers, place)
+        block = number - pt.pick([0, *ends[:-1]], place)
+        within = jnp.arange(SHRINK_ROWS) + part * SHRINK_ROWS
+        row = block * BLOCK_ROWS + within
+        owner = pt.load(row_adapter, (t, row))
+        page = pt.load(addresses, (t, 0, row, 0))
+        offset = pt.multiple_of(pt.load(addresses, (t, 0, row, 1)), unit)
+        token = pt.load(block_window, (t, block)) * window_tokens + jnp.arange(tile)
+        live = (jnp.arange(tile) < window_tokens) & (token < num_tokens)
+        mine = pt.load(token_adapter, (token,), live, -3)[:, None] == owner[None, :]
+
+        def one_step(step, total):
+            k = (split * steps + step) * block_k + jnp.arange(block_k)
+            inside = True if d_in % (splits * block_k) == 0 else (k < d_in)[None, :]
+            tokens = pt.load(x, (token[:, None], k[None, :]), live[:, None] & inside, 0.0)
+            a = pt.load(pages, (page[:, None], offset[:, None] + k[None, :]), (owner >= 0)[:, None] & inside, 0.0)
+            return total + pt.dot(tokens, a, transpose_b=True)
+
+        work = jnp.where(jnp.max(owner) >= 0, jnp.int32(steps), jnp.int32(0))  # the end of a block may be empty
+        product = lax.fori_loop(0, work, one_step, jnp.zeros((tile, SHRINK_ROWS), jnp.float32))
+        at = (split, place, block, jnp.arange(tile)[:, None], within[None, :])
+        pt.store(low, at, jnp.where(mine, product, 0.0))
+        return nothing
+
+    turns = lax.div(jnp.maximum(total * parts - program + programs - 1, 0), programs)
+    lax.fori_loop(0, turns, one_task, jnp.int32(0))
+
+
+def _expand(
+    y: jax.Array,
+    low: jax.Array,
+    pages: jax.Array,
+    targets: LoraTargets,
+    columns: list[tuple[int, int, int]],
+    interpret: bool,
+) -> jax.Array:
+    """y with `low @ B` added, in place."""
+    windows = targets.first_blocks.shape[1] - 1
+    tile = low.shape[3]
+    return pt.call(
+        functools.partial(
+            _expand_kernel, columns=columns, window_tokens=targets.window_tokens, block_n=EXPAND_COLUMNS, unit=targets.row_unit
+        ),
+        jax.ShapeDtypeStruct(y.shape, y.dtype),
+        grid=(sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows),
+        num_warps=4 if tile <= 64 else 8,
+        num_stages=3,
+        aliases={0: 0},
+        interpret=interpret,
+        name="lora_expand",
+    )(y, low, pages, targets.addresses, targets.row_adapter, targets.first_blocks)
+
+
+def _expand_kernel(
+    _y: Any,
+    low: Any,
+    pages: Any,
+    addresses: Any,
+    row_adapter: Any,
+    first_blocks: Any,
+    y: Any,
+    *,
+    columns: Sequence[tuple[int, int, int]],
+    window_tokens: int,
+    block_n: int,
+    unit: int,
+) -> None:
+    splits, _, _, tile, _ = low.shape
+    number, window = pt.program_id(0), pt.program_id(1)
+    ends, total = [], jnp.int32(0)
+    for _, _, width in columns:
+        total += pt.ceil_div(width, block_n)
+        ends.append(total)
+    place = sum((number >= end).astype(jnp.int32) for end in ends[:-1]) + jnp.int32(0)
+    t = pt.pick([t for t, _, _ in columns], place)
+    column = (number - pt.pick([0, *ends[:-1]], place)) * block_n + jnp.arange(block_n)
+    whole = all(width % block_n == 0 for _, _, width in columns)
+    inside = True if whole else (column < pt.pick([width for _, _, width in columns], place))[None, :]
+    first, last = pt.load(first_blocks, (t, window)), pt.load(first_blocks, (t, window + 1))
+
+    @pt.when(last > first)
+    def add() -> None:
+        def one_block(block, total):
+            row = block * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
+            owner = pt.load(row_adapter, (t, row))
+            page = pt.load(addresses, (t, 1, row, 0))
+            offset = pt.multiple_of(pt.load(addresses, (t, 1, row, 1)), unit)
+            # what pads a block lies on the trash page, which may hold NaN, and 0 * NaN is NaN
+            b = pt.load(pages, (page[:, None], offset[:, None] + column[None, :]), (owner >= 0)[:, None] & inside, 0.0)
+            tokens, rows = jnp.arange(tile)[:, None], jnp.arange(BLOCK_ROWS)[None, :]
+            parts = [pt.load(low, (split, place, block, tokens, rows)) for split in range(splits)]
+            return total + pt.dot(functools.reduce(jnp.add, parts).astype(b.dtype), b)
+
+        update = lax.fori_loop(first, last, one_block, jnp.zeros((tile, block_n), jnp.float32))
+        token = window * window_tokens + jnp.arange(tile)
+        live = ((jnp.arange(tile) < window_tokens) & (token < y.shape[0]))[:, None] & inside
+        at = (token[:, None], pt.pick([begin for _, begin, _ in columns], place) + column[None, :])
+        pt.store(y, at, (pt.load(y, at, live, 0.0) + update).astype(y.dtype), live)

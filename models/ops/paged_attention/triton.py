@@ -1,0 +1,202 @@
+"""Attention over the page pool for NVIDIA GPUs, in Pallas Triton: reads pages in place through the block table.
+
+One kernel for prefill and decode over a grid of (groups of query heads, tiles, splits). The tokens of a tile, of as many query
+heads of one key head as make a full tile, are the rows of products on tensor cores; keys and values are fetched up to two
+blocks ahead into shared memory. Decode is the case of one token, its rows padded to 16: it does not wait for the products, and
+multiplying single queries in registers took twice the instructions and left the compiler free to wait for each load in turn.
+
+A split takes an equal share of its tile's own sequence, in whole blocks, so that few sequences fill the device. A split
+without a share returns at once, and `_merge_kernel`, which joins the shares, does not read what it left unwritten. Where one
+split is enough there is nothing to merge.
+
+Floor of decode: `2 * head_dim * itemsize` bytes for each token of a sequence and key head, once, at the memory bandwidth.
+Offsets into the pool have 64 bits where a layer's pool exceeds 2**32 bytes and 32 below (jax's lowering chooses by the size of
+the array), and single indices are small: a layer may have 2**31 elements and more, of 2 or 4 bytes each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from chameleon_jax.models.ops import pallas_triton as pt
+
+BLOCK_BYTES = 128
+"""Bytes that one lane of a head has in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and
+larger tiles of it would not fit the registers."""
+TILE_BYTES = 256
+"""The same of the query vectors, tokens times heads, that one program takes at most."""
+DECODE_PROGRAMS = 2 * 132
+"""Programs that decode is split into where it has fewer: two for each multiprocessor of an H100 keep its memory busy."""
+PREFILL_PROGRAMS = 132
+"""The same for prefill, whose partial results cost more."""
+SHARE_TOKENS = 2048
+"""Decode splits longer sequences however many programs there are, or the longest would finish last..."""
+MOST_PROGRAMS = 8192
+"""...up to so many programs: those without a share cost time too."""
+MAX_SPLITS = 64
+TOKENS_PER_ROW = 4
+"""A share has at least so many keys for each query vector: a partial result costs as much traffic as 2 keys."""
+NO_SCORE, NO_PEAK = -1e30, -1e20
+"""A masked score, and what any peak exceeds: weights are exp2(NO_SCORE - NO_PEAK) = 0 where no key is visible. Were they near
+each other, a fused multiply-add of the two could round to exp2 of something large."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How programs share a sequence.
+
+    Attributes:
+        splits: programs.
+        block_tokens: keys handled in one iteration.
+        least_blocks: blocks that a program takes at least, but for the last.
+    """
+
+    splits: int
+    block_tokens: int
+    least_blocks: int
+
+    @classmethod
+    def of(cls, programs: int, rows: int, decode: bool, capacity: int, block_tokens: int) -> Shares:
+        """`programs` there are without splits, of `rows` query vectors each; `capacity` is the longest sequence in tokens."""
+        least_blocks = pt.ceil_div(TOKENS_PER_ROW * rows, block_tokens)
+        wanted = (DECODE_PROGRAMS if decode else PREFILL_PROGRAMS) // programs
+        if decode:
+            wanted = max(wanted, min(pt.ceil_div(capacity, SHARE_TOKENS), MOST_PROGRAMS // programs))
+        most = pt.ceil_div(capacity, least_blocks * block_tokens)
+        return cls(max(1, min(wanted, most, MAX_SPLITS)), block_tokens, least_blocks)
+
+    def bounds(self, starts: Any, counts: Any, tile: jax.Array, split: jax.Array) -> tuple[jax.Array, ...]:
+        """A tile's first position, the end of its sequence, and the first and last (excluded) block of a split's share."""
+        start, count = pt.load(starts, (tile,)), pt.load(counts, (tile,))
+        end = jnp.where(count > 0, start + count, 0)
+        blocks = lax.div(end + (self.block_tokens - 1), self.block_tokens)
+        share = jnp.maximum(lax.div(blocks + (self.splits - 1), self.splits), self.least_blocks)
+        return start, end, split * share, jnp.minimum((split + 1) * share, blocks)
+
+
+def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int, interpret: bool = False) -> jax.Array:
+    """See `api.paged_attention`. `interpret` runs the kernels without a GPU."""
+    tiles, tile_tokens, heads, head_dim = q.shape
+    group, itemsize = heads // num_kv_heads, pages.dtype.itemsize
+    # keys of head h are at h, its values at num_kv_heads + h
+    kv = pages.reshape(pages.shape[0], 2 * num_kv_heads, -1, head_dim)
+    fitting = [n for n in range(1, group + 1) if group % n == 0 and n * tile_tokens * itemsize <= TILE_BYTES]
+    rows = max([1, *fitting]) * tile_tokens
+    programs = heads * tile_tokens // rows
+    capacity = block_tables.shape[1] * kv.shape[2]
+    shares = Shares.of(programs * tiles, rows, tile_tokens == 1, capacity, max(16, BLOCK_BYTES // itemsize))
+    num_warps = 4 if rows * itemsize <= 128 else 8
+    partial = jax.ShapeDtypeStruct((shares.splits, *q.shape), jnp.float32)
+    statistic = jax.ShapeDtypeStruct((shares.splits, *q.shape[:-1]), jnp.float32)
+    result = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    call = functools.partial(pt.call, num_warps=num_warps, num_stages=5, interpret=interpret)
+    out = call(
+        functools.partial(_attention_kernel, shares=shares, rows=rows),
+        [result] if shares.splits == 1 else [partial, statistic, statistic],
+        grid=(programs, tiles, shares.splits),
+        name="decode_attention" if tile_tokens == 1 else "prefill_attention",
+    )(q, kv, block_tables, starts, counts)
+    if shares.splits == 1:
+        return out[0]
+    merge = functools.partial(_merge_kernel, shares=shares)
+    return call(merge, result, grid=(heads, tile_tokens, tiles), name="merge_attention")(*out, starts, counts)
+
+
+def _attention_kernel(q: Any, kv: Any, tables: Any, starts: Any, counts: Any, *outs: Any, shares: Shares, rows: int) -> None:
+    tile, split = pt.program_id(1), pt.program_id(2)
+    (_, tile_tokens, heads, head_dim), (_, kv_heads, page_tokens, _) = q.shape, kv.shape
+    first_head = pt.program_id(0) * (rows // tile_tokens)
+    kv_head = lax.div(first_head, heads // (kv_heads // 2))
+    start, end, first, last = shares.bounds(starts, counts, tile, split)
+    lanes, inside = _lanes(head_dim)
+    across = None if inside is None else inside[None, :]
+    row = jnp.arange(max(16, _power_of_two(rows)))
+    token, head = lax.rem(row, tile_tokens), first_head + lax.div(row, tile_tokens)
+    scale = _score_scale(head_dim)
+
+    def attend() -> None:
+        live = (row < rows) & (token < end - start)
+        query = pt.load(q, (tile, token[:, None], head[:, None], lanes[None, :]), _both(live[:, None], across), 0)
+
+        def one_block(block, carry, *, whole: bool):
+            peak, total, acc = carry  # [rows], [rows], [rows, lanes]
+            position = block * shares.block_tokens + jnp.arange(shares.block_tokens)
+            written: Any = None if whole else position < end
+            page = pt.load(tables, (tile, lax.div(position, page_tokens)), written, None if whole else 0)
+            slot = lax.rem(position, page_tokens)[:, None]
+            # values too: what an earlier owner left in a page may be anything, even NaN, and 0 * NaN is NaN
+            mask = _both(None if whole else written[:, None], across)
+            at = [(page[:, None], part, slot, lanes[None, :]) for part in (kv_head, kv_heads // 2 + kv_head)]
+            k, v = (pt.load(kv, index, mask, None if mask is None else 0).astype(query.dtype) for index in at)
+            scores = pt.dot(query, k, transpose_b=True)
+            if not whole:
+                scores = jnp.where(position[None, :] <= (start + token)[:, None], scores, NO_SCORE)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * scale)
+            weights, decay = jnp.exp2(scores * scale - new_peak[:, None]), jnp.exp2(peak - new_peak)
+            update = pt.dot(weights.astype(v.dtype), v)
+            return new_peak, total * decay + jnp.sum(weights, axis=1), acc * decay[:, None] + update
+
+        size = row.shape[0]
+        carry = (jnp.full((size,), NO_PEAK), jnp.zeros((size,)), jnp.zeros((size, lanes.shape[0])))
+        middle = first
+        if tile_tokens > 1:  # most blocks of a tile are seen by each of its tokens in full
+            middle = jnp.clip(lax.div(start + 1, shares.block_tokens), first, last)
+            carry = lax.fori_loop(first, middle, functools.partial(one_block, whole=True), carry)
+        peak, total, acc = lax.fori_loop(middle, last, functools.partial(one_block, whole=False), carry)
+        at, exists = (split, tile, token, head), row < rows
+        wide = (split, tile, token[:, None], head[:, None], lanes[None, :])
+        if len(outs) == 1:
+            pt.store(outs[0], wide[1:], _normalised(acc, total[:, None], outs[0]), _both(exists[:, None], across))
+        else:
+            pt.store(outs[0], wide, acc, _both(exists[:, None], across))
+            pt.store(outs[1], at, peak, exists)
+            pt.store(outs[2], at, total, exists)
+
+    attend() if len(outs) == 1 else pt.when(first < last)(attend)
+
+
+def _merge_kernel(accs: Any, peaks: Any, totals: Any, starts: Any, counts: Any, out: Any, *, shares: Shares) -> None:
+    head, token, tile = pt.program_id(0), pt.program_id(1), pt.program_id(2)
+    split = jnp.arange(_power_of_two(shares.splits))
+    _, _, first, last = shares.bounds(starts, counts, tile, split)
+    live = first < last
+    lanes, inside = _lanes(out.shape[3])
+    peak = pt.load(peaks, (split, tile, token, head), live, NO_PEAK)
+    weights = jnp.exp2(peak - jnp.max(peak))
+    total = jnp.sum(weights * pt.load(totals, (split, tile, token, head), live, 0))
+    mask = _both(live[:, None], None if inside is None else inside[None, :])
+    acc = pt.load(accs, (split[:, None], tile, token, head, lanes[None, :]), mask, 0)
+    pt.store(out, (tile, token, head, lanes), _normalised(jnp.sum(acc * weights[:, None], axis=0), total, out), inside)
+
+
+def _score_scale(head_dim: int) -> float:
+    """What a product of query and key is multiplied with before `exp2`."""
+    return head_dim**-0.5 * math.log2(math.e)
+
+
+def _normalised(acc: jax.Array, total: jax.Array, out: Any) -> jax.Array:
+    """The result as stored; zeros where there was no key."""
+    return (acc / jnp.maximum(total, 1e-30)).astype(out.dtype)
+
+
+def _lanes(head_dim: int) -> tuple[jax.Array, jax.Array | None]:
+    """Indices along a head, padded to a power of two, and which of them exist; None: all."""
+    lanes = jnp.arange(_power_of_two(head_dim))
+    return lanes, None if lanes.shape[0] == head_dim else lanes < head_dim
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _both(a: Any, b: Any) -> Any:
+    """Where both masks hold; None holds everywhere."""
+    return b if a is None else a if b is None else a & b
