@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check parity paper format clean
+.PHONY: demo test check parity paper h100 format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -22,6 +22,9 @@ parity: $(VENV)/installed-parity ## against live transformers and peft (installs
 
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
 	$(BIN)/python -m benchmarks.reproduce_paper --quick --out .cache/paper $(FIGURES)
+
+h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one
+	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .
@@ -51,6 +54,10 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --group parity
 	@touch $@
+
+$(VENV)/h100-plugin: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+	  $$($(BIN)/python -c 'import jax; v = jax.__version__; print(f"jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v}")')
 
 clean:
 	rm -rf $(VENV) .cache

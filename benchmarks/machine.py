@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -23,12 +25,21 @@ def describe(command: str) -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {
-        "machine": f"{cpu}, {os.cpu_count()} cores, no GPU",
+        "machine": f"{cpu}, {os.cpu_count()} cores, {gpu_name() or 'no GPU'}",
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": versions,
         "command": command,
     }
+
+
+def gpu_name() -> str | None:
+    """The GPUs and their driver. The driver is asked and not jax, which would take their memory."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    return "; ".join(listed.stdout.split("\n")[:-1]) if listed.returncode == 0 else None
 
 
 def publish(result: dict[str, Any], out: Path | None) -> None:

@@ -1,4 +1,7 @@
-"""Packed adapters in host memory up to a limit, the rest on disk."""
+"""Packed adapters in host memory up to a limit, the rest on disk.
+
+In memory a block is what `stage` makes of it, in the memory that transfers start from; on disk it is the packed array.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,28 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 logger = logging.getLogger(__name__)
+
+
+class Block(Protocol):
+    """A packed adapter in memory; `np.asarray` gives the packed array back."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+
+B = TypeVar("B", bound=Block)
 
 
 class BlockState(enum.Enum):
@@ -29,22 +46,26 @@ class BlockState(enum.Enum):
 
 
 @dataclasses.dataclass(eq=False)
-class _Block:
-    """`array` is held in MEMORY and BOTH, `file` in BOTH and DISK."""
+class _Entry(Generic[B]):
+    """`block` is held in MEMORY and BOTH, `file` in BOTH and DISK."""
 
     num_bytes: int
-    array: np.ndarray | None
+    block: B | None = None
     file: Path | None = None
 
     @property
     def state(self) -> BlockState:
-        if self.array is None:
+        if self.block is None:
             return BlockState.DISK
         return BlockState.MEMORY if self.file is None else BlockState.BOTH
 
 
-class HostStore:
-    """Blocks `[layers, pages, page_elems]` by content hash. Thread-safe; disk is touched on one background thread only.
+def _as_it_is(array: np.ndarray) -> Any:
+    return array
+
+
+class HostStore(Generic[B]):
+    """Blocks by content hash. Thread-safe; disk is touched on one background thread only.
 
     The least recently used blocks leave memory once they are on disk. Blocks are never written to after `put`.
 
@@ -52,22 +73,25 @@ class HostStore:
         byte_limit: what blocks in memory may take together once the background thread has caught up.
         spill_directory: where the store makes a private directory (0700) that `close` removes; None: among the system's
             temporary files.
+        stage: makes of a packed array `[layers, pages, page_elems]` what is held in memory, as many bytes of it. Called by
+            whoever puts, and on the background thread for what was read. The array is not kept beside it.
 
     Raises:
         ValueError: byte_limit is negative.
     """
 
-    def __init__(self, byte_limit: int, spill_directory: Path | None = None):
+    def __init__(self, byte_limit: int, spill_directory: Path | None = None, *, stage: Callable[[np.ndarray], B] = _as_it_is):
         if byte_limit < 0:
             raise ValueError(f"byte_limit is {byte_limit}; allowed: 0 or more")
         self._limit = byte_limit
+        self._stage = stage
         if spill_directory is not None:
             spill_directory.mkdir(parents=True, exist_ok=True)
         self._directory = tempfile.TemporaryDirectory(prefix="chameleon-jax-", dir=spill_directory)
         self._names = (Path(self._directory.name) / f"{i}.safetensors" for i in itertools.count())
         self._lock = threading.Lock()  # guards what follows
-        self._blocks: dict[str, _Block] = {}
-        self._in_memory: OrderedDict[str, _Block] = OrderedDict()  # least recently used first
+        self._entries: dict[str, _Entry[B]] = {}
+        self._in_memory: OrderedDict[str, _Entry[B]] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._closed = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="host-store")
@@ -79,48 +103,52 @@ class HostStore:
 
     def __contains__(self, content_hash: str) -> bool:
         with self._lock:
-            return content_hash in self._blocks
+            return content_hash in self._entries
 
-    def put(self, content_hash: str, block: np.ndarray) -> None:
-        """Takes a block; the caller does not write to it any more. Raises RuntimeError after `close`."""
+    def put(self, content_hash: str, array: np.ndarray) -> None:
+        """Takes a packed array; the caller does not write to it any more. Raises RuntimeError after `close`."""
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the host store is closed")
-            # the same hash is the same content: what is on disk stays valid
-            self._keep(content_hash, self._blocks.setdefault(content_hash, _Block(block.nbytes, None)), block)
+            self._check_open()
+            if content_hash in self._in_memory:  # the same hash is the same content
+                self._in_memory.move_to_end(content_hash)
+                return
+        block = self._stage(array)  # takes as long as a copy: not under the lock
+        with self._lock:
+            self._check_open()
+            self._keep(content_hash, self._entries.setdefault(content_hash, _Entry(block.nbytes)), block)
             if self._bytes > self._limit:
                 self._disk.submit(self._spill)
 
-    def fetch(self, content_hash: str) -> Future[np.ndarray]:
+    def fetch(self, content_hash: str) -> Future[B]:
         """The block: done at once when it is in memory, otherwise when it was read.
 
         Fails with KeyError where the block is not (or no longer) there, OSError or SafetensorError where it cannot be
         read, RuntimeError where the store was closed before it was.
         """
-        future: Future[np.ndarray] = Future()
+        future: Future[B] = Future()
         with self._lock:
-            block = self._blocks.get(content_hash)
-            if block is None:
+            entry = self._entries.get(content_hash)
+            if entry is None:
                 future.set_exception(KeyError(f"adapter {content_hash[:12]} is not in the host store"))
-            elif block.array is not None:
+            elif entry.block is not None:
                 self._in_memory.move_to_end(content_hash)
-                future.set_result(block.array)
+                future.set_result(entry.block)
             elif self._closed:
                 future.set_exception(RuntimeError("the host store is closed"))
             else:
-                self._disk.submit(self._read, content_hash, block, future)
+                self._disk.submit(self._read, content_hash, entry, future)
         return future
 
     def remove(self, content_hash: str) -> None:
         with self._lock:
-            block = self._blocks.pop(content_hash, None)
-            if block is None:
+            entry = self._entries.pop(content_hash, None)
+            if entry is None:
                 return
-            if block.array is not None:
+            if entry.block is not None:
                 del self._in_memory[content_hash]
-                self._bytes -= block.num_bytes
-            if block.file is not None and not self._closed:
-                self._disk.submit(block.file.unlink, missing_ok=True)
+                self._bytes -= entry.num_bytes
+            if entry.file is not None and not self._closed:
+                self._disk.submit(entry.file.unlink, missing_ok=True)
 
     def close(self) -> None:
         """Ends the background thread and removes the files. What is in memory can still be fetched."""
@@ -129,12 +157,16 @@ class HostStore:
         self._disk.shutdown(wait=True)
         self._directory.cleanup()
 
-    def _keep(self, content_hash: str, block: _Block, array: np.ndarray) -> None:
-        """Counts a block as in memory and as the last used; the lock is held."""
-        if block.array is None:
-            block.array = array
-            self._bytes += block.num_bytes
-        self._in_memory[content_hash] = block
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the host store is closed")
+
+    def _keep(self, content_hash: str, entry: _Entry[B], block: B) -> None:
+        """Counts a block as in memory and as the last used; the lock is held. What is on disk of it stays valid."""
+        if entry.block is None:
+            entry.block = block
+            self._bytes += entry.num_bytes
+        self._in_memory[content_hash] = entry
         self._in_memory.move_to_end(content_hash)
 
     def _spill(self) -> None:
@@ -143,22 +175,22 @@ class HostStore:
             with self._lock:
                 if self._closed or self._bytes <= self._limit:
                     return
-                content_hash, block = next(iter(self._in_memory.items()))
-                array = block.array
-                assert array is not None
-                if block.state is BlockState.BOTH:
-                    block.array = None
+                content_hash, entry = next(iter(self._in_memory.items()))
+                block = entry.block
+                assert block is not None
+                if entry.state is BlockState.BOTH:
+                    entry.block = None
                     del self._in_memory[content_hash]
-                    self._bytes -= block.num_bytes
+                    self._bytes -= entry.num_bytes
                     continue
             try:
-                file = self._write(array)
+                file = self._write(np.asarray(block))
             except (OSError, safetensors.SafetensorError) as error:
                 logger.warning("adapter %s stays in host memory: it cannot be spilled: %s", content_hash[:12], error)
                 return
             with self._lock:
-                block.file = file
-                removed = self._blocks.get(content_hash) is not block
+                entry.file = file
+                removed = self._entries.get(content_hash) is not entry
             if removed:
                 file.unlink()
 
@@ -172,29 +204,28 @@ class HostStore:
             partial.unlink(missing_ok=True)
         return file
 
-    def _read(self, content_hash: str, block: _Block, future: Future[np.ndarray]) -> None:
+    def _read(self, content_hash: str, entry: _Entry[B], future: Future[B]) -> None:
         """Ends a fetch from disk (background thread)."""
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(self._read_block(content_hash, block))
+            future.set_result(self._read_block(content_hash, entry))
         except Exception as error:  # whatever it is, it belongs to whoever waits for the block
             future.set_exception(error)
         self._spill()
 
-    def _read_block(self, content_hash: str, block: _Block) -> np.ndarray:
+    def _read_block(self, content_hash: str, entry: _Entry[B]) -> B:
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the host store is closed")
-            if self._blocks.get(content_hash) is not block:
+            self._check_open()
+            if self._entries.get(content_hash) is not entry:
                 raise KeyError(f"adapter {content_hash[:12]} was removed before it was read")
-            if block.array is not None:  # read for an earlier fetch
+            if entry.block is not None:  # read for an earlier fetch
                 self._in_memory.move_to_end(content_hash)
-                return block.array
-            file = block.file
+                return entry.block
+            file = entry.file
         assert file is not None
-        array = safetensors.numpy.load_file(file)["block"]
+        block = self._stage(safetensors.numpy.load_file(file)["block"])
         with self._lock:
-            if self._blocks.get(content_hash) is block:
-                self._keep(content_hash, block, array)
-        return array
+            if self._entries.get(content_hash) is entry:
+                self._keep(content_hash, entry, block)
+        return block

@@ -22,11 +22,12 @@ from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
-from chameleon_jax.models import llama
+from chameleon_jax.models import llama, ops, steps
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.engine import DeviceEngine, Progress
+from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.programs import Progress
 from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
@@ -49,6 +50,13 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def take_device_memory(share: float) -> None:
+    """Has JAX take that share of a GPU's memory when it first uses the device, unless the user said how much."""
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    if not any(name in os.environ for name in names):
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
+
+
 class Engine:
     """A model that serves, and the adapters it knows by name. One thread owns it.
 
@@ -69,6 +77,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         enable_compilation_cache()
+        take_device_memory(config.gpu_memory_utilization)
         self.config = config
         self.model_name = model
         self.dtype = jnp.dtype(_dtype(config.dtype))
@@ -87,9 +96,18 @@ class Engine:
             raise ValueError(
                 f"max_model_len is {self.max_model_len}; the model allows at most {self.model_config.max_position_embeddings}"
             )
-        self.num_pages = config.num_pages or self._pages_that_fit()
-        self.device = DeviceEngine(weights, self.layout, self._buckets(), self.num_pages, self.dtype, progress)
-        self.store = HostStore(config.lora_host_bytes, None)
+        stats = jax.devices()[0].memory_stats()
+        self.device = DeviceEngine(
+            weights,
+            self.layout,
+            self._buckets(),
+            config.num_pages or (self._pages_on_host() if stats is None else None),
+            self.dtype,
+            progress,
+            memory_limit=0 if stats is None else stats["bytes_limit"],
+        )
+        self.num_pages = self.device.num_pages
+        self.store = HostStore(config.lora_host_bytes, stage=self.device.stage)
         self._predictor: LengthPredictor = HistoryPredictor(config.predicted_output_len)
         if config.length_proxy is not None:
             self._predictor = ProxyPredictor(length_proxy.load(config.length_proxy), self._predictor)
@@ -102,6 +120,7 @@ class Engine:
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
+            prefill_tile=self.device.buckets.prefill_tile,
             clock=clock,
             predictor=self._predictor,
             forget=self._forget,
@@ -235,21 +254,17 @@ class Engine:
             table_width=self.layout.pages_for_tokens(self.max_model_len),
             max_rank=config.max_lora_rank,
             max_adapter_pages=widest if config.enable_lora else 0,
+            prefill_tile=steps.prefill_tile(ops.default_backend()),
         )
 
-    def _pages_that_fit(self) -> int:
+    def _pages_on_host(self) -> int:
+        """The pool of a device that is the host: modest, as nobody said how much memory there is."""
+        sequences = self.config.max_num_seqs * self.layout.pages_for_tokens(self.max_model_len)
+        adapters = max(sequences // 2, self._buckets().max_adapter_pages)
         page_bytes = self.layout.page_bytes(self.dtype.itemsize)
-        stats = jax.devices()[0].memory_stats()
-        if stats is not None and "bytes_limit" in stats:
-            scratch = 1 << 30
-            room = int(stats["bytes_limit"] * self.config.gpu_memory_utilization) - stats["bytes_in_use"] - scratch
-        else:
-            sequences = self.config.max_num_seqs * self.layout.pages_for_tokens(self.max_model_len)
-            adapters = max(sequences // 2, self._buckets().max_adapter_pages)
-            room = min(CPU_POOL_BYTES, (1 + sequences + adapters) * page_bytes)
-        if room < 2 * page_bytes:
-            raise ValueError(f"no room for a page pool: {room} bytes are left and a page takes {page_bytes}")
-        return room // page_bytes
+        if 2 * page_bytes > CPU_POOL_BYTES:
+            raise ValueError(f"no room for a page pool: {CPU_POOL_BYTES} bytes are left and a page takes {page_bytes}")
+        return min(CPU_POOL_BYTES // page_bytes, 1 + sequences + adapters)
 
 
 def _dtype(name: str) -> str:

@@ -19,10 +19,18 @@ class SampledToken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadResult:
-    """An adapter transfer that ended; `error` says why it failed."""
+    """An adapter's load that ended.
+
+    Attributes:
+        error: why it failed; None: it did not.
+        num_bytes: what was sent to the device for it.
+        seconds: from its begin until the adapter could be used.
+    """
 
     content_hash: str
     error: Exception | None = None
+    num_bytes: int = 0
+    seconds: float = 0.0
 
 
 class Executor(Protocol):

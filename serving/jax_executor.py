@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Sequence
-from concurrent import futures
-from concurrent.futures import Future
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +13,10 @@ from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import AdapterPlacement
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.models.step_inputs import Draw, Segment
+from chameleon_jax.models.transfers import PinnedBlock
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
+from chameleon_jax.serving.adapter_loads import AdapterLoads, LoadCounters
 from chameleon_jax.serving.executor import LoadResult, SampledToken
 
 
@@ -30,16 +28,6 @@ class ResidentAdapter:
     pages: Sequence[int]
 
 
-@dataclasses.dataclass
-class _Load:
-    """A transfer under way: blocks come from the host store, go to the device by pieces, and are written to pages."""
-
-    content_hash: str
-    pages: list[int]
-    block: Future[np.ndarray]
-    pieces: deque[tuple[Any, list[int]]] | None = None
-
-
 class JaxExecutor:
     """`Executor` over a `DeviceEngine`.
 
@@ -49,15 +37,21 @@ class JaxExecutor:
     """
 
     def __init__(
-        self, engine: DeviceEngine, store: HostStore, placements: dict[str, AdapterPlacement], transfers_per_load: int = 1
+        self,
+        engine: DeviceEngine,
+        store: HostStore[PinnedBlock],
+        placements: dict[str, AdapterPlacement],
+        transfers_per_load: int = 1,
     ):
         self._engine = engine
-        self._store = store
         self._placements = placements
-        self._transfers_per_load = transfers_per_load
+        self._loads = AdapterLoads(engine, store, transfers_per_load)
+        self._loading: dict[str, ResidentAdapter] = {}
         self._resident: dict[str, ResidentAdapter] = {}
-        self._loads: dict[str, _Load] = {}
-        self._ended: list[LoadResult] = []  # not reported yet: an interrupt may come between two loads
+
+    @property
+    def load_counters(self) -> LoadCounters:
+        return self._loads.counters
 
     def dispatch(self, plan: StepPlan) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
         handle = []
@@ -82,52 +76,20 @@ class JaxExecutor:
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
         self._resident.pop(content_hash, None)
-        self._loads[content_hash] = _Load(content_hash, list(pages), self._store.fetch(content_hash))
+        self._loading[content_hash] = ResidentAdapter(self._placements[content_hash], tuple(pages))
+        self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        if wait and self._loads:
-            waiting = [load.block for load in self._loads.values() if load.pieces is None]
-            if len(waiting) == len(self._loads):
-                futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
-        for load in list(self._loads.values()):
-            result = self._advance(load, wait)
-            if result is not None:
-                del self._loads[load.content_hash]
-                self._ended.append(result)
-        ended, self._ended = self._ended, []
+        ended = self._loads.poll(wait)
+        for result in ended:
+            adapter = self._loading.pop(result.content_hash)
+            if result.error is None:
+                self._resident[result.content_hash] = adapter
         return ended
 
     def cancel_load(self, content_hash: str) -> None:
-        del self._loads[content_hash]
-
-    def _advance(self, load: _Load, wait: bool) -> LoadResult | None:
-        """Moves a load on as far as it goes without waiting: the pieces that have arrived are written."""
-        if load.pieces is None and not load.block.done():
-            return None
-        try:
-            if load.pieces is None:
-                load.pieces = self._split(load.block.result(), load.pages)
-            while load.pieces and (wait or load.pieces[0][0].is_ready()):
-                self._engine.write_adapter(*load.pieces[0])
-                load.pieces.popleft()
-        except Exception as error:  # whatever it is, it belongs to the requests that wait for the adapter
-            return LoadResult(load.content_hash, error)
-        if load.pieces:
-            return None
-        self._resident[load.content_hash] = ResidentAdapter(self._placements[load.content_hash], tuple(load.pages))
-        return LoadResult(load.content_hash)
-
-    def _split(self, block: np.ndarray, pages: list[int]) -> deque[tuple[Any, list[int]]]:
-        """Starts the transfer of a packed adapter `[layers, pages, page_elems]`, piece by piece."""
-        size = self._engine.load_pages
-        pieces: deque[tuple[Any, list[int]]] = deque()
-        for first in range(0, len(pages), size):
-            part = pages[first : first + size]
-            piece = np.zeros((block.shape[0], size, block.shape[2]), block.dtype)
-            piece[:, : len(part)] = block[:, first : first + size]
-            for _ in range(self._transfers_per_load):
-                pieces.append((self._engine.put(piece), part))
-        return pieces
+        del self._loading[content_hash]
+        self._loads.cancel(content_hash)
 
     def _run(
         self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]

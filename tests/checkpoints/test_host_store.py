@@ -5,6 +5,7 @@ import logging
 import stat
 import threading
 import time
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -257,3 +258,62 @@ def test_it_is_a_dictionary_within_its_limit(limit, operations):
         assert store.bytes_in_memory <= min(limit, len(present)) * BLOCK_BYTES
         for seed in present:
             np.testing.assert_array_equal(store.fetch(str(seed)).result(10), block(seed))
+
+
+class Staged:
+    """What a test's `stage` makes of an array: a copy in other words."""
+
+    def __init__(self, array: np.ndarray):
+        self._rows = [row.copy() for row in array]
+        self.nbytes = array.nbytes
+
+    def __array__(self, dtype=None, copy=None):
+        return np.stack(self._rows)
+
+
+@pytest.mark.parametrize("limit", [0, BLOCK_BYTES])
+def test_blocks_are_staged_in_memory_and_plain_on_disk(limit, tmp_path):
+    staged_on = []
+
+    def stage(array):
+        staged_on.append(threading.current_thread())
+        return Staged(array)
+
+    store = HostStore(limit, tmp_path, stage=stage)
+    for name in range(2):
+        store.put(str(name), block(name))
+    assert staged_on == [threading.current_thread()] * 2
+    settle(store, limit)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert list(host_store.safetensors.numpy.load_file(file)) == ["block"]
+    for name in range(2):
+        staged = store.fetch(str(name)).result(10)
+        assert isinstance(staged, Staged)
+        np.testing.assert_array_equal(np.asarray(staged), block(name))
+    settle(store, limit)
+    assert all(thread.name.startswith("host-store") for thread in staged_on[2:]) and len(staged_on) > 2
+    store.close()
+
+
+def test_what_is_in_memory_is_not_staged_again():
+    calls = []
+    store = HostStore(BLOCK_BYTES, stage=lambda array: (calls.append(1), Staged(array))[1])
+    array = block(0)
+    alive = weakref.ref(array)
+    store.put("a", array)
+    del array
+    assert alive() is None  # only what was made of it is kept
+    store.put("a", block(0))
+    assert len(calls) == 1 and store.bytes_in_memory == BLOCK_BYTES
+    store.close()
+
+
+def test_a_block_that_cannot_be_staged_changes_nothing():
+    def full(array):
+        raise MemoryError("no pinned memory")
+
+    store = HostStore(BLOCK_BYTES, stage=full)
+    with pytest.raises(MemoryError, match="pinned"):
+        store.put("a", block(0))
+    assert "a" not in store and store.bytes_in_memory == 0
+    store.close()

@@ -1,8 +1,11 @@
-"""Before jax is imported: no GPU is looked for, and none is needed to choose between matrix products."""
+"""No GPU is looked for, and none is needed to choose between matrix products. What is compiled cannot be loaded, so not cached."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+
+jax.config.update("jax_platforms", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+jax.config.update("jax_enable_compilation_cache", False)

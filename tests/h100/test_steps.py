@@ -16,6 +16,8 @@ from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
 from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.sampling import SamplingMode
+from chameleon_jax.models.step_inputs import pack_draws
 from tests.h100.compiler import compile_for_h100, kernels, operations
 
 MIB = 1 << 20
@@ -67,9 +69,18 @@ def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
     return size
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
-@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (32, 1), (128, 1), (32, 64)], ids=["1", "32", "128", "prefill"])
-@pytest.mark.parametrize("preset,num_layers", [("llama-7b", 32), ("llama-3-8b", 4)])
+@pytest.mark.parametrize(
+    "preset,num_layers,tiles,tile_tokens,lora",
+    [
+        pytest.param("llama-7b", 32, 1, 1, True, id="7b-1-row"),
+        pytest.param("llama-7b", 32, 32, 1, False, id="7b-32-rows-base"),
+        pytest.param("llama-7b", 32, 128, 1, True, id="7b-128-rows"),
+        pytest.param("llama-7b", 32, 32, 64, False, id="7b-prefill-base"),
+        pytest.param("llama-7b", 32, 32, 64, True, id="7b-prefill"),
+        pytest.param("llama-3-8b", 4, 32, 1, True, id="8b-32-rows"),
+        pytest.param("llama-3-8b", 4, 32, 64, True, id="8b-prefill"),
+    ],
+)
 def test_a_step(preset, num_layers, tiles, tile_tokens, lora):
     of = model(preset, num_layers)
     forward = functools.partial(steps.forward, of.graph, layout=of.layout, backend="triton")
@@ -91,3 +102,14 @@ def test_a_step(preset, num_layers, tiles, tile_tokens, lora):
     found = kernels(compiled)
     assert sum(n for name, n in found.items() if "attention" in name) >= num_layers
     assert [found["lora_shrink"], found["lora_expand"]] == [4 * num_layers * lora] * 2
+
+
+@pytest.mark.parametrize("mode", list(SamplingMode))
+def test_sampling_waits_for_nothing(mode):
+    rows, _ = pack_draws({}, 128, 128)
+    head, hidden = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (32_000, 128))
+    slots = jax.ShapeDtypeStruct((129,), jnp.int32)
+    sample_step = functools.partial(steps.sample_step, mode=mode, backend="triton")
+    launched = operations(compile_for_h100(sample_step, head, hidden, slots, rows, donate_argnums=2))
+    assert not {"while", "conditional"} & set(launched)
+    assert launched["fusion"] < 100

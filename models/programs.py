@@ -1,0 +1,148 @@
+"""Every program of an engine, compiled before the first request, and what they need of memory besides weights and pool."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chameleon_jax.models import steps
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.sampling import SamplingMode
+from chameleon_jax.models.step_inputs import pack_draws
+from chameleon_jax.models.steps import DECODE_TILE, StepBuckets
+from chameleon_jax.models.transfers import PieceSizes
+
+Progress = Callable[[int, int], None]
+"""`(programs compiled, programs in all)`."""
+
+STEPS_IN_FLIGHT = 2
+"""The host dispatches a step while the device computes the one before."""
+
+
+class Programs:
+    """Compiles for a pool of `num_pages` what is asked for, once: all of it (`compile_all`) before the first request.
+
+    Args:
+        graph, params: the model, as `nnx.split` takes it apart.
+        head: its output matrix.
+        backend: of the device ops, one of `ops.BACKENDS`.
+        compiler_options: XLA's, beside its defaults.
+
+    Attributes:
+        num_pages: pages of the pool; set before anything is asked for.
+        forward: `(tiles, tile tokens, with adapters) -> steps.forward`.
+        sample: `(rows, mode) -> steps.sample_step`.
+        write: `pages of a piece -> steps.write_adapter`.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        params: Any,
+        head: jax.Array,
+        layout: PageLayout,
+        buckets: StepBuckets,
+        pieces: PieceSizes,
+        dtype: jnp.dtype,
+        backend: str,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        self.num_pages = 0
+        self.forward = _OnDemand(lambda key: self._compile_forward(self.num_pages, *key))
+        self.sample = _OnDemand(lambda key: self._compile_sample(*key))
+        self.write = _OnDemand(lambda size: self._compile_write(self.num_pages, size))
+        self._graph, self._params, self._head = graph, params, head
+        self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
+        self._backend = backend
+        self._options = dict(compiler_options or {})
+        self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
+
+    def keys(self) -> list[tuple[_OnDemand, Any]]:
+        """Every program there is to compile: where it belongs and its key there, what takes longest first."""
+        lora = (True, False) if self._buckets.max_adapter_pages else (False,)
+        tilings = ((size, n) for size in (self._buckets.prefill_tile, DECODE_TILE) for n in reversed(self._buckets.sizes(size)))
+        forwards = [(self.forward, (tiles, size, with_lora)) for size, tiles in tilings for with_lora in lora]
+        samples = [(self.sample, (rows, mode)) for rows in self._buckets.sample_rows for mode in SamplingMode]
+        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
+
+    def compile_all(self, progress: Progress = lambda done, total: None) -> None:
+        """Compiles on a few threads (XLA releases the GIL)."""
+        keys = self.keys()
+        lock, done = threading.Lock(), 0
+
+        def run(program: tuple[_OnDemand, Any]) -> None:
+            nonlocal done
+            programs, key = program
+            programs[key]
+            with lock:
+                done += 1
+                progress(done, len(keys))
+
+        _on_threads(run, keys)
+
+    def scratch_bytes(self) -> int:
+        """What running takes besides weights and pool: the largest step's temporaries and results, as often as steps are in
+        flight, and the adapters on their way. Measured from programs that are compiled for a pool of a few pages: none copies
+        the pool, so its size does not matter."""
+        buckets, lora = self._buckets, self._buckets.max_adapter_pages > 0
+        forwards = [
+            functools.partial(self._compile_forward, 2, buckets.sizes(tile_tokens)[-1], tile_tokens, lora)
+            for tile_tokens in (DECODE_TILE, buckets.prefill_tile)
+        ]
+        samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
+        needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
+        largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
+        return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
+
+    def _pool(self, num_pages: int) -> list[jax.ShapeDtypeStruct]:
+        shape = (num_pages, self._layout.page_elems)
+        return [jax.ShapeDtypeStruct(shape, self._dtype)] * self._layout.config.num_layers
+
+    def _compile_forward(self, num_pages: int, tiles: int, tile_tokens: int, lora: bool) -> Any:
+        fn = functools.partial(steps.forward, self._graph, layout=self._layout, backend=self._backend)
+        inputs = self._buckets.example(tiles, tile_tokens, lora)
+        lowered = jax.jit(fn, donate_argnums=1).lower(self._params, self._pool(num_pages), self._slot_tokens, inputs)
+        return lowered.compile(self._options)
+
+    def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
+        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
+        hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
+        packed, _ = pack_draws({}, rows, self._buckets.max_num_seqs)
+        lowered = jax.jit(fn, donate_argnums=2).lower(self._head, hidden, self._slot_tokens, packed)
+        return lowered.compile(self._options)
+
+    def _compile_write(self, num_pages: int, size: int) -> Any:
+        piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)
+        ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+        lowered = jax.jit(steps.write_adapter, donate_argnums=0).lower(self._pool(num_pages), piece, ids)
+        return lowered.compile(self._options)
+
+
+class _OnDemand(dict[Any, Any]):
+    """Programs by key. One that is not there yet is compiled."""
+
+    def __init__(self, compile_key: Callable[[Any], Any]):
+        super().__init__()
+        self._compile = compile_key
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = compiled = self._compile(key)
+        return compiled
+
+
+def _needs(compiled: Any) -> int:
+    """Bytes of a program's temporaries and of its results that are not arguments' memory."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        return list(threads.map(run, jobs))

@@ -1,0 +1,422 @@
+"""Loads on a device whose transfers and copies end when the test says so."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chameleon_jax.models.transfers import MAX_TRANSFER_BYTES, PieceSizes, PinnedBlock
+from chameleon_jax.serving.adapter_loads import AdapterLoads
+
+LOAD_PAGES = 8
+PAGE_BYTES = MAX_TRANSFER_BYTES // 32  # the bound is four full pieces
+SIZES = PieceSizes(PAGE_BYTES, LOAD_PAGES)
+
+
+class Event:
+    """What a device array tells of itself. Who blocks on it makes it happen."""
+
+    def __init__(self, piece: np.ndarray | None = None):
+        self.piece = piece
+        self.nbytes = 0 if piece is None else piece.shape[1] * PAGE_BYTES
+        self.happened = False
+        self.error: Exception | None = None
+        self.blocked = 0
+
+    def is_ready(self) -> bool:
+        return self.happened
+
+    def block_until_ready(self) -> None:
+        self.blocked += not self.happened
+        self.happened = True
+        if self.error is not None:
+            raise self.error
+
+
+class Staged(np.ndarray):
+    """`[1, pages, 1]`, the adapter's name and the page's number, which claims to be as large as its pages."""
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.shape[1] * PAGE_BYTES
+
+
+class FakeDevice:
+    """Transfers wait on `link`, copies in `writes`; `memory` is the pages' content."""
+
+    def __init__(self):
+        self.link: list[Event] = []  # all that was ever put, in order
+        self.writes: list[Event] = []
+        self.memory: dict[int, float] = {}
+        self.written: list[float] = []
+        self.most_writing = 0
+        self.put_error: Exception | None = None
+
+    def put(self, piece: np.ndarray) -> Event:
+        if self.put_error is not None:
+            raise self.put_error
+        self.link.append(Event(piece))
+        return self.link[-1]
+
+    def write_adapter(self, event: Event, pages: list[int]) -> Event:
+        if not event.happened or event.error is not None:
+            pytest.fail("the pool is written from what is not there")  # not an Exception, which would be the load's
+        content = np.asarray(event.piece)[0, :, 0].tolist()
+        self.memory |= dict(zip(pages, content, strict=True))
+        self.written += content
+        write = Event(event.piece)
+        self.writes.append(write)
+        self.most_writing = max(self.most_writing, sum(w.nbytes for w in self.writes if not w.happened))
+        return write
+
+    def arrive(self, count: int = 1) -> None:
+        for event in [event for event in self.link if not event.happened][:count]:
+            event.happened = True
+
+    def run(self) -> None:
+        for write in self.writes:
+            write.happened = True
+
+
+class FakeStore:
+    """Adapter i has as many pages as `begin` said, each with i + page / 1000 in it."""
+
+    def __init__(self):
+        self.blocks: dict[str, PinnedBlock] = {}
+        self.on_disk: dict[str, Future[PinnedBlock]] = {}
+
+    def fetch(self, name: str) -> Future[PinnedBlock]:
+        if name in self.on_disk:
+            return self.on_disk[name]
+        future: Future[PinnedBlock] = Future()
+        if name in self.blocks:
+            future.set_result(self.blocks[name])
+        else:
+            future.set_exception(KeyError(name))
+        return future
+
+
+def content(number: int, num_pages: int) -> list[float]:
+    return [number + page / 1000 for page in range(num_pages)]
+
+
+class Bench:
+    """Loads over a fake device and a fake store, with pages that are handed out once."""
+
+    def __init__(self, copies: int = 1):
+        self.device, self.store = FakeDevice(), FakeStore()
+        self.loads = AdapterLoads(self.device, self.store, copies)  # type: ignore[arg-type]
+        self.pages: dict[str, list[int]] = {}
+        self._next = 1
+
+    def begin(self, number: int, num_pages: int, name: str | None = None) -> str:
+        name = name or str(number)
+        array = np.array(content(number, num_pages)).reshape(1, -1, 1)
+        ends = np.cumsum(SIZES.split(num_pages))
+        self.store.blocks[name] = PinnedBlock(tuple(p.view(Staged) for p in np.split(array, ends[:-1], axis=1)))
+        self.pages[name] = list(range(self._next, self._next + num_pages))
+        self._next += num_pages
+        self.loads.begin(name, self.pages[name])
+        return name
+
+    def check(self, name: str, number: int) -> None:
+        pages = self.pages[name]
+        assert [self.device.memory[page] for page in pages] == content(number, len(pages))
+
+    def names(self, results) -> list[str]:
+        assert all(result.error is None for result in results)
+        return [result.content_hash for result in results]
+
+
+def numbers_sent(device: FakeDevice) -> list[int]:
+    return [int(np.asarray(event.piece).flat[0]) for event in device.link]
+
+
+def test_a_load_is_sent_at_once_and_written_when_it_has_arrived():
+    bench = Bench()
+    bench.begin(1, 11)
+    assert [event.piece.shape[1] for event in bench.device.link] == [8, 2, 1]
+    assert bench.loads.poll() == [] and not bench.device.writes
+    bench.device.arrive(2)
+    assert bench.loads.poll() == [] and len(bench.device.writes) == 2
+    bench.device.arrive()
+    [result] = bench.loads.poll()
+    assert result.content_hash == "1" and result.error is None
+    assert result.num_bytes == 11 * PAGE_BYTES and result.seconds > 0
+    bench.check("1", 1)
+    assert (bench.loads.counters.loads, bench.loads.counters.bytes) == (1, 11 * PAGE_BYTES)
+    assert bench.loads.counters.seconds == result.seconds and len(bench.loads) == 0
+    assert all(not event.blocked for event in bench.device.link + bench.device.writes)
+
+
+def test_the_oldest_load_has_the_link_first():
+    bench = Bench()
+    for number in (1, 2, 3):
+        bench.begin(number, 5 * LOAD_PAGES)
+    ended = []
+    while len(bench.loads):
+        bench.device.arrive()
+        bench.device.run()
+        ended += bench.names(bench.loads.poll())
+    assert numbers_sent(bench.device) == [1] * 5 + [2] * 5 + [3] * 5
+    assert ended == ["1", "2", "3"]
+
+
+def test_a_small_piece_does_not_pass_a_large_one_of_an_older_load():
+    bench = Bench()
+    bench.begin(1, 3 * LOAD_PAGES + 4)
+    bench.begin(2, LOAD_PAGES)
+    bench.begin(3, 1)
+    assert numbers_sent(bench.device) == [1, 1, 1, 1]
+    bench.device.arrive()
+    bench.loads.poll()
+    assert numbers_sent(bench.device) == [1, 1, 1, 1, 2, 3]
+
+
+def test_a_load_from_disk_does_not_hold_the_link():
+    bench = Bench()
+    bench.store.on_disk["1"] = Future()
+    bench.begin(1, 2 * LOAD_PAGES)
+    bench.begin(2, 6 * LOAD_PAGES)
+    assert numbers_sent(bench.device) == [2] * 4
+    bench.store.on_disk["1"].set_result(bench.store.blocks["1"])
+    bench.device.arrive(2)
+    bench.loads.poll()
+    assert numbers_sent(bench.device) == [2] * 4 + [1] * 2  # it is the older one
+
+
+def test_what_is_on_the_way_is_bounded():
+    bench = Bench()
+    for number in range(6):
+        bench.begin(number, 3 * LOAD_PAGES + number)
+        assert bench.loads.bytes_on_the_way <= MAX_TRANSFER_BYTES
+    while len(bench.loads):
+        bench.device.arrive()
+        bench.loads.poll()
+        unwritten = len(bench.device.link) - len(bench.device.writes)
+        assert unwritten > 0 or not len(bench.loads)  # the link is never idle
+        assert bench.loads.bytes_on_the_way <= MAX_TRANSFER_BYTES
+        bench.device.run()
+    for number in range(6):
+        bench.check(str(number), number)
+
+
+def test_a_piece_larger_than_the_bound_travels_alone(monkeypatch):
+    monkeypatch.setattr("chameleon_jax.serving.adapter_loads.MAX_TRANSFER_BYTES", PAGE_BYTES // 2)
+    bench = Bench()
+    bench.begin(1, 3)
+    while len(bench.loads):
+        assert len(bench.device.link) - len(bench.device.writes) == 1
+        bench.device.arrive()
+        bench.device.run()
+        bench.loads.poll()
+    bench.check("1", 1)
+
+
+def test_what_waits_to_be_written_is_bounded_too():
+    bench = Bench()
+    bench.begin(1, 20 * LOAD_PAGES)
+    for _ in range(10):  # the device is busy with a long step
+        bench.device.arrive(100)
+        assert bench.loads.poll() == []
+    assert len(bench.device.writes) == 4 and len(bench.device.link) == 8
+    assert sum(e.nbytes for e in bench.device.link) == SIZES.device_bytes
+    assert bench.names(bench.loads.poll(wait=True)) == ["1"]
+    assert bench.device.most_writing <= MAX_TRANSFER_BYTES
+    bench.check("1", 1)
+
+
+def test_waiting_ends_with_the_first_load_and_sleeps():
+    bench = Bench()
+    for number in (1, 2):
+        bench.begin(number, 6 * LOAD_PAGES)
+    assert bench.names(bench.loads.poll(wait=True)) == ["1"]
+    assert [event.blocked for event in bench.device.link][:6] == [1] * 6
+    assert bench.names(bench.loads.poll(wait=True)) == ["2"]
+    assert bench.loads.poll(wait=True) == []
+
+
+def test_waiting_for_the_disk():
+    bench = Bench()
+    future: Future[PinnedBlock] = Future()
+    bench.store.on_disk["1"] = future
+    bench.begin(1, 3)
+    cpu = time.thread_time()
+    timer = threading.Timer(0.3, lambda: future.set_result(bench.store.blocks["1"]))
+    timer.start()
+    assert bench.names(bench.loads.poll(wait=True)) == ["1"]
+    assert time.thread_time() - cpu < 0.1
+    timer.join()
+
+
+def test_a_cancelled_load_is_never_written_again_and_counts_until_it_has_arrived():
+    bench = Bench()
+    bench.begin(1, 6 * LOAD_PAGES)
+    bench.device.arrive()
+    bench.loads.poll()
+    bench.loads.cancel("1")
+    assert bench.loads.bytes_on_the_way == MAX_TRANSFER_BYTES  # they still take the device's memory
+    bench.begin(2, LOAD_PAGES)
+    assert numbers_sent(bench.device) == [1] * 5
+    bench.device.arrive(2)
+    assert bench.loads.poll() == []
+    assert numbers_sent(bench.device) == [1] * 5 + [2]
+    bench.device.arrive(100)
+    assert bench.names(bench.loads.poll()) == ["2"]
+    assert Counter(int(n) for n in bench.device.written) == {1: LOAD_PAGES, 2: LOAD_PAGES}
+    assert bench.loads.bytes_on_the_way == 0
+
+
+def test_begun_again_after_it_was_cancelled():
+    bench = Bench()
+    bench.begin(1, 2)
+    old = bench.pages["1"]
+    bench.loads.cancel("1")
+    bench.begin(1, 2)
+    assert bench.names(bench.loads.poll(wait=True)) == ["1"]
+    bench.check("1", 1)
+    assert not set(old) & set(bench.device.memory)
+
+
+def test_cancelled_when_it_has_ended_but_was_not_reported():
+    bench = Bench()
+    bench.device.put_error = RuntimeError("out of memory")
+    bench.begin(1, 2)
+    bench.loads.cancel("1")
+    assert bench.loads.poll() == []
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_transfer_that_fails_ends_its_load_only(wait):
+    bench = Bench()
+    for number in (1, 2):
+        bench.begin(number, LOAD_PAGES + 3)
+    bench.device.link[1].error = OSError("the link is down")
+    bench.device.arrive(0 if wait else 100)
+    results = {}
+    while len(bench.loads):
+        results |= {result.content_hash: result.error for result in bench.loads.poll(wait)}
+    assert results["2"] is None and "link is down" in str(results["1"])
+    bench.check("2", 2)
+    written = len(bench.device.written)
+    bench.device.arrive(100)
+    assert bench.loads.poll() == [] and bench.loads.bytes_on_the_way == 0
+    assert len(bench.device.written) == written and bench.loads.counters.loads == 1
+
+
+def test_a_transfer_that_cannot_start_ends_its_load_only():
+    bench = Bench()
+    bench.begin(1, 1)
+    bench.device.put_error = RuntimeError("out of memory")
+    bench.begin(2, 1)
+    bench.device.put_error = None
+    bench.begin(3, 1)
+    bench.device.arrive(100)
+    assert {r.content_hash: str(r.error) for r in bench.loads.poll()} == {"1": "None", "2": "out of memory", "3": "None"}
+
+
+def test_a_block_that_is_missing_or_of_another_size():
+    bench = Bench()
+    bench.loads.begin("missing", [1, 2])
+    bench.begin(1, 3)
+    bench.loads.cancel("1")
+    bench.loads.begin("1", [7, 8])
+    errors = {result.content_hash: result.error for result in bench.loads.poll()}
+    assert isinstance(errors["missing"], KeyError) and "has 3 pages; it was given 2" in str(errors["1"])
+
+
+def test_copies_are_all_sent():
+    bench = Bench(copies=2)
+    bench.begin(1, LOAD_PAGES + 1)
+    assert [event.piece.shape[1] for event in bench.device.link] == [8, 8, 1, 1]
+    [result] = bench.loads.poll(wait=True)
+    assert result.num_bytes == 2 * (LOAD_PAGES + 1) * PAGE_BYTES
+    bench.check("1", 1)
+
+
+def test_an_interrupt_while_waiting_loses_nothing(monkeypatch):
+    bench = Bench()
+    bench.begin(1, LOAD_PAGES + 1)
+
+    def interrupted(event):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Event, "block_until_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.loads.poll(wait=True)
+    assert bench.names(bench.loads.poll(wait=True)) == ["1"]
+    bench.check("1", 1)
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("begin"), st.integers(1, 40)),
+    st.tuples(st.sampled_from(["arrive", "fail", "run", "cancel", "disk", "poll", "wait"]), st.integers(0, 5)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(operations=st.lists(OPERATIONS, max_size=60))
+def test_whatever_happens(operations):
+    bench = Bench()
+    live: dict[str, int] = {}
+    waiting: list[str] = []  # on disk
+    cancelled: Counter[int] = Counter()
+    doomed: set[str] = set()
+
+    def report(results):
+        for result in results:
+            number = live.pop(result.content_hash)
+            if result.error is None:
+                assert result.content_hash not in doomed
+                bench.check(result.content_hash, number)
+            else:
+                assert result.content_hash in doomed
+
+    for number, (operation, value) in enumerate(operations):
+        if operation == "begin":
+            name = str(number)
+            if value % 3 == 0:
+                bench.store.on_disk[name] = Future()
+                waiting.append(name)
+            live[name] = number
+            bench.begin(number, value)
+        elif operation == "disk" and waiting:
+            name = waiting.pop(value % len(waiting))
+            bench.store.on_disk[name].set_result(bench.store.blocks[name])
+        elif operation == "arrive":
+            bench.device.arrive(value)
+        elif operation == "fail":
+            for event in [event for event in bench.device.link if not event.happened][:1]:
+                event.happened, event.error = True, OSError("lost")
+                doomed.add(str(int(np.asarray(event.piece).flat[0])))
+        elif operation == "run":
+            bench.device.run()
+        elif operation == "cancel" and live:
+            name = list(live)[value % len(live)]
+            bench.loads.cancel(name)
+            gone = live.pop(name)
+            cancelled[gone] = sum(int(n) == gone for n in bench.device.written)
+        elif operation == "poll":
+            report(bench.loads.poll())
+        elif operation == "wait" and set(live) - set(waiting):
+            before = len(live)
+            report(bench.loads.poll(wait=True))
+            assert len(live) < before
+        assert bench.loads.bytes_on_the_way <= MAX_TRANSFER_BYTES
+        assert bench.device.most_writing <= MAX_TRANSFER_BYTES
+    for name in waiting:
+        bench.store.on_disk[name].set_result(bench.store.blocks[name])
+    while live:
+        report(bench.loads.poll(wait=True))
+    for gone, written in cancelled.items():
+        assert sum(int(n) == gone for n in bench.device.written) == written
+    bench.device.arrive(10**6)
+    assert bench.loads.poll() == [] and bench.loads.bytes_on_the_way == 0
