@@ -7,6 +7,8 @@ from typing import Any
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a layer that a LoRA adapter may change, in the order their rows are packed."""
+ATTENTION_TARGETS = TARGETS[:4]
+"""Those that most adapters keep to."""
 
 
 @dataclasses.dataclass(frozen=True)

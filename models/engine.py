@@ -103,8 +103,7 @@ class DeviceEngine:
         """
         inputs, last = pack_step(segments, self.buckets)
         tiles = inputs.tiles.shape[0]
-        tile_tokens = inputs.tokens.shape[0] // tiles
-        forward = self.programs.forward[tiles, tile_tokens, inputs.lora is not None]
+        forward = self.programs.forward[inputs.program]
         hidden, self._pages = forward(self._params, self._pages, self._slot_tokens, inputs)
         if not draws:
             return None

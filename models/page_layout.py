@@ -41,6 +41,11 @@ class AdapterPlacement:
         return np.array([self.ranks.get(t, 0) for t in TARGETS], np.int32)
 
     @functools.cached_property
+    def num_targets(self) -> int:
+        """How many of TARGETS, from the first on, hold all that the adapter has."""
+        return 1 + max(TARGETS.index(t) for t in self.ranks)
+
+    @functools.cached_property
     def start_of_runs(self) -> np.ndarray:
         """`[2 * targets]` int32: A's and B's start of each target in turn."""
         return np.array([self.starts.get(t, (0, 0)) for t in TARGETS], np.int32).ravel()

@@ -37,7 +37,7 @@ class Programs:
 
     Attributes:
         num_pages: pages of the pool; set before anything is asked for.
-        forward: `(tiles, tile tokens, with adapters) -> steps.forward`.
+        forward: `StepInputs.program -> steps.forward`.
         sample: `(rows, mode) -> steps.sample_step`.
         write: `pages of a piece -> steps.write_adapter`.
     """
@@ -64,17 +64,21 @@ class Programs:
         self._options = dict(compiler_options or {})
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
 
-    def keys(self) -> list[tuple[_OnDemand, Any]]:
+    def listing(self) -> list[tuple[_OnDemand, Any]]:
         """Every program there is to compile: where it belongs and its key there, what takes longest first."""
-        lora = (True, False) if self._buckets.max_adapter_pages else (False,)
-        tilings = ((size, n) for size in (self._buckets.prefill_tile, DECODE_TILE) for n in reversed(self._buckets.sizes(size)))
-        forwards = [(self.forward, (tiles, size, with_lora)) for size, tiles in tilings for with_lora in lora]
-        samples = [(self.sample, (rows, mode)) for rows in self._buckets.sample_rows for mode in SamplingMode]
+        buckets = self._buckets
+        forwards = [
+            (self.forward, (tiles, tile_tokens, adapted))
+            for tile_tokens in (buckets.prefill_tile, DECODE_TILE)
+            for tiles in reversed(buckets.sizes(tile_tokens))
+            for adapted in reversed(buckets.adapted(tile_tokens))
+        ]
+        samples = [(self.sample, (rows, mode)) for rows in buckets.sample_rows for mode in SamplingMode]
         return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compiles on a few threads (XLA releases the GIL)."""
-        keys = self.keys()
+        keys = self.listing()
         lock, done = threading.Lock(), 0
 
         def run(program: tuple[_OnDemand, Any]) -> None:
@@ -91,10 +95,10 @@ class Programs:
         """What running takes besides weights and pool: the largest step's temporaries and results, as often as steps are in
         flight, and the adapters on their way. Measured from programs that are compiled for a pool of a few pages: none copies
         the pool, so its size does not matter."""
-        buckets, lora = self._buckets, self._buckets.max_adapter_pages > 0
+        buckets = self._buckets
         forwards = [
-            functools.partial(self._compile_forward, 2, buckets.sizes(tile_tokens)[-1], tile_tokens, lora)
-            for tile_tokens in (DECODE_TILE, buckets.prefill_tile)
+            functools.partial(self._compile_forward, 2, buckets.sizes(size)[-1], size, buckets.adapted(size)[-1])
+            for size in (DECODE_TILE, buckets.prefill_tile)
         ]
         samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
@@ -105,9 +109,9 @@ class Programs:
         shape = (num_pages, self._layout.page_elems)
         return [jax.ShapeDtypeStruct(shape, self._dtype)] * self._layout.config.num_layers
 
-    def _compile_forward(self, num_pages: int, tiles: int, tile_tokens: int, lora: bool) -> Any:
+    def _compile_forward(self, num_pages: int, tiles: int, tile_tokens: int, adapted: int) -> Any:
         fn = functools.partial(steps.forward, self._graph, layout=self._layout, backend=self._backend)
-        inputs = self._buckets.example(tiles, tile_tokens, lora)
+        inputs = self._buckets.example(tiles, tile_tokens, adapted)
         lowered = jax.jit(fn, donate_argnums=1).lower(self._params, self._pool(num_pages), self._slot_tokens, inputs)
         return lowered.compile(self._options)
 

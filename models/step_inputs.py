@@ -63,13 +63,15 @@ def pack_step(segments: Sequence[Segment], buckets: StepBuckets) -> tuple[StepIn
         tile += count
         last.append(tile - 1)
     lora = None
-    if any(a is not None for a in adapters):
+    needed = max((a.placement.num_targets for a in adapters if a is not None), default=0)
+    if needed:
         lora = plan_batch(
             adapters,
             tiles=tiles,
             tile_tokens=size,
             max_rank=buckets.max_rank,
             max_pages=buckets.max_adapter_pages,
+            num_targets=min(n for n in buckets.adapted(size) if n >= needed),
         )
     return StepInputs(tokens=tokens, tiles=table, lora=lora), last
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops.batched_lora import LoraPlan, batched_lora, plan_batch, resolve
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
@@ -42,6 +43,12 @@ class StepInputs:
     tokens: jax.Array | np.ndarray
     tiles: jax.Array | np.ndarray
     lora: LoraPlan | None = None
+
+    @property
+    def program(self) -> tuple[int, int, int]:
+        """What tells the programs apart: tiles, tokens of a tile, and how many of TARGETS are adapted."""
+        tiles = self.tiles.shape[0]
+        return tiles, self.tokens.shape[0] // tiles, 0 if self.lora is None else self.lora.num_targets
 
 
 def forward(
@@ -85,6 +92,8 @@ def forward(
         targets = resolve(inputs.lora, layout, tile_tokens)
 
         def adapt(names: tuple[str, ...], y: jax.Array, x: jax.Array, pages: jax.Array) -> jax.Array:
+            if not targets.adapts(names):
+                return y
             with jax.named_scope("lora"):
                 return batched_lora(y, x, pages, targets, names, backend=backend)
 
@@ -138,6 +147,8 @@ class StepBuckets:
         max_rank: largest LoRA rank.
         max_adapter_pages: pages of the largest adapter; 0: no adapters are served and no LoRA program is compiled.
         prefill_tile: tokens of one sequence handled as a unit in prefill.
+        attention_alone: whether batches whose adapters keep to ATTENTION_TARGETS decode with programs of their own. On a GPU
+            what is launched costs time even where it finds nothing to do.
     """
 
     max_num_seqs: int
@@ -146,6 +157,7 @@ class StepBuckets:
     max_rank: int
     max_adapter_pages: int
     prefill_tile: int = PREFILL_TILE
+    attention_alone: bool = False
 
     @property
     def decode(self) -> tuple[int, ...]:
@@ -166,12 +178,24 @@ class StepBuckets:
         """The smallest bucket that holds `needed` tiles."""
         return next(n for n in self.sizes(tile_tokens) if n >= needed)
 
-    def example(self, tiles: int, tile_tokens: int, lora: bool) -> StepInputs:
+    def adapted(self, tile_tokens: int) -> tuple[int, ...]:
+        """How many of TARGETS the programs for such tiles adapt, a program for each number."""
+        if not self.max_adapter_pages:
+            return (0,)
+        alone = self.attention_alone and tile_tokens == DECODE_TILE
+        return (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
+
+    def example(self, tiles: int, tile_tokens: int, adapted: int) -> StepInputs:
         """A step's inputs as shapes, to compile for."""
         plan = None
-        if lora:
+        if adapted:
             plan = plan_batch(
-                [], tiles=tiles, tile_tokens=tile_tokens, max_rank=self.max_rank, max_pages=self.max_adapter_pages
+                [],
+                tiles=tiles,
+                tile_tokens=tile_tokens,
+                max_rank=self.max_rank,
+                max_pages=self.max_adapter_pages,
+                num_targets=adapted,
             )
         shapes = StepInputs(
             tokens=np.zeros(tiles * tile_tokens, np.int32),

@@ -255,6 +255,7 @@ class Engine:
             max_rank=config.max_lora_rank,
             max_adapter_pages=widest if config.enable_lora else 0,
             prefill_tile=steps.prefill_tile(ops.default_backend()),
+            attention_alone=ops.default_backend() == "triton",
         )
 
     def _pages_on_host(self) -> int:

@@ -98,6 +98,8 @@ class JaxExecutor:
         if result is None:
             return []
         sampled, rows = result
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()  # on its way while the next step is dispatched
         return [(sampled, [(rows[i], requests[i]) for i in draws])]
 
     def _chunk(self, chunk: PrefillChunk) -> Segment:

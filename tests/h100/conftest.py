@@ -1,4 +1,4 @@
-"""No GPU is looked for, and none is needed to choose between matrix products. What is compiled cannot be loaded, so not cached."""
+"""No GPU is looked for, and none is needed to choose matrix products; what is compiled cannot be loaded, so no cache."""
 
 from __future__ import annotations
 

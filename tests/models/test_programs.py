@@ -41,17 +41,17 @@ def test_everything_is_compiled_once():
     made, seen = programs(), []
     made.num_pages = 40
     made.compile_all(lambda done, total: seen.append((done, total)))
-    assert set(made.forward) == {(n, 1, lora) for n in (1, 2) for lora in (False, True)} | {(1, 32, False), (1, 32, True)}
+    assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
     assert set(made.sample) == {(n, mode) for n in (1, 2) for mode in SamplingMode}
     assert set(made.write) == set(PIECES.all)
     total = len(made.forward) + len(made.sample) + len(made.write)
     assert seen == [(i, total) for i in range(1, total + 1)]
-    assert made.forward[2, 1, True] is made.forward[2, 1, True]
+    assert made.forward[2, 1, 7] is made.forward[2, 1, 7]
 
 
 def test_no_adapters_no_lora_programs():
     made = programs(dataclasses.replace(BUCKETS, max_adapter_pages=0), PieceSizes.fit(LAYOUT.page_bytes(4), 0))
-    assert not any(programs is made.write or key[-1] is True for programs, key in made.keys())
+    assert not any(programs is made.write or key[-1] == 7 for programs, key in made.listing())
 
 
 def test_a_7b_on_a_gpu_has_few_programs():
@@ -63,13 +63,14 @@ def test_a_7b_on_a_gpu_has_few_programs():
         max_rank=128,
         max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
         prefill_tile=64,
+        attention_alone=True,
     )
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(PRESETS["llama-7b"], jnp.dtype("bfloat16"), nnx.Rngs(0))))
     pieces = PieceSizes.fit(layout.page_bytes(2), buckets.max_adapter_pages)
     head = jax.ShapeDtypeStruct((32_000, 4096), jnp.bfloat16)
     made = Programs(graph, params, head, layout, buckets, pieces, jnp.dtype("bfloat16"), "triton")
-    counts = [sum(kind is programs for programs, _ in made.keys()) for kind in (made.forward, made.sample, made.write)]
-    assert counts == [32, 30, 2]
+    counts = [sum(kind is programs for programs, _ in made.listing()) for kind in (made.forward, made.sample, made.write)]
+    assert counts == [40, 30, 2]
 
 
 def test_scratch_is_what_two_of_the_largest_steps_take():

@@ -42,17 +42,23 @@ class LoraPlan:
     """What the host sends of the adapters in a batch. Four arrays, so that a dispatch has few arguments.
 
     Attributes:
-        adapters: `[tiles, 2 * targets + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
+        adapters: `[tiles, 2 * len(TARGETS) + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
             (`PageLayout.place`), then its pages.
         rank_rows: `[targets, capacity]` int32 codes, -1 where a block is not full.
         first_blocks: `[targets, windows + 1]` int32, blocks of all windows before each one; the last is their number.
         tile_adapter: `[tiles]` int32, the batch's index of each tile's adapter, -1 for the base model.
+
+    `targets` are the first so many of TARGETS: the program that takes the plan adapts no others.
     """
 
     adapters: jax.Array | np.ndarray
     rank_rows: jax.Array | np.ndarray
     first_blocks: jax.Array | np.ndarray
     tile_adapter: jax.Array | np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        return self.rank_rows.shape[0]
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +97,10 @@ class LoraTargets:
         """`[targets]` int32."""
         return self.first_blocks[:, -1]
 
+    def adapts(self, names: Sequence[str]) -> bool:
+        """Whether the program may find rows for any of `names`."""
+        return TARGETS.index(names[0]) < self.first_blocks.shape[0]
+
 
 def window_tiles(tiles: int, tile_tokens: int) -> int:
     """Tiles of a window: 16 rows in decode, the fewest that a tensor core multiplies, 128 tokens in prefill."""
@@ -98,7 +108,13 @@ def window_tiles(tiles: int, tile_tokens: int) -> int:
 
 
 def plan_batch(
-    tile_adapters: Sequence[PlacedAdapter | None], *, tiles: int, tile_tokens: int, max_rank: int, max_pages: int
+    tile_adapters: Sequence[PlacedAdapter | None],
+    *,
+    tiles: int,
+    tile_tokens: int,
+    max_rank: int,
+    max_pages: int,
+    num_targets: int = len(TARGETS),
 ) -> LoraPlan:
     """Lists the rank rows of a batch (host).
 
@@ -107,14 +123,15 @@ def plan_batch(
             side by side share reads.
         max_rank: capacity is for every tile to have another adapter of this rank.
         max_pages: pages of the largest adapter that is served.
+        num_targets: how many of TARGETS, from the first on; no adapter of the batch has others.
     """
     # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
     step = window_tiles(tiles, tile_tokens)
     windows = -(-tiles // step)
     adapters = np.zeros((tiles, 2 * len(TARGETS) + max_pages), np.int32)
-    rank_rows = np.full((len(TARGETS), capacity), -1, np.int32)
-    first_blocks = np.zeros((len(TARGETS), windows + 1), np.int32)
+    rank_rows = np.full((num_targets, capacity), -1, np.int32)
+    first_blocks = np.zeros((num_targets, windows + 1), np.int32)
     tile_adapter = np.full(tiles, -1, np.int32)
 
     index: dict[int, int] = {}
@@ -133,12 +150,13 @@ def plan_batch(
     with_adapter = np.flatnonzero(tile_adapter >= 0)
     entries = np.unique(with_adapter // step * tiles + tile_adapter[with_adapter])
     window, owner = np.divmod(entries, tiles)
-    ranks = np.array([a.placement.rank_of_targets for a in distinct], np.int64).reshape(-1, len(TARGETS))[owner].T
+    ranks = np.array([a.placement.rank_of_targets for a in distinct], np.int64).reshape(-1, len(TARGETS))
+    ranks = ranks[owner, :num_targets].T
     rows = ranks @ (window[:, None] == np.arange(windows))
     first_blocks[:, 1:] = np.cumsum(-(-rows // BLOCK_ROWS), axis=1)
     # where an entry's rows begin: its window's first block, then what the entries before it in the window take
     before = np.cumsum(ranks, axis=1) - ranks - (np.cumsum(rows, axis=1) - rows)[:, window]
-    begin = np.arange(len(TARGETS))[:, None] * capacity + first_blocks[:, window] * BLOCK_ROWS + before
+    begin = np.arange(num_targets)[:, None] * capacity + first_blocks[:, window] * BLOCK_ROWS + before
     counts = ranks.ravel()
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     codes = np.broadcast_to(owner * MAX_RANK, ranks.shape).ravel()
@@ -155,7 +173,7 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     owner = jnp.where(valid, rank_rows // MAX_RANK, 0)
     row = jnp.where(valid, rank_rows % MAX_RANK, 0)
     per_target = []
-    for t, target in enumerate(TARGETS):
+    for t, target in enumerate(TARGETS[: plan.num_targets]):
         sides = []
         for side, width in enumerate(layout.config.target_shape(target)):
             start = adapters[owner[t], 2 * t + side]

@@ -131,3 +131,18 @@ def test_the_worst_case_fits():
     _, adapters = make_pool([{t: 256 for t in TARGETS}] * 8)
     plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
     assert (plan.rank_rows >= 0).sum() == 7 * 8 * 256
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_a_program_for_attention_alone_has_nothing_of_the_others(backend):
+    pool, adapters = make_pool([{t: r for t in TARGETS[:4]} for r in (3, 40)])
+    plan = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES, num_targets=4)
+    whole = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES)
+    np.testing.assert_array_equal(plan.rank_rows, whole.rank_rows[:4])
+    targets = resolve(plan, LAYOUT, 1)
+    assert [targets.adapts(names) for names in GROUPS] == [True, True, False, False]
+    x = jnp.ones((4, CONFIG.hidden_size))
+    y = jnp.zeros((4, sum(CONFIG.target_shape(t)[1] for t in GROUPS[0])))
+    got = [compiled(backend)(y, x, pool, resolve(p, LAYOUT, 1), GROUPS[0]) for p in (plan, whole)]
+    np.testing.assert_array_equal(*got)
+    assert np.abs(got[0]).sum() > 0

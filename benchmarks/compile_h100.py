@@ -1,0 +1,154 @@
+"""What an NVIDIA H100 would run, compiled on a machine that has none: `python -m benchmarks.compile_h100`.
+
+It proves lowering, launches, memory and the absence of copies, and nothing about speed. Needs jax's CUDA plugin beside jax, but
+no CUDA library (`make h100` installs it apart). Matrix products are not tuned, which takes a GPU: a run there launches others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.machine import describe, publish
+from chameleon_jax.models import steps
+from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
+from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.page_layout import PageLayout
+
+H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+ block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+ device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536 } platform_name: "CUDA"
+ dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3" """
+"""What XLA's target config says of the device."""
+
+
+LAYER_BYTES = 512 << 20
+"""Of the pool: 16 GiB over Llama-7B's layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model and its pool as shapes, and the buckets of a server of 128 requests."""
+
+    config: LlamaConfig
+    layout: PageLayout
+    buckets: steps.StepBuckets
+    graph: nnx.GraphDef
+    params: nnx.State
+    pages: list[jax.ShapeDtypeStruct]
+
+    @classmethod
+    def of(cls, preset: str, num_layers: int | None = None) -> Model:
+        config = PRESETS[preset]
+        config = dataclasses.replace(config, num_layers=num_layers or config.num_layers)
+        layout = PageLayout.for_model(config)
+        buckets = steps.StepBuckets(
+            max_num_seqs=128,
+            max_prefill_tokens=2048,
+            table_width=layout.pages_for_tokens(2048),
+            max_rank=128,
+            max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
+            prefill_tile=steps.prefill_tile("triton"),
+            attention_alone=True,
+        )
+        graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype("bfloat16"), nnx.Rngs(0))))
+        page = jax.ShapeDtypeStruct((LAYER_BYTES // 2 // layout.page_elems, layout.page_elems), jnp.bfloat16)
+        return cls(config, layout, buckets, graph, params, [page] * config.num_layers)
+
+    def compile_step(self, tiles: int, tile_tokens: int, adapted: int) -> Any:
+        forward = functools.partial(steps.forward, self.graph, layout=self.layout, backend="triton")
+        slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)
+        inputs = self.buckets.example(tiles, tile_tokens, adapted)
+        return compile_for_h100(forward, self.params, self.pages, slots, inputs, donate_argnums=1)
+
+
+@functools.cache
+def _sharding() -> NamedSharding:
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("x",)), PartitionSpec())
+
+
+def _for_gpu() -> contextlib.AbstractContextManager[Any]:
+    """Since jax 0.11 Pallas asks while it lowers what GPU it is for."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    )
+
+
+def compile_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
+    """The compiled program; `args` are pytrees of anything with a shape and a dtype."""
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding()), args)
+    with _for_gpu():
+        return jax.jit(fn, **jit_options).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+
+
+def operations(compiled: Any) -> Counter[str]:
+    """How often each HLO operation stands in the program's entry: what is launched, one by one."""
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY") :]
+    return Counter(re.findall(r"^  %?\S+ = .*? ([a-z][a-z0-9-]*)\(", entry, re.MULTILINE))
+
+
+def kernels(compiled: Any) -> Counter[str]:
+    """Launches of Pallas kernels by name."""
+    text = compiled.as_text()
+    calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line and "custom-call(" in line]
+    return Counter(re.findall(r'\bname = "(\w+)"', line)[-1] for line in calls)
+
+
+LAUNCHES = ("fusion", "custom-call", "copy", "scatter", "gather", "dot", "while", "conditional")
+
+
+def step_row(model: Model, name: str, tiles: int, tile_tokens: int, adapted: int) -> dict[str, Any]:
+    begin = time.perf_counter()
+    compiled = model.compile_step(tiles, tile_tokens, adapted)
+    seconds = time.perf_counter() - begin
+    memory, launched = compiled.memory_analysis(), operations(compiled)
+    return {
+        "step": name,
+        "adapters": {0: "none", 4: "q k v o", 7: "all seven"}[adapted],
+        "launches": sum(launched[kind] for kind in LAUNCHES),
+        "a layer": round(sum(launched[kind] for kind in LAUNCHES) / model.config.num_layers, 1),
+        "of them kernels of ours": sum(kernels(compiled).values()),
+        "pool aliased": f"{memory.alias_size_in_bytes / (len(model.pages) * LAYER_BYTES):.0%}",
+        "temporaries, MiB": round(memory.temp_size_in_bytes / 2**20, 1),
+        "compiled in, s": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-7b", help="a preset's name")
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    args = parser.parse_args()
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    model = Model.of(args.model)
+    shapes = [(f"decode, {n} rows", n, 1) for n in (1, 32, 128)] + [("prefill, 2048 tokens", 32, model.buckets.prefill_tile)]
+    table = [step_row(model, *shape, adapted) for shape in shapes for adapted in model.buckets.adapted(shape[-1])]
+    publish(describe("python -m benchmarks.compile_h100") | {"model": args.model, "table": table}, args.out)
+
+
+if __name__ == "__main__":
+    main()
