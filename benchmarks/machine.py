@@ -42,8 +42,16 @@ def gpu_name() -> str | None:
     return "; ".join(listed.stdout.split("\n")[:-1]) if listed.returncode == 0 else None
 
 
-def publish(result: dict[str, Any], out: Path | None) -> None:
-    """Prints a result, its `table` (a list of rows) in Markdown, and writes it as JSON where `out` is given."""
+def publish(result: dict[str, Any], out: Path | None, quiet: bool = False) -> None:
+    """Prints a result, its `table` (a list of rows) in Markdown, and writes it as JSON where `out` is given.
+
+    Args:
+        quiet: only writes.
+    """
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if quiet:
+        return
     for key, value in result.items():
         if key != "table":
             print(f"{key}: {value}")
@@ -53,8 +61,6 @@ def publish(result: dict[str, Any], out: Path | None) -> None:
             header = list(row)
             print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_bandwidth(threads: int | None = None, mbytes: int = 512, repeat: int = 5) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulate import STOP, TOKEN
+from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.length_predictor import LengthPredictor
-from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import LoRARequest, Request, SamplingParams
@@ -47,23 +47,20 @@ class BenchmarkEngine(Engine):
     """`Engine` whose weights, programs and adapters in host memory outlive the loop."""
 
     def add_random_loras(self, ranks: Sequence[int], seed: int = 0) -> None:
-        """Names `adapter-i`, of rank ranks[i] on q, k, v and o. Their weights are cuts of one random array."""
-        shapes = [self.model_config.target_shape(target) for target in ATTENTION]
+        """Names `adapter-i`, of rank ranks[i] on q, k, v and o. Those of one rank have the same random values, each in memory
+        of its own: packing hundreds of large adapters takes minutes, and nothing measured depends on what is in them."""
         rng = np.random.default_rng(seed)
-        values = rng.standard_normal(4 * max(ranks) * max(map(max, shapes)), np.float32) * np.float32(0.02)
-
-        def cut(*shape: int) -> np.ndarray:
-            size = int(np.prod(shape))
-            first = int(rng.integers(len(values) - size + 1))
-            return values[first : first + size].reshape(shape)
-
-        for i, rank in enumerate(ranks):
-            tensors = {
-                (layer, target): (cut(rank, d_in), cut(d_out, rank))
-                for layer in range(self.model_config.num_layers)
-                for target, (d_in, d_out) in zip(ATTENTION, shapes)
-            }
-            self.add_lora_weights(f"adapter-{i}", AdapterWeights(tensors))
+        for rank in dict.fromkeys(ranks):
+            placement = self.layout.place(dict.fromkeys(ATTENTION, rank))
+            shape = (self.model_config.num_layers, placement.num_pages, self.layout.page_elems)
+            block = (rng.standard_normal(shape, np.float32) * np.float32(0.02)).astype(self.dtype)
+            num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
+            for i in [i for i, other in enumerate(ranks) if other == rank]:
+                info = AdapterInfo(f"adapter-{i}-of-rank-{rank}", rank, placement.num_pages, num_bytes)
+                self.store.put(info.content_hash, block.copy())
+                self._placements[info.content_hash] = placement
+                self.registry.set(f"adapter-{i}", info)
+                self.loop.add_adapter(info)
 
     def restart(
         self,
@@ -92,6 +89,7 @@ class BenchmarkEngine(Engine):
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
+            prefill_tile=self.device.buckets.prefill_tile,
             clock=clock,
             predictor=predictor,
             forget=self._forget,

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import serve
+from benchmarks import serve, serve_curve
 from benchmarks.serving.calibrate import STEP_TERMS, Timings, fit, slowness
 from benchmarks.serving.comparison import Settings, build_engine
 from benchmarks.simulate import STOP, step_tokens
@@ -136,3 +136,16 @@ def test_the_command_writes_what_it_measured_and_predicted(engine, tmp_path):
 def test_a_system_that_bounds_stalls_may_take_longer_prompts():
     assert step_tokens("chameleon", 128) == 128
     assert step_tokens("chameleon-plus", 128) == 512
+
+
+def test_a_curve_has_every_system_at_every_load(tmp_path, monkeypatch):
+    app = typer.Typer()
+    app.command()(serve_curve.main)
+    sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
+    traffic = "--rps 4 --rps 2 --duration 1.5 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
+    out = tmp_path / "curve.json"
+    result = CliRunner().invoke(app, ["tiny", *sizes.split(), *traffic.split(), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    table = json.loads(out.read_text())["table"]
+    assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (2, 4) for s in ("fifo", "s-lora")]
+    assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)
