@@ -1,7 +1,8 @@
 """Time to first token against load, measured on the engine: `python -m benchmarks.serve_curve`.
 
 Without arguments what the paper serves, on a GPU: Llama-7B of random weights, 200 adapters of ranks 8 to 128 on q k v o, and
-Azure's conversation lengths cut to fit 2048 tokens. One engine; at each load, the lowest first, all systems get the same requests.
+Azure's conversation lengths cut to fit 2048 tokens. One engine; at each load, the lowest first, all systems get the same
+requests.
 """
 
 from __future__ import annotations

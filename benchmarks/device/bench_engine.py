@@ -1,0 +1,124 @@
+"""An engine to measure: random weights, a pool full of random numbers, programs compiled as they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.engine import DeviceEngine
+from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.page_layout import AdapterPlacement
+from chameleon_jax.models.step_inputs import Draw, Segment, pack_draws, pack_step
+
+SCALE_OF_ROWS = 0.02
+"""Standard deviation of what the pool holds, as KV and as LoRA rows: adapters then change what a layer gives by as much as it
+is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """An adapter in the pool."""
+
+    placement: AdapterPlacement
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step that can be run again and again.
+
+    Attributes:
+        floor_bytes: what it must read: the weights but for the embedding, each row's KV, each adapter's rows.
+        note: what is not as asked for; empty where all is.
+    """
+
+    segments: list[Segment]
+    draws: dict[int, Draw]
+    floor_bytes: float
+    note: str
+
+
+class BenchEngine(DeviceEngine):
+    """A `DeviceEngine` whose programs are compiled as they are used, and whose pool and steps can be reached."""
+
+    def prepare(self, batches: Iterable[Batch]) -> tuple[int, float]:
+        """Compiles the forward programs of some steps, on some threads; returns how many and the seconds."""
+        begin = time.perf_counter()
+        keys = dict.fromkeys(pack_step(batch.segments, self.buckets)[0].program for batch in batches)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+            list(threads.map(self.programs.forward.__getitem__, keys))
+        return len(keys), time.perf_counter() - begin
+
+    def fill(self, seed: int = 0) -> None:
+        """Random numbers in all pages; pages that are far from one another are copies."""
+        shape, dtype = self._pages[0].shape, self.dtype
+        few = min(shape[0], 61)
+
+        @jax.jit
+        def draw(key: jax.Array) -> jax.Array:
+            some = jax.random.normal(key, (few, shape[1]), dtype) * SCALE_OF_ROWS
+            return some[jnp.arange(shape[0]) % few]
+
+        for i, key in enumerate(jax.random.split(jax.random.key(seed), len(self._pages))):
+            self._pages[i].delete()  # there is not room for two
+            self._pages[i] = draw(key)
+        vocab = self.layout.config.vocab_size
+        self._slot_tokens = jax.random.randint(jax.random.key(seed), self._slot_tokens.shape, 0, vocab, jnp.int32)
+        self.block_until_ready()
+
+    def packed(self, batch: Batch) -> Callable[[], jax.Array]:
+        """Dispatches the step with arguments that are on the device already: what remains is the device's time."""
+        inputs, last = pack_step(batch.segments, self.buckets)
+        tiles = inputs.tiles.shape[0]
+        rows, mode = pack_draws({last[i]: d for i, d in batch.draws.items()}, tiles, self.buckets.max_num_seqs)
+        forward = self.programs.forward[inputs.program]
+        sample = self.programs.sample[tiles, mode]
+        inputs, rows = jax.device_put((inputs, rows), self._memory)
+
+        def step() -> jax.Array:
+            hidden, self._pages = forward(self._params, self._pages, self._slot_tokens, inputs)
+            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, rows)
+            return sampled.tokens
+
+        return step
+
+    def through(self, program: Callable[..., list[jax.Array]], *arguments: Any) -> jax.Array:
+        """Runs a program that takes the pool, donated, and returns it."""
+        self._pages = program(self._pages, *arguments)
+        return self._pages[-1]
+
+    @property
+    def pool(self) -> list[jax.Array]:
+        """A layer each. Whoever runs a step afterwards must ask again."""
+        return self._pages
+
+    @property
+    def head(self) -> jax.Array:
+        return self._head
+
+    @property
+    def ready(self) -> bool:
+        """Whether the pool is there: a step that failed took it along."""
+        return not any(layer.is_deleted() for layer in self._pages)
+
+
+def random_weights(config: LlamaConfig, dtype: jnp.dtype, seed: int = 0) -> Llama:
+    """As `llama.random_model`, with a small program for each shape instead of a large one for all."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0))))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    @jax.jit(static_argnums=1)
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.ones(shape, dtype) if len(shape) == 1 else jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+    return nnx.merge(graph, jax.tree.unflatten(tree, [draw(key, leaf.shape) for key, leaf in zip(keys, leaves)]))

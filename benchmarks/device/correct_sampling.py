@@ -1,0 +1,79 @@
+"""Sampling: greedy is the argmax, draws are the CPU's and have the distribution that they should."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.device.report import Case, Row
+from benchmarks.device.scale import Scale, on_gpu
+from chameleon_jax.models.sampling import MAX_BANNED, SamplingMode, SamplingRows, sample
+
+
+def cases(scale: Scale) -> list[Case]:
+    return [
+        Case("sampling, tokens", functools.partial(tokens, scale)),
+        Case("sampling, distribution", functools.partial(distribution, 2048 if scale.dtype == "float32" else 16384)),
+    ]
+
+
+def _rows(seeds: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, banned: int = -1) -> SamplingRows:
+    count = len(seeds)
+    integers = np.full((count, 5 + MAX_BANNED), -1, np.int32)
+    integers[:, :5] = np.stack([np.arange(count), np.arange(count) % 97, seeds, 0 * seeds, 0 * seeds + top_k], 1)
+    integers[:, 5] = banned
+    return SamplingRows(integers, np.tile(np.array([temperature, top_p, 0.0], np.float32), (count, 1)))
+
+
+def tokens(scale: Scale) -> list[Row]:
+    """A vocabulary of the model's size."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((64, scale.config.vocab_size), np.float32) * 3
+    best = logits.argmax(1)
+    seeds = rng.integers(0, 1 << 30, 64).astype(np.int32)
+    compiled = jax.jit(sample, static_argnums=(2, 3))
+
+    def draw(rows: SamplingRows, mode: SamplingMode, device: jax.Device | None = None) -> np.ndarray:
+        guesses = 7 if on_gpu() and device is None else 1  # as `sample_step` has it
+        with jax.default_device(device):
+            return np.asarray(compiled(jnp.asarray(logits), jax.tree.map(jnp.asarray, rows), mode, guesses).tokens)
+
+    def row(name: str, wrong: int, allowed: int = 0) -> Row:
+        return {"check": f"sampling, {name}", "error": f"{wrong} of 64", "limit": allowed, "ok": wrong <= allowed}
+
+    masked = logits.copy()
+    masked[np.arange(64), best[0]] = -np.inf
+    drawn = draw(_rows(seeds, 0.8, 50, 0.9), SamplingMode.RANDOM)
+    here = draw(_rows(seeds, 0.8, 50, 0.9), SamplingMode.RANDOM, jax.devices("cpu")[0])
+    rows = [
+        row("greedy", int((draw(_rows(seeds, 0.0), SamplingMode.GREEDY) != best).sum())),
+        row("greedy rows of a random batch", int((draw(_rows(seeds, 0.0), SamplingMode.RANDOM) != best).sum())),
+        row("top_k 1", int((draw(_rows(seeds, 1.0, 1), SamplingMode.RANDOM) != best).sum())),
+        row("banned", int((draw(_rows(seeds, 0.0, banned=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())),
+        # where two tokens are a rounding apart they may change places
+        row("random, as on the CPU", int((drawn != here).sum()), 1),
+    ]
+    within = np.take_along_axis(logits, drawn[:, None], 1)[:, 0] >= np.sort(logits, 1)[:, -50]
+    return [*rows, row("random, inside top_k", int((~within).sum()))]
+
+
+def distribution(count: int) -> list[Row]:
+    """Total variation between what was drawn and the softmax; the limit is far above what chance leaves."""
+    logits = np.random.default_rng(1).standard_normal(32).astype(np.float32)
+    seeds = np.arange(count, dtype=np.int32) * 7919
+    compiled = jax.jit(sample, static_argnums=2)
+    drawn = compiled(jnp.tile(logits, (count, 1)), _rows(seeds, 0.7), SamplingMode.RANDOM).tokens
+    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    distance = 0.5 * np.abs(np.bincount(np.asarray(drawn), minlength=32) / count - expected).sum()
+    limit = 0.5 * 32**0.5 / count**0.5 * 2
+    return [
+        {
+            "check": f"sampling, {count} draws",
+            "error": f"{distance:.1e}",
+            "limit": round(limit, 3),
+            "ok": bool(distance < limit),
+        }
+    ]

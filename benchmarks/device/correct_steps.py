@@ -1,0 +1,188 @@
+"""The whole model: prompts and then decode steps, the kernels beside the reference, with the same weights and tokens.
+
+Weights are bfloat16's, so that the model in float32 is the same function and says what bfloat16 costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.device.bench_engine import SCALE_OF_ROWS, Placed, random_weights
+from benchmarks.device.correct_ops import worst
+from benchmarks.device.report import Case, Row
+from benchmarks.device.scale import Scale, on_gpu
+from chameleon_jax.models import steps
+from chameleon_jax.models.config import TARGETS
+from chameleon_jax.models.llama import logits
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.step_inputs import Segment, pack_step
+
+DECODE_STEPS = 4
+STEP_LIMIT = 1e-3
+"""Of float32 after all layers, whose roundings add up."""
+BFLOAT16_LIMIT = 5e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run gave at each step: hidden states `[rows, hidden]` of the prompts, and the next tokens `[rows]`."""
+
+    hidden: list[np.ndarray]
+    tokens: list[np.ndarray]
+
+
+class Sequences:
+    """Prompts with adapters of mixed ranks on all targets, one without, and what they hold of the pool."""
+
+    def __init__(self, scale: Scale):
+        rng = np.random.default_rng(5)
+        self.layout = layout = PageLayout.for_model(scale.config)
+        tile = scale.prefill_tile
+        lengths = [tile, 2 * tile + 3, tile - 1, 1, 2 * tile, tile // 2][: len(scale.ranks) + 1]
+        self.prompts = [rng.integers(0, scale.config.vocab_size, n).tolist() for n in lengths]
+        width = layout.pages_for_tokens(max(lengths) + DECODE_STEPS)
+        placements = [layout.place(dict.fromkeys(TARGETS, rank)) for rank in scale.ranks]
+        self.num_pages = 1 + len(lengths) * width + sum(p.num_pages for p in placements)
+        deal = iter((1 + rng.permutation(self.num_pages - 1)).tolist())
+        self.tables = [tuple(itertools.islice(deal, width)) for _ in lengths]
+        self.adapters: list[Placed | None] = [Placed(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements]
+        self.adapters.append(None)
+        tiles = sum(-(-n // tile) for n in lengths) + 1  # and padding
+        self.buckets = steps.StepBuckets(
+            max_num_seqs=len(lengths) + 2,
+            max_prefill_tokens=tiles * tile,
+            table_width=width,
+            max_rank=max(scale.ranks),
+            max_adapter_pages=max(p.num_pages for p in placements),
+            prefill_tile=tile,
+        )
+
+    def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:
+        """The program of a step, without tf32 where it is float32's."""
+        segments = self._segments(int(decode))
+        inputs, _ = pack_step(segments, self.buckets)
+        forward = functools.partial(steps.forward, graph, layout=self.layout, backend=backend)
+        wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
+        pool = [jax.ShapeDtypeStruct((self.num_pages, self.layout.page_elems), dtype)] * self.layout.config.num_layers
+        slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):  # a thread's own setting
+            return jax.jit(forward, donate_argnums=1).lower(wide, pool, slots, inputs).compile()
+
+    def run(self, programs: dict[bool, Any], params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
+        """Prompts, then DECODE_STEPS steps; with `given` each is fed that run's tokens and not its own.
+
+        Args:
+            programs: for decode or not.
+        """
+        keys = jax.random.split(jax.random.key(9), self.layout.config.num_layers)
+        pages = [self._page(key, dtype) for key in keys]
+        slots = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
+        hiddens: list[np.ndarray] = []
+        tokens: list[np.ndarray] = []
+        for step in range(1 + DECODE_STEPS):
+            inputs, last = pack_step(self._segments(step), self.buckets)
+            hidden, pages = programs[step > 0](params, pages, slots, inputs)
+            hidden = hidden[np.array(last)]
+            hiddens.append(np.asarray(hidden, np.float32))
+            tokens.append(np.asarray(logits(hidden, head).argmax(-1)))
+            fed = (given.tokens if given else tokens)[step]
+            slots = slots.at[np.arange(len(fed))].set(fed)
+        return Run(hiddens, tokens)
+
+    def _page(self, key: jax.Array, dtype: str) -> jax.Array:
+        """A layer's pool: bfloat16's numbers in either dtype, as the weights are."""
+        numbers = jax.random.normal(key, (self.num_pages, self.layout.page_elems), jnp.bfloat16) * SCALE_OF_ROWS
+        return numbers.astype(dtype)
+
+    def _segments(self, step: int) -> list[Segment]:
+        """The prompts, or one more token of each."""
+        rows = zip(self.prompts, self.tables, self.adapters)
+        if step == 0:
+            return [Segment(words, 0, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
+        return [Segment(None, len(words) + step - 1, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
+
+
+class WholeStep:
+    """Runs that are compared with one another."""
+
+    def __init__(self, scale: Scale):
+        self._scale = scale
+        self._backend = "triton" if on_gpu() else "blocked"
+        self._sequences = Sequences(scale)
+        self._model: Any = None
+        self._programs: Any = None
+        self._reference: Run | None = None
+
+    def compile(self) -> list[Row]:
+        """All programs side by side."""
+        begin = time.perf_counter()
+        self._model = random_weights(self._scale.config, jnp.dtype("bfloat16"))
+        graph, params = nnx.split(self._model)
+        runs = [("float32", "reference"), ("float32", self._backend), ("bfloat16", self._backend)]
+        jobs = [(*run, decode) for run in runs for decode in (False, True)]
+        with ThreadPoolExecutor(len(jobs)) as threads:
+            compiled = threads.map(lambda job: self._sequences.compile(graph, params, *job), jobs)
+            self._programs = dict(zip(jobs, compiled))
+        return [{"whole model": "programs", "compiled": len(jobs), "seconds": round(time.perf_counter() - begin, 1)}]
+
+    def in_float32(self) -> list[Row]:
+        graph, params = nnx.split(self._model)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+        head = nnx.merge(graph, wide).output_matrix
+        with jax.default_matmul_precision("highest"):
+            self._reference = self._run("reference", wide, head, "float32")
+            run = self._run(self._backend, wide, head, "float32")
+        del wide, head
+        gc.collect()
+        return self._compare(run, "float32", STEP_LIMIT)
+
+    def in_bfloat16(self) -> list[Row]:
+        run = self._run(self._backend, nnx.split(self._model)[1], self._model.output_matrix, "bfloat16")
+        self._model = self._programs = None
+        gc.collect()
+        return self._compare(run, "bfloat16", BFLOAT16_LIMIT)
+
+    def _run(self, backend: str, params: Any, head: jax.Array, dtype: str) -> Run:
+        programs = {decode: self._programs[dtype, backend, decode] for decode in (False, True)}
+        return self._sequences.run(programs, params, head, dtype, self._reference)
+
+    def _compare(self, run: Run, dtype: str, limit: float) -> list[Row]:
+        if self._reference is None:
+            raise RuntimeError("the reference did not run")
+        rows: list[Row] = []
+        for step, (out, right) in enumerate(zip(run.hidden, self._reference.hidden)):
+            whole = float(np.linalg.norm(out - right) / np.linalg.norm(right))
+            same = int((run.tokens[step] == self._reference.tokens[step]).sum())
+            ok = whole < limit and (dtype != "float32" or same == len(right))  # NaN is not less than anything
+            rows.append(
+                {
+                    "whole model": f"{dtype} {self._backend} against float32 reference",
+                    "step": "prompts" if step == 0 else f"decode {step}",
+                    "error": f"{whole:.1e}",
+                    "worst row": f"{worst(out, right):.1e}",
+                    "limit": limit,
+                    "same tokens": f"{same} of {len(right)}",
+                    "ok": ok,
+                }
+            )
+        return rows
+
+
+def cases(scale: Scale) -> list[Case]:
+    whole = WholeStep(scale)
+    return [
+        Case("whole step, compile", whole.compile),
+        Case("whole step, float32", whole.in_float32),
+        Case("whole step, bfloat16", whole.in_bfloat16),
+    ]

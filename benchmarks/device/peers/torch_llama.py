@@ -1,0 +1,155 @@
+"""Llama as one would write it in torch for speed: fused matrices, a static KV cache, one forward for prefill and decode.
+
+What a server must do beside (block tables, a length for each row, adapters, sampling) it does not, which is in its favour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.llama import rope_frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """Norms `[hidden]`; matrices `[d_out, d_in]`, q k v and gate up side by side."""
+
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    o: torch.Tensor
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """`embed` and `head` are `[vocab, hidden]`."""
+
+    embed: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def random_weights(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Drawn on the device."""
+
+    def matrix(d_out: int, d_in: int) -> torch.Tensor:
+        return torch.empty(d_out, d_in, dtype=dtype, device=device).normal_(std=d_in**-0.5)
+
+    def norm() -> torch.Tensor:
+        return torch.ones(config.hidden_size, dtype=dtype, device=device)
+
+    d, f, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads = config.num_heads + 2 * config.num_kv_heads
+    attended = config.num_heads * config.head_dim
+    layers = [
+        LayerWeights(norm(), matrix(heads * config.head_dim, d), matrix(d, attended), norm(), matrix(2 * f, d), matrix(d, f))
+        for _ in range(config.num_layers)
+    ]
+    embed = matrix(vocab, d)
+    return Weights(embed, layers, norm(), embed if config.tie_word_embeddings else matrix(vocab, d))
+
+
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of q and k, halves apart.
+
+    Args:
+        qkv: `[rows, tokens, (heads + 2 kv_heads) * head_dim]`.
+        cos, sin: `[tokens, 1, head_dim]` float32; the first half of `sin` negated.
+
+    Returns:
+        q `[rows, tokens, heads, head_dim]`, and k and v `[2, rows, tokens, kv_heads, head_dim]`.
+    """
+    head_dim = cos.shape[-1]
+    x = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, head_dim)
+    qk, v = x[:, :, : heads + kv_heads], x[:, :, heads + kv_heads :]
+    rotated = (qk * cos + qk.roll(head_dim // 2, -1) * sin).to(qkv.dtype)
+    return rotated[:, :, :heads], torch.stack([rotated[:, :, heads:], v])
+
+
+def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x + y`, and its norm."""
+    x = x + y
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of the two side by side."""
+    first, second = gate_up.chunk(2, -1)
+    return F.silu(first) * second
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What lies between the products."""
+
+    name: str
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gate: Callable[[torch.Tensor], torch.Tensor]
+
+
+PLAIN = Pieces("", rotate, add_norm, gate)
+
+
+def compiled_pieces() -> Pieces:
+    """A kernel each, by torch.compile. Products and attention stay the libraries'."""
+    torch.compiler.reset()  # what was compiled for another model's sizes would make all sizes dynamic
+    return Pieces("element-wise compiled", *(torch.compile(piece, fullgraph=True) for piece in (rotate, add_norm, gate)))
+
+
+class TorchLlama:
+    """
+    Args:
+        max_tokens: of a sequence.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: Weights, max_tokens: int):
+        self.config, self.weights = config, weights
+        frequencies = torch.from_numpy(rope_frequencies(config))
+        angles = torch.arange(max_tokens, dtype=torch.float32)[:, None, None] * frequencies
+        self._cos = torch.cat([angles.cos(), angles.cos()], -1).to(weights.norm.device)
+        self._sin = torch.cat([-angles.sin(), angles.sin()], -1).to(weights.norm.device)
+
+    def cache(self, rows: int, max_context: int) -> torch.Tensor:
+        """`[layers, 2, rows, kv_heads, max_context, head_dim]`, k and v; what it holds is arbitrary."""
+        config, like = self.config, self.weights.norm
+        shape = (config.num_layers, 2, rows, config.num_kv_heads, max_context, config.head_dim)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def logits(self, tokens: torch.Tensor, start: int, cache: torch.Tensor, pieces: Pieces = PLAIN) -> torch.Tensor:
+        """Computes `tokens [rows, tokens]` from position `start` on: 0, or one token a row.
+
+        Returns:
+            `[rows, vocab]` of each row's last token, in the dtype of the weights.
+        """
+        config, weights = self.config, self.weights
+        length = tokens.shape[1]
+        if length > 1 and start:
+            raise ValueError(f"start is {start}; allowed: 0, or one token a row (there are {length})")
+        end = start + length
+        cos, sin = self._cos[start:end], self._sin[start:end]
+        x = F.embedding(tokens, weights.embed)
+        h = F.rms_norm(x, weights.norm.shape, weights.layers[0].attention_norm, config.rms_norm_eps)
+        following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
+        for layer, kv_cache, norm in zip(weights.layers, cache, following):
+            q, kv = pieces.rotate(F.linear(h, layer.qkv), cos, sin, config.num_heads, config.num_kv_heads)
+            kv_cache[:, :, :, start:end].copy_(kv.transpose(2, 3))
+            k, v = kv_cache[:, :, :, :end]
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, is_causal=length > 1, enable_gqa=config.num_heads != config.num_kv_heads
+            )
+            attended = attended.transpose(1, 2).reshape(*tokens.shape, -1)
+            x, h = pieces.add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, config.rms_norm_eps)
+            down = F.linear(pieces.gate(F.linear(h, layer.gate_up)), layer.down)
+            x, h = pieces.add_norm(x, down, norm, config.rms_norm_eps)
+        return F.linear(h[:, -1], weights.head)

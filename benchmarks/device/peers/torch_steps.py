@@ -1,0 +1,238 @@
+"""Steps of the torch model, captured as CUDA graphs and timed as this project's own are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.device.peers.torch_llama import PLAIN, Pieces, TorchLlama, compiled_pieces, random_weights
+from benchmarks.device.scale import Scale
+from benchmarks.device.timing import Timing, best_of, time_calls
+
+TORCHS_CHOICE = "torch's choice"
+GPU_ATTENTION = ("flash", "cudnn", "efficient")
+"""Backends of `scaled_dot_product_attention`."""
+COMPILE_SECONDS = 60.0
+"""What torch.compile may take in all."""
+SPARE_BYTES = 3 << 29
+"""Of the device's memory, beside weights and KV cache."""
+SCALE_OF_KV = 0.02
+
+
+class Pending:
+    """What a call leaves on the device: `jax.block_until_ready`, and with it `time_calls`, waits for it."""
+
+    def block_until_ready(self) -> None:
+        synchronize()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Step:
+    """One step over static tensors, greedy tokens included; a CUDA graph where there is a GPU.
+
+    Args:
+        tokens: `[rows, tokens]`. One token a row is replaced by what the step chooses: replays follow one another.
+
+    Attributes:
+        logits: `[rows, vocab]` of the last run.
+    """
+
+    def __init__(
+        self, model: TorchLlama, tokens: torch.Tensor, start: int, cache: torch.Tensor, attention: str, pieces: Pieces
+    ):
+        self.logits: torch.Tensor
+        self._model, self._start, self._cache, self._pieces = model, start, cache, pieces
+        self._tokens, self._next = tokens, tokens[:, -1:] if tokens.shape[1] == 1 else tokens[:, -1:].clone()
+        self._attention = attention
+        self._graph: Any = None
+        if tokens.is_cuda:
+            self._capture()
+
+    @torch.inference_mode()
+    def run(self) -> Pending:
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+        return Pending()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Warmed up on a stream of its own, as capture asks for; the tokens stay as they were."""
+        before = self._tokens.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+        self._tokens.copy_(before)
+
+    def _step(self) -> None:
+        with contextlib.nullcontext() if self._attention == TORCHS_CHOICE else sdpa_kernel(_backend(self._attention)):
+            self.logits = self._model.logits(self._tokens, self._start, self._cache, self._pieces)
+        self._next.copy_(self.logits.argmax(-1, keepdim=True))
+
+
+@functools.cache
+def ceilings(scale: Scale) -> dict[str, float]:
+    """The section `machine`'s, as torch finds them: for a report that does not have them."""
+    x = torch.rand(scale.copy_bytes // 4, device=device())
+    n = scale.matrix
+    a, b = torch.randn(2, n, n, device=device(), dtype=getattr(torch, scale.dtype))
+    with torch.inference_mode():
+        return {
+            "copy": 2 * x.nbytes / best_of(lambda: _pending(x + 1)),
+            "matrix": 2 * n**3 / best_of(lambda: _pending(a @ b)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A way to run a step.
+
+    Attributes:
+        timing: None where there is none; `note` says why.
+        attention: the backend, which was the fastest of them.
+    """
+
+    variant: str
+    timing: Timing | None
+    attention: str = ""
+    note: str = ""
+
+
+class TorchBench:
+    """The model with random weights, and steps to time.
+
+    Args:
+        token_bytes: of KV.
+    """
+
+    def __init__(self, scale: Scale, token_bytes: int):
+        self._scale, self._token_bytes = scale, token_bytes
+        weights = random_weights(scale.config, getattr(torch, scale.dtype), device())
+        self._model = TorchLlama(scale.config, weights, max(scale.prompt_tokens, *scale.contexts))
+        self._pieces: Pieces | None = None
+        self._compile_seconds = 0.0
+        self._compile_error = ""
+
+    def decode(self, rows: int, context: int) -> list[Measured]:
+        """A token for each of `rows` sequences that have `context` tokens with it."""
+        num_bytes = rows * context * self._token_bytes
+        lacking = self._lacking(num_bytes)
+        if lacking:
+            return [Measured("torch", None, note=lacking)]
+        tokens = torch.randint(self._scale.config.vocab_size, (rows, 1), device=device())
+        return self._timed(tokens, context - 1)
+
+    def prefill(self, tokens: int) -> list[Measured]:
+        """One prompt."""
+        free_memory()
+        words = torch.randint(self._scale.config.vocab_size, (1, tokens), device=device())
+        return self._timed(words, 0)
+
+    def _timed(self, tokens: torch.Tensor, start: int) -> list[Measured]:
+        rows, length = tokens.shape
+        cache = self._model.cache(rows, start + length).normal_(std=SCALE_OF_KV)
+
+        def step(attention: str, pieces: Pieces) -> Step:
+            return Step(self._model, tokens.clone(), start, cache, attention, pieces)
+
+        name = "torch, CUDA graph" if tokens.is_cuda else "torch, plain calls (no GPU: no CUDA graph)"
+        try:
+            attention = fastest(lambda attention: step(attention, PLAIN)) if tokens.is_cuda else TORCHS_CHOICE
+            found = [Measured(name, time_calls(step(attention, PLAIN).run), attention)]
+            if not tokens.is_cuda:
+                return found
+            compiled = self._compiled(lambda pieces: step(attention, pieces))
+            if isinstance(compiled, Step):
+                found.append(Measured(f"{name}, element-wise compiled", time_calls(compiled.run), attention))
+            else:
+                found.append(Measured("torch, element-wise compiled", None, note=compiled))
+            return found
+        except torch.OutOfMemoryError as error:
+            return [Measured(name, None, note=_first_line(error))]
+
+    def _compiled(self, build: Callable[[Pieces], Step]) -> Step | str:
+        """Or why there is none; the compiler failing once is enough."""
+        if not self._compile_error and self._compile_seconds > COMPILE_SECONDS:
+            self._compile_error = f"torch.compile had taken {self._compile_seconds:.0f} s"
+        if self._compile_error:
+            return self._compile_error
+        begin = time.perf_counter()
+        try:
+            self._pieces = self._pieces or compiled_pieces()
+            return build(self._pieces)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler has many ways to fail, and the peer without it is measured already
+            self._compile_error = f"torch.compile failed: {_first_line(error)}"
+            return self._compile_error
+        finally:
+            self._compile_seconds += time.perf_counter() - begin
+
+    def _lacking(self, num_bytes: int) -> str:
+        """Why there is no room for a KV cache; empty: there is."""
+        free_memory()
+        if not torch.cuda.is_available():
+            return ""
+        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
+        return f"KV takes {num_bytes / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free" if num_bytes > free else ""
+
+
+def fastest(build: Callable[[str], Step]) -> str:
+    """The attention with which the step takes least.
+
+    Raises:
+        RuntimeError: with what each said, where none works.
+    """
+    seconds: dict[str, float] = {}
+    errors = []
+    for attention in GPU_ATTENTION:
+        try:
+            seconds[attention] = best_of(build(attention).run, repeats=2)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # "No available kernel"
+            errors.append(f"{attention}: {_first_line(error)}")
+    if not seconds:
+        raise RuntimeError("; ".join(errors))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _backend(attention: str) -> SDPBackend:
+    return getattr(SDPBackend, f"{attention.upper()}_ATTENTION")
+
+
+def _pending(result: torch.Tensor) -> Pending:
+    return Pending()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,134 @@
+"""What a full run and a small one differ in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS, LlamaConfig
+from chameleon_jax.models.steps import StepBuckets, prefill_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Adapters of a batch: every row another, with `ranks` in turn."""
+
+    name: str
+    ranks: tuple[int, ...] = ()
+    targets: tuple[str, ...] = TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of everything.
+
+    Attributes:
+        config, grouped: of the model, and of one whose query heads share key heads.
+        dtype: of weights and pool.
+        rows, contexts: of decode steps.
+        ranks: of adapters that are mixed.
+        load_ranks: of adapters that are loaded.
+        prompt_tokens: of a prefill step.
+        prefill_tile: see StepBuckets.
+        max_tokens: of the longest sequence.
+        scratch_bytes: of the device's memory that the pool leaves free.
+        pool_bytes: of the pool at most; None: what is left.
+        copy_bytes: of arrays that are read and written for bandwidth.
+        matrix: rows and columns of matrices that are multiplied for their rate.
+        link_bytes: of pieces that are sent to the device.
+        checks: which ops are checked in which dtype, of a model whose heads are "alike" or "grouped".
+        variant_layers: layers of the model that the section `variants` runs.
+    """
+
+    config: LlamaConfig
+    grouped: LlamaConfig
+    dtype: str
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    load_ranks: tuple[int, ...]
+    prompt_tokens: int
+    prefill_tile: int
+    max_tokens: int
+    scratch_bytes: int
+    pool_bytes: int | None
+    copy_bytes: int
+    matrix: int
+    link_bytes: tuple[int, ...]
+    checks: tuple[tuple[str, str], ...]
+    variant_layers: int
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """What decode steps are measured with. The first has no adapters: the others are compared with it."""
+        return (
+            Mix("base"),
+            Mix("mixed ranks, q k v o", self.ranks, ATTENTION_TARGETS),
+            Mix("rank 16, q k v o", (16,), ATTENTION_TARGETS),
+            Mix("mixed ranks, all seven", self.ranks),
+        )
+
+    @property
+    def max_rank(self) -> int:
+        return max(*self.ranks, 16)
+
+
+FULL = Scale(
+    config=PRESETS["llama-7b"],
+    grouped=PRESETS["llama-3-8b"],
+    dtype="bfloat16",
+    rows=(1, 8, 32, 64, 128),
+    contexts=(512, 2048),
+    ranks=(8, 16, 32, 64, 128),
+    load_ranks=(8, 16, 32, 64, 128, 256),
+    prompt_tokens=2048,
+    prefill_tile=prefill_tile("triton"),
+    max_tokens=2048,
+    scratch_bytes=6 << 30,
+    pool_bytes=None,
+    copy_bytes=2 << 30,
+    matrix=8192,
+    link_bytes=(16 << 20, 64 << 20, 256 << 20),
+    checks=tuple((dtype, heads) for dtype in ("bfloat16", "float32") for heads in ("alike", "grouped")),
+    variant_layers=8,
+)
+SMALL = Scale(
+    config=dataclasses.replace(PRESETS["tiny"], num_kv_heads=4, num_layers=1),
+    grouped=PRESETS["tiny"],
+    dtype="float32",
+    rows=(1, 4),
+    contexts=(96,),
+    ranks=(4, 8),
+    load_ranks=(4, 16),
+    prompt_tokens=64,
+    prefill_tile=16,
+    max_tokens=128,
+    scratch_bytes=0,
+    pool_bytes=2 << 20,
+    copy_bytes=8 << 20,
+    matrix=256,
+    link_bytes=(1 << 20,),
+    checks=(("float32", "grouped"),),
+    variant_layers=1,
+)
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenBuckets(StepBuckets):
+    """Buckets of chosen sizes only."""
+
+    rows: tuple[int, ...] = ()
+    prompt_tiles: tuple[int, ...] = ()
+
+    @property
+    def decode(self) -> tuple[int, ...]:
+        return self.rows
+
+    @property
+    def prefill(self) -> tuple[int, ...]:
+        return self.prompt_tiles

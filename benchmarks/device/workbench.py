@@ -1,0 +1,190 @@
+"""The engine that a group of sections shares, and steps for it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.device.bench_engine import Batch, BenchEngine, Placed, random_weights
+from benchmarks.device.scale import ChosenBuckets, Mix, Scale
+from chameleon_jax.models import ops
+from chameleon_jax.models.config import TARGETS, LlamaConfig
+from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.programs import Programs
+from chameleon_jax.models.step_inputs import Draw, Segment
+
+
+class Workbench:
+    """The engine of a group of sections, and batches for it.
+
+    Args:
+        config: other than the scale's.
+        pool_bytes: of the pool at most, other than the scale's.
+    """
+
+    def __init__(self, scale: Scale, config: LlamaConfig | None = None, pool_bytes: int | None = None):
+        self.scale = scale
+        self.config = config or scale.config
+        self.layout = PageLayout.for_model(self.config)
+        self.dtype = jnp.dtype(scale.dtype)
+        self._pool_bytes = pool_bytes or scale.pool_bytes
+        self._model: Llama | None = None
+        self._engine: BenchEngine | None = None
+
+    @property
+    def model(self) -> Llama:
+        if self._model is None:
+            self._model = jax.block_until_ready(random_weights(self.config, self.dtype))
+        return self._model
+
+    @property
+    def engine(self) -> BenchEngine:
+        """Built when first asked for, and anew when a failed step took its pool."""
+        if self._engine is None or not self._engine.ready:
+            self._engine = None
+            gc.collect()
+            model = self.model
+            self._engine = BenchEngine(model, self.layout, self.buckets(), self.num_pages, self.dtype, ahead=False)
+            self._engine.fill()
+        return self._engine
+
+    def buckets(self, max_tokens: int | None = None) -> ChosenBuckets:
+        """Of sequences of up to `max_tokens`, other than the scale's."""
+        scale = self.scale
+        return ChosenBuckets(
+            max_num_seqs=max(scale.rows),
+            max_prefill_tokens=scale.prompt_tokens,
+            table_width=self.layout.pages_for_tokens(max_tokens or scale.max_tokens),
+            max_rank=scale.max_rank,
+            max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
+            prefill_tile=scale.prefill_tile,
+            attention_alone=True,  # as on any GPU
+            rows=scale.rows,
+            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # what is shorter is padded
+        )
+
+    def programs(self, buckets: ChosenBuckets, options: Mapping[str, Any] | None = None) -> Programs:
+        """For other shapes than the engine's, or by other options of XLA's; compiled as they are used."""
+        engine = self.engine
+        graph, params = nnx.split(self.model)
+        made = Programs(
+            graph, params, engine.head, self.layout, buckets, engine.pieces, self.dtype, ops.default_backend(), options
+        )
+        made.num_pages = engine.num_pages
+        return made
+
+    @contextlib.contextmanager
+    def using(self, buckets: ChosenBuckets, programs: Programs) -> Iterator[BenchEngine]:
+        """The engine with `programs` that were made for `buckets`."""
+        engine = self.engine
+        before = engine.buckets, engine.programs
+        engine.buckets, engine.programs = buckets, programs
+        try:
+            yield engine
+        finally:
+            engine.buckets, engine.programs = before
+
+    @functools.cached_property
+    def num_pages(self) -> int:
+        """The same for every engine that is built here, as programs are compiled for it."""
+        page_bytes = self.layout.page_bytes(self.dtype.itemsize)
+        stats = jax.devices()[0].memory_stats()
+        room = self._pool_bytes
+        if stats is not None and "bytes_limit" in stats:
+            left = stats["bytes_limit"] - stats["bytes_in_use"] - self.scale.scratch_bytes
+            room = left if room is None else min(left, room)
+        assert room is not None
+        return room // page_bytes
+
+    # -- batches --------------------------------------------------------------------------------------------------------
+
+    def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch | str:
+        """A step of `rows` sequences that have `context` tokens with the one that is computed; or why there is none."""
+        deal = self._deal(seed)
+        width = self.layout.pages_for_tokens(context)
+        capacity = self.engine.num_pages - 1
+        if rows * width > capacity:
+            return f"KV takes {rows * width} pages; the pool has {capacity}"
+        tables = [tuple(itertools.islice(deal, width)) for _ in range(rows)]
+        adapters = self.adapters(mix, rows, deal, capacity - rows * width)
+        if mix.ranks and not adapters:
+            return "no adapter fits beside the KV"
+        owners = [adapters[i % len(adapters)] if adapters else None for i in range(rows)]
+        segments = [Segment(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
+        draws = {i: Draw(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
+        note = f"{len(adapters)} adapters" if mix.ranks and len(adapters) < rows else ""
+        return Batch(
+            segments, draws, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
+        )
+
+    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch | str:
+        """A step that computes `tokens` tokens of each of `count` prompts, from position `start` on."""
+        deal = self._deal(seed)
+        width = self.layout.pages_for_tokens(start + tokens)
+        capacity = self.engine.num_pages - 1
+        if count * width > capacity:
+            return f"KV takes {count * width} pages; the pool has {capacity}"
+        tables = [tuple(itertools.islice(deal, width)) for _ in range(count)]
+        adapters = self.adapters(mix, count, deal, capacity - count * width)
+        if mix.ranks and len(adapters) < count:
+            return "the adapters do not fit beside the KV"
+        words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
+        segments = [Segment(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
+        draws = {i: Draw(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
+        return Batch(segments, draws, self.weight_bytes + self.adapter_bytes(adapters), "")
+
+    def adapters(self, mix: Mix, count: int, deal: Iterator[int], room: int) -> list[Placed]:
+        """Up to `count` adapters, as many as `room` pages hold."""
+        placed: list[Placed] = []
+        for rank in itertools.islice(itertools.cycle(mix.ranks), count if mix.ranks else 0):
+            placement = self.layout.place(dict.fromkeys(mix.targets, rank))
+            room -= placement.num_pages
+            if room < 0:
+                break
+            placed.append(Placed(placement, tuple(itertools.islice(deal, placement.num_pages))))
+        return placed
+
+    def _deal(self, seed: int) -> Iterator[int]:
+        """Pages in no order, the trash page excepted."""
+        return iter((1 + np.random.default_rng(seed).permutation(self.engine.num_pages - 1)).tolist())
+
+    @property
+    def weight_bytes(self) -> int:
+        embedding = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
+        return (self.config.num_params - embedding) * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.config.num_kv_heads * self.config.head_dim * self.config.num_layers * self.dtype.itemsize
+
+    def adapter_bytes(self, adapters: Sequence[Placed]) -> int:
+        """Of true rank rows: each adapter's once, however many rows of the batch use it."""
+        elems = sum(r * sum(self.config.target_shape(t)) for a in adapters for t, r in a.placement.ranks.items())
+        return elems * self.config.num_layers * self.dtype.itemsize
+
+    def run(self, batch: Batch) -> Callable[[], Any]:
+        """A whole step as serving runs it."""
+        engine = self.engine
+
+        def step() -> Any:
+            result = engine.run(batch.segments, batch.draws)
+            assert result is not None
+            return result[0].tokens
+
+        return step
+
+
+@functools.cache
+def shared(scale: Scale) -> Workbench:
+    """One for all sections that run in this process: weights are drawn and a pool is filled once."""
+    return Workbench(scale)
