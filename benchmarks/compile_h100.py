@@ -55,9 +55,9 @@ class Model:
     pages: list[jax.ShapeDtypeStruct]
 
     @classmethod
-    def of(cls, preset: str, num_layers: int | None = None) -> Model:
+    def of(cls, preset: str, num_layers: int | None = None, head_dim: int | None = None) -> Model:
         config = PRESETS[preset]
-        config = dataclasses.replace(config, num_layers=num_layers or config.num_layers)
+        config = dataclasses.replace(config, num_layers=num_layers or config.num_layers, head_dim=head_dim or config.head_dim)
         layout = PageLayout.for_model(config)
         buckets = steps.StepBuckets(
             max_num_seqs=128,

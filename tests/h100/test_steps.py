@@ -87,3 +87,10 @@ def test_writing_an_adapter_is_in_place():
     memory = compile_for_h100(steps.write_adapter, of.pages, piece, ids, donate_argnums=0).memory_analysis()
     assert memory.alias_size_in_bytes == 32 * LAYER_BYTES
     assert memory.temp_size_in_bytes < MIB
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+@pytest.mark.parametrize("tiles,tile_tokens", [(4, 1), (4, 64)])
+def test_other_sizes_of_heads_fit_the_device(head_dim, tiles, tile_tokens):
+    compiled = model("llama-3-8b", 1, head_dim).compile_step(tiles, tile_tokens, 7)
+    assert compiled.memory_analysis().alias_size_in_bytes > 0.99 * LAYER_BYTES

@@ -96,7 +96,9 @@ def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int
     partial = jax.ShapeDtypeStruct((shares.splits, *q.shape), jnp.float32)
     statistic = jax.ShapeDtypeStruct((shares.splits, *q.shape[:-1]), jnp.float32)
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    call = functools.partial(pt.call, num_warps=num_warps, num_stages=5, interpret=interpret)
+    # with 5 keys and values are fetched two blocks ahead, with 3 one; heads of more than 128 lanes leave no room for two
+    num_stages = 5 if head_dim <= 128 else 3
+    call = functools.partial(pt.call, num_warps=num_warps, num_stages=num_stages, interpret=interpret)
     out = call(
         functools.partial(_attention_kernel, shares=shares, rows=rows),
         [result] if shares.splits == 1 else [partial, statistic, statistic],
