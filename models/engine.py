@@ -59,12 +59,12 @@ class DeviceEngine:
         self.layout = layout
         self.buckets = buckets
         self.dtype = dtype
-        graph, self._params = nnx.split(model)
+        graph, params = nnx.split(model)
         self._head = model.output_matrix
         self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages)
         self.programs = Programs(
             graph,
-            self._params,
+            params,
             self._head,
             layout,
             buckets,
@@ -83,7 +83,7 @@ class DeviceEngine:
         self._host_memory = pinned_memory(self._memory)
 
     def _pages_that_fit(self, memory_limit: int) -> int:
-        jax.block_until_ready(self._params)
+        jax.block_until_ready(self.programs.weights)
         stats = self._head.devices().pop().memory_stats() or {}
         weights, scratch = stats.get("bytes_in_use", 0), self.programs.scratch_bytes()
         page_bytes = self.layout.page_bytes(self.dtype.itemsize)
@@ -104,7 +104,7 @@ class DeviceEngine:
         inputs, last = pack_step(segments, self.buckets)
         tiles = inputs.tiles.shape[0]
         forward = self.programs.forward[inputs.program]
-        hidden, self._pages = forward(self._params, self._pages, self._slot_tokens, inputs)
+        hidden, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         if not draws:
             return None
         rows, mode = pack_draws({last[i]: draw for i, draw in draws.items()}, tiles, self.buckets.max_num_seqs)

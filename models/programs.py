@@ -37,6 +37,8 @@ class Programs:
 
     Attributes:
         num_pages: pages of the pool; set before anything is asked for.
+        weights: what `forward` takes as its weights: a flat list, since to take the model's tree apart at every dispatch costs
+            the host several times what the rest of a dispatch does.
         forward: `StepInputs.program -> steps.forward`.
         sample: `(rows, mode) -> steps.sample_step`.
         write: `pages of a piece -> steps.write_adapter`.
@@ -58,7 +60,8 @@ class Programs:
         self.forward = _OnDemand(lambda key: self._compile_forward(self.num_pages, *key))
         self.sample = _OnDemand(lambda key: self._compile_sample(*key))
         self.write = _OnDemand(lambda size: self._compile_write(self.num_pages, size))
-        self._graph, self._params, self._head = graph, params, head
+        self._graph, self._head = graph, head
+        self.weights, self._tree = jax.tree.flatten(params)
         self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
         self._backend = backend
         self._options = dict(compiler_options or {})
@@ -110,9 +113,12 @@ class Programs:
         return [jax.ShapeDtypeStruct(shape, self._dtype)] * self._layout.config.num_layers
 
     def _compile_forward(self, num_pages: int, tiles: int, tile_tokens: int, adapted: int) -> Any:
-        fn = functools.partial(steps.forward, self._graph, layout=self._layout, backend=self._backend)
+        def fn(weights: list[jax.Array], *rest: Any) -> Any:
+            params = jax.tree.unflatten(self._tree, weights)
+            return steps.forward(self._graph, params, *rest, layout=self._layout, backend=self._backend)
+
         inputs = self._buckets.example(tiles, tile_tokens, adapted)
-        lowered = jax.jit(fn, donate_argnums=1).lower(self._params, self._pool(num_pages), self._slot_tokens, inputs)
+        lowered = jax.jit(fn, donate_argnums=1).lower(self.weights, self._pool(num_pages), self._slot_tokens, inputs)
         return lowered.compile(self._options)
 
     def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:

@@ -85,7 +85,7 @@ class BenchEngine(DeviceEngine):
         inputs, rows = jax.device_put((inputs, rows), self._memory)
 
         def step() -> jax.Array:
-            hidden, self._pages = forward(self._params, self._pages, self._slot_tokens, inputs)
+            hidden, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
             sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, rows)
             return sampled.tokens
 

@@ -39,6 +39,7 @@ def test_without_torch_a_row_says_so(report, monkeypatch):
 
 
 def test_rows_stand_beside_our_own(report):
+    pytest.importorskip("torch")
     found = peers.Peers(SMALL, report)
     timing = Timing(0.008, 0.01, 0.001)
     measured = [
@@ -56,6 +57,7 @@ def test_rows_stand_beside_our_own(report):
 
 
 def test_floor_is_that_of_the_section_decode(report):
+    pytest.importorskip("torch")
     found, bench = peers.Peers(SMALL, report), Workbench(SMALL)
     adapters = bench.adapters(peers.MIX, 3, itertools.count(1), 1 << 30)
     assert len(adapters) == 3
