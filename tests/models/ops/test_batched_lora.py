@@ -29,8 +29,8 @@ class Adapter:
     pages: list[int]
 
 
-def make_pool(ranks_of: list[dict[str, int]], seed: int = 0) -> tuple[jnp.ndarray, list[Adapter]]:
-    """A pool whose other pages hold NaN, and adapters on scattered pages of it."""
+def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | None = None) -> tuple[jnp.ndarray, list[Adapter]]:
+    """A pool whose other pages hold NaN, and adapters on scattered pages of it; as large as need be, or `num_pages`."""
     rng = np.random.default_rng(seed)
     adapters, blocks = [], []
     for ranks in ranks_of:
@@ -44,7 +44,7 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0) -> tuple[jnp.ndarra
         weights = AdapterWeights(tensors)
         blocks.append(LAYOUT.pack(weights, np.dtype(np.float32))[0])
         adapters.append(Adapter(weights, LAYOUT.place(weights.ranks), []))
-    free = rng.permutation(np.arange(1, 1 + sum(map(len, blocks)))).tolist()
+    free = rng.permutation(np.arange(1, num_pages or 1 + sum(map(len, blocks)))).tolist()
     pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
     for adapter, block in zip(adapters, blocks):
         for page in block:
@@ -113,7 +113,8 @@ def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
     picks=st.lists(st.integers(0, 4), min_size=1, max_size=8),
 )
 def test_any_batch(backend, ranks, picks):
-    pool, adapters = make_pool(ranks)
+    # of one size, so that one program serves all examples
+    pool, adapters = make_pool(ranks, num_pages=1 + 4 * LAYOUT.place(dict.fromkeys(TARGETS, 70)).num_pages)
     check(backend, pool, [adapters[i] if i < len(adapters) else None for i in picks], 8, 1)
 
 
