@@ -65,8 +65,7 @@ class Model:
             table_width=layout.pages_for_tokens(2048),
             max_rank=128,
             max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
-            prefill_tile=steps.prefill_tile("triton"),
-            attention_alone=True,
+            **steps.shapes_for("triton"),
         )
         graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype("bfloat16"), nnx.Rngs(0))))
         page = jax.ShapeDtypeStruct((LAYER_BYTES // 2 // layout.page_elems, layout.page_elems), jnp.bfloat16)

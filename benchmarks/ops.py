@@ -115,10 +115,14 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
         with (
             mock.patch.object(lora_plan, "BLOCK_ROWS", block),
             mock.patch.object(lora_blocked, "BLOCK_ROWS", block),
-            mock.patch.object(lora_plan, "window_tiles", lambda tiles, tile_tokens, window=window: min(tiles, window)),
         ):
             plan = lora_plan.plan_batch(
-                [placed[o] for o in owner], tiles=rows, tile_tokens=1, max_rank=max(rank, 128), max_pages=n
+                [placed[o] for o in owner],
+                tiles=rows,
+                tile_tokens=1,
+                max_rank=max(rank, 128),
+                max_pages=n,
+                decode_window=window,
             )
             result[f"{block} x {window}"] = best_ms(run, plan, pages, inputs)
     return result

@@ -72,6 +72,7 @@ def pack_step(segments: Sequence[Segment], buckets: StepBuckets) -> tuple[StepIn
             max_rank=buckets.max_rank,
             max_pages=buckets.max_adapter_pages,
             num_targets=min(n for n in buckets.adapted(size) if n >= needed),
+            decode_window=buckets.decode_window,
         )
     return StepInputs(tokens=tokens, tiles=table, lora=lora), last
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
-from chameleon_jax.models.ops.batched_lora import LoraPlan, batched_lora, plan_batch, resolve
+from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_batch, resolve
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
 from chameleon_jax.models.sampling import Sampled, SamplingMode, SamplingRows, sample
@@ -124,10 +124,10 @@ def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array)
     return [layer.at[page_ids].set(block[i], mode="promise_in_bounds") for i, layer in enumerate(pages)], page_ids[0]
 
 
-def prefill_tile(backend: str) -> int:
-    """Tokens of one sequence that a backend handles as a unit in prefill. A tensor core's share of the work grows with them,
-    padding too."""
-    return 64 if backend == "triton" else PREFILL_TILE
+def shapes_for(backend: str) -> dict[str, Any]:
+    """Fields of `StepBuckets` in which backends differ. On a GPU larger tiles of prompts do more of their work on tensor
+    cores, which multiply 16 rows at least, so that smaller windows of decode save nothing."""
+    return {"prefill_tile": 64, "attention_alone": True, "decode_window": 16} if backend == "triton" else {}
 
 
 def powers_of_two(first: int, last: int) -> tuple[int, ...]:
@@ -149,6 +149,7 @@ class StepBuckets:
         prefill_tile: tokens of one sequence handled as a unit in prefill.
         attention_alone: whether batches whose adapters keep to ATTENTION_TARGETS decode with programs of their own. On a GPU
             what is launched costs time even where it finds nothing to do.
+        decode_window: rows that are multiplied with the same adapters in decode.
     """
 
     max_num_seqs: int
@@ -158,6 +159,7 @@ class StepBuckets:
     max_adapter_pages: int
     prefill_tile: int = PREFILL_TILE
     attention_alone: bool = False
+    decode_window: int = DECODE_WINDOW
 
     @property
     def decode(self) -> tuple[int, ...]:
@@ -196,6 +198,7 @@ class StepBuckets:
                 max_rank=self.max_rank,
                 max_pages=self.max_adapter_pages,
                 num_targets=adapted,
+                decode_window=self.decode_window,
             )
         shapes = StepInputs(
             tokens=np.zeros(tiles * tile_tokens, np.int32),

@@ -254,8 +254,7 @@ class Engine:
             table_width=self.layout.pages_for_tokens(self.max_model_len),
             max_rank=config.max_lora_rank,
             max_adapter_pages=widest if config.enable_lora else 0,
-            prefill_tile=steps.prefill_tile(ops.default_backend()),
-            attention_alone=ops.default_backend() == "triton",
+            **steps.shapes_for(ops.default_backend()),
         )
 
     def _pages_on_host(self) -> int:

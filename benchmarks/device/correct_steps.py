@@ -65,7 +65,7 @@ class Sequences:
             table_width=width,
             max_rank=max(scale.ranks),
             max_adapter_pages=max(p.num_pages for p in placements),
-            prefill_tile=tile,
+            **steps.shapes_for("triton") | {"prefill_tile": tile},
         )
 
     def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:

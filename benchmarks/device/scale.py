@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.steps import StepBuckets, prefill_tile
+from chameleon_jax.models.steps import StepBuckets, shapes_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ FULL = Scale(
     ranks=(8, 16, 32, 64, 128),
     load_ranks=(8, 16, 32, 64, 128, 256),
     prompt_tokens=2048,
-    prefill_tile=prefill_tile("triton"),
+    prefill_tile=shapes_for("triton")["prefill_tile"],
     max_tokens=2048,
     scratch_bytes=6 << 30,
     pool_bytes=None,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.device.scale import FULL, SMALL, Scale
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.models import llama
+from chameleon_jax.models import llama, steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import PageLayout
@@ -33,8 +33,7 @@ def buckets(scale: Scale, layout: PageLayout) -> StepBuckets:
         table_width=layout.pages_for_tokens(scale.max_tokens),
         max_rank=rank,
         max_adapter_pages=layout.place(dict.fromkeys(TARGETS, rank)).num_pages,
-        prefill_tile=scale.prefill_tile,
-        attention_alone=not small,
+        **(steps.shapes_for("triton") if not small else {}) | {"prefill_tile": scale.prefill_tile},
     )
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from benchmarks.device.bench_engine import Batch, BenchEngine, Placed, random_weights
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
-from chameleon_jax.models import ops
+from chameleon_jax.models import ops, steps
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
@@ -67,8 +67,7 @@ class Workbench:
             table_width=self.layout.pages_for_tokens(max_tokens or scale.max_tokens),
             max_rank=scale.max_rank,
             max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
-            prefill_tile=scale.prefill_tile,
-            attention_alone=True,  # as on any GPU
+            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also where there is no GPU
             rows=scale.rows,
             prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # what is shorter is padded
         )

@@ -49,13 +49,13 @@ def step_terms(plan: StepPlan, ranks: dict[str, int], buckets: StepBuckets) -> l
             owners += [chunk.request] * -(-chunk.num_tokens // buckets.prefill_tile)
             terms[3] += chunk.num_tokens * (chunk.start + chunk.num_tokens / 2)
         tiles = buckets.bucket(len(owners), buckets.prefill_tile)
-        window = window_tiles(tiles, buckets.prefill_tile)
+        window = window_tiles(tiles, buckets.prefill_tile, buckets.decode_window)
         terms[0], terms[1] = 1.0, tiles * buckets.prefill_tile
         terms[2] = lora_blocks(owners, ranks, window) * window * buckets.prefill_tile
     if plan.decodes:
         rows = buckets.bucket(len(plan.decodes), DECODE_TILE)
         terms[4], terms[5] = 1.0, rows
-        terms[6] = lora_blocks(plan.decodes, ranks, window_tiles(rows, DECODE_TILE))
+        terms[6] = lora_blocks(plan.decodes, ranks, window_tiles(rows, DECODE_TILE, buckets.decode_window))
         terms[7] = sum([request.num_computed for request in plan.decodes])
     return terms
 

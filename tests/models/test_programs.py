@@ -15,7 +15,7 @@ from chameleon_jax.models.llama import Llama, random_model
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.programs import STEPS_IN_FLIGHT, Programs
 from chameleon_jax.models.sampling import SamplingMode
-from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.models.steps import StepBuckets, shapes_for
 from chameleon_jax.models.transfers import PieceSizes
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
@@ -62,8 +62,7 @@ def test_a_7b_on_a_gpu_has_few_programs():
         table_width=128,
         max_rank=128,
         max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
-        prefill_tile=64,
-        attention_alone=True,
+        **shapes_for("triton"),
     )
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(PRESETS["llama-7b"], jnp.dtype("bfloat16"), nnx.Rngs(0))))
     pieces = PieceSizes.fit(layout.page_bytes(2), buckets.max_adapter_pages)

@@ -23,6 +23,8 @@ from chameleon_jax.models.page_layout import TRASH_PAGE, AdapterPlacement, PageL
 
 BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has what others cost)."""
+DECODE_WINDOW = 8
+"""Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
 MAX_RANK = 256
 """A rank row is coded as adapter * MAX_RANK + row."""
 
@@ -47,6 +49,7 @@ class LoraPlan:
         rank_rows: `[targets, capacity]` int32 codes, -1 where a block is not full.
         first_blocks: `[targets, windows + 1]` int32, blocks of all windows before each one; the last is their number.
         tile_adapter: `[tiles]` int32, the batch's index of each tile's adapter, -1 for the base model.
+        window_tiles: tiles of a window (static).
 
     `targets` are the first so many of TARGETS: the program that takes the plan adapts no others.
     """
@@ -55,6 +58,7 @@ class LoraPlan:
     rank_rows: jax.Array | np.ndarray
     first_blocks: jax.Array | np.ndarray
     tile_adapter: jax.Array | np.ndarray
+    window_tiles: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_targets(self) -> int:
@@ -102,9 +106,9 @@ class LoraTargets:
         return TARGETS.index(names[0]) < self.first_blocks.shape[0]
 
 
-def window_tiles(tiles: int, tile_tokens: int) -> int:
-    """Tiles of a window: 16 rows in decode, the fewest that a tensor core multiplies, 128 tokens in prefill."""
-    return min(tiles, 16 if tile_tokens == 1 else max(1, 128 // tile_tokens))
+def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
+    """Tiles of a window: so many rows in decode, 128 tokens in prefill."""
+    return min(tiles, decode_window if tile_tokens == 1 else max(1, 128 // tile_tokens))
 
 
 def plan_batch(
@@ -115,6 +119,7 @@ def plan_batch(
     max_rank: int,
     max_pages: int,
     num_targets: int = len(TARGETS),
+    decode_window: int = DECODE_WINDOW,
 ) -> LoraPlan:
     """Lists the rank rows of a batch (host).
 
@@ -124,10 +129,11 @@ def plan_batch(
         max_rank: capacity is for every tile to have another adapter of this rank.
         max_pages: pages of the largest adapter that is served.
         num_targets: how many of TARGETS, from the first on; no adapter of the batch has others.
+        decode_window: rows of a window in decode.
     """
     # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
-    step = window_tiles(tiles, tile_tokens)
+    step = window_tiles(tiles, tile_tokens, decode_window)
     windows = -(-tiles // step)
     adapters = np.zeros((tiles, 2 * len(TARGETS) + max_pages), np.int32)
     rank_rows = np.full((num_targets, capacity), -1, np.int32)
@@ -161,13 +167,14 @@ def plan_batch(
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     codes = np.broadcast_to(owner * MAX_RANK, ranks.shape).ravel()
     rank_rows.ravel()[np.repeat(begin.ravel(), counts) + within] = np.repeat(codes, counts) + within
-    return LoraPlan(adapters=adapters, rank_rows=rank_rows, first_blocks=first_blocks, tile_adapter=tile_adapter)
+    return LoraPlan(
+        adapters=adapters, rank_rows=rank_rows, first_blocks=first_blocks, tile_adapter=tile_adapter, window_tiles=step
+    )
 
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
     """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
     adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
-    tiles = plan.tile_adapter.shape[0]
     page_table = adapters[:, 2 * len(TARGETS) :]
     valid = rank_rows >= 0
     owner = jnp.where(valid, rank_rows // MAX_RANK, 0)
@@ -194,7 +201,7 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
         first_blocks=first_blocks,
         block_window=jnp.sum(windows_before, axis=1, dtype=jnp.int32),
         token_adapter=jnp.repeat(jnp.asarray(plan.tile_adapter), tile_tokens),
-        window_tokens=window_tiles(tiles, tile_tokens) * tile_tokens,
+        window_tokens=plan.window_tiles * tile_tokens,
         d_out=tuple(layout.config.target_shape(t)[1] for t in TARGETS),
         row_unit=layout.row_unit,
     )

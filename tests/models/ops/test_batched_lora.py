@@ -63,8 +63,10 @@ def compiled(backend: str):
     return jax.jit(functools.partial(BACKENDS[backend], **kwargs), static_argnums=4)
 
 
-def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int) -> None:
-    plan = plan_batch(tile_adapters, tiles=tiles, tile_tokens=tile_tokens, max_rank=256, max_pages=MAX_PAGES)
+def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8) -> None:
+    plan = plan_batch(
+        tile_adapters, tiles=tiles, tile_tokens=tile_tokens, max_rank=256, max_pages=MAX_PAGES, decode_window=window
+    )
     targets = resolve(plan, LAYOUT, tile_tokens)
     rng = np.random.default_rng(1)
     for names in GROUPS:
@@ -85,8 +87,8 @@ def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (16, 1), (12, 1), (8, 32), (6, 32)])
-def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens):
+@pytest.mark.parametrize("tiles,tile_tokens,window", [(1, 1, 8), (16, 1, 8), (12, 1, 8), (20, 1, 16), (8, 32, 8), (6, 32, 8)])
+def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
     everything = [{t: r for t in TARGETS} for r in (1, 3, 8, 64, 256)]
     pool, adapters = make_pool([*everything, {"q_proj": 5, "v_proj": 130}, {"down_proj": 7}])
     rng = np.random.default_rng(tiles)
@@ -94,7 +96,7 @@ def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens):
     tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
     if backend == "reference":
         pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore what is in foreign pages
-    check(backend, pool, tile_adapters, tiles, tile_tokens)
+    check(backend, pool, tile_adapters, tiles, tile_tokens, window)
 
 
 @pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])
