@@ -98,6 +98,9 @@ class SimulatedExecutor:
     def cancel_load(self, content_hash: str) -> None:
         del self._loads[content_hash]  # what was queued behind it keeps its time
 
+    def reset(self) -> None:
+        self._loads.clear()
+
 
 @dataclasses.dataclass
 class Result(Outcome):

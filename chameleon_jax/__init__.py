@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chameleon_jax.config import EngineConfig
     from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
+    from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "LoRARequest", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "EngineConfig", "LoRARequest", "RequestOutput", "SamplingParams"]
 
 _HOME = {
+    "AsyncLLM": "chameleon_jax.serving.async_llm",
     "LLM": "chameleon_jax.serving.llm",
     "EngineConfig": "chameleon_jax.config",
     "LoRARequest": "chameleon_jax.request",

@@ -190,6 +190,15 @@ class AdapterCache:
             self._evict(entry)
         return len(idle)
 
+    def lose(self) -> None:
+        """The pool's content is lost and nothing refers to it: every adapter is on the host again."""
+        for entry in self._entries.values():
+            if entry.references:
+                raise ValueError(f"adapter {entry.info.content_hash[:12]} has {entry.references} references; allowed: 0")
+            if entry.tier is not AdapterTier.HOST:
+                self.num_loading -= entry.tier is AdapterTier.LOADING
+                self._to_host(entry)
+
     def _count_idle(self, entry: CacheEntry) -> None:
         """Keeps `_idle` true after a change of state."""
         content_hash = entry.info.content_hash

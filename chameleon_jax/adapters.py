@@ -54,5 +54,11 @@ class AdapterRegistry:
     def names_of(self, content_hash: str) -> list[str]:
         return sorted(name for name, info in self._names.items() if info.content_hash == content_hash)
 
+    def names_by_hash(self) -> dict[str, list[str]]:
+        by_hash: dict[str, list[str]] = {}
+        for name in self.names():
+            by_hash.setdefault(self._names[name].content_hash, []).append(name)
+        return by_hash
+
     def names(self) -> list[str]:
         return sorted(self._names)

@@ -88,9 +88,12 @@ class RequestState(enum.Enum):
 
 
 class FinishReason(enum.Enum):
+    """ABORT: somebody gave it up; ERROR: it could not go on, `stop_reason` says why."""
+
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,8 @@ class RequestMetrics:
     """Times of the engine's clock, in seconds.
 
     Attributes:
-        num_squashes: recomputations.
+        num_squashes: recomputations, for memory or since the device failed.
+        num_faults: failures of the device that it outlived.
         adapter_was_resident: whether the adapter was there when the request's turn came; None: it has none, or no turn yet.
         adapter_awaited_since: when its turn first came while its adapter was not there and others could pass.
         adapter_wait: seconds by which the adapter's load delayed the request after its turn had come.
@@ -117,6 +121,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_squashes: int = 0
+    num_faults: int = 0
     adapter_was_resident: bool | None = None
     adapter_awaited_since: float | None = None
     adapter_wait: float = 0.0
@@ -124,7 +129,8 @@ class RequestMetrics:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """`finish_reason` is "stop", "length" or "abort", None while running; `stop_reason` the string or id that ended it."""
+    """`finish_reason` is "stop", "length", "abort" or "error", None while running; `stop_reason` the string or id that ended
+    it, or what went wrong."""
 
     index: int
     text: str

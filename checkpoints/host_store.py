@@ -73,8 +73,8 @@ class HostStore(Generic[B]):
         byte_limit: what blocks in memory may take together once the background thread has caught up.
         spill_directory: where the store makes a private directory (0700) that `close` removes; None: among the system's
             temporary files.
-        stage: makes of a packed array `[layers, pages, page_elems]` what is held in memory, as many bytes of it. Called by
-            whoever puts, and on the background thread for what was read. The array is not kept beside it.
+        stage: makes of a packed array `[layers, pages, page_elems]` what is held in memory, as many bytes of it. Called on
+            the background thread for what was read. The array is not kept beside it.
 
     Raises:
         ValueError: byte_limit is negative.
@@ -93,6 +93,7 @@ class HostStore(Generic[B]):
         self._entries: dict[str, _Entry[B]] = {}
         self._in_memory: OrderedDict[str, _Entry[B]] = OrderedDict()  # least recently used first
         self._bytes = 0
+        self._num_spills = 0
         self._closed = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="host-store")
 
@@ -101,18 +102,18 @@ class HostStore(Generic[B]):
         with self._lock:
             return self._bytes
 
+    @property
+    def num_spills(self) -> int:
+        """Blocks that left memory so far."""
+        with self._lock:
+            return self._num_spills
+
     def __contains__(self, content_hash: str) -> bool:
         with self._lock:
             return content_hash in self._entries
 
-    def put(self, content_hash: str, array: np.ndarray) -> None:
-        """Takes a packed array; the caller does not write to it any more. Raises RuntimeError after `close`."""
-        with self._lock:
-            self._check_open()
-            if content_hash in self._in_memory:  # the same hash is the same content
-                self._in_memory.move_to_end(content_hash)
-                return
-        block = self._stage(array)  # takes as long as a copy: not under the lock
+    def put(self, content_hash: str, block: B) -> None:
+        """Takes what `stage` made; the caller does not write to it any more. Raises RuntimeError after `close`."""
         with self._lock:
             self._check_open()
             self._keep(content_hash, self._entries.setdefault(content_hash, _Entry(block.nbytes)), block)
@@ -182,6 +183,7 @@ class HostStore(Generic[B]):
                     entry.block = None
                     del self._in_memory[content_hash]
                     self._bytes -= entry.num_bytes
+                    self._num_spills += 1
                     continue
             try:
                 file = self._write(np.asarray(block))

@@ -18,7 +18,13 @@ import safetensors.numpy
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 256
+MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""What a file of weights may take beside the weights: safetensors' header with names and metadata."""
+
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
 )
@@ -165,7 +171,7 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
     """
     directory = Path(directory)
     settings = read_config(directory)
-    tensors = _read_tensors(directory)
+    tensors = _read_tensors(directory, config)
     pairs: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     modules: dict[tuple[int, str], str] = {}
     for name, tensor in tensors.items():
@@ -204,25 +210,33 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
 
 def read_config(directory: Path) -> PeftConfig:
     """Reads and checks adapter_config.json. Raises AdapterError."""
-    file = directory / "adapter_config.json"
+    file = directory / CONFIG_FILE
     if not file.is_file():
-        raise AdapterError(f"{directory} has no adapter_config.json")
+        raise AdapterError(f"{directory.name} has no {CONFIG_FILE}")
     try:
+        _check_size(file, MAX_CONFIG_BYTES)
         data = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file.name} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise AdapterError(f"{file.name} holds a {type(data).__name__}; allowed: an object")
     return PeftConfig.from_json(data)
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    file = directory / "adapter_model.safetensors"
+def _check_size(file: Path, most: int) -> None:
+    if (size := file.stat().st_size) > most:
+        raise ValueError(f"it has {size} bytes; allowed: {most}")
+
+
+def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
+    file = directory / WEIGHTS_FILE
     if not file.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         hint = ": adapter_model.bin is pickled and is never opened, convert it to safetensors" if pickled else ""
-        raise AdapterError(f"{directory} has no adapter_model.safetensors{hint}")
+        raise AdapterError(f"{directory.name} has no {WEIGHTS_FILE}{hint}")
+    widths = sum(sum(config.target_shape(target)) for target in TARGETS)
     try:
+        _check_size(file, config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES)  # the largest that fits, in float64
         return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{file.name} cannot be read: {error}") from error
@@ -253,7 +267,7 @@ def save(
         for side, matrix in zip("AB", pair):
             key = f"base_model.model.model.layers.{layer}.{_PARENT[target]}.{target}.lora_{side}.weight"
             named[key] = np.ascontiguousarray(matrix, dtype)
-    safetensors.numpy.save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    safetensors.numpy.save_file(named, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     present = {target for _, target in tensors}
     settings = {
         "peft_type": "LORA",
@@ -266,4 +280,4 @@ def save(
         "bias": "none",
         "inference_mode": True,
     }
-    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2))

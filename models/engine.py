@@ -77,10 +77,18 @@ class DeviceEngine:
         self.programs.num_pages = self.num_pages
         if ahead:
             self.programs.compile_all(progress)
-        self._pages = [jnp.zeros((self.num_pages, layout.page_elems), dtype) for _ in range(layout.config.num_layers)]
-        self._slot_tokens = jnp.zeros(buckets.max_num_seqs + 1, jnp.int32)
+        self._pages: list[jax.Array] = []
+        self.reset()
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
+
+    def reset(self) -> None:
+        """Starts from an empty pool, whatever state an error has left the old one in."""
+        for layer in self._pages:
+            layer.delete()
+        shape = (self.num_pages, self.layout.page_elems)
+        self._pages = [jnp.zeros(shape, self.dtype) for _ in range(self.layout.config.num_layers)]
+        self._slot_tokens = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
 
     def _pages_that_fit(self, memory_limit: int) -> int:
         jax.block_until_ready(self.programs.weights)

@@ -115,6 +115,14 @@ class AdapterLoads:
             load.ended = True
         self._results.pop(content_hash, None)
 
+    def reset(self) -> None:
+        """Gives up all of them, and what was sent or written."""
+        for content_hash in list(self._loads):
+            self.cancel(content_hash)
+        self._results.clear()
+        self._on_the_way.clear()
+        self._writes.clear()
+
     def _advance(self) -> None:
         """Whatever an interrupt left undone here, the next call does."""
         self._write()

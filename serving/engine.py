@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
 from chameleon_jax.models.programs import Progress
 from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.models.transfers import PinnedBlock
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
 from chameleon_jax.serving.jax_executor import JaxExecutor
@@ -55,6 +57,15 @@ def take_device_memory(share: float) -> None:
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
     if not any(name in os.environ for name in names):
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedAdapter:
+    """What an adapter is to the host, where its rows lie in its pages, and its packed block."""
+
+    info: AdapterInfo
+    placement: AdapterPlacement
+    block: PinnedBlock
 
 
 class Engine:
@@ -142,16 +153,20 @@ class Engine:
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then.
         """
-        info = self.add_lora_weights(name, peft.load(path, self.model_config))
-        self._paths[name] = str(path)
-        return info
+        return self.name_lora(name, self.read_lora(name, path), path)
 
-    def add_lora_weights(self, name: str, weights: AdapterWeights) -> AdapterInfo:
-        """`add_lora` of weights that are in memory."""
-        if not self.config.enable_lora:
-            raise ValueError(f"adapter {name!r}: enable_lora is False")
-        if not name:
-            raise ValueError("the adapter's name is empty")
+    def read_lora(self, name: str, path: str | Path) -> PackedAdapter:
+        """Reads a PEFT adapter and packs it. Thread-safe, and changes nothing: any thread may, while requests run.
+
+        Raises:
+            ValueError: the adapter cannot be served; says why.
+        """
+        self._check_name(name)
+        return self.pack_lora(name, peft.load(path, self.model_config))
+
+    def pack_lora(self, name: str, weights: AdapterWeights) -> PackedAdapter:
+        """`read_lora` of weights that are in memory."""
+        self._check_name(name)
         weights.check(self.model_config)
         rank = max(weights.ranks.values())
         if rank > self.config.max_lora_rank:
@@ -159,21 +174,32 @@ class Engine:
         placement = self.layout.place(weights.ranks)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
-        content_hash = weights.content_hash
+        block = self.layout.pack(weights, self.dtype)
+        if not np.isfinite(block.astype(np.float32)).all():
+            raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
         num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
-        info = AdapterInfo(content_hash, rank, placement.num_pages, num_bytes)
-        if content_hash not in self._placements:
-            block = self.layout.pack(weights, self.dtype)
-            if not np.isfinite(block.astype(np.float32)).all():
-                raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
-            self.store.put(content_hash, block)
-            self._placements[content_hash] = placement
+        info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
+        return PackedAdapter(info, placement, self.device.stage(block))
+
+    def name_lora(self, name: str, adapter: PackedAdapter, path: str | Path | None = None) -> AdapterInfo:
+        """Gives an adapter that was packed a name; quick, as nothing is copied."""
+        info = adapter.info
+        self.store.put(info.content_hash, adapter.block)
+        self._placements[info.content_hash] = adapter.placement
         self.loop.add_adapter(info)
         old = self.registry.set(name, info)
         self._paths.pop(name, None)
+        if path is not None:
+            self._paths[name] = str(path)
         if old is not None and not self.registry.names_of(old.content_hash):
             self.loop.remove_adapter(old.content_hash)
         return info
+
+    def _check_name(self, name: str) -> None:
+        if not self.config.enable_lora:
+            raise ValueError(f"adapter {name!r}: enable_lora is False")
+        if not name:
+            raise ValueError("the adapter's name is empty")
 
     def remove_lora(self, name: str) -> None:
         """Unnames an adapter. Requests that use it finish; then its memory is free. Raises KeyError."""
@@ -188,6 +214,10 @@ class Engine:
 
     def list_loras(self) -> list[str]:
         return self.registry.names()
+
+    def must_read(self, lora: LoRARequest) -> bool:
+        """Whether it names a path from which its name was not read."""
+        return lora.path is not None and self._paths.get(lora.name) != str(lora.path)
 
     def _named(self, name: str) -> AdapterInfo:
         info = self.registry.get(name)
@@ -220,8 +250,8 @@ class Engine:
                 raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
         adapter = None
         if lora is not None:
-            if lora.path is not None and self._paths.get(lora.name) != str(lora.path):
-                self.add_lora(lora.name, lora.path)
+            if self.must_read(lora):
+                self.add_lora(lora.name, str(lora.path))
             adapter = self._named(lora.name).content_hash
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         if self.tokenizer is not None and not params.ignore_eos:

@@ -51,3 +51,6 @@ class Executor(Protocol):
 
     def cancel_load(self, content_hash: str) -> None:
         """Gives up a load that has begun and has not been reported as ended: nothing dispatched later writes to its pages."""
+
+    def reset(self) -> None:
+        """Forgets all steps and loads, and what the pool holds. After an error nothing else brings the device back."""

@@ -91,6 +91,12 @@ class JaxExecutor:
         del self._loading[content_hash]
         self._loads.cancel(content_hash)
 
+    def reset(self) -> None:
+        self._loads.reset()
+        self._loading.clear()
+        self._resident.clear()
+        self._engine.reset()
+
     def _run(
         self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]
     ) -> list[tuple[Sampled, list[tuple[int, Request]]]]:

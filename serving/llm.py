@@ -10,8 +10,9 @@ from typing import Any
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput, SamplingParams
+from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingParams
 from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.outputs import Update, make_output
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or `{"prompt_token_ids": [...]}`."""
@@ -34,10 +35,7 @@ class LLM:
     """
 
     def __init__(self, model: str, *, progress: Callable[[int, int], None] = compile_progress, **settings: Any):
-        known = {f.name for f in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(settings.keys() - known):
-            raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-        self.engine = Engine(str(model), EngineConfig(**settings), progress=progress)
+        self.engine = Engine(str(model), engine_config(settings), progress=progress)
 
     def __enter__(self) -> LLM:
         return self
@@ -85,7 +83,7 @@ class LLM:
         requests: list[Request] = []
         try:
             for prompt, param, lora in zip(many, params, loras):
-                requests.append(self.engine.submit(self._tokens(prompt), param, lora))
+                requests.append(self.engine.submit(tokens_of(prompt, self.engine.tokenizer), param, lora))
             while self.engine.loop.has_unfinished:
                 self.engine.loop.step()
         except BaseException:
@@ -94,7 +92,7 @@ class LLM:
                     self.engine.loop.abort(request.request_id)
             raise
         return [
-            make_output(request, prompt if isinstance(prompt, str) else None, lora, self.engine.tokenizer)
+            make_output(Update.of(request), prompt if isinstance(prompt, str) else None, lora, self.engine.tokenizer)
             for request, prompt, lora in zip(requests, many, loras)
         ]
 
@@ -111,44 +109,26 @@ class LLM:
         ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
         return self.generate(ids, sampling_params, lora_request)
 
-    def _tokens(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return self.get_tokenizer().encode(prompt)
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt["prompt_token_ids"]
-            if "prompt" in prompt:
-                return self.get_tokenizer().encode(prompt["prompt"])
+
+def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """Raises ValueError, naming the setting that is not one or that is wrong."""
+    known = {f.name for f in dataclasses.fields(EngineConfig)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+    return EngineConfig(**settings)
+
+
+def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
+    """The token ids of a prompt. Raises ValueError."""
+    if isinstance(prompt, Mapping):
+        if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
             raise ValueError(f"prompt has the keys {sorted(prompt)}; allowed: prompt_token_ids or prompt")
+        return tokens_of(next(iter(prompt.values())), tokenizer)
+    if not isinstance(prompt, str):
         return prompt
-
-
-def make_output(request: Request, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None) -> RequestOutput:
-    """What a request has produced so far."""
-    logprobs = None
-    if request.params.logprobs is not None:
-        logprobs = [
-            {t: Logprob(value, None if tokenizer is None else tokenizer.decode([t])) for t, value in position.items()}
-            for position in request.logprobs
-        ]
-    finish = request.finish_reason
-    completion = CompletionOutput(
-        index=0,
-        text=request.text,
-        token_ids=list(request.output_token_ids),
-        finish_reason=None if finish is None else finish.value,
-        stop_reason=request.stop_reason,
-        logprobs=logprobs,
-    )
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=prompt,
-        prompt_token_ids=list(request.prompt_token_ids),
-        outputs=[completion],
-        finished=finish is not None,
-        lora_request=lora,
-        metrics=request.metrics,
-    )
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
+    return tokenizer.encode(prompt)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

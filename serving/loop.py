@@ -21,19 +21,17 @@ from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.scheduler.running import PREFILL_TILE
-from chameleon_jax.serving.executor import Executor, SampledToken
+from chameleon_jax.serving.errors import QueueFull
+from chameleon_jax.serving.executor import Executor, LoadResult, SampledToken
 from chameleon_jax.serving.stop_strings import cut_at_stop
 from chameleon_jax.systems import get_system
-
-
-class QueueFull(Exception):
-    """max_queue_len requests wait already."""
 
 
 @dataclasses.dataclass
 class LoopCounters:
     """Since the start: steps dispatched, tokens handed out, prompt tokens computed, rows decoded, requests that ended, seconds
-    for which steps were held back by loads."""
+    for which steps were held back by loads, bytes and seconds of loads that succeeded, failures of the device that were
+    outlived."""
 
     steps: int = 0
     generation_tokens: int = 0
@@ -41,6 +39,9 @@ class LoopCounters:
     decode_rows: int = 0
     finished: int = 0
     load_wait: float = 0.0
+    load_bytes: int = 0
+    load_seconds: float = 0.0
+    faults: int = 0
 
 
 class ServingLoop:
@@ -74,6 +75,8 @@ class ServingLoop:
         self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor, prefill_tile)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
+        self.awaits_load = False  # the last step did nothing, as whoever is left waits for an adapter
+        self.ended_loads: deque[LoadResult] = deque(maxlen=1024)  # the last ones; whoever watches takes them out
         self._page_tokens = page_tokens
         self._clock = clock
         self._forget = forget
@@ -86,6 +89,11 @@ class ServingLoop:
         self._failed = False
 
     # -- requests -------------------------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """In order of arrival."""
+        return list(self._requests.values())
 
     @property
     def has_unfinished(self) -> bool:
@@ -159,26 +167,47 @@ class ServingLoop:
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Request]:
+    def step(self, wait: bool = True) -> list[Request]:
         """One round. Returns the requests that have new tokens or ended.
 
         An interrupt while it waits for the device loses nothing: the next call goes on.
 
+        Args:
+            wait: where nothing can run before an adapter is there, wait for one. False: return at once.
+
         Raises:
-            RuntimeError: an earlier call failed between planning and dispatch, so what was planned did not run.
+            RuntimeError: an earlier call failed between planning and dispatch, so what was planned did not run, and nobody
+                called `recover` since.
         """
         if self._failed:
-            raise RuntimeError("an earlier step failed; start a new engine")
+            raise RuntimeError("an earlier step failed; recover, or start a new engine")
         self._finish_loads()
         plan = self._pending or self._plan()
         if plan.awaited:
             self._await_loads(plan)
         self._dispatch(plan)
-        if not plan.runs and not self._in_flight and self.has_unfinished:
-            self._finish_loads(wait=True)  # whoever is left waits for an adapter
+        self.awaits_load = not plan.runs and not self._in_flight and self.has_unfinished
+        if wait and self.awaits_load:
+            self._finish_loads(wait=True)
         self._collect(leave=int(plan.runs))
         updated, self._updated = self._updated, []
         return updated
+
+    def recover(self) -> None:
+        """Goes on after `step` has raised: what was dispatched is lost and the pool is empty. Requests that ran wait again and
+        are recomputed to the same output; the others are where they were. What this raises cannot be recovered from."""
+        self.executor.reset()
+        self._in_flight.clear()
+        self._pending = None
+        for request in self._requests.values():
+            request.num_in_flight = 0
+        for request in self.scheduler.running:
+            request.metrics.num_faults += 1
+        self.scheduler.restart(self._clock())
+        self.cache.lose()
+        self._sweep()
+        self.counters.faults += 1
+        self._failed = False
 
     def _plan(self) -> StepPlan:
         with self._fatal():
@@ -242,12 +271,15 @@ class ServingLoop:
 
     def _finish_loads(self, wait: bool = False) -> None:
         for result in self.executor.poll_loads(wait):
+            self.ended_loads.append(result)
             if result.error is None:
                 self.cache.finish_load(result.content_hash)
+                self.counters.load_bytes += result.num_bytes
+                self.counters.load_seconds += result.seconds
                 continue
             self.cache.fail_load(result.content_hash)
             for request in [r for r in self._requests.values() if r.adapter == result.content_hash]:
-                self._finish(request, FinishReason.ABORT, f"its adapter could not be loaded: {result.error}")
+                self._finish(request, FinishReason.ERROR, f"its adapter could not be loaded: {result.error}")
                 self._updated.append(request)
         self._sweep()
 

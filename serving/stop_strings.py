@@ -1,4 +1,4 @@
-"""Where a request's text ends."""
+"""Where a request's text ends, and how much of it is certain before it has."""
 
 from __future__ import annotations
 
@@ -18,3 +18,17 @@ def cut_at_stop(request: Request, searched: int) -> str | None:
             request.text = request.text[:at]
             return stop
     return None
+
+
+def certain_text(request: Request) -> str:
+    """The text that no stop string can take back: without an end that may become one, until the request has ended."""
+    text = request.text
+    if request.finish_reason is not None:
+        return text
+    held = 0
+    for stop in request.params.stop:
+        for length in range(min(len(stop) - 1, len(text)), held, -1):
+            if text.endswith(stop[:length]):
+                held = length
+                break
+    return text[: len(text) - held] if held else text

@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from chameleon_jax.checkpoints import huggingface, peft
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import TARGETS, Llama3RopeScaling, LlamaConfig
 
 _MHA = LlamaConfig(
@@ -58,9 +60,20 @@ def checkpoint(config: LlamaConfig, seed: int = 0) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
-def save_model(directory: Path, name: str) -> Path:
+def save_model(directory: Path, name: str, text: bool = False) -> Path:
+    """With `text`, a tokenizer of one token per byte comes along, and a chat template."""
     huggingface.save(checkpoint(CONFIGS[name]), directory)
+    if text:
+        byte_tokenizer().save(directory)
     return directory
+
+
+def byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"})
 
 
 def save_adapter(directory: Path, config: LlamaConfig, rank: int, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> Path:

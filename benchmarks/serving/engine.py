@@ -57,7 +57,7 @@ class BenchmarkEngine(Engine):
             num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
             for i in [i for i, other in enumerate(ranks) if other == rank]:
                 info = AdapterInfo(f"adapter-{i}-of-rank-{rank}", rank, placement.num_pages, num_bytes)
-                self.store.put(info.content_hash, block.copy())
+                self.store.put(info.content_hash, self.device.stage(block.copy()))
                 self._placements[info.content_hash] = placement
                 self.registry.set(f"adapter-{i}", info)
                 self.loop.add_adapter(info)

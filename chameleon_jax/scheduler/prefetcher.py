@@ -23,11 +23,12 @@ class Prefetcher:
         wanted: adapters of waiting requests, kept up by the scheduler.
 
     Attributes:
+        num_begun: loads begun ahead of a request's turn.
         num_cancelled: loads given up because nobody wanted them any more.
     """
 
     def __init__(self, pool: PagePool, cache: AdapterCache, wanted: Mapping[str, int], predicts: bool):
-        self.num_cancelled = 0
+        self.num_begun = self.num_cancelled = 0
         self._pool = pool
         self._cache = cache
         self._wanted = wanted
@@ -77,6 +78,7 @@ class Prefetcher:
                 if not self._cache.reserve(entry.info.num_pages + num_running, now, keep=sooner, wanted=self._wanted):
                     return
                 self.begin(adapter, plan)
+                self.num_begun += 1
             sooner.add(adapter)
         if self._predictor is not None and not self._cache.num_loading:
             self._load_predicted(self._predictor, plan, num_running, now)
@@ -89,3 +91,4 @@ class Prefetcher:
             if self._cache.num_loading >= MAX_LOADS or not self._pool.can_allocate(pages + num_running):
                 return
             plan.loads.append((adapter, self._cache.begin_load(adapter)))
+            self.num_begun += 1

@@ -109,6 +109,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_prefetches(self) -> int:
+        return self._prefetcher.num_begun
+
+    @property
     def num_cancelled_loads(self) -> int:
         return self._prefetcher.num_cancelled
 
@@ -138,7 +142,7 @@ class Scheduler:
         elif state is RequestState.WAITING:
             self._order.remove(request)
             self._stop_waiting(request)
-        if request.finish_reason is not FinishReason.ABORT:
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.counters.underpredicted += len(request.output_token_ids) > request.predicted_output_len
             self.counters.overpredicted += len(request.output_token_ids) < request.predicted_output_len
             self._predictor.observe(request)
@@ -313,6 +317,11 @@ class Scheduler:
         request.num_computed = 0
         request.metrics.num_squashes += 1
         self._wait(request, now, new=False)
+
+    def restart(self, now: float) -> None:
+        """What was dispatched is lost: who ran waits again."""
+        for request in reversed(self.running):
+            self._squash(request, now)
 
     def _give_back(self, request: Request, now: float) -> None:
         self._pool.free_kv(request.request_id)

@@ -122,7 +122,7 @@ def check_loads(engine: DeviceEngine) -> None:
             pages, free = free[:size], free[size:]
             array = block(size, seed=10 * turn + i)
             expected |= {page: array[:, j].copy() for j, page in enumerate(pages)}
-            store.put(name, array)
+            store.put(name, engine.stage(array))
             loads.begin(name, pages)
         while len(loads):
             assert [result.error for result in loads.poll(wait=True)] in ([None], [None] * 2, [None] * 3)
@@ -137,7 +137,7 @@ def test_what_comes_back_from_disk_is_staged_again(monkeypatch, tmp_path):
     engine = make_engine(monkeypatch, 4)
     store = HostStore(0, tmp_path, stage=engine.stage)
     array = block(7)
-    store.put("a", array.copy())
+    store.put("a", engine.stage(array.copy()))
     while store.bytes_in_memory:
         pass
     staged = store.fetch("a").result(10)

@@ -67,6 +67,12 @@ class FakeExecutor:
     def cancel_load(self, content_hash: str) -> None:
         del self.loads[content_hash]
 
+    def reset(self) -> None:
+        self.loads.clear()
+        self.memory.clear()
+        self.slots.clear()
+        self.adapter_pages.clear()
+
     def _sample(self, request, length: int) -> int:
         tokens = []
         for position in range(length):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chameleon_jax.adapters import AdapterTier
 from chameleon_jax.request import FinishReason, RequestState
-from chameleon_jax.serving.loop import QueueFull
+from chameleon_jax.serving.errors import QueueFull
 from chameleon_jax.systems import SYSTEMS
 from tests.serving.loop_traffic import adapter, expected, make_loop, make_request, run
 

@@ -1,0 +1,86 @@
+"""What callers get of a request: everything so far, or what is new since they last looked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput
+from chameleon_jax.serving.stop_strings import certain_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Where a request stands after a step. The tokens and log-probabilities of a request only ever grow, so that whoever reads
+    the first `num_tokens` of them in another thread reads what does not change.
+
+    Attributes:
+        text: what no stop string can take back.
+        finished: nothing follows; `request.finish_reason` is set.
+    """
+
+    request: Request
+    text: str
+    num_tokens: int
+    finished: bool
+
+    @classmethod
+    def of(cls, request: Request) -> Update:
+        return cls(request, certain_text(request), len(request.output_token_ids), request.finish_reason is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one read of a stream adds. Text may lag behind the tokens: characters and stop strings end in later ones.
+
+    Attributes:
+        logprobs: one mapping for each of `token_ids`, the chosen token first; None: not asked for.
+        finish_reason: "stop", "length" or "abort" in the last delta, None before.
+        stop_reason: the string or id that ended it, or None.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]] | None:
+    """Those of output tokens `begin` to `end`, with the tokens' texts; None where the request has none."""
+    if request.params.logprobs is None:
+        return None
+    return [
+        {t: Logprob(value, None if tokenizer is None else tokenizer.decode([t])) for t, value in position.items()}
+        for position in request.logprobs[begin:end]
+    ]
+
+
+def make_delta(update: Update, before: Update | None, tokenizer: Tokenizer | None) -> Delta:
+    """What `update` adds to `before`."""
+    request = update.request
+    begin, shown = (0, 0) if before is None else (before.num_tokens, len(before.text))
+    reason = request.finish_reason if update.finished else None
+    return Delta(
+        text=update.text[shown:],
+        token_ids=request.output_token_ids[begin : update.num_tokens],
+        logprobs=logprobs_of(request, begin, update.num_tokens, tokenizer),
+        finish_reason=None if reason is None else reason.value,
+        stop_reason=request.stop_reason if update.finished else None,
+    )
+
+
+def make_output(update: Update, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None) -> RequestOutput:
+    """What a request has produced so far."""
+    request = update.request
+    everything = make_delta(update, None, tokenizer)
+    completion = CompletionOutput(0, **{f.name: getattr(everything, f.name) for f in dataclasses.fields(Delta)})
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[completion],
+        finished=update.finished,
+        lora_request=lora,
+        metrics=request.metrics,
+    )

@@ -1,0 +1,131 @@
+"""What the HTTP and the gRPC server have in common: who may do what, what names mean, and what a request may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from chameleon_jax.request import LoRARequest, SamplingParams
+from chameleon_jax.serving.adapter_sources import AdapterSources
+from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
+from chameleon_jax.serving.llm import Prompt
+from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME_LEN = 256
+
+
+class Service:
+    """One engine as both servers offer it.
+
+    Attributes:
+        model_name: what requests call the base model.
+        created: Unix time of the start, seconds.
+    """
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig):
+        self.llm = llm
+        self.config = config
+        self.model_name = config.served_model_name or Path(llm.engine.model_name).name
+        self.created = int(time.time())
+        self.sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
+
+    # -- access ---------------------------------------------------------------------------------------------------------
+
+    def check_access(self, authorization: str | None, admin: bool = False) -> None:
+        """Args: authorization: `Bearer KEY`, as it came. Raises Unauthenticated or Forbidden."""
+        config = self.config
+        if not config.api_keys and not config.admin_keys:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = ""
+        if _is_one_of(key, config.admin_keys):
+            return
+        known = _is_one_of(key, config.api_keys)
+        if not known and (config.api_keys or admin):
+            raise Unauthenticated("no valid key was given; allowed: 'authorization: Bearer KEY' with a key of this server")
+        if admin:
+            raise Forbidden("loading and unloading adapters needs an admin key")
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def lora_named(self, model: str | None) -> LoRARequest | None:
+        """The adapter that a request's `model` names; None: the base model. Raises KeyError where there is no such name."""
+        if model is None or model in ("", self.model_name):
+            return None
+        if self.llm.engine.registry.get(model) is None:
+            raise KeyError(f"the model {model!r} does not exist; see the list of models")
+        return LoRARequest(model)
+
+    async def open_choices(
+        self, prompt: Prompt, params: Sequence[SamplingParams], lora: LoRARequest | None, timeout: float | None = None
+    ) -> list[RequestStream]:
+        """One stream for each of `params`; all get in, or none. Raises as `AsyncLLM.open`.
+
+        Args:
+            timeout: seconds; None or more than the server's `request_timeout`: that.
+        """
+        seconds = min(timeout or self.config.request_timeout, self.config.request_timeout)
+        token_ids = await self.llm.tokens_of(prompt)
+        streams: list[RequestStream] = []
+        try:
+            for param in params:
+                streams.append(await self.llm.open({"prompt_token_ids": token_ids}, param, lora, timeout=seconds))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+
+    async def load_named(self, adapters: dict[str, str]) -> None:
+        """What the operator named, and what is in the adapter directories. Raises ValueError for the former; what cannot be
+        served of the latter is logged."""
+        for name, path in adapters.items():
+            self._check_name(name)
+            await self.llm.add_lora(name, path)
+        for name, directory in self.sources.found().items():
+            if name in adapters:
+                continue
+            try:
+                self._check_name(name)
+                await self.llm.add_lora(name, self.sources.resolve(str(directory)))
+            except ValueError as error:
+                logger.warning("adapter %r of an adapter directory is left out: %s", name, error)
+
+    async def load_lora(self, name: str, source: str, pinned: bool = False) -> bool:
+        """Loads what a client named. Returns whether the name had that very content already. Raises as `AsyncLLM.add_lora`."""
+        self._check_name(name)
+        if self.llm.draining:
+            raise Draining("the server is about to stop")
+        path = await asyncio.to_thread(self.sources.resolve, source)
+        loaded = await self.llm.add_lora(name, path, pinned)
+        logger.info("adapter %r is loaded", name)
+        return loaded
+
+    async def unload_lora(self, name: str) -> None:
+        """Raises KeyError."""
+        await self.llm.remove_lora(name)
+        logger.info("adapter %r is unloaded", name)
+
+    def _check_name(self, name: str) -> None:
+        if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name == self.model_name:
+            raise ValueError(
+                f"lora_name is {name[:MAX_NAME_LEN]!r}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
+                "but not the base model's name"
+            )
+
+
+def _is_one_of(key: str, keys: Sequence[str]) -> bool:
+    """Takes as long whichever of the keys it is, and however much of one is right."""
+    found = [hmac.compare_digest(key.encode(), known.encode()) for known in keys]
+    return any(found)

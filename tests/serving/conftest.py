@@ -1,0 +1,46 @@
+"""One small engine behind one service, for all tests of the servers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service import Service
+from tests import reference_models as reference
+
+CONFIG = reference.CONFIGS["gqa"]
+SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer."""
+    return reference.save_model(tmp_path_factory.mktemp("text-model") / "gqa", "gqa", text=True)
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters a0 to a3, of ranks 2, 8, 16 and 40."""
+    folder = tmp_path_factory.mktemp("adapter-dir")
+    for i, rank in enumerate((2, 8, 16, 40)):
+        reference.save_adapter(folder / f"a{i}", CONFIG, rank, seed=i)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_llm(text_model: Path) -> Iterator[AsyncLLM]:
+    """Not to be closed, nor its adapters a0 to a3 removed: others use it too."""
+    llm = AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS)
+    yield llm
+    llm.close()
+
+
+def make_service(llm: AsyncLLM, adapter_dir: Path, **settings: object) -> Service:
+    """Called "gqa", with a0 to a3 of `adapter_dir` once `load_named({})` was awaited."""
+    config = dataclasses.replace(ServerConfig(adapter_dirs=(str(adapter_dir),), port=0, grpc_port=0), **settings)  # type: ignore[arg-type]
+    return Service(llm, config)
