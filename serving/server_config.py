@@ -35,8 +35,8 @@ class ServerConfig:
     port: int = 8000
     grpc_port: int | None = 8001
     served_model_name: str | None = None
-    api_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     adapter_dirs: tuple[str, ...] = ()
     hub_adapters: tuple[str, ...] = ()
     tls_cert: str | None = None

@@ -1,4 +1,4 @@
-"""The command line. Heavy modules are imported by the command that needs them."""
+"""Training adapters and the length proxy, and converting checkpoints, from the command line."""
 
 from __future__ import annotations
 
@@ -9,84 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from chameleon_jax.config import EngineConfig
-from chameleon_jax.systems import SYSTEMS
+from chameleon_jax.serving.cli.options import Model, console, errors
 
 if TYPE_CHECKING:
     from chameleon_jax.checkpoints.checkpoint import Checkpoint
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Serve hundreds of LoRA adapters over one base model.\n\nMODEL is a preset (smollm2-135m), a GGUF file, "
-    "a Hugging Face or Orbax directory, or a hub id.",
-)
-console = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
-SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
-DEFAULT_SYSTEM = str(EngineConfig.system)
-LoraModules = Annotated[
-    list[str] | None,
-    typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),
-]
-
-
-def _adapters(modules: list[str] | None) -> dict[str, str]:
-    adapters = {}
-    for module in modules or []:
-        name, separator, path = module.partition("=")
-        if not separator or not name or not path:
-            raise typer.BadParameter(f"--lora-modules is {module!r}; allowed: name=directory")
-        adapters[name] = path
-    return adapters
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to go on from; with --chat, what the user says.")],
-    lora_modules: LoraModules = None,
-    lora: Annotated[list[str] | None, typer.Option(help="Adapter to answer with; several answer side by side.")] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    max_model_len: int | None = None,
-    system: SystemName = DEFAULT_SYSTEM,
-) -> None:
-    """Complete one prompt, with the base model or with adapters.
-
-    Example: chameleon-jax generate smollm2-135m --prompt "What is the capital of France?" --chat
-    """
-    from chameleon_jax.request import LoRARequest, SamplingParams
-    from chameleon_jax.serving.llm import LLM
-
-    adapters = _adapters(lora_modules)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
-    settings["system"] = system
-    with _errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=_progress, **settings) as llm:
-        for name, path in adapters.items():
-            llm.add_lora(name, path)
-        requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
-        messages = [{"role": "user", "content": prompt}]
-        count = len(requests)
-        for output in (
-            llm.chat([messages] * count, params, requests) if chat else llm.generate([prompt] * count, params, requests)
-        ):
-            if output.lora_request is not None:
-                console.print(f"[bold]{output.lora_request.name}[/bold]")
-            print(output.outputs[0].text)
-
-
-@app.command()
 def finetune(
     model: Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file to learn from.")],
@@ -110,7 +39,7 @@ def finetune(
 
     if dtype not in ("float32", "float16"):
         raise typer.BadParameter(f"--dtype is {dtype!r}; allowed: float32, float16")
-    with _errors():
+    with errors():
         config = training.FinetuneConfig(
             rank=rank,
             alpha=alpha,
@@ -132,7 +61,6 @@ def finetune(
     console.print(f"wrote {output}")
 
 
-@app.command()
 def train_length_proxy(
     model: Model,
     data: Annotated[
@@ -157,7 +85,7 @@ def train_length_proxy(
 
     if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
         raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
-    with _errors():
+    with errors():
         config = LengthProxyConfig(
             class_cuts=[int(cut) for cut in class_cuts.split(",")],
             window=window,
@@ -186,7 +114,6 @@ def train_length_proxy(
     console.print(f"wrote {output}")
 
 
-@app.command()
 def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
@@ -201,63 +128,10 @@ def convert(
 
     if to not in ("orbax", "hf"):
         raise typer.BadParameter(f"--to is {to!r}; allowed: orbax, hf")
-    with _errors():
+    with errors():
         checkpoint = load_checkpoint(model)
         (orbax if to == "orbax" else huggingface).save(checkpoint, output)
     console.print(f"wrote {output}")
-
-
-@app.command()
-def bench(
-    model: Model,
-    lora_modules: LoraModules = None,
-    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.")] = 16,
-    prompt_len: int = 128,
-    output_len: int = 64,
-    max_num_seqs: int = 32,
-    dtype: str = "auto",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
-    system: SystemName = DEFAULT_SYSTEM,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
-) -> None:
-    """Measure throughput and time to first token of one batch; adapters are given to requests in turn.
-
-    Example: chameleon-jax bench smollm2-135m --num-requests 32
-    """
-    import numpy as np
-
-    from chameleon_jax.request import LoRARequest, SamplingParams
-    from chameleon_jax.serving.llm import LLM
-
-    adapters = _adapters(lora_modules)
-    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": prompt_len + output_len}
-    settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}
-    settings["progress"] = _progress
-    with _errors(), LLM(model, **settings) as llm:
-        for name, path in adapters.items():
-            llm.add_lora(name, path)
-        rng = np.random.default_rng(0)
-        vocab = llm.engine.model_config.vocab_size
-        prompts = [rng.integers(0, vocab, prompt_len).tolist() for _ in range(num_requests)]
-        names = list(adapters)
-        loras = [LoRARequest(names[i % len(names)]) if names else None for i in range(num_requests)]
-        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-        llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), lora_request=loras[:1])
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, params, lora_request=loras)
-        seconds = time.perf_counter() - begin
-    ttft = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs if o.metrics.first_token_time is not None]
-    result = {
-        "requests": num_requests,
-        "prompt_len": prompt_len,
-        "output_len": output_len,
-        "adapters": len(adapters),
-        "seconds": round(seconds, 3),
-        "output_tokens_per_s": round(num_requests * output_len / seconds, 1),
-        "ttft_p50_s": round(float(np.percentile(ttft, 50)), 4),
-        "ttft_p99_s": round(float(np.percentile(ttft, 99)), 4),
-    }
-    print(json.dumps(result) if as_json else "\n".join(f"{key:20s} {value}" for key, value in result.items()))
 
 
 def _length_examples(file: Path, checkpoint: Checkpoint) -> tuple[list[list[int]], list[int]]:
@@ -301,23 +175,3 @@ def _length_example(example: Any, vocab_size: int) -> tuple[str | list[int], int
         if not (type(token) is int and 0 <= token < vocab_size):
             require(False, f"prompt_token_ids[{i}]", token, f"an id from 0 to {vocab_size - 1}")
     return ids, output_len
-
-
-def _progress(done: int, total: int) -> None:
-    console.print(f"compiling programs: {done}/{total}", end="\r" if done < total else "\n")
-
-
-class _errors:
-    """Turns what a user did wrong into one line and exit code 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | KeyError | OSError):
-            console.print(f"[red]error:[/red] {error.args[0] if isinstance(error, KeyError) else error}")
-            raise typer.Exit(1) from error
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,3 @@
+from chameleon_jax.serving.cli import app
+
+app()

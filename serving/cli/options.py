@@ -1,0 +1,47 @@
+"""What commands have in common: arguments, adapters by name, progress, and errors in one line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.systems import SYSTEMS
+
+console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
+SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
+DEFAULT_SYSTEM = str(EngineConfig.system)
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),
+]
+
+
+def named_adapters(modules: list[str] | None) -> dict[str, str]:
+    adapters = {}
+    for module in modules or []:
+        name, separator, path = module.partition("=")
+        if not separator or not name or not path:
+            raise typer.BadParameter(f"--lora-modules is {module!r}; allowed: name=directory")
+        adapters[name] = path
+    return adapters
+
+
+def progress(done: int, total: int) -> None:
+    console.print(f"compiling programs: {done}/{total}", end="\r" if done < total else "\n")
+
+
+class errors:
+    """Turns what a user did wrong into one line and exit code 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError | KeyError | OSError):
+            console.print(f"[red]error:[/red] {error.args[0] if isinstance(error, KeyError) else error}")
+            raise typer.Exit(1) from error

@@ -1,0 +1,154 @@
+"""Serving over HTTP and gRPC from the command line."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.serving.cli.options import (
+    DEFAULT_SYSTEM,
+    LoraModules,
+    Model,
+    SystemName,
+    console,
+    errors,
+    named_adapters,
+    progress,
+)
+from chameleon_jax.serving.server_config import ServerConfig
+
+if TYPE_CHECKING:
+    import socket
+
+    from chameleon_jax.serving.server import Server
+    from chameleon_jax.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
+
+
+def serve(
+    model: Model,
+    lora_modules: LoraModules = None,
+    adapter_dir: Annotated[
+        list[str] | None,
+        typer.Option(help="Directory of adapters: those in it are loaded, and clients may name those below it."),
+    ] = None,
+    hub_adapter: Annotated[list[str] | None, typer.Option(help="Hub id that clients may load an adapter from.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = DEFAULTS.host,
+    port: Annotated[int, typer.Option(help="Of HTTP; 0: any.")] = DEFAULTS.port,
+    grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0: any; -1: no gRPC.")] = DEFAULTS.grpc_port or -1,
+    served_model_name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="CHAMELEON_API_KEY", help="Every request needs one of these.")
+    ] = None,
+    admin_key: Annotated[
+        list[str] | None, typer.Option(envvar="CHAMELEON_ADMIN_KEY", help="Loading and unloading adapters needs one of these.")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="PEM file, for both protocols.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, tokens.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = ENGINE.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens of one prefill step.")
+    ] = ENGINE.max_num_batched_tokens,
+    max_queue_len: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 1000,
+    max_lora_rank: Annotated[int, typer.Option(help="Largest rank that is served.")] = ENGINE.max_lora_rank,
+    lora_host_bytes: Annotated[int, typer.Option(help="Of adapters in host memory.")] = ENGINE.lora_host_bytes,
+    enable_lora: Annotated[bool, typer.Option(help="Without, adapters are refused and nothing is compiled for them.")] = True,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = ENGINE.load_format,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the device's memory.")
+    ] = ENGINE.gpu_memory_utilization,
+    num_pages: Annotated[int | None, typer.Option(help="Of the device pool.")] = None,
+    system: SystemName = DEFAULT_SYSTEM,
+    length_proxy: Annotated[str | None, typer.Option(help="Directory that train-length-proxy wrote.")] = None,
+    request_timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = DEFAULTS.request_timeout,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds running requests get at the end.")] = DEFAULTS.drain_timeout,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = DEFAULTS.max_body_bytes,
+    max_connections: Annotated[int, typer.Option(help="Of HTTP, at once.")] = DEFAULTS.max_connections,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Where OpenTelemetry traces go, as http://host:4317.")
+    ] = None,
+) -> None:
+    """Serve a model and its adapters over HTTP (OpenAI's API) and gRPC.
+
+    Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
+    """
+    settings: dict[str, Any] = {
+        name: value for name, value in locals().items() if name in EngineConfig.__dataclass_fields__ and name != "model"
+    }
+    with errors():
+        config = ServerConfig(
+            host=host,
+            port=port,
+            grpc_port=None if grpc_port < 0 else grpc_port,
+            served_model_name=served_model_name,
+            api_keys=tuple(api_key or ()),
+            admin_keys=tuple(admin_key or ()),
+            adapter_dirs=tuple(adapter_dir or ()),
+            hub_adapters=tuple(hub_adapter or ()),
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            request_timeout=request_timeout,
+            drain_timeout=drain_timeout,
+            max_body_bytes=max_body_bytes,
+            max_connections=max_connections,
+        )
+        _serve(model, config, settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+
+
+def _serve(
+    model: str,
+    config: ServerConfig,
+    settings: dict[str, Any],
+    adapters: dict[str, str],
+    log_format: str,
+    otlp_traces_endpoint: str | None,
+) -> None:
+    import uvloop
+
+    from chameleon_jax.serving.async_llm import AsyncLLM
+    from chameleon_jax.serving.server import listen
+    from chameleon_jax.serving.service import Service
+
+    listener = listen(config)
+    try:
+        llm = AsyncLLM(model, progress=progress, **settings)
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        uvloop.run(_run(Service(llm, config), adapters, listener))
+    finally:
+        llm.close()
+
+
+async def _run(service: Service, adapters: dict[str, str], listener: socket.socket) -> None:
+    from chameleon_jax.serving.server import Server
+
+    await service.load_named(adapters)
+    server = Server(service, listener)
+    await server.start()
+    await _greet(service, server)
+    await server.run()
+
+
+async def _greet(service: Service, server: Server) -> None:
+    """What to try."""
+    names = await service.llm.list_loras()
+    url = f"http{'s' if service.config.tls_cert else ''}://{service.config.host}:{server.port}"
+    key = ' -H "Authorization: Bearer $KEY"' if service.config.api_keys else ""
+    console.print(f"{service.model_name} and {len(names)} adapters are served at [bold]{url}[/bold]: {', '.join(names)}")
+    if server.grpc_port is not None:
+        console.print(f"gRPC, with reflection and health: {service.config.host}:{server.grpc_port}")
+    for name in (service.model_name, *names[:1]):
+        body = f'{{"model": "{name}", "prompt": "The heart of man is", "max_tokens": 32}}'
+        console.print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)
+    console.print(f"  {url}/ shows its state, {url}/docs the HTTP API; control-C stops it", soft_wrap=True)

@@ -1,0 +1,451 @@
+"""AsyncLLM on a small model: the same text as offline, and requests that end early, late, wrongly or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import time
+
+import pytest
+
+from chameleon_jax import AsyncLLM, LoRARequest, SamplingParams
+from chameleon_jax.serving.errors import DeadlineExceeded, Draining, EngineDead, QueueFull
+from tests import reference_models as reference
+from tests.serving.conftest import CONFIG, SETTINGS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+LONG = SamplingParams(temperature=0, max_tokens=80)
+PROMPTS = ["The heart of man", "Love is", "0123456789" * 4]
+TIMEOUT = 60
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT))
+
+
+async def last(llm: AsyncLLM, prompt, params=GREEDY, lora=None, **kwargs):
+    return [output async for output in llm.generate(prompt, params, lora, **kwargs)][-1]
+
+
+async def settled(llm: AsyncLLM) -> None:
+    """Until nothing runs."""
+    while True:
+        stats = await llm.stats(max_age=0)
+        if stats.running == stats.waiting == 0 and stats.pool.kv == 0:
+            return
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def llm(shared_llm, adapter_dir):
+    for i in range(4):
+        run(shared_llm.add_lora(f"a{i}", adapter_dir / f"a{i}"))
+    yield shared_llm
+    run(settled(shared_llm))
+    assert shared_llm._streams == {}
+
+
+@pytest.fixture
+def own_llm(text_model):
+    """One that a test may break."""
+    made = []
+
+    def make(**settings) -> AsyncLLM:
+        made.append(AsyncLLM(str(text_model), progress=lambda done, total: None, **(SETTINGS | settings)))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+def test_many_at_once_say_what_each_says_alone(llm):
+    async def main():
+        jobs = [(prompt, lora) for prompt in PROMPTS for lora in (None, "a0", "a1", "a3")]
+        loras = [None if lora is None else LoRARequest(lora) for _, lora in jobs]
+        alone = [await last(llm, prompt, GREEDY, lora) for (prompt, _), lora in zip(jobs, loras)]
+        together = await asyncio.gather(*[last(llm, prompt, GREEDY, lora) for (prompt, _), lora in zip(jobs, loras)])
+        assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in together]
+        assert len({tuple(o.outputs[0].token_ids) for o in alone}) == len(jobs)
+        assert all(o.finished and o.outputs[0].finish_reason == "length" for o in together)
+
+    run(main())
+
+
+def test_outputs_grow_and_deltas_add_up_to_them(llm):
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=2)
+
+    async def main():
+        outputs = [output async for output in llm.generate(PROMPTS[0], params)]
+        for before, after in zip(outputs, outputs[1:]):
+            assert after.outputs[0].text.startswith(before.outputs[0].text) and not before.finished
+            assert after.outputs[0].token_ids[: len(before.outputs[0].token_ids)] == before.outputs[0].token_ids
+        whole = outputs[-1].outputs[0]
+        assert len(outputs) > 1 and outputs[-1].finished and len(whole.token_ids) == len(whole.logprobs) == 24
+        async with await llm.open(PROMPTS[0], params) as stream:
+            deltas = [delta async for delta in stream]
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
+        assert [p for delta in deltas for p in delta.logprobs] == whole.logprobs
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+    run(main())
+
+
+def test_no_delta_shows_what_a_stop_string_takes_back(llm):
+    async def main():
+        text = (await last(llm, PROMPTS[0])).outputs[0].text
+        stop = text[8:13]
+        cut = text.index(stop)
+        deltas = [d async for d in await llm.open(PROMPTS[0], SamplingParams(temperature=0, max_tokens=24, stop=stop))]
+        assert "".join(delta.text for delta in deltas) == text[:cut]
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", stop)
+
+    run(main())
+
+
+def test_a_slow_reader_gets_more_at_once(llm):
+    async def main():
+        async with await llm.open(PROMPTS[0], GREEDY) as stream:
+            first = await anext(stream)
+            await settled(llm)  # everything else comes while nobody reads
+            rest = [delta async for delta in stream]
+        assert len(rest) <= 1 + 1 and len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 24
+
+    run(main())
+
+
+@pytest.mark.parametrize("early", ["break", "cancel", "close"])
+def test_who_leaves_early_aborts(llm, early):
+    async def main():
+        before = (await llm.stats(max_age=0)).generation_tokens
+        if early == "break":
+            generator = llm.generate(PROMPTS[0], LONG)
+            async for _ in generator:
+                break
+            await generator.aclose()
+        elif early == "cancel":
+            task = asyncio.create_task(last(llm, PROMPTS[0], LONG))
+            while (await llm.stats(max_age=0)).generation_tokens == before:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            (await llm.open(PROMPTS[0], LONG)).close()
+        await settled(llm)
+        assert (await llm.stats(max_age=0)).generation_tokens < before + LONG.max_tokens
+
+    run(main())
+
+
+def test_cancelled_while_it_is_taken_in(llm):
+    async def main():
+        gate = threading.Event()
+        blocked = asyncio.ensure_future(llm._call(lambda engine: gate.wait(TIMEOUT)))
+        tasks = [asyncio.create_task(llm.open(PROMPTS[0], LONG)) for _ in range(8)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        gate.set()
+        await blocked
+        assert all(isinstance(r, asyncio.CancelledError) for r in await asyncio.gather(*tasks, return_exceptions=True))
+        await settled(llm)
+
+    run(main())
+
+
+def test_abort_by_id(llm):
+    async def main():
+        stream = await llm.open(PROMPTS[0], LONG, request_id="mine")
+        with pytest.raises(ValueError, match="mine"):
+            await llm.open(PROMPTS[0], LONG, request_id="mine")
+        await anext(stream)
+        assert await llm.abort("mine") and not await llm.abort("mine")
+        assert [delta async for delta in stream][-1].finish_reason == "abort"
+        assert not await llm.abort("nobody")
+
+    run(main())
+
+
+def test_deadline(llm):
+    async def main():
+        stream = await llm.open(PROMPTS[0], LONG, timeout=30)
+        stream.abort_after(0.0, DeadlineExceeded("the request took longer than 0 s"))
+        with pytest.raises(DeadlineExceeded, match="took longer"):
+            async for _ in stream:
+                pass
+        await settled(llm)
+        with pytest.raises(DeadlineExceeded, match="longer than 1e-06 s"):
+            await last(llm, PROMPTS[0], LONG, timeout=1e-6)
+        with pytest.raises(ValueError, match="timeout is 0"):
+            await last(llm, PROMPTS[0], LONG, timeout=0)
+        with pytest.raises(ValueError, match="timeout is nan"):
+            await last(llm, PROMPTS[0], LONG, timeout=float("nan"))
+        assert (await last(llm, PROMPTS[0], timeout=TIMEOUT)).finished
+
+    run(main())
+
+
+def test_the_wall_clock_may_jump(llm, monkeypatch):
+    async def main():
+        expected = (await last(llm, PROMPTS[0])).outputs[0].text
+        now, calls = time.time, [0]
+
+        def jumping():
+            calls[0] += 1
+            return now() + (-1) ** calls[0] * 86_400
+
+        monkeypatch.setattr(time, "time", jumping)
+        assert (await last(llm, PROMPTS[0], timeout=TIMEOUT)).outputs[0].text == expected
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "lora", "error", "match"),
+    [
+        ([], GREEDY, None, ValueError, "prompt is empty"),
+        ([256], GREEDY, None, ValueError, "token id 256"),
+        ([-1], GREEDY, None, ValueError, "token id -1"),
+        (["x"], GREEDY, None, ValueError, "token id 'x'"),
+        ("x" * 5000, GREEDY, None, ValueError, "max_model_len"),
+        ({"text": "x"}, GREEDY, None, ValueError, "keys"),
+        ({"prompt": "x", "prompt_token_ids": [1]}, GREEDY, None, ValueError, "keys"),
+        ("x", SamplingParams(max_tokens=1000), None, ValueError, "max_model_len"),
+        ("x", GREEDY, LoRARequest("nobody"), KeyError, "nobody"),
+        ("x", GREEDY, LoRARequest("nobody", "/nowhere"), ValueError, "nowhere"),
+    ],
+)
+def test_wrong_requests_say_why(llm, prompt, params, lora, error, match):
+    with pytest.raises(error, match=match):
+        run(last(llm, prompt, params, lora))
+
+
+def test_the_queue_has_an_end(own_llm):
+    llm = own_llm(max_queue_len=3, max_num_seqs=2)
+
+    async def main():
+        streams = [await llm.open(PROMPTS[0], LONG) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        streams += [await llm.open(PROMPTS[0], GREEDY) for _ in range(3)]
+        with pytest.raises(QueueFull, match="max_queue_len"):
+            await llm.open(PROMPTS[0], GREEDY)
+        for stream in streams:
+            assert [delta async for delta in stream][-1].finish_reason == "length"
+
+    run(main())
+
+
+def test_from_several_asyncio_loops(llm):
+    texts: list[str] = []
+
+    def client():
+        texts.append(asyncio.run(last(llm, PROMPTS[1])).outputs[0].text)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(texts) == 4 and len(set(texts)) == 1
+
+
+def test_adapters_come_change_and_go_while_requests_run(llm, tmp_path):
+    reference.save_adapter(tmp_path / "new", CONFIG, 8, seed=77)
+
+    async def main():
+        ask = LoRARequest("x")
+        assert not await llm.add_lora("x", llm.engine._paths["a1"])
+        assert await llm.add_lora("x", llm.engine._paths["a1"])  # the very content
+        old = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
+        running = await llm.open(PROMPTS[0], LONG, ask)
+        await anext(running)
+        assert not await llm.add_lora("x", tmp_path / "new")  # while it runs
+        new = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
+        async for _ in running:
+            pass
+        assert running.output().outputs[0].text == old != new
+        running = await llm.open(PROMPTS[0], LONG, ask)
+        await llm.remove_lora("x")
+        assert "x" not in await llm.list_loras()
+        with pytest.raises(KeyError):
+            await llm.open(PROMPTS[0], LONG, ask)
+        async for _ in running:
+            pass
+        assert running.output().outputs[0].text == new
+        await settled(llm)
+        assert len((await llm.stats(max_age=0)).adapters) == 4  # nothing is kept of it
+        with pytest.raises(KeyError):
+            await llm.remove_lora("x")
+
+    run(main())
+
+
+def test_steps_go_on_while_an_adapter_is_read(llm, monkeypatch, adapter_dir):
+    """SGLang #8162: the server stalls while an adapter loads. Here reading and packing are in another thread."""
+    gate, reading = threading.Event(), threading.Event()
+    read = llm.engine.read_lora
+
+    def slow(name, path):
+        reading.set()
+        assert gate.wait(TIMEOUT)
+        return read(name, path)
+
+    async def main():
+        monkeypatch.setattr(llm.engine, "read_lora", slow)
+        load = asyncio.create_task(llm.add_lora("slow", adapter_dir / "a2"))
+        while not reading.is_set():
+            await asyncio.sleep(0.001)
+        assert (await last(llm, PROMPTS[0], LONG, LoRARequest("a1"))).finished and not load.done()
+        gate.set()
+        await load
+        await llm.remove_lora("slow")
+
+    run(main())
+
+
+def test_loads_that_wait_have_an_end(own_llm, monkeypatch, adapter_dir):
+    llm = own_llm(max_lora_loads=1, max_lora_queue=2)
+    gate = threading.Event()
+    read = llm.engine.read_lora
+    monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (gate.wait(TIMEOUT), read(*args))[1])
+
+    async def main():
+        loads = [asyncio.create_task(llm.add_lora(f"x{i}", adapter_dir / "a0")) for i in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="max_lora_queue"):
+            await llm.add_lora("x3", adapter_dir / "a0")
+        gate.set()
+        assert await asyncio.gather(*loads) == [False] * 3
+        await llm.add_lora("x3", adapter_dir / "a0")
+
+    run(main())
+
+
+def broken(method, times: int | None):
+    """Raises so many times, None: always."""
+    left = [times]
+
+    def call(*args, **kwargs):
+        if left[0] is None or left[0] > 0:
+            left[0] = left[0] and left[0] - 1
+            raise RuntimeError("device lost")
+        return method(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("method", ["dispatch", "collect"])
+def test_a_step_that_raises_once(own_llm, monkeypatch, method, adapter_dir):
+    llm = own_llm()
+    executor = llm.engine.loop.executor
+
+    async def main():
+        await llm.add_lora("a1", adapter_dir / "a1")
+        jobs = [(prompt, lora) for prompt in PROMPTS * 2 for lora in (None, LoRARequest("a1"))]  # more than run at once
+        expected = [(await last(llm, p, LONG, lora)).outputs[0].text for p, lora in jobs[:4]]
+        streams = [await llm.open(p, LONG, lora) for p, lora in jobs]
+        await anext(streams[0])
+        monkeypatch.setattr(executor, method, broken(getattr(executor, method), 1))
+        for stream in streams:
+            async for _ in stream:
+                pass
+        assert [s.output().outputs[0].text for s in streams[:4]] == expected
+        assert all(s.output().outputs[0].finish_reason == "length" for s in streams)
+        stats = await llm.stats(max_age=0)
+        assert (stats.faults, stats.pool.kv) == (1, 0) and llm.error is None
+
+    run(main())
+
+
+def test_a_step_that_always_raises(own_llm, monkeypatch):
+    llm = own_llm()
+    executor = llm.engine.loop.executor
+
+    async def main():
+        streams = [await llm.open(PROMPTS[0], LONG) for _ in range(12)]
+        monkeypatch.setattr(executor, "dispatch", broken(executor.dispatch, None))
+        for stream in streams:
+            with pytest.raises(EngineDead, match="device lost"):
+                async for _ in stream:
+                    pass
+        assert isinstance(llm.error, EngineDead)
+        with pytest.raises(EngineDead, match="device lost"):
+            await llm.open(PROMPTS[0], LONG)
+        with pytest.raises(EngineDead):
+            await llm.list_loras()
+        await llm.drain(1)  # nothing hangs at the end either
+
+    run(main())
+
+
+def test_a_step_that_hangs(own_llm, monkeypatch):
+    llm = own_llm(step_timeout=0.5)
+    gate = threading.Event()
+    collect = llm.engine.loop.executor.collect
+    monkeypatch.setattr(llm.engine.loop.executor, "collect", lambda handle: (gate.wait(TIMEOUT), collect(handle))[1])
+
+    async def main():
+        await llm.stats()
+        stream = await llm.open(PROMPTS[0], LONG)
+        with pytest.raises(EngineDead, match="hangs"):
+            async for _ in stream:
+                pass
+        assert (await llm.stats(max_age=0)).running == 0  # the last that is known
+        gate.set()
+
+    run(main())
+
+
+def test_drain_finishes_what_runs(own_llm):
+    llm = own_llm()
+
+    async def main():
+        streams = [await llm.open(PROMPTS[0], LONG) for _ in range(12)]
+        readers = [asyncio.create_task(_read(stream)) for stream in streams]
+        assert await llm.drain(TIMEOUT)
+        assert {await reader for reader in readers} == {"length"}
+        with pytest.raises(Draining):
+            await llm.open(PROMPTS[0], LONG)
+
+    run(main())
+
+
+def test_drain_gives_up_in_time(own_llm, monkeypatch):
+    llm = own_llm()
+    collect = llm.engine.loop.executor.collect
+    monkeypatch.setattr(llm.engine.loop.executor, "collect", lambda handle: (time.sleep(0.1), collect(handle))[1])
+
+    async def main():
+        readers = [asyncio.create_task(_read(await llm.open(PROMPTS[0], LONG))) for _ in range(3)]
+        assert not await llm.drain(0.3)
+        assert {type(e) for e in await asyncio.gather(*readers, return_exceptions=True)} == {DeadlineExceeded}
+        await settled(llm)
+
+    run(main())
+
+
+async def _read(stream) -> str | None:
+    return [delta async for delta in stream][-1].finish_reason
+
+
+def test_nothing_is_left_behind(text_model):
+    """Threads and streams of an engine that is closed while requests run."""
+    before = set(threading.enumerate())
+
+    async def main():
+        async with AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS) as llm:
+            stream = await llm.open(PROMPTS[0], LONG)
+        with pytest.raises(EngineDead, match="closed"), contextlib.closing(stream):
+            async for _ in stream:
+                pass
+
+    run(main())
+    gc.collect()
+    assert {
+        thread for thread in set(threading.enumerate()) - before if "engine" in thread.name or "lora" in thread.name
+    } == set()
