@@ -171,6 +171,7 @@ class Request:
         num_in_flight: tokens sampled by dispatched steps that were not collected.
         predicted_output_len: output tokens it is expected to take.
         size: its weighted request size (see scheduler.request_size).
+        queue: that of the scheduler's queues from which it started last; 0 is that of the smallest requests.
         decode_limit: the value of num_computed at which its next decode needs a page or is one too many.
         slot: its place in the device's `slot_tokens` while it runs.
         pages: KV pages it owns, in order.
@@ -197,6 +198,7 @@ class Request:
     num_in_flight: int = 0
     predicted_output_len: int = 1
     size: float = 0.0
+    queue: int = 0
     decode_limit: int = 0
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)

@@ -225,6 +225,7 @@ class MultiLevelQueue:
 
     def _started(self, request: Request, shares: list[tuple[Level, int]]) -> None:
         self.remove(request)
+        request.queue = self._level_of(request)
         self._num_started += 1
         self._charges[request.request_id] = [(self.levels.index(level), pages) for level, pages in shares]
         for level, pages in shares:

@@ -79,6 +79,7 @@ def test_every_level_starts_on_its_own_quota_small_ones_first():
     order = Order(quotas=(10, 20), bounds=(0.5,))
     order.wait(request(1, 15, 0.9), request(2, 15, 0.9), request(3, 4, 0.1), request(4, 4, 0.5), request(5, 4, 0.2))
     assert order.admit() == [3, 4, 1]
+    assert [r.queue for r in order.running] == [0, 0, 1]
     assert order.remaining() == [2, 5] and len(order.queue.upcoming(9)) == 2
     assert order.admit() == []
 

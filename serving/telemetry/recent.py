@@ -1,0 +1,52 @@
+"""The last requests that ended, for percentiles of now instead of since the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from chameleon_jax.request import Request
+from chameleon_jax.serving.executor import LoadResult
+
+NUM_REQUESTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentiles:
+    """Of the times to the first token, in seconds; None where there are none."""
+
+    count: int
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class RecentRequests:
+    """An observer of the engine that keeps the last NUM_REQUESTS times to the first token."""
+
+    def __init__(self) -> None:
+        self._ttft: deque[float] = deque(maxlen=NUM_REQUESTS)
+        self._lock = threading.Lock()
+
+    def finished(self, request: Request) -> None:
+        times = request.metrics
+        if times.first_token_time is not None:
+            with self._lock:
+                self._ttft.append(times.first_token_time - times.arrival_time)
+
+    def loaded(self, result: LoadResult) -> None:
+        pass
+
+    def ttft(self) -> Percentiles:
+        with self._lock:
+            times = list(self._ttft)
+        times.sort()
+        return Percentiles(len(times), *(_nearest_rank(times, share) for share in (0.5, 0.9, 0.99)))
+
+
+def _nearest_rank(ordered: Sequence[float], share: float) -> float | None:
+    """The smallest value that `share` of the values do not exceed."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
