@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check parity paper h100 format clean
+.PHONY: demo serve test check parity paper h100 soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
+
+serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and gRPC; ARGS="--port 9000" for more
+	$(BIN)/chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters $(ARGS)
 
 test: $(VENV)/installed-test ## the test suite
 	$(BIN)/python -m pytest
@@ -25,6 +28,15 @@ paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds;
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one
 	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
+
+soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),10)
+
+fuzz: $(VENV)/installed-fuzz ## 10,000 wrong and odd inputs to each protocol; FUZZ_EXAMPLES=500 for less
+	$(BIN)/python -m pytest tests/fuzz --override-ini addopts="-q --import-mode=importlib"
+
+proto: $(VENV)/grpc-tools/bin/python ## generate the gRPC code: by a compiler whose code runs with protobuf 5, 6 and 7
+	$< -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. chameleon_jax/serving/rpc/chameleon_v1.proto
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .
@@ -45,6 +57,14 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group bench
 	@touch $@
+
+$(VENV)/installed-fuzz: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --group fuzz
+	@touch $@
+
+$(VENV)/grpc-tools/bin/python: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)/grpc-tools
+	$@ -m pip install --quiet grpcio-tools==1.62.3 'setuptools<81'
 
 $(VENV)/installed-check: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --group check

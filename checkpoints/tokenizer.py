@@ -66,6 +66,8 @@ class Tokenizer:
         eos = self._id("eos_token")
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """Characters of a text that one token may stand for, at most: what normalisation takes away not counted."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -76,7 +77,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._draining = False
         self._max_lora_reads = max_lora_loads + max_lora_queue
-        self._num_lora_reads = 0
+        self.num_lora_reads = 0
         self._readers = ThreadPoolExecutor(max_lora_loads, thread_name_prefix="lora-reader")
         self._tokenizers = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._stats: EngineStats | None = None
@@ -137,9 +138,13 @@ class AsyncLLM:
         params = sampling_params or SamplingParams()
         lora = None if lora_request is None else LoRARequest(lora_request.name)
         stream = RequestStream(request_id, text, token_ids, lora_request, self.tokenizer, self._give_up)
+
+        def submit(engine: Engine) -> None:
+            stream.request = engine.submit(token_ids, params, lora, request_id, arrival)
+
         self._streams[request_id] = stream
         try:
-            await self._call(lambda engine: engine.submit(token_ids, params, lora, request_id, arrival))
+            await self.call(submit)
         except BaseException:
             self._give_up(stream)  # it may have got in, if this was cancelled
             raise
@@ -148,12 +153,15 @@ class AsyncLLM:
             stream.abort_after(max(0.0, timeout - spent), DeadlineExceeded(f"the request took longer than {timeout:g} s"))
         return stream
 
-    async def tokens_of(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt. Raises ValueError."""
-        if isinstance(prompt, str) and len(prompt) >= LONG_PROMPT:
-            loop = asyncio.get_running_loop()
-            return list(await loop.run_in_executor(self._tokenizers, tokens_of, prompt, self.tokenizer))
-        return list(tokens_of(prompt, self.tokenizer))
+    async def tokens_of(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt. Raises ValueError, without a look at a text that is too long to fit."""
+        if not isinstance(prompt, str) or len(prompt) < LONG_PROMPT:
+            return list(tokens_of(prompt, self.tokenizer, add_special_tokens))
+        if self.tokenizer is not None and len(prompt) > (most := self.max_model_len * self.tokenizer.longest_token):
+            raise ValueError(f"prompt has {len(prompt)} characters; allowed: {most}, as max_model_len is {self.max_model_len}")
+        loop = asyncio.get_running_loop()
+        job = functools.partial(tokens_of, prompt, self.tokenizer, add_special_tokens)
+        return list(await loop.run_in_executor(self._tokenizers, job))
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason "abort"; whether there was one."""
@@ -176,25 +184,25 @@ class AsyncLLM:
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then. QueueFull, EngineDead.
         """
-        if self._num_lora_reads >= self._max_lora_reads:
-            raise QueueFull(f"{self._num_lora_reads} adapters are being loaded (max_lora_queue)")
-        self._num_lora_reads += 1
+        if self.num_lora_reads >= self._max_lora_reads:
+            raise QueueFull(f"{self.num_lora_reads} adapters are being loaded (max_lora_queue)")
+        self.num_lora_reads += 1
         try:
             packed = await asyncio.get_running_loop().run_in_executor(self._readers, self.engine.read_lora, name, path)
         finally:
-            self._num_lora_reads -= 1
-        return await self._call(lambda engine: _name_lora(engine, name, packed, path, pinned))
+            self.num_lora_reads -= 1
+        return await self.call(lambda engine: _name_lora(engine, name, packed, path, pinned))
 
     async def remove_lora(self, name: str) -> None:
         """Requests that use it finish; then its memory is free. Raises KeyError."""
-        await self._call(lambda engine: engine.remove_lora(name))
+        await self.call(lambda engine: engine.remove_lora(name))
 
     async def list_loras(self) -> list[str]:
-        return await self._call(lambda engine: engine.list_loras())
+        return await self.call(lambda engine: engine.list_loras())
 
     async def pin_lora(self, name: str, pinned: bool = True) -> None:
         """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
-        await self._call(lambda engine: engine.pin_lora(name, pinned))
+        await self.call(lambda engine: engine.pin_lora(name, pinned))
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class AsyncLLM:
     async def stats(self, max_age: float = 0.1) -> EngineStats:
         """What the engine says of itself; the last known where it does not answer within a second."""
         if self._stats is None or time.monotonic() - self._stats_at > max_age:
-            taking = asyncio.ensure_future(self._call(take_stats))
+            taking = asyncio.ensure_future(self.call(take_stats))
             done, _ = await asyncio.wait([taking], timeout=None if self._stats is None else STATS_TIMEOUT_S)
             if done and (self._stats is None or taking.exception() is None):
                 self._stats, self._stats_at = taking.result(), time.monotonic()
@@ -218,6 +226,10 @@ class AsyncLLM:
                 taking.cancel()
         assert self._stats is not None
         return self._stats
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Has the engine's thread do something between two steps. Raises EngineDead, and what `command` raises."""
+        return await asyncio.wrap_future(self._thread.call(command))
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing more in and waits for what runs; gives up what is left after `timeout` seconds. Whether all ended."""
@@ -249,9 +261,6 @@ class AsyncLLM:
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _call(self, command: Callable[[Engine], T]) -> T:
-        return await asyncio.wrap_future(self._thread.call(command))
-
     def _watch(self, step_timeout: float) -> None:
         while not self._closed.wait(min(1.0, step_timeout / 4)):
             if self._thread.step_seconds > step_timeout:
@@ -264,7 +273,7 @@ class AsyncLLM:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update]]] = {}
         for update in updates:
             stream = self._streams.get(update.request.request_id)
-            if stream is not None:
+            if stream is not None and stream.request is update.request:  # not one before it of the same id
                 by_loop.setdefault(stream.loop, []).append((stream, update))
             if update.finished:
                 self._tell_observers(lambda observer, request: observer.finished(request), update.request)

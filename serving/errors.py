@@ -14,7 +14,11 @@ class QueueFull(ServingError):
     """max_queue_len requests wait already, or too many adapters are being loaded: try again later."""
 
 
-class Draining(ServingError):
+class Unavailable(ServingError):
+    """This server cannot take the request now, or no more. Another may."""
+
+
+class Draining(Unavailable):
     """The server is about to stop and takes nothing in."""
 
 
@@ -26,7 +30,7 @@ class RequestFailed(ServingError):
     """The request was taken in and could not be finished: its adapter cannot be loaded, say. Others are not concerned."""
 
 
-class EngineDead(ServingError):
+class EngineDead(Unavailable):
     """The device failed and did not come back. Every request ends with this."""
 
 

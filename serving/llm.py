@@ -118,17 +118,17 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(**settings)
 
 
-def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
+def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: bool = True) -> Sequence[int]:
     """The token ids of a prompt. Raises ValueError."""
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
             raise ValueError(f"prompt has the keys {sorted(prompt)}; allowed: prompt_token_ids or prompt")
-        return tokens_of(next(iter(prompt.values())), tokenizer)
+        return tokens_of(next(iter(prompt.values())), tokenizer, add_special_tokens)
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
         raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
-    return tokenizer.encode(prompt)
+    return tokenizer.encode(prompt, add_special_tokens)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.request import FinishReason, LoRARequest, RequestOutput
+from chameleon_jax.request import FinishReason, LoRARequest, Request, RequestOutput
 from chameleon_jax.serving.errors import RequestFailed, ServingError
 from chameleon_jax.serving.outputs import Delta, Update, make_delta, make_output
 
@@ -18,6 +18,7 @@ class RequestStream:
 
     Attributes:
         prompt_token_ids: what the prompt is to the model.
+        request: set by the engine's thread when it takes the request in.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class RequestStream:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
         self.loop = asyncio.get_running_loop()
+        self.request: Request | None = None
         self._prompt = prompt
         self._lora = lora
         self._tokenizer = tokenizer

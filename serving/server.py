@@ -14,9 +14,12 @@ import uvicorn
 
 from chameleon_jax.serving.http.app import make_app
 from chameleon_jax.serving.http.connection import uvicorn_settings
+from chameleon_jax.serving.http.status import status_router
 from chameleon_jax.serving.rpc.server import RpcServer
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.telemetry.metrics import Metrics
+from chameleon_jax.serving.telemetry.recent import RecentRequests
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +52,27 @@ class Server:
 
     Args:
         listener: of HTTP; taken over.
+        metrics: what has counted since before the engine was made; the server goes on with it.
 
     Attributes:
         port: of HTTP.
         grpc_port: None: there is no gRPC.
     """
 
-    def __init__(self, service: Service, listener: socket.socket):
+    def __init__(self, service: Service, listener: socket.socket, metrics: Metrics):
         config = service.config
         self.port: int = listener.getsockname()[1]
         self._service = service
         self._listener = listener
         self._stopping = asyncio.Event()
         self._rpc = None if config.grpc_port is None else RpcServer(service)
+        recent = RecentRequests()
+        service.llm.observers += [metrics, recent]
+        app = make_app(service)
+        app.include_router(status_router(metrics, recent))
         self._http = _HttpServer(
             uvicorn.Config(
-                make_app(service),
+                app,
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
                 limit_concurrency=config.max_connections,

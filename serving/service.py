@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chameleon_jax.request import LoRARequest, SamplingParams
@@ -66,24 +66,39 @@ class Service:
         return LoRARequest(model)
 
     async def open_choices(
-        self, prompt: Prompt, params: Sequence[SamplingParams], lora: LoRARequest | None, timeout: float | None = None
+        self,
+        prompt: Prompt,
+        params: Sequence[SamplingParams],
+        lora: LoRARequest | None,
+        request_id: str,
+        timeout: float | None = None,
     ) -> list[RequestStream]:
         """One stream for each of `params`; all get in, or none. Raises as `AsyncLLM.open`.
 
         Args:
+            request_id: of the only one; of several, each adds its number.
             timeout: seconds; None or more than the server's `request_timeout`: that.
         """
         seconds = min(timeout or self.config.request_timeout, self.config.request_timeout)
         token_ids = await self.llm.tokens_of(prompt)
         streams: list[RequestStream] = []
         try:
-            for param in params:
-                streams.append(await self.llm.open({"prompt_token_ids": token_ids}, param, lora, timeout=seconds))
+            for i, param in enumerate(params):
+                name = request_id if len(params) == 1 else f"{request_id}-{i}"
+                streams.append(await self.llm.open({"prompt_token_ids": token_ids}, param, lora, name, seconds))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return streams
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as the token ids of a prompt. Raises ValueError."""
+        tokenizer = self.llm.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages: the model has no tokenizer (load_format='dummy'), so it cannot chat")
+        text = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+        return await self.llm.tokens_of(text, add_special_tokens=False)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

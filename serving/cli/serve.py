@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,12 +21,8 @@ from chameleon_jax.serving.cli.options import (
 from chameleon_jax.serving.server_config import ServerConfig
 
 if TYPE_CHECKING:
-    import socket
-
     from chameleon_jax.serving.server import Server
     from chameleon_jax.serving.service import Service
-
-logger = logging.getLogger(__name__)
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
 
@@ -115,29 +111,31 @@ def _serve(
     import uvloop
 
     from chameleon_jax.serving.async_llm import AsyncLLM
-    from chameleon_jax.serving.server import listen
+    from chameleon_jax.serving.server import Server, listen
     from chameleon_jax.serving.service import Service
+    from chameleon_jax.serving.telemetry.logs import setup_logging
+    from chameleon_jax.serving.telemetry.metrics import Metrics
+    from chameleon_jax.serving.telemetry.tracing import RequestTracer, otlp_exporter
 
-    listener = listen(config)
-    try:
-        llm = AsyncLLM(model, progress=progress, **settings)
-    except BaseException:
-        listener.close()
-        raise
-    try:
-        uvloop.run(_run(Service(llm, config), adapters, listener))
-    finally:
-        llm.close()
+    async def run() -> None:
+        await service.load_named(adapters)
+        server = Server(service, listener, metrics)
+        await server.start()
+        await _greet(service, server)
+        await server.run()
 
-
-async def _run(service: Service, adapters: dict[str, str], listener: socket.socket) -> None:
-    from chameleon_jax.serving.server import Server
-
-    await service.load_named(adapters)
-    server = Server(service, listener)
-    await server.start()
-    await _greet(service, server)
-    await server.run()
+    with contextlib.ExitStack() as at_end:
+        exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
+        listener = at_end.enter_context(contextlib.closing(listen(config)))
+        at_end.enter_context(contextlib.closing(setup_logging(log_format)))
+        metrics = at_end.enter_context(contextlib.closing(Metrics()))
+        llm = at_end.enter_context(contextlib.closing(AsyncLLM(model, progress=progress, **settings)))
+        metrics.compilations.serve()
+        service = Service(llm, config)
+        if exporter is not None:
+            tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))
+            llm.observers.append(tracer)
+        uvloop.run(run())
 
 
 async def _greet(service: Service, server: Server) -> None:

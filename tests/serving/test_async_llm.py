@@ -144,7 +144,7 @@ def test_who_leaves_early_aborts(llm, early):
 def test_cancelled_while_it_is_taken_in(llm):
     async def main():
         gate = threading.Event()
-        blocked = asyncio.ensure_future(llm._call(lambda engine: gate.wait(TIMEOUT)))
+        blocked = asyncio.ensure_future(llm.call(lambda engine: gate.wait(TIMEOUT)))
         tasks = [asyncio.create_task(llm.open(PROMPTS[0], LONG)) for _ in range(8)]
         await asyncio.sleep(0.01)
         for task in tasks:
@@ -166,6 +166,16 @@ def test_abort_by_id(llm):
         assert await llm.abort("mine") and not await llm.abort("mine")
         assert [delta async for delta in stream][-1].finish_reason == "abort"
         assert not await llm.abort("nobody")
+
+    run(main())
+
+
+def test_an_id_that_was_given_up_may_be_used_again_at_once(llm):
+    async def main():
+        expected = (await last(llm, PROMPTS[0])).outputs[0].text
+        (await llm.open(PROMPTS[0], LONG, request_id="mine")).close()
+        output = await last(llm, PROMPTS[0], request_id="mine")
+        assert (output.outputs[0].text, output.outputs[0].finish_reason) == (expected, "length")
 
     run(main())
 

@@ -224,12 +224,12 @@ def test_choices_get_in_together_or_not_at_all(service, monkeypatch):
     async def main():
         monkeypatch.setattr(llm, "open", second_is_refused)
         with pytest.raises(QueueFull):
-            await service.open_choices("love", [GREEDY] * 3, None)
+            await service.open_choices("love", [GREEDY] * 3, None, "x")
         assert len(opened) == 1 and opened[0].request_id not in llm._streams
         monkeypatch.setattr(llm, "open", open_one)
         params = [SamplingParams(seed=seed, max_tokens=8) for seed in (1, 2, 1)]
         texts = []
-        for stream in await service.open_choices("love", params, service.lora_named("a1")):
+        for stream in await service.open_choices("love", params, service.lora_named("a1"), "x"):
             async with stream:
                 texts.append([t async for delta in stream for t in delta.token_ids])
         assert texts[0] == texts[2] != texts[1]

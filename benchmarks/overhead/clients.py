@@ -1,0 +1,85 @@
+"""Closed-loop clients in a process of their own, as lean as can be: their work is on the machine too.
+
+`python -m benchmarks.overhead.clients http|grpc HOST:PORT REQUESTS.json RESULT.json`, started by `benchmarks.overhead`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import uvloop
+
+from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
+from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
+
+
+async def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
+    """Yields once for each event of a stream; one connection, kept alive."""
+    host, _, port = target.partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+
+    async def ask(request: dict) -> AsyncIterator[None]:
+        fields = {"model": request["lora"], "prompt": request["prompt_token_ids"], "max_tokens": request["max_tokens"]}
+        body = json.dumps({**fields, "temperature": 0, "ignore_eos": True, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {target}\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(status.decode())
+        while (line := await reader.readline()) != b"0\r\n":  # the end of a chunked body
+            if line.startswith(b"data: {"):
+                yield
+        await reader.readline()
+
+    return ask
+
+
+async def grpc_client(stub: stubs.InferenceStub) -> Callable[[dict], AsyncIterator[None]]:
+    async def ask(request: dict) -> AsyncIterator[None]:
+        sampling = messages.SamplingParams(max_tokens=request["max_tokens"], temperature=0, ignore_eos=True)
+        tokens = messages.TokenIds(ids=request["prompt_token_ids"])
+        message = messages.GenerateRequest(token_ids=tokens, sampling=sampling, lora_name=request["lora"])
+        async for _ in stub.GenerateStream(message):
+            yield
+
+    return ask
+
+
+async def main(protocol: str, target: str, requests: list[dict], concurrency: int) -> dict:
+    waiting = iter(requests)
+    ttft: list[float] = []
+
+    async def client(ask: Callable[[dict], AsyncIterator[None]]) -> None:
+        for request in waiting:
+            begin, first = time.monotonic(), None
+            async for _ in ask(request):
+                if first is None:
+                    first = time.monotonic()
+            assert first is not None
+            ttft.append(first - begin)
+
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = stubs.InferenceStub(channel)
+        asks = [await (http_client(target) if protocol == "http" else grpc_client(stub)) for _ in range(concurrency)]
+        begin = time.monotonic()
+        await asyncio.gather(*[client(ask) for ask in asks])
+        seconds = time.monotonic() - begin
+    return {"seconds": seconds, "ttft": ttft, "cpu_seconds": time.process_time()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("protocol", choices=("http", "grpc"))
+    parser.add_argument("target")
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--concurrency", type=int, required=True)
+    args = parser.parse_args()
+    outcome = uvloop.run(main(args.protocol, args.target, json.loads(args.requests.read_text()), args.concurrency))
+    args.result.write_text(json.dumps(outcome))

@@ -1,0 +1,142 @@
+"""A server under load for a long time: `python -m benchmarks.soak --minutes 10 --out FILE`.
+
+64 clients of both protocols, in a process of their own, ask a base model and adapters; some leave in mid stream, some have
+deadlines that are too short. All the while adapters are loaded, replaced by others under the same name, and unloaded. Every
+text is compared with what the offline engine says. Then, when nothing runs, pages, host bytes, threads, file descriptors and
+memory must be what they were after a first minute of the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks.demo import ADAPTERS, PROMPTS
+from benchmarks.machine import describe, publish
+from benchmarks.soak.jobs import Jobs, prepare
+from benchmarks.soak.watch import Holding, StepTimes
+from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.server import Server, listen
+from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.telemetry.metrics import Metrics
+
+RSS_SLACK_MIB = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Soak:
+    """Attributes: warm_up, seconds: how long; pause: seconds between two changes of adapters, on average."""
+
+    clients: int = 64
+    names: int = 8
+    warm_up: float = 60.0
+    seconds: float = 600.0
+    pause: float = 0.5
+
+
+async def soak(llm: AsyncLLM, adapter_dir: Path, jobs: Jobs, plan: Soak) -> dict[str, Any]:
+    """Serves, has the clients ask, and returns what they and the process saw."""
+    config = ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(adapter_dir),))
+    service = Service(llm, config)
+    await service.load_named({})
+    server = Server(service, listen(config), Metrics())
+    await server.start()
+    running = asyncio.create_task(server.run())
+    with tempfile.TemporaryDirectory() as folder:
+        jobs.save(Path(folder) / "jobs.json")
+        await _clients(Path(folder), server, plan, plan.warm_up, seed=1)
+        before = await _settled(llm)
+        times = StepTimes(llm)
+        seen = await _clients(Path(folder), server, plan, plan.seconds, seed=2)
+        after = await _settled(llm)
+    server.stop()
+    drained = await running
+    stats = llm._stats
+    assert stats is not None
+    return {
+        **seen,
+        "drained": drained,
+        "faults": stats.faults,
+        "loads": stats.loads,
+        "evictions": stats.evictions,
+        "held_before": dataclasses.asdict(before),
+        "held_after": dataclasses.asdict(after),
+        "milliseconds": times.summary(),
+    }
+
+
+async def _clients(folder: Path, server: Server, plan: Soak, seconds: float, seed: int) -> dict[str, Any]:
+    options: dict[str, object] = {
+        "clients": plan.clients,
+        "names": plan.names,
+        "pause": plan.pause,
+        "seconds": seconds,
+        "seed": seed,
+    }
+    options |= {"url": f"http://127.0.0.1:{server.port}", "grpc": f"127.0.0.1:{server.grpc_port}"}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    files = (str(folder / "jobs.json"), str(folder / "result.json"))
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "benchmarks.soak.clients", *files, *flags)
+    if await process.wait() != 0:
+        raise RuntimeError("the clients failed")
+    return json.loads((folder / "result.json").read_text())
+
+
+async def _settled(llm: AsyncLLM) -> Holding:
+    while (stats := await llm.stats(max_age=0)).running or stats.waiting:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1)  # connections of the clients that left
+    return await Holding.of(llm)
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What is not as it must be."""
+    before, after = result["held_before"], result["held_after"]
+    found = [f"wrong text: {text}" for text in result["wrong_texts"]] + [f"error: {text}" for text in result["errors"]]
+    for what in ("kv_pages", "adapters", "host_bytes", "threads", "file_descriptors"):
+        if after[what] > before[what]:
+            found.append(f"{what} grew from {before[what]} to {after[what]}")
+    if after["rss_mib"] > before["rss_mib"] + RSS_SLACK_MIB:
+        found.append(f"memory grew from {before['rss_mib']} to {after['rss_mib']} MiB")
+    if not result["drained"]:
+        found.append("the server did not finish what ran")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    settings: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 128}
+    prompts = [(prompt, 8 + 8 * (i % 4)) for i, prompt in enumerate(PROMPTS)]
+    contents = [str(path) for path in sorted(ADAPTERS.iterdir()) if path.is_dir()]
+    jobs = prepare("smollm2-135m", prompts, contents, settings)
+    plan = Soak(clients=args.clients, seconds=60 * args.minutes)
+    llm = AsyncLLM("smollm2-135m", **settings)
+    try:
+        result = uvloop.run(soak(llm, ADAPTERS, jobs, plan))
+    finally:
+        llm.close()
+    result = describe(f"python -m benchmarks.soak --minutes {args.minutes:g}") | {"plan": dataclasses.asdict(plan)} | result
+    rows = [{"milliseconds": what, **times} for what, times in result.pop("milliseconds").items()]
+    publish(result | {"table": rows}, args.out)
+    found = failures(result)
+    print("\n".join(found) if found else "as it must be: texts, pages, host bytes, threads, file descriptors, memory")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

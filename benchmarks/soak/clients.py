@@ -1,0 +1,161 @@
+"""Clients of both protocols in a process of their own: they check every text, and some of them behave badly.
+
+`python -m benchmarks.soak.clients JOBS.json RESULT.json ...`, started by `benchmarks.soak`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from benchmarks.soak.churn import Churn
+from benchmarks.soak.jobs import BASE, Jobs
+from chameleon_jax.request import SamplingParams
+from chameleon_jax.serving.client import AsyncClient
+from chameleon_jax.serving.errors import DeadlineExceeded, QueueFull
+
+KINDS = ("stream", "unary", "grpc", "leave", "deadline")
+WEIGHTS = (50, 20, 25, 3, 2)
+
+
+class Clients:
+    """Args: fixed: names of adapters that stay, with their content."""
+
+    def __init__(self, jobs: Jobs, http: httpx.AsyncClient, grpc: AsyncClient, churn: Churn, fixed: dict[str, str], model: str):
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.errors: list[str] = []
+        self._jobs, self._http, self._rpc, self._churn, self._fixed, self._model = jobs, http, grpc, churn, fixed, model
+
+    async def run(self, rng: random.Random, until: float) -> None:
+        while time.monotonic() < until:
+            number = rng.randrange(len(self._jobs.prompts))
+            pick = rng.random()
+            if pick < 0.25:
+                await self._one(rng, self._model, number, {BASE})
+            elif pick < 0.6:
+                name = rng.choice(list(self._fixed))
+                await self._one(rng, name, number, {self._fixed[name]})
+            else:
+                name = rng.choice(self._churn.names)
+                seen = self._churn.watch(name)
+                try:
+                    await self._one(rng, name, number, seen)
+                finally:
+                    self._churn.unwatch(name, seen)
+
+    async def _one(self, rng: random.Random, name: str, number: int, seen: set[str | None]) -> None:
+        """One request, of which `seen` says what its name may have meant."""
+        kind = rng.choices(KINDS, WEIGHTS)[0]
+        try:
+            text = await getattr(self, f"_{kind}")(name, *self._jobs.prompts[number])
+        except (QueueFull, KeyError, httpx.HTTPStatusError) as error:
+            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+            allowed = code in (429, "QueueFull") or (code in (404, "KeyError") and None in seen)
+            self.counts[f"refused: {code}"] += 1
+            if not allowed:
+                self.errors.append(f"{kind} {name}: {error}")
+            return
+        except Exception as error:
+            self.errors.append(f"{kind} {name}: {type(error).__name__}: {error}")
+            return
+        self.counts[kind] += 1
+        if text is not None and text not in {self._jobs.texts[content][number] for content in seen if content is not None}:
+            self.wrong.append(f"{kind} {name}, prompt {number}: {text!r}; may have been {sorted(map(str, seen))}")
+
+    def _body(self, name: str, prompt: str, tokens: int, stream: bool) -> dict:
+        return {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
+
+    async def _unary(self, name: str, prompt: str, tokens: int) -> str:
+        response = await self._http.post("/v1/completions", json=self._body(name, prompt, tokens, False))
+        response.raise_for_status()
+        return response.json()["choices"][0]["text"]
+
+    async def _stream(self, name: str, prompt: str, tokens: int, leave: bool = False) -> str | None:
+        text, ended = "", False
+        async with self._http.stream("POST", "/v1/completions", json=self._body(name, prompt, tokens, True)) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    ended = True
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise RuntimeError(event["error"]["message"])
+                    text += event["choices"][0]["text"]
+                    if leave:
+                        return None
+        if not ended:
+            raise RuntimeError("the stream broke off")
+        return text
+
+    async def _leave(self, name: str, prompt: str, tokens: int) -> None:
+        await self._stream(name, prompt, tokens, leave=True)
+
+    async def _grpc_stream(self, name: str, prompt: str, tokens: int, timeout: float) -> str:
+        lora = None if name == self._model else name
+        params = SamplingParams(temperature=0, max_tokens=tokens)
+        text = ""
+        async with contextlib.aclosing(self._rpc.stream(prompt, params, lora_name=lora, timeout=timeout)) as stream:
+            async for delta in stream:
+                text += delta.text
+        return text
+
+    async def _grpc(self, name: str, prompt: str, tokens: int) -> str:
+        return await self._grpc_stream(name, prompt, tokens, timeout=600)
+
+    async def _deadline(self, name: str, prompt: str, tokens: int) -> str | None:
+        with contextlib.suppress(DeadlineExceeded):
+            return await self._grpc_stream(name, prompt, tokens, timeout=0.3)
+        return None
+
+
+async def main(args: argparse.Namespace) -> dict:
+    jobs = Jobs.load(args.jobs)
+    rng = random.Random(args.seed)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.clients)
+    async with (
+        httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as http,
+        AsyncClient(args.grpc) as grpc,
+    ):
+        model = next(m["id"] for m in (await http.get("/v1/models")).json()["data"] if m.get("parent") is None)
+        fixed = {Path(content).name: content for content in jobs.contents}
+        churn = Churn(http, [f"live-{i}" for i in range(args.names)], jobs.contents, rng)
+        clients = Clients(jobs, http, grpc, churn, fixed, model)
+        changes = asyncio.create_task(churn.run(args.pause))
+        until = time.monotonic() + args.seconds
+        await asyncio.gather(*[clients.run(random.Random(rng.random()), until) for _ in range(args.clients)])
+        changes.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await changes
+        for name in churn.names:
+            await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+    return {
+        "requests": dict(sorted(clients.counts.items())),
+        "adapters": dict(sorted(churn.counts.items())),
+        "wrong_texts": clients.wrong,
+        "errors": clients.errors + churn.errors,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("jobs", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--grpc", required=True)
+    parser.add_argument("--clients", type=int, required=True)
+    parser.add_argument("--names", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--pause", type=float, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.result.write_text(json.dumps(asyncio.run(main(arguments)), indent=1))

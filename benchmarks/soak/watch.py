@@ -1,0 +1,78 @@
+"""What a running server is watched for: what it holds when nothing runs, and how evenly it steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from chameleon_jax.serving.async_llm import AsyncLLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """What a process holds while nothing runs."""
+
+    kv_pages: int
+    adapters: int
+    host_bytes: int
+    threads: int
+    file_descriptors: int
+    rss_mib: float
+
+    @classmethod
+    async def of(cls, llm: AsyncLLM) -> Holding:
+        stats = await llm.stats(max_age=0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return cls(
+            kv_pages=stats.pool.kv,
+            adapters=len(stats.adapters),
+            host_bytes=stats.host_bytes,
+            threads=len(os.listdir("/proc/self/task")),
+            file_descriptors=len(os.listdir("/proc/self/fd")),
+            rss_mib=round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
+        )
+
+
+class StepTimes:
+    """Times of decode steps, and of what lies between two steps, while adapters move and while none does.
+
+    An adapter moves from when its files are read until it is in the pool. A step that computes prompt tokens is as long as its
+    chunk is; only the others are compared.
+    """
+
+    def __init__(self, llm: AsyncLLM):
+        self.steps: dict[bool, list[float]] = {False: [], True: []}
+        self.pauses: dict[bool, list[float]] = {False: [], True: []}
+        self._llm = llm
+        self._loop = llm.engine.loop
+        self._step = self._loop.step
+        self._ended: float | None = None
+        self._loop.step = self._timed  # type: ignore[method-assign]
+
+    def _timed(self, wait: bool = True) -> list:
+        loop = self._loop
+        moves = self._llm.num_lora_reads > 0 or loop.cache.num_loading > 0
+        begin, prompt_tokens, steps = time.monotonic(), loop.counters.prefill_tokens, loop.counters.steps
+        if self._ended is not None:
+            self.pauses[moves].append(begin - self._ended)
+        updated = self._step(wait)
+        end = time.monotonic()
+        moves = moves or loop.cache.num_loading > 0
+        if loop.counters.steps > steps and loop.counters.prefill_tokens == prompt_tokens and self._ended is not None:
+            self.steps[moves].append(end - begin)
+        self._ended = end if loop.has_unfinished and not loop.awaits_load else None
+        return updated
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Milliseconds."""
+        out = {}
+        for what, times in (("decode step", self.steps), ("between steps", self.pauses)):
+            for moves, values in times.items():
+                p50, p99, most = np.percentile(values, [50, 99, 100]) * 1e3 if values else (np.nan,) * 3
+                key = f"{what}, {'adapters move' if moves else 'none moves'}"
+                out[key] = {"count": len(values), "p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 2)}
+        return out

@@ -1,0 +1,34 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+import chameleon_jax
+from chameleon_jax.serving.http import chat, completions, health, models
+from chameleon_jax.serving.http.edge import Edge
+from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
+from chameleon_jax.serving.service import Service
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is wrong, or not allowed; the text says why."},
+    "5XX": {"model": ErrorBody, "description": "The request cannot be served now."},
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """OpenAI's API over a service. Routers for operators may be added to it."""
+    app = FastAPI(
+        title="chameleon-jax",
+        version=chameleon_jax.__version__,
+        summary="OpenAI's API over one base model and many LoRA adapters: an adapter's name is the `model`.",
+        redoc_url=None,
+    )
+    app.state.service = service
+    add_error_handlers(app)
+    for module in (models, completions, chat, health):
+        app.include_router(module.router, responses=ERRORS)
+    app.add_middleware(Edge, max_body_bytes=service.config.max_body_bytes)
+    return app

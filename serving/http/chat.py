@@ -1,0 +1,110 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from chameleon_jax.request import Logprob
+from chameleon_jax.serving.http.access import require_access, service_of
+from chameleon_jax.serving.http.errors import answered
+from chameleon_jax.serving.http.requests import ChatRequest
+from chameleon_jax.serving.http.responses import ChatCompletion
+from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage
+from chameleon_jax.serving.outputs import Delta
+
+router = APIRouter(prefix="/v1", tags=["chat"])
+
+
+@router.post(
+    "/chat/completions",
+    dependencies=[Depends(require_access)],
+    response_model=ChatCompletion,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+    """Answers a conversation, through the model's chat template."""
+    service = service_of(request)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    most = service.config.max_choices
+    timeout = timeout_of(request)
+    with answered():
+        lora = service.lora_named(body.model)
+        body.sampling_params(1, logprobs, most)  # what is wrong with it is said before anything is computed
+        token_ids = await service.chat_tokens([message.for_template() for message in body.messages])
+        room = max(1, service.llm.max_model_len - len(token_ids))
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        params = body.sampling_params(room if wanted is None else wanted, logprobs, most)
+        request_id = f"chatcmpl-{request.state.request_id}"
+        streams = await service.open_choices({"prompt_token_ids": token_ids}, params, lora, request_id, timeout)
+    model = body.model or service.model_name
+    completion_tokens = 0
+
+    def head(kind: str, **rest: Any) -> dict[str, Any]:
+        return {"id": request_id, "object": kind, "created": service.created, "model": model, **rest}
+
+    def counted() -> dict[str, int]:
+        note_usage(request, model, len(token_ids), completion_tokens)
+        return usage(len(token_ids), completion_tokens)
+
+    def chunk(i: int, delta: dict[str, str], logprobs: Any = None, finish: Any = None, stop: Any = None) -> dict[str, Any]:
+        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop}
+        return head("chat.completion.chunk", choices=[choice])
+
+    def begin() -> list[dict[str, Any]]:
+        return [chunk(i, {"role": "assistant", "content": ""}) for i in range(len(streams))]
+
+    def events(i: int, delta: Delta) -> list[dict[str, Any]]:
+        nonlocal completion_tokens
+        completion_tokens += len(delta.token_ids)
+        if not (delta.text or delta.finish_reason or delta.logprobs):
+            return []
+        content = {"content": delta.text} if delta.text else {}
+        return [chunk(i, content, _logprobs(delta.logprobs), delta.finish_reason, delta.stop_reason)]
+
+    def end() -> list[dict[str, Any]]:
+        counts = counted()
+        wanted = body.stream_options is not None and body.stream_options.include_usage
+        return [head("chat.completion.chunk", choices=[], usage=counts)] if wanted else []
+
+    if body.stream:
+        return EventStream(streams, events, begin, end)
+
+    async def collect() -> dict[str, Any]:
+        nonlocal completion_tokens
+        texts = [""] * len(streams)
+        found: list[list[dict[int, Logprob]]] = [[] for _ in streams]
+        choices: list[dict[str, Any]] = [{} for _ in streams]
+        with answered():
+            async for i, delta in merged(streams):
+                completion_tokens += len(delta.token_ids)
+                texts[i] += delta.text
+                found[i] += delta.logprobs or []
+                choices[i] = {"index": i, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        for choice, text, positions in zip(choices, texts, found):
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["logprobs"] = _logprobs(positions if body.logprobs else None)
+        return head("chat.completion", choices=choices, usage=counted())
+
+    try:
+        return JSONResponse(await until_gone(request, collect()))
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def _logprobs(positions: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
+    if positions is None:
+        return None
+    content = []
+    for position in positions:
+        entries = [_entry(logprob) for logprob in position.values()]
+        content.append({**entries[0], "top_logprobs": sorted(entries, key=lambda e: -e["logprob"])})
+    return {"content": content, "refusal": None}
+
+
+def _entry(logprob: Logprob) -> dict[str, Any]:
+    token = logprob.decoded_token or ""
+    return {"token": token, "logprob": logprob.logprob, "bytes": list(token.encode())}

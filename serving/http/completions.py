@@ -1,0 +1,145 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from chameleon_jax.request import Logprob
+from chameleon_jax.serving.http.access import require_access, service_of
+from chameleon_jax.serving.http.errors import ApiError, answered
+from chameleon_jax.serving.http.requests import CompletionRequest
+from chameleon_jax.serving.http.responses import Completion
+from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage
+from chameleon_jax.serving.outputs import Delta
+from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.service import Service
+
+router = APIRouter(prefix="/v1", tags=["completions"])
+
+
+class _Choice:
+    """What is said of one choice so far. `offset`: characters of the tokens before."""
+
+    def __init__(self, echo: str):
+        self.echo, self.offset = echo, len(echo)
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        text, self.echo = self.echo + delta.text, ""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if delta.logprobs is None else self._logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def _logprobs(self, logprobs: list[dict[int, Logprob]]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for position in logprobs:
+            chosen = next(iter(position.values()))
+            token = chosen.decoded_token or ""
+            out["tokens"].append(token)
+            out["token_logprobs"].append(chosen.logprob)
+            out["top_logprobs"].append({p.decoded_token or "": p.logprob for p in position.values()})
+            out["text_offset"].append(self.offset)
+            self.offset += len(token)
+        return out
+
+
+@router.post(
+    "/completions",
+    dependencies=[Depends(require_access)],
+    response_model=Completion,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    """Goes on from a text, from token ids, or from several of either."""
+    service = service_of(request)
+    with answered():
+        lora = service.lora_named(body.model)
+        params = body.sampling_params(body.max_tokens, body.logprobs, service.config.max_choices)
+    prompts = body.prompts()
+    if len(prompts) * len(params) > service.config.max_choices:
+        most = service.config.max_choices
+        raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
+    request_id = f"cmpl-{request.state.request_id}"
+    model = body.model or service.model_name
+    timeout = timeout_of(request)
+
+    async def open_all() -> list[RequestStream]:
+        streams: list[RequestStream] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                name = request_id if len(prompts) == 1 else f"{request_id}-{i}"
+                asked = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+                with answered():
+                    streams += await service.open_choices(asked, params, lora, name, timeout)
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    streams = await open_all()
+    prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])
+    echoes = [_echo(service, body, prompt) for prompt in prompts for _ in params]
+    choices = [_Choice(echo) for echo in echoes]
+    completion_tokens = 0
+
+    def head(**rest: Any) -> dict[str, Any]:
+        return {"id": request_id, "object": "text_completion", "created": service.created, "model": model, **rest}
+
+    def counted() -> dict[str, int]:
+        note_usage(request, model, prompt_tokens, completion_tokens)
+        return usage(prompt_tokens, completion_tokens)
+
+    def events(i: int, delta: Delta) -> list[dict[str, Any]]:
+        nonlocal completion_tokens
+        completion_tokens += len(delta.token_ids)
+        if not (delta.text or choices[i].echo or delta.finish_reason or delta.logprobs):
+            return []
+        return [head(choices=[choices[i].chunk(i, delta)])]
+
+    def end() -> list[dict[str, Any]]:
+        counts = counted()
+        wanted = body.stream_options is not None and body.stream_options.include_usage
+        return [head(choices=[], usage=counts)] if wanted else []
+
+    if body.stream:
+        return EventStream(streams, events, list, end)
+
+    async def collect() -> dict[str, Any]:
+        nonlocal completion_tokens
+        whole: list[dict[str, Any]] = [{} for _ in streams]
+        with answered():
+            async for i, delta in merged(streams):
+                completion_tokens += len(delta.token_ids)
+                whole[i] = _joined(whole[i], choices[i].chunk(i, delta))
+        return head(choices=whole, usage=counted())
+
+    try:
+        return JSONResponse(await until_gone(request, collect()))
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def _echo(service: Service, body: CompletionRequest, prompt: str | list[int]) -> str:
+    if not body.echo:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    tokenizer = service.llm.tokenizer
+    return "" if tokenizer is None else tokenizer.decode(prompt)
+
+
+def _joined(before: dict[str, Any], chunk: dict[str, Any]) -> dict[str, Any]:
+    if not before:
+        return chunk
+    logprobs = chunk["logprobs"]
+    if logprobs is not None:
+        logprobs = {key: before["logprobs"][key] + values for key, values in logprobs.items()}
+    return {**chunk, "text": before["text"] + chunk["text"], "logprobs": logprobs}

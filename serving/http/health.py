@@ -1,0 +1,38 @@
+"""Whether the server lives, and whether it takes requests."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+import chameleon_jax
+from chameleon_jax.serving.errors import Draining
+from chameleon_jax.serving.http.access import service_of
+from chameleon_jax.serving.http.errors import answered
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live")
+async def live(request: Request) -> dict[str, str]:
+    """200 as long as the device works; when it does not, a restart is all that helps."""
+    error = service_of(request).llm.error
+    with answered():
+        if error is not None:
+            raise error
+    return {"status": "alive"}
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """200 as long as the server takes requests."""
+    await live(request)
+    with answered():
+        if service_of(request).llm.draining:
+            raise Draining("the server is about to stop")
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": chameleon_jax.__version__}

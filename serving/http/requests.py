@@ -1,0 +1,218 @@
+"""What clients may ask: OpenAI's fields, and vLLM's where they mean something here."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from chameleon_jax.request import SamplingParams
+from chameleon_jax.serving.http.errors import ApiError
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: StrictBool = False
+
+
+class Sampling(BaseModel):
+    """Fields of both kinds of completions.
+
+    Those that are typed `Any` would change the answer and are not supported: values that change nothing are taken (see
+    `check_neutral`). The five after `stream_options` are taken and not used.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(max_length=256)] | None = Field(
+        default=None, description="The base model or an adapter; left out: the base model."
+    )
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    seed: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    min_tokens: StrictInt | None = None
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    stream: StrictBool | None = False
+    stream_options: StreamOptions | None = None
+
+    user: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    store: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
+    response_format: Any = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "store": (False,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "repetition_penalty": (1,),
+        "logit_bias": ({},),
+        "response_format": ({"type": "text"},),
+    }
+
+    def check_neutral(self) -> None:
+        """Raises ApiError where a field that is not supported would change the answer."""
+        for field, values in self.NEUTRAL.items():
+            value = getattr(self, field)
+            if value is not None and value not in values:
+                allowed = " or ".join(["null", *map(repr, values)])
+                raise ApiError(400, f"{field} is {reprlib.repr(value)}; it is not supported, allowed: {allowed}", param=field)
+
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None, max_choices: int) -> list[SamplingParams]:
+        """One for each of `n`. Raises ValueError or ApiError."""
+        self.check_neutral()
+        n = self.n or 1
+        if n > max_choices:
+            raise ApiError(400, f"n is {n}; allowed: 1 to {max_choices}", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is set; allowed: only together with stream", param="stream_options")
+        fields: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "min_tokens": self.min_tokens,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "max_tokens": max_tokens,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        return [
+            SamplingParams(
+                **given,
+                seed=None if self.seed is None else _wrapped(self.seed, i),
+                logprobs=logprobs,
+                ignore_eos=self.ignore_eos,
+                skip_special_tokens=self.skip_special_tokens,
+            )
+            for i in range(n)
+        ]
+
+
+def _wrapped(seed: int, i: int) -> int:
+    """The seed of choice i: the first is the one that was given. Of what is no 64-bit integer `SamplingParams` complains."""
+    return seed + i if i == 0 or not -(2**63) <= seed < 2**63 else (seed + i + 2**63) % 2**64 - 2**63
+
+
+class CompletionRequest(Sampling):
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: StrictInt | None = Field(default=None, description="16 where it is left out.")
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = False
+
+    suffix: Any = None
+    best_of: Any = None
+    use_beam_search: Any = None
+    length_penalty: Any = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
+        "suffix": ("",),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+    }
+
+    def check_neutral(self) -> None:
+        super().check_neutral()
+        if self.best_of not in (None, self.n or 1):
+            best_of = reprlib.repr(self.best_of)
+            raise ApiError(400, f"best_of is {best_of}; it is not supported, allowed: null or n", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo is set; allowed: not together with logprobs", param="echo")
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return prompt
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+
+    def for_template(self) -> dict[str, str]:
+        """What chat templates know. Raises ApiError where the message is more than text."""
+        for field in ("tool_calls", "function_call", "audio"):
+            if getattr(self, field):
+                raise ApiError(400, f"messages: {field} is set; it is not supported, allowed: text", param=f"messages.{field}")
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = Field(default=None, description="Left out: what the context has room for.")
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    reasoning_effort: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    parallel_tool_calls: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
+        "reasoning_effort": ("none",),
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "functions": ([],),
+        "function_call": ("none",),
+        "parallel_tool_calls": (True, False),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+    }
+
+    def check_neutral(self) -> None:
+        super().check_neutral()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs is set; allowed: only together with logprobs", param="top_logprobs")

@@ -1,0 +1,63 @@
+"""Between messages of the wire and values of Python, for the server and the clients. Imports no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from chameleon_jax.request import Logprob, SamplingParams
+from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
+
+FINISH_REASONS = {
+    None: messages.FINISH_REASON_UNSPECIFIED,
+    "stop": messages.FINISH_REASON_STOP,
+    "length": messages.FINISH_REASON_LENGTH,
+    "abort": messages.FINISH_REASON_ABORT,
+}
+FINISH_REASON_NAMES = {value: name for name, value in FINISH_REASONS.items()}
+
+_OPTIONAL = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "skip_special_tokens")
+
+
+def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
+    """Raises ValueError where a seed is no signed 64-bit integer."""
+    given = {name: getattr(params, name) for name in _OPTIONAL if getattr(params, name) is not None}
+    return messages.SamplingParams(
+        **given, stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
+    )
+
+
+def sampling_from_message(message: messages.SamplingParams) -> SamplingParams:
+    """Raises ValueError, naming the field."""
+    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    stop, stop_token_ids = list(message.stop), list(message.stop_token_ids)
+    return SamplingParams(**given, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=message.ignore_eos)
+
+
+def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> list[messages.TokenLogprobs]:
+    return [
+        messages.TokenLogprobs(
+            alternatives=[
+                messages.Alternative(token_id=token, logprob=p.logprob, text=p.decoded_token or "")
+                for token, p in position.items()
+            ]
+        )
+        for position in positions or ()
+    ]
+
+
+def logprobs_from_messages(positions: Sequence[messages.TokenLogprobs]) -> list[dict[int, Logprob]] | None:
+    """None where there are none: they were not asked for."""
+    if not positions:
+        return None
+    return [{a.token_id: Logprob(a.logprob, a.text) for a in position.alternatives} for position in positions]
+
+
+def stop_reason_to_message(reason: str | int | None) -> messages.StopReason | None:
+    if reason is None:
+        return None
+    return messages.StopReason(text=reason) if isinstance(reason, str) else messages.StopReason(token_id=reason)
+
+
+def stop_reason_from_message(message: messages.StopReason) -> str | int | None:
+    field = message.WhichOneof("reason")
+    return None if field is None else getattr(message, field)

@@ -1,0 +1,92 @@
+"""The gRPC server: this project's services, health and reflection on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
+from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
+from chameleon_jax.serving.rpc.control import Control
+from chameleon_jax.serving.rpc.edge import Edge
+from chameleon_jax.serving.rpc.inference import Inference
+from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service import Service
+
+SERVICES = tuple(service.full_name for service in messages.DESCRIPTOR.services_by_name.values())
+HEALTH_POLL_S = 0.25
+
+
+class RpcServer:
+    """Attributes: port: once it is started."""
+
+    def __init__(self, service: Service):
+        self.port = 0
+        self._service = service
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises OSError where the port cannot be had, or the certificate not be read."""
+        config = self._service.config
+        self._server = server = grpc.aio.server(interceptors=[Edge(self._service)], options=_options(config))
+        stubs.add_InferenceServicer_to_server(Inference(self._service), server)
+        stubs.add_ControlServicer_to_server(Control(self._service), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"{host}:{config.grpc_port}"
+        try:
+            if config.tls_cert is None or config.tls_key is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
+                self.port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address} for gRPC") from error
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def set_not_serving(self) -> None:
+        """Says so in health; calls are still answered."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Takes no more calls and gives those that run so many seconds."""
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    async def _watch(self) -> None:
+        while self._service.llm.error is None:
+            await asyncio.sleep(HEALTH_POLL_S)
+        await self.set_not_serving()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Pings find peers that are gone; clients may ping as often as every 10 s, also while nothing runs."""
+    return [
+        ("grpc.max_receive_message_length", config.max_body_bytes),
+        ("grpc.max_metadata_size", config.max_header_bytes),
+        ("grpc.max_concurrent_streams", config.max_connections),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]

@@ -1,0 +1,148 @@
+"""`chameleon-jax serve` as a process: started, told to stop under load, killed, and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chameleon_jax.serving.client import Client
+
+TIMEOUT = 120
+ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
+ENGINE += ["--num-pages", "1200"]
+
+
+class Process:
+    """A server, and what it has written so far."""
+
+    def __init__(self, model: Path, adapter_dir: Path, *options: str):
+        command = [sys.executable, "-m", "chameleon_jax.serving.cli", "serve", str(model), "--adapter-dir", str(adapter_dir)]
+        self.process = subprocess.Popen(
+            [*command, *ENGINE, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        self.log = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log += line
+            if "control-C stops it" in line:
+                self._ready.set()
+        self._ready.set()
+
+    def wait(self) -> tuple[str, str]:
+        """The address of HTTP and of gRPC, once both are served."""
+        assert self._ready.wait(TIMEOUT), self.log
+        url = re.search(r"http://127\.0\.0\.1:\d+", self.log)
+        grpc = re.search(r"gRPC, .*: (127\.0\.0\.1:\d+)", self.log)
+        assert url is not None and grpc is not None, self.log
+        return url[0], grpc[1]
+
+    def ended(self) -> int:
+        code = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+@contextlib.contextmanager
+def served(*args: object) -> Iterator[Process]:
+    process = Process(*args)  # type: ignore[arg-type]
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.ended()
+
+
+def body(tokens: int, stream: bool = False, model: str = "a1") -> dict:
+    return {"model": model, "prompt": "love is", "max_tokens": tokens, "temperature": 0, "stream": stream}
+
+
+def test_sigterm_under_load(text_model, adapter_dir):
+    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "0") as process:
+        url, target = process.wait()
+        assert "gqa and 4 adapters" in process.log
+        with httpx.Client(base_url=url, timeout=TIMEOUT) as http, Client(target) as grpc:
+            expected = http.post("/v1/completions", json=body(100)).json()["choices"][0]["text"]
+            assert grpc.generate("love is", params(100), lora_name="a1").text == expected
+            streams = [contextlib.ExitStack() for _ in range(12)]
+            responses = [s.enter_context(http.stream("POST", "/v1/completions", json=body(100, True))) for s in streams]
+            assert {r.status_code for r in responses} == {200}
+            process.process.send_signal(signal.SIGTERM)
+            while http.get("/health/ready").status_code == 200:
+                pass
+            assert http.post("/v1/completions", json=body(1)).status_code == 503
+            assert http.get("/health/live").status_code == 200
+            for response, stream in zip(responses, streams):
+                lines = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+                assert lines[-1] == "[DONE]"
+                assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == expected
+                stream.close()
+        assert process.ended() == 0
+
+
+def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    texts = []
+    for last in (False, True):
+        with served(text_model, adapter_dir, "--port", port, "--grpc-port", "-1") as process:
+            assert process._ready.wait(TIMEOUT)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT) as http:
+                texts.append(http.post("/v1/completions", json=body(32)).json()["choices"][0]["text"])
+                with http.stream("POST", "/v1/completions", json=body(100, True)) as response:
+                    assert response.status_code == 200
+                    if not last:
+                        process.process.kill()
+                        assert process.ended() == -signal.SIGKILL
+                        continue
+                    process.process.send_signal(signal.SIGINT)
+                    while "stopping" not in process.log:
+                        pass
+                    process.process.send_signal(signal.SIGINT)
+                    assert process.ended() in (0, 128 + signal.SIGINT)  # 0: it was done by then
+    assert texts[0] == texts[1]
+
+
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(text_model, adapter_dir):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with served(text_model, adapter_dir, "--port", port) as process:
+            assert process.ended() == 1
+            assert f"cannot listen on 127.0.0.1:{port}" in process.log and "compiling" not in process.log
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--port", "70000"], "port is 70000"),
+        (["--lora-modules", "x=/nowhere", "--port", "0", "--grpc-port", "0"], "/nowhere"),
+        (["--adapter-dir", "/nowhere", "--port", "0"], "adapter_dir is '/nowhere'"),
+    ],
+)
+def test_wrong_options_end_with_one_line(text_model, adapter_dir, options, match):
+    with served(text_model, adapter_dir, *options) as process:
+        assert process.ended() == 1
+        assert match in process.log.replace("\n", "") and "Traceback" not in process.log
+
+
+def params(tokens: int):
+    from chameleon_jax.request import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens)
