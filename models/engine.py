@@ -6,8 +6,9 @@ and the pieces of adapters on their way.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,20 @@ from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, pinned_memor
 PAGES_ROUNDED_TO = 16
 """A pool that is sized by what memory is left has a multiple of this many pages, so that it is the same one at the next start
 and compiled programs are found again."""
+
+
+class DispatchedStep(NamedTuple):
+    """A step that runs, or has run.
+
+    Attributes:
+        sampled: what is drawn; None: nothing is.
+        rows: for each segment the row of `sampled` that is the segment's.
+        done: ready when the step is.
+    """
+
+    sampled: Sampled | None
+    rows: list[int]
+    done: jax.Array
 
 
 class DeviceEngine:
@@ -84,6 +99,8 @@ class DeviceEngine:
 
     def reset(self) -> None:
         """Starts from an empty pool, whatever state an error has left the old one in."""
+        with contextlib.suppress(Exception):  # what ran on it has ended, one way or the other
+            jax.block_until_ready(self._pages)
         for layer in self._pages:
             layer.delete()
         shape = (self.num_pages, self.layout.page_elems)
@@ -103,21 +120,17 @@ class DeviceEngine:
             )
         return pages
 
-    def run(self, segments: Sequence[Segment], draws: dict[int, Draw]) -> tuple[Sampled, list[int]] | None:
-        """Dispatches one step. `draws` says for which segments (by index) a token is drawn behind their last one.
-
-        Returns:
-            What is drawn, and for each segment the row of it that is the segment's; None where nothing is.
-        """
+    def run(self, segments: Sequence[Segment], draws: dict[int, Draw]) -> DispatchedStep:
+        """Dispatches one step. `draws` says for which segments (by index) a token is drawn behind their last one."""
         inputs, last = pack_step(segments, self.buckets)
         tiles = inputs.tiles.shape[0]
         forward = self.programs.forward[inputs.program]
         hidden, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         if not draws:
-            return None
+            return DispatchedStep(None, last, hidden)
         rows, mode = pack_draws({last[i]: draw for i, draw in draws.items()}, tiles, self.buckets.max_num_seqs)
         sampled, self._slot_tokens = self.programs.sample[tiles, mode](self._head, hidden, self._slot_tokens, rows)
-        return sampled, last
+        return DispatchedStep(sampled, last, sampled.tokens)
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""

@@ -100,8 +100,9 @@ class Programs:
         the pool, so its size does not matter."""
         buckets = self._buckets
         forwards = [
-            functools.partial(self._compile_forward, 2, buckets.sizes(size)[-1], size, buckets.adapted(size)[-1])
+            functools.partial(self._compile_forward, 2, buckets.sizes(size)[-1], size, adapted)
             for size in (DECODE_TILE, buckets.prefill_tile)
+            for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
         samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])

@@ -20,7 +20,7 @@ from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_batch, resolve
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
-from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
+from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.sampling import Sampled, SamplingMode, SamplingRows, sample
 from chameleon_jax.scheduler.running import PREFILL_TILE
 
@@ -76,7 +76,7 @@ def forward(
     valid = within < counts[:, None]
     positions = jnp.where(valid, starts[:, None] + within, 0)  # [tiles, tile_tokens]
     page_ids = jnp.take_along_axis(tables, positions // layout.page_tokens, axis=1)
-    page_ids = jnp.where(valid, page_ids, TRASH_PAGE).reshape(-1)
+    page_ids = jnp.where(valid, page_ids, pages[0].shape[0]).reshape(-1)
     page_slots = (positions % layout.page_tokens).reshape(-1)
     tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens[slots], tile_tokens), inputs.tokens)
 
@@ -116,12 +116,13 @@ def sample_step(
 
 
 def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]` of every layer.
+    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]`, all different, of every layer.
 
     Besides the pool it returns a number that nobody needs: the pool is donated to the next program, so that only another
     output can tell when this one was executed.
     """
-    return [layer.at[page_ids].set(block[i], mode="promise_in_bounds") for i, layer in enumerate(pages)], page_ids[0]
+    written = [layer.at[page_ids].set(block[i], mode="promise_in_bounds", unique_indices=True) for i, layer in enumerate(pages)]
+    return written, page_ids[0]
 
 
 def shapes_for(backend: str) -> dict[str, Any]:

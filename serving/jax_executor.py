@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from chameleon_jax.checkpoints.host_store import HostStore
-from chameleon_jax.models.engine import DeviceEngine
+from chameleon_jax.models.engine import DeviceEngine, DispatchedStep
 from chameleon_jax.models.page_layout import AdapterPlacement
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.models.step_inputs import Draw, Segment
@@ -26,6 +26,10 @@ class ResidentAdapter:
 
     placement: AdapterPlacement
     pages: Sequence[int]
+
+
+Part = tuple[DispatchedStep, list[tuple[int, Request]]]
+"""The prompts or the decodes of a step, and whose each of its drawn rows is."""
 
 
 class JaxExecutor:
@@ -53,22 +57,25 @@ class JaxExecutor:
     def load_counters(self) -> LoadCounters:
         return self._loads.counters
 
-    def dispatch(self, plan: StepPlan) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
+    def dispatch(self, plan: StepPlan) -> list[Part]:
         handle = []
         if plan.prefills:
             chunks = plan.prefills
             draws = {i: _draw(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
-            handle += self._run([self._chunk(c) for c in chunks], draws, [c.request for c in chunks])
+            handle.append(self._run([self._chunk(c) for c in chunks], draws, [c.request for c in chunks]))
         if plan.decodes:
             rows = plan.decodes
             draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
-            handle += self._run([self._row(r) for r in rows], draws, rows)
+            handle.append(self._run([self._row(r) for r in rows], draws, rows))
         return handle
 
-    def collect(self, handle: list[tuple[Sampled, list[tuple[int, Request]]]]) -> list[SampledToken]:
+    def collect(self, handle: list[Part]) -> list[SampledToken]:
         tokens = []
-        for sampled, owners in handle:
-            host = jax.tree.map(np.asarray, sampled)
+        for step, owners in handle:
+            if step.sampled is None:
+                jax.block_until_ready(step.done)
+                continue
+            host = jax.tree.map(np.asarray, step.sampled)
             ids = host.tokens.tolist()
             for row, request in owners:
                 tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
@@ -97,16 +104,11 @@ class JaxExecutor:
         self._resident.clear()
         self._engine.reset()
 
-    def _run(
-        self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]
-    ) -> list[tuple[Sampled, list[tuple[int, Request]]]]:
-        result = self._engine.run(segments, draws)
-        if result is None:
-            return []
-        sampled, rows = result
-        for array in jax.tree.leaves(sampled):
+    def _run(self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]) -> Part:
+        step = self._engine.run(segments, draws)
+        for array in jax.tree.leaves(step.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
-        return [(sampled, [(rows[i], requests[i]) for i in draws])]
+        return step, [(step.rows[i], requests[i]) for i in draws]
 
     def _chunk(self, chunk: PrefillChunk) -> Segment:
         request = chunk.request

@@ -128,7 +128,10 @@ def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: b
         return prompt
     if tokenizer is None:
         raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
-    return tokenizer.encode(prompt, add_special_tokens)
+    try:
+        return tokenizer.encode(prompt, add_special_tokens)
+    except TypeError as error:  # of tokenizers, for what cannot be UTF-8
+        raise ValueError("prompt has a lone surrogate; allowed: text that can be encoded as UTF-8") from error
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -106,8 +106,11 @@ class Service:
         """What the operator named, and what is in the adapter directories. Raises ValueError for the former; what cannot be
         served of the latter is logged."""
         for name, path in adapters.items():
-            self._check_name(name)
-            await self.llm.add_lora(name, path)
+            try:
+                self._check_name(name)
+                await self.llm.add_lora(name, path)
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}, {path}: {error}") from error
         for name, directory in self.sources.found().items():
             if name in adapters:
                 continue

@@ -176,9 +176,7 @@ class Workbench:
         engine = self.engine
 
         def step() -> Any:
-            result = engine.run(batch.segments, batch.draws)
-            assert result is not None
-            return result[0].tokens
+            return engine.run(batch.segments, batch.draws).done
 
         return step
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -78,9 +79,7 @@ async def measure(
                 cpu = time.process_time()
                 if kind in targets:
                     command = [sys.executable, "-m", "benchmarks.overhead.clients", kind, targets[kind], str(file), str(result)]
-                    process = await asyncio.create_subprocess_exec(*command, "--concurrency", str(concurrency))
-                    if await process.wait() != 0:
-                        raise RuntimeError("the clients failed")
+                    await asyncio.to_thread(subprocess.run, [*command, "--concurrency", str(concurrency)], check=True)
                     outcome = json.loads(result.read_text())
                 else:
                     run = llm.call(lambda engine: bare(engine, requests, concurrency, service.model_name))

@@ -13,6 +13,8 @@ import asyncio
 import dataclasses
 import json
 import logging
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +26,7 @@ from benchmarks.demo import ADAPTERS, PROMPTS
 from benchmarks.machine import describe, publish
 from benchmarks.soak.jobs import Jobs, prepare
 from benchmarks.soak.watch import Holding, StepTimes
+from chameleon_jax.checkpoints import peft
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.server import Server, listen
 from chameleon_jax.serving.server_config import ServerConfig
@@ -31,6 +34,9 @@ from chameleon_jax.serving.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
 
 RSS_SLACK_MIB = 64
+STRENGTHS = (0.6, 0.8)
+POOL_PAGES = 400
+"""Small enough that running requests push idle adapters out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Soak:
     names: int = 8
     warm_up: float = 60.0
     seconds: float = 600.0
-    pause: float = 0.5
+    pause: float = 0.2
 
 
 async def soak(llm: AsyncLLM, adapter_dir: Path, jobs: Jobs, plan: Soak) -> dict[str, Any]:
@@ -86,9 +92,8 @@ async def _clients(folder: Path, server: Server, plan: Soak, seconds: float, see
     options |= {"url": f"http://127.0.0.1:{server.port}", "grpc": f"127.0.0.1:{server.grpc_port}"}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     files = (str(folder / "jobs.json"), str(folder / "result.json"))
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "benchmarks.soak.clients", *files, *flags)
-    if await process.wait() != 0:
-        raise RuntimeError("the clients failed")
+    command = [sys.executable, "-m", "benchmarks.soak.clients", *files, *flags]
+    await asyncio.to_thread(subprocess.run, command, check=True)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -113,6 +118,20 @@ def failures(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def vary(adapters: Path, out: Path) -> list[str]:
+    """Writes each adapter at several strengths: contents that only the names that change have, so that they come and go."""
+    contents = []
+    for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
+        for strength in STRENGTHS:
+            variant = out / f"{directory.name}-{strength}"
+            shutil.copytree(directory, variant)
+            file = variant / peft.CONFIG_FILE
+            config = json.loads(file.read_text())
+            file.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * strength}))
+            contents.append(str(variant))
+    return contents
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
@@ -120,16 +139,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    settings: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 128}
-    prompts = [(prompt, 8 + 8 * (i % 4)) for i, prompt in enumerate(PROMPTS)]
-    contents = [str(path) for path in sorted(ADAPTERS.iterdir()) if path.is_dir()]
-    jobs = prepare("smollm2-135m", prompts, contents, settings)
+    settings: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 128, "num_pages": POOL_PAGES}
+    prompts = [(prompt, 16 + 16 * (i % 4)) for i, prompt in enumerate(PROMPTS)]
     plan = Soak(clients=args.clients, seconds=60 * args.minutes)
-    llm = AsyncLLM("smollm2-135m", **settings)
-    try:
-        result = uvloop.run(soak(llm, ADAPTERS, jobs, plan))
-    finally:
-        llm.close()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve() / "adapters"
+        shutil.copytree(ADAPTERS, root)
+        fixed = [str(path) for path in sorted(root.iterdir()) if path.is_dir()]
+        changing = vary(ADAPTERS, root / "variants")
+        jobs = prepare("smollm2-135m", prompts, fixed, changing, settings)
+        llm = AsyncLLM("smollm2-135m", **settings)
+        try:
+            result = uvloop.run(soak(llm, root, jobs, plan))
+        finally:
+            llm.close()
     result = describe(f"python -m benchmarks.soak --minutes {args.minutes:g}") | {"plan": dataclasses.asdict(plan)} | result
     rows = [{"milliseconds": what, **times} for what, times in result.pop("milliseconds").items()]
     publish(result | {"table": rows}, args.out)

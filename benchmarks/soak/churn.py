@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from pathlib import Path
 
 import httpx
 
@@ -54,7 +53,7 @@ class Churn:
         if content is None:
             body, path = {"lora_name": name}, "/v1/unload_lora_adapter"
         else:
-            body, path = {"lora_name": name, "lora_path": Path(content).name}, "/v1/load_lora_adapter"
+            body, path = {"lora_name": name, "lora_path": content}, "/v1/load_lora_adapter"
         response = await self._http.post(path, json=body)
         if response.status_code != 200:
             self.errors.append(f"{path} {name}: {response.status_code} {response.text[:200]}")

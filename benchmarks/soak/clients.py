@@ -127,8 +127,8 @@ async def main(args: argparse.Namespace) -> dict:
         AsyncClient(args.grpc) as grpc,
     ):
         model = next(m["id"] for m in (await http.get("/v1/models")).json()["data"] if m.get("parent") is None)
-        fixed = {Path(content).name: content for content in jobs.contents}
-        churn = Churn(http, [f"live-{i}" for i in range(args.names)], jobs.contents, rng)
+        fixed = {Path(content).name: content for content in jobs.fixed}
+        churn = Churn(http, [f"live-{i}" for i in range(args.names)], jobs.changing, rng)
         clients = Clients(jobs, http, grpc, churn, fixed, model)
         changes = asyncio.create_task(churn.run(args.pause))
         until = time.monotonic() + args.seconds

@@ -18,15 +18,14 @@ class Jobs:
     """
     Attributes:
         prompts: each with its number of output tokens.
+        fixed: directories of the adapters that stay; changing: of those that come and go.
         texts: `[content][prompt]`, where a content is an adapter's directory, or BASE.
     """
 
     prompts: list[tuple[str, int]]
+    fixed: list[str]
+    changing: list[str]
     texts: dict[str, list[str]]
-
-    @property
-    def contents(self) -> list[str]:
-        return [content for content in self.texts if content != BASE]
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(dataclasses.asdict(self)))
@@ -34,14 +33,20 @@ class Jobs:
     @classmethod
     def load(cls, file: Path) -> Jobs:
         data = json.loads(file.read_text())
-        return cls([(prompt, tokens) for prompt, tokens in data["prompts"]], data["texts"])
+        return cls(**data | {"prompts": [(prompt, tokens) for prompt, tokens in data["prompts"]]})
 
 
-def prepare(model: str, prompts: Sequence[tuple[str, int]], contents: Sequence[str], settings: Mapping[str, object]) -> Jobs:
+def prepare(
+    model: str,
+    prompts: Sequence[tuple[str, int]],
+    fixed: Sequence[str],
+    changing: Sequence[str],
+    settings: Mapping[str, object],
+) -> Jobs:
     """Answers every prompt with every content, each by itself."""
     texts: dict[str, list[str]] = {}
     with LLM(model, **settings) as llm:  # type: ignore[arg-type]
-        for content in (BASE, *contents):
+        for content in (BASE, *fixed, *changing):
             lora = None if content == BASE else LoRARequest(content, content)
             texts[content] = [
                 llm.generate(prompt, SamplingParams(temperature=0, max_tokens=tokens), lora)[0].outputs[0].text
@@ -49,4 +54,4 @@ def prepare(model: str, prompts: Sequence[tuple[str, int]], contents: Sequence[s
             ]
     for i in range(len(prompts)):
         assert len({texts[content][i] for content in texts}) > 1, f"prompt {i} does not tell the adapters apart"
-    return Jobs(list(prompts), texts)
+    return Jobs(list(prompts), list(fixed), list(changing), texts)

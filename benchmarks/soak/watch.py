@@ -38,14 +38,15 @@ class Holding:
 
 
 class StepTimes:
-    """Times of decode steps, and of what lies between two steps, while adapters move and while none does.
+    """Times of steps, and of what lies between two steps, while adapters move and while none does.
 
     An adapter moves from when its files are read until it is in the pool. A step that computes prompt tokens is as long as its
-    chunk is; only the others are compared.
+    chunk is, so that decode steps are also told apart.
     """
 
     def __init__(self, llm: AsyncLLM):
         self.steps: dict[bool, list[float]] = {False: [], True: []}
+        self.decodes: dict[bool, list[float]] = {False: [], True: []}
         self.pauses: dict[bool, list[float]] = {False: [], True: []}
         self._llm = llm
         self._loop = llm.engine.loop
@@ -62,15 +63,17 @@ class StepTimes:
         updated = self._step(wait)
         end = time.monotonic()
         moves = moves or loop.cache.num_loading > 0
-        if loop.counters.steps > steps and loop.counters.prefill_tokens == prompt_tokens and self._ended is not None:
+        if loop.counters.steps > steps and self._ended is not None:
             self.steps[moves].append(end - begin)
+            if loop.counters.prefill_tokens == prompt_tokens:
+                self.decodes[moves].append(end - begin)
         self._ended = end if loop.has_unfinished and not loop.awaits_load else None
         return updated
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Milliseconds."""
         out = {}
-        for what, times in (("decode step", self.steps), ("between steps", self.pauses)):
+        for what, times in (("step", self.steps), ("decode step", self.decodes), ("between steps", self.pauses)):
             for moves, values in times.items():
                 p50, p99, most = np.percentile(values, [50, 99, 100]) * 1e3 if values else (np.nan,) * 3
                 key = f"{what}, {'adapters move' if moves else 'none moves'}"

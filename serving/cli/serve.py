@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,6 +129,7 @@ def _serve(
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))
         at_end.enter_context(contextlib.closing(setup_logging(log_format)))
+        logging.getLogger("jax").setLevel(logging.WARNING)
         metrics = at_end.enter_context(contextlib.closing(Metrics()))
         llm = at_end.enter_context(contextlib.closing(AsyncLLM(model, progress=progress, **settings)))
         metrics.compilations.serve()

@@ -12,6 +12,7 @@ from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
 from tests import reference_models as reference
+from tests.serving.running import Running, running
 
 CONFIG = reference.CONFIGS["gqa"]
 SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64)
@@ -38,6 +39,13 @@ def shared_llm(text_model: Path) -> Iterator[AsyncLLM]:
     llm = AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS)
     yield llm
     llm.close()
+
+
+@pytest.fixture(scope="module")
+def server(shared_llm: AsyncLLM, adapter_dir: Path) -> Iterator[Running]:
+    """Both protocols, without keys."""
+    with running(shared_llm, ServerConfig(adapter_dirs=(str(adapter_dir),), port=0, grpc_port=0)) as server:
+        yield server
 
 
 def make_service(llm: AsyncLLM, adapter_dir: Path, **settings: object) -> Service:

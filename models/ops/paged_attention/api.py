@@ -53,14 +53,16 @@ def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, page_ids: jax.Array, 
     Args:
         pages: `[num_pages, page_elems]`.
         k, v: `[tokens, num_kv_heads, head_dim]`.
-        page_ids, slots: `[tokens]` int32, the page and the place in it of each token; padding goes to the trash page.
+        page_ids, slots: `[tokens]` int32, the page and the place in it of each token, no two the same; what has a page past the
+            pool's end (`num_pages`) is padding and is not written.
     """
     chex.assert_equal_shape([k, v])
-    if (
-        k.shape[0] == 1
-    ):  # XLA would make one write a slice update, fuse that into each of its readers and copy the pool for each
-        k, v, page_ids, slots = (jnp.repeat(a, 2, axis=0) for a in (k, v, page_ids, slots))
+    if k.shape[0] == 1:  # XLA would make one write a slice update, fuse that into each reader and copy the pool for each
+        k, v, slots = (jnp.repeat(a, 2, axis=0) for a in (k, v, slots))
+        page_ids = jnp.append(page_ids, pages.shape[0])
     _, kv_heads, head_dim = k.shape
     view = pages.reshape(pages.shape[0], 2, kv_heads, -1, head_dim)
     kv = jnp.stack([k, v], axis=1).astype(pages.dtype)
-    return view.at[page_ids, :, :, slots, :].set(kv, mode="promise_in_bounds").reshape(pages.shape)
+    # where indices may repeat, XLA writes two-byte elements on a GPU one by one, by compare and swap
+    written = view.at[page_ids, :, :, slots, :].set(kv, mode="drop", unique_indices=True)
+    return written.reshape(pages.shape)

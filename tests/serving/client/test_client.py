@@ -1,0 +1,218 @@
+"""The typed clients: one behaviour, sync and async, and what they do when the server is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+
+from chameleon_jax.request import SamplingParams
+from chameleon_jax.serving.client import AsyncClient, Client
+from chameleon_jax.serving.client.channel import Attempts
+from chameleon_jax.serving.errors import DeadlineExceeded, Forbidden, QueueFull, RequestFailed, Unauthenticated, Unavailable
+from chameleon_jax.serving.server_config import ServerConfig
+from tests.serving.running import TIMEOUT, running
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=1)
+LONG = SamplingParams(temperature=0, max_tokens=100)
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.target, timeout=TIMEOUT) as client:
+        yield client
+
+
+def test_they_need_no_engine():
+    code = "import sys, chameleon_jax.serving.client; assert not {'jax', 'flax', 'fastapi', 'tokenizers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)
+
+
+def test_sync_and_async_say_the_same(server, client):
+    whole = client.generate("love is", GREEDY, lora_name="a1")
+    parts = list(client.stream("love is", GREEDY, lora_name="a1", request_id="mine"))
+    assert "".join(part.text for part in parts) == whole.text and {part.request_id for part in parts} == {"mine"}
+    assert [p for part in parts for p in part.logprobs] == whole.logprobs and len(whole.logprobs) == 12
+    assert (parts[-1].finish_reason, parts[-1].completion_tokens, whole.prompt_tokens) == ("length", 12, 7)
+    assert all(part.finish_reason is None for part in parts[:-1]) and whole.total_s >= whole.first_token_s > 0
+
+    async def main():
+        async with AsyncClient(server.target, timeout=TIMEOUT) as other:
+            assert (await other.generate("love is", GREEDY, lora_name="a1")).token_ids == whole.token_ids
+            assert "".join([part.text async for part in other.stream("love is", GREEDY, lora_name="a1")]) == whole.text
+            assert await other.get_load() == client.get_load()
+            assert [lora.content_hash for lora in await other.list_loras()] == [
+                lora.content_hash for lora in client.list_loras()
+            ]
+            assert not await other.load_lora("live", "a0") and await other.load_lora("live", "a0")
+            await other.unload_lora("live")
+            assert await other.get_model_info() == client.get_model_info() and await other.is_serving()
+            assert not await other.abort("nobody")
+            with pytest.raises(KeyError, match="live"):
+                await other.unload_lora("live")
+
+    asyncio.run(main())
+    assert client.is_serving() and not client.abort("nobody")
+
+
+def test_token_ids_and_reasons_to_stop(client, shared_llm):
+    ids = shared_llm.tokenizer.encode("love is")
+    whole = client.generate(ids, GREEDY)
+    assert whole.text == client.generate("love is", GREEDY).text and client.generate("x").completion_tokens == 16
+    params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[whole.token_ids[3]])
+    assert client.generate(ids, params).stop_reason == whole.token_ids[3]
+    assert (
+        client.generate(ids, SamplingParams(temperature=0, max_tokens=12, stop=whole.text[4:6])).stop_reason == whole.text[4:6]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "match"),
+    [
+        (lambda c: c.generate(""), ValueError, "prompt is empty"),
+        (lambda c: c.generate([]), ValueError, "prompt is empty"),
+        (lambda c: c.generate([-1]), ValueError, "-1|range"),
+        (lambda c: c.generate("x", lora_name="nobody"), KeyError, "nobody"),
+        (lambda c: list(c.stream("x", lora_name="nobody")), KeyError, "nobody"),
+        (lambda c: c.load_lora("x", "/etc"), ValueError, "may be loaded"),
+        (lambda c: c.generate("x", SamplingParams(seed=2**63)), ValueError, "range|9223372036854775808"),
+        (lambda c: c.generate("love is", LONG, timeout=0.001), DeadlineExceeded, "(?i)deadline|longer"),
+    ],
+)
+def test_errors_are_those_of_the_python_api(client, ask, error, match):
+    with pytest.raises(error, match=match):
+        ask(client)
+
+
+def test_leaving_a_stream_ends_the_request(server, client, shared_llm):
+    stream = client.stream("love is", LONG)
+    next(stream)
+    stream.close()
+
+    async def main():
+        async with AsyncClient(server.target, timeout=TIMEOUT) as other:
+            async with contextlib.aclosing(other.stream("love is", LONG)) as stream:
+                await anext(stream)
+            while (await shared_llm.stats(max_age=0)).running:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+class Flaky(grpc.GenericRpcHandler):
+    """Fails so many calls with a code before it answers with an empty message, or after a first message."""
+
+    def __init__(self, code: grpc.StatusCode, failures: int, first: int = 0, retry_after: str | None = None):
+        self.calls, self._code, self._failures, self._first, self._retry_after = 0, code, failures, first, retry_after
+
+    def service(self, details):
+        return grpc.unary_stream_rpc_method_handler(self._answer)
+
+    def _answer(self, request, context):
+        self.calls += 1
+        yield from [b""] * self._first
+        if self.calls <= self._failures:
+            if self._retry_after is not None:
+                context.set_trailing_metadata((("retry-after", self._retry_after),))
+            context.abort(self._code, "for a test")
+        yield b""
+
+
+@contextlib.contextmanager
+def served(handler):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as threads:
+        server = grpc.server(threads, handlers=[handler])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(None).wait()
+
+
+def both(target: str, **options) -> list:
+    """What a stream brings, by both clients."""
+
+    async def stream():
+        async with AsyncClient(target, **options) as client:
+            return [part async for part in client.stream("x")]
+
+    with Client(target, **options) as client:
+        return [list(client.stream("x")), asyncio.run(stream())]
+
+
+def test_what_was_not_available_is_tried_again():
+    for failures in (0, 2):
+        flaky = Flaky(grpc.StatusCode.UNAVAILABLE, failures)
+        with served(flaky) as target, Client(target, timeout=TIMEOUT, retries=2) as client:
+            assert len(list(client.stream("x"))) == 1 and flaky.calls == failures + 1
+    flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 10**9, retry_after="0")
+    with served(flaky) as target:
+        with pytest.raises(Unavailable, match="for a test"):
+            both(target, timeout=TIMEOUT, retries=2)
+        assert flaky.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, QueueFull),
+        (grpc.StatusCode.ABORTED, RequestFailed),
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, Forbidden),
+    ],
+)
+def test_nothing_else_is_tried_again(code, error):
+    flaky = Flaky(code, 1)
+    with served(flaky) as target, Client(target, timeout=TIMEOUT) as client, pytest.raises(error):
+        list(client.stream("x"))
+    assert flaky.calls == 1
+
+
+def test_nothing_is_tried_again_once_something_came():
+    flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 1, first=1)
+    with served(flaky) as target, Client(target, timeout=TIMEOUT) as client:
+        stream = client.stream("x")
+        next(stream)
+        with pytest.raises(Unavailable):
+            next(stream)
+    assert flaky.calls == 1
+
+
+def test_a_server_that_is_not_there_yet(shared_llm, adapter_dir):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with Client(f"127.0.0.1:{port}", retries=0, timeout=TIMEOUT) as client, pytest.raises(Unavailable):
+        client.get_load()
+    answers = []
+
+    def ask():
+        with Client(f"127.0.0.1:{port}", retries=50, timeout=TIMEOUT) as client:
+            answers.append(client.generate("love is", GREEDY).completion_tokens)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    with running(shared_llm, ServerConfig(port=0, grpc_port=port)):
+        asking.join(TIMEOUT)
+    assert answers == [12]
+
+
+def test_attempts_end_with_the_time():
+    class Lost(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode.UNAVAILABLE
+
+        def trailing_metadata(self):
+            return (("retry-after", "3"),)
+
+    assert Attempts(5, timeout=1.0).pause_after(Lost()) is None  # it would be over by then
+    assert Attempts(5, timeout=None).pause_after(Lost()) >= 1.5
+    assert Attempts(0, timeout=None).pause_after(Lost()) is None

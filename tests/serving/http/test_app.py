@@ -1,0 +1,244 @@
+"""What is wrong, too large, too late or gone, over plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import time
+
+import httpx
+import pytest
+
+from chameleon_jax.serving.errors import EngineDead, QueueFull
+from chameleon_jax.serving.server_config import ServerConfig
+from tests.serving.running import TIMEOUT, running
+
+BODY = {"prompt": "love is", "max_tokens": 4, "temperature": 0}
+
+
+def error_of(response: httpx.Response) -> dict:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def settled(llm) -> None:
+    async def main():
+        while (stats := await llm.stats(max_age=0)).running or stats.waiting:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+def test_health_and_version(http):
+    assert [http.get(path).status_code for path in ("/health", "/health/live", "/health/ready", "/version")] == [200] * 4
+
+
+def test_the_document_is_complete(http):
+    document = http.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert {"200", "4XX", "5XX"} <= set(operation["responses"]) and "422" not in operation["responses"], path
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health/live"} <= set(document["paths"])
+    assert http.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "body"),
+        (b"{", "JSON"),
+        (b"[]", "[]"),
+        (b'"x"', "'x'"),
+        (b"null", ""),
+        (b'{"prompt": "\xff"}', "body"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"prompt": NaN}', "prompt"),
+        (b'{"prompt": "x", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "x", "temperature": Infinity}', "temperature"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", ""),
+        (b'{"prompt": "x", "top_k": 99999999999999999999}', "top_k"),
+        (b'{"prompt": "x", "max_tokens": true}', "max_tokens"),
+        (b'{"prompt": "x", "max_tokens": "4"}', "max_tokens"),
+        (b'{"prompt": "x", "nonsense": 1}', "nonsense"),
+        (b'{"prompt": []}', "prompt"),
+        (b'{"prompt": [[]]}', "prompt"),
+        (b'{"prompt": [1, "a"]}', "prompt"),
+        (b'{"prompt": [256]}', "256"),
+        (b'{"prompt": [-1]}', "-1"),
+        (b'{"prompt": ["a"' + b', "a"' * 20 + b"]}", "21"),
+        (b'{"prompt": ""}', "empty"),
+        (b'{"prompt": {"a": 1}}', "prompt"),
+        (b"[" * 100_000, ""),
+        (b'{"prompt": ' + b"[" * 100_000, ""),
+    ],
+)
+def test_bodies_that_are_wrong(http, content, match):
+    response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and match in error_of(response)["message"]
+    assert len(response.content) < 3000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/../etc/passwd", 404)],
+)
+def test_routes_that_are_not_there(http, method, path, status):
+    response = http.request(method, path)
+    assert response.status_code == status and error_of(response)
+
+
+def test_large_bodies(http, server):
+    most = server.service.config.max_body_bytes
+    response = http.post("/v1/completions", content=b" " * (most + 1))
+    assert response.status_code == 413 and str(most) in error_of(response)["message"]
+
+    def pieces():
+        for _ in range(most // 65536 + 2):
+            yield b" " * 65536
+
+    with contextlib.suppress(httpx.WriteError):  # the answer may be there before the client has sent everything
+        assert http.post("/v1/completions", content=pieces()).status_code == 413  # no content-length
+    prompt = json.dumps(BODY | {"prompt": "x" * (most - 200)}).encode()
+    response = http.post("/v1/completions", content=prompt, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "characters" in error_of(response)["message"]
+
+
+def test_bodies_that_are_encoded(http):
+    response = http.post("/v1/completions", content=b"\x1f\x8b" + b"\0" * 50, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415 and "identity" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-123", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("", False)]
+)
+def test_request_ids(http, given, kept):
+    response = http.post("/v1/completions", json=BODY, headers={"x-request-id": given})
+    assert (response.headers["x-request-id"] == given) is kept
+    assert response.json()["id"] == f"cmpl-{response.headers['x-request-id']}"
+    assert http.get("/nothing").headers["x-request-id"]
+
+
+def test_the_access_log_says_who_and_how_much(http, caplog):
+    caplog.set_level(logging.INFO, "chameleon_jax.access")
+    http.post("/v1/completions", json=BODY | {"model": "a1"}, headers={"x-request-id": "mine"})
+    deadline = time.monotonic() + TIMEOUT
+    while not (found := [r for r in caplog.records if getattr(r, "request_id", "") == "mine"]):
+        assert time.monotonic() < deadline
+    said = vars(found[0])
+    assert (said["method"], said["path"], said["status"], said["model"]) == ("POST", "/v1/completions", 200, "a1")
+    assert (said["prompt_tokens"], said["completion_tokens"]) == (7, 4) and said["seconds"] >= 0
+    assert "love" not in str(said)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "1e400"])
+def test_timeouts_that_are_wrong(http, value):
+    response = http.post("/v1/completions", json=BODY, headers={"x-request-timeout": value})
+    assert response.status_code == 400 and "x-request-timeout" in error_of(response)["message"]
+
+
+def test_a_deadline(http, shared_llm):
+    body = BODY | {"max_tokens": 100}
+    response = http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.001"})
+    assert response.status_code == 504 and "longer than 0.001 s" in error_of(response)["message"]
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers={"x-request-timeout": "0.001"}) as stream:
+        assert stream.status_code in (200, 504)  # in mid stream, or before it began
+        assert "longer than 0.001 s" in stream.read().decode()
+    settled(shared_llm)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away(server, shared_llm, stream):
+    """Its requests end in the engine, however many there are."""
+    begun = asyncio.run(shared_llm.stats(max_age=0)).generation_tokens
+    body = json.dumps(BODY | {"max_tokens": 100, "n": 4, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        while asyncio.run(shared_llm.stats(max_age=0)).generation_tokens == begun:
+            pass
+        if stream:
+            assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    settled(shared_llm)
+    assert asyncio.run(shared_llm.stats(max_age=0)).generation_tokens < begun + 400
+    assert shared_llm._streams == {}
+
+
+def test_a_full_queue(http, shared_llm, monkeypatch):
+    async def full(*args, **kwargs):
+        raise QueueFull("3 requests wait (max_queue_len)")
+
+    monkeypatch.setattr(shared_llm, "open", full)
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
+    assert error_of(response)["type"] == "rate_limit_error"
+
+
+def test_draining(http, shared_llm, monkeypatch):
+    monkeypatch.setattr(shared_llm, "_draining", True)
+    for response in (
+        http.get("/health"),
+        http.get("/health/ready"),
+        http.post("/v1/completions", json=BODY),
+        http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "a0"}),
+    ):
+        assert response.status_code == 503 and response.headers["retry-after"] and error_of(response)["type"] == "server_error"
+    assert http.get("/health/live").status_code == 200
+
+
+def test_a_dead_engine(http, shared_llm, monkeypatch):
+    monkeypatch.setattr(shared_llm._thread, "error", EngineDead("the device failed again: lost"))
+    for path in ("/health", "/health/live", "/health/ready"):
+        response = http.get(path)
+        assert response.status_code == 503 and "lost" in error_of(response)["message"]
+    for stream in (False, True):
+        assert http.post("/v1/completions", json=BODY | {"stream": stream}).status_code == 503
+    assert http.get("/v1/models").status_code == 503 and http.get("/metrics").status_code == 200
+
+
+def test_what_nobody_expected_is_an_error_without_details(http, shared_llm, monkeypatch, caplog):
+    async def broken(*args, **kwargs):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(shared_llm, "open", broken)
+    response = http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})
+    assert response.status_code == 500 and "secret" not in response.text and response.headers["x-request-id"] == "mine"
+    assert "secret" in caplog.text
+
+
+def test_keys(shared_llm, adapter_dir):
+    config = ServerConfig(
+        port=0, grpc_port=None, api_keys=("user-key",), admin_keys=("admin-key",), adapter_dirs=(str(adapter_dir),)
+    )
+    load = {"lora_name": "keyed", "lora_path": "a0"}
+    with running(shared_llm, config) as server, httpx.Client(base_url=server.url, timeout=TIMEOUT) as http:
+
+        def statuses(key: str | None) -> list[int]:
+            headers = {} if key is None else {"authorization": f"Bearer {key}"}
+            return [
+                http.get("/v1/models", headers=headers).status_code,
+                http.post("/v1/completions", json=BODY, headers=headers).status_code,
+                http.post("/v1/chat/completions", json={}, headers=headers).status_code,
+                http.get("/status.json", headers=headers).status_code,
+                http.post("/v1/load_lora_adapter", json=load, headers=headers).status_code,
+                http.post("/v1/unload_lora_adapter", json={"lora_name": "keyed"}, headers=headers).status_code,
+            ]
+
+        assert statuses(None) == statuses("wrong") == [401] * 6
+        assert statuses("user-key") == [200, 200, 400, 200, 403, 403]
+        assert statuses("admin-key") == [200, 200, 400, 200, 200, 200]
+        assert http.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert [http.get(path).status_code for path in ("/health", "/version", "/metrics", "/")] == [200] * 4
+
+
+@pytest.mark.parametrize("path", ["../a0", "/etc", "a0/../../a0", "\0", "a9", "~", "a0\n"])
+def test_adapters_outside_of_the_directories(http, path):
+    response = http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+    assert response.status_code == 400 and "may be loaded" in error_of(response)["message"]
+    assert "x" not in [model["id"] for model in http.get("/v1/models").json()["data"]]

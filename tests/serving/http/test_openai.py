@@ -1,0 +1,217 @@
+"""The flows of OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+from chameleon_jax import LoRARequest, SamplingParams
+
+PROMPT = "love is"
+
+
+def offline(llm, prompt, tokens: int, lora: str | None = None, **params):
+    async def main():
+        request = None if lora is None else LoRARequest(lora)
+        asked = SamplingParams(temperature=0, max_tokens=tokens, **params)
+        return [output async for output in llm.generate(prompt, asked, request)][-1].outputs[0]
+
+    return asyncio.run(main())
+
+
+def test_models(client):
+    models = {model.id: model for model in client.models.list()}
+    assert list(models) == ["gqa", "a0", "a1", "a2", "a3"]
+    assert models["gqa"].parent is None and models["a1"].parent == "gqa" and models["a1"].max_model_len == 128
+    assert client.models.retrieve("a2").id == "a2"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("a9")
+    assert error.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("model", ["gqa", "a0", "a3"])
+def test_completion_and_its_stream(client, shared_llm, model):
+    expected = offline(shared_llm, PROMPT, 24, None if model == "gqa" else model)
+    whole = client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0)
+    assert whole.choices[0].text == expected.text and whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (7, 24, 31)
+    assert whole.model == model and whole.id.startswith("cmpl-")
+    chunks = list(client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text and len(chunks) > 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_usage_of_a_stream(client):
+    asked = dict(model="gqa", prompt=PROMPT, max_tokens=9, stream=True, stream_options={"include_usage": True})
+    *chunks, last = client.completions.create(**asked)
+    assert last.choices == [] and (last.usage.prompt_tokens, last.usage.completion_tokens) == (7, 9)
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_several_prompts_and_choices(client, shared_llm):
+    prompts = [PROMPT, "0123456789"]
+    answer = client.completions.create(model="a1", prompt=prompts, max_tokens=8, temperature=0, n=2)
+    texts = [offline(shared_llm, prompt, 8, "a1").text for prompt in prompts for _ in range(2)]
+    assert [choice.text for choice in answer.choices] == texts
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (17, 32)
+    ids = [shared_llm.tokenizer.encode(prompt) for prompt in prompts]
+    answer = client.completions.create(model="a1", prompt=ids, max_tokens=8, temperature=0)
+    assert [choice.text for choice in answer.choices] == texts[::2]
+    answer = client.completions.create(model="a1", prompt=ids[1], max_tokens=8, temperature=0)
+    assert [choice.text for choice in answer.choices] == texts[2:3]
+
+
+def test_seeds_and_n(client):
+    asked = dict(model="gqa", prompt=PROMPT, max_tokens=12, seed=5, n=3)
+    first, second = (client.completions.create(**asked) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices] and len(set(texts)) == 3
+    streamed = [""] * 3
+    for chunk in client.completions.create(**asked, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+    alone = client.completions.create(**(asked | {"n": 1}))
+    assert alone.choices[0].text == texts[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop(client, shared_llm, stream):
+    text = offline(shared_llm, PROMPT, 24).text
+    stop = text[9:12]
+    cut = text[: text.index(stop)]
+    answer = client.completions.create(
+        model="gqa", prompt=PROMPT, max_tokens=24, temperature=0, stop=["\0\0", stop], stream=stream
+    )
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert "".join(choice.text for choice in choices) == cut
+    assert choices[-1].finish_reason == "stop" and choices[-1].stop_reason == stop
+
+
+def test_echo(client):
+    answer = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=4, temperature=0)
+    echoed = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=4, temperature=0, echo=True)
+    assert echoed.choices[0].text == PROMPT + answer.choices[0].text
+    chunks = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=4, temperature=0, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == echoed.choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_completions(client, shared_llm, stream):
+    expected = offline(shared_llm, PROMPT, 6, logprobs=2)
+    answer = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2, stream=stream)
+    parts = [chunk.choices[0].logprobs for chunk in answer] if stream else [answer.choices[0].logprobs]
+    chosen = [value for part in parts for value in part.token_logprobs]
+    assert chosen == pytest.approx([position[t].logprob for t, position in zip(expected.token_ids, expected.logprobs)])
+    assert [token for part in parts for token in part.tokens] == [shared_llm.tokenizer.decode([t]) for t in expected.token_ids]
+    assert [offset for part in parts for offset in part.text_offset] == list(range(6))  # a byte a token
+    assert all(1 <= len(top) <= 3 for part in parts for top in part.top_logprobs)
+
+
+def test_chat(client, shared_llm):
+    messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    text = "system: Be kind.\nuser: hello\nassistant:"
+    expected = offline(shared_llm, text, 16, "a2").text
+    answer = client.chat.completions.create(model="a2", messages=messages, max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content == expected and answer.choices[0].message.role == "assistant"
+    assert answer.usage.prompt_tokens == len(text) and answer.object == "chat.completion"
+    chunks = list(client.chat.completions.create(model="a2", messages=messages, max_tokens=16, temperature=0, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    rest = client.chat.completions.create(model="a2", messages=messages, temperature=0)
+    assert rest.usage.total_tokens == 128  # what the context has room for
+
+
+def test_logprobs_of_chat(client):
+    messages = [{"role": "user", "content": "hi"}]
+    answer = client.chat.completions.create(model="gqa", messages=messages, max_tokens=5, logprobs=True, top_logprobs=3)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    for token in content:
+        assert 3 <= len(token.top_logprobs) <= 4 and bytes(token.bytes).decode() == token.token
+        values = [top.logprob for top in token.top_logprobs]
+        assert values == sorted(values, reverse=True) and token.logprob in values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("tool_choice", "auto"),
+        ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"5": 10}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("modalities", ["text", "audio"]),
+        ("store", True),
+        ("n", 0),
+        ("n", 17),
+        ("temperature", -1),
+        ("temperature", 1e9),
+        ("top_p", 0),
+        ("max_tokens", 0),
+        ("max_tokens", 10**9),
+        ("seed", 2**70),
+        ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("top_logprobs", 5),
+    ],
+)
+def test_what_is_not_supported_or_wrong_is_named(client, field, value):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="gqa", messages=[{"role": "user", "content": "hi"}], extra_body={field: value})
+    assert field in str(error.value) and error.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "tools": [],
+            "tool_choice": "none",
+            "response_format": {"type": "text"},
+            "logit_bias": {},
+            "parallel_tool_calls": True,
+        },
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "store": False, "modalities": ["text"]},
+        {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "n": None, "stop": None, "stream": False},
+    ],
+)
+def test_what_changes_nothing_is_taken(client, fields):
+    answer = client.chat.completions.create(
+        model="gqa", messages=[{"role": "user", "content": "hi"}], max_tokens=2, extra_body=fields
+    )
+    assert answer.usage.completion_tokens == 2
+
+
+def test_fields_of_vllm(client, shared_llm):
+    extra = {"top_k": 1, "min_p": 0.1, "min_tokens": 3, "ignore_eos": True, "skip_special_tokens": False, "stop_token_ids": [7]}
+    answer = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=8, extra_body=extra)
+    expected = offline(shared_llm, PROMPT, 8, min_tokens=3, stop_token_ids=[7])
+    assert answer.choices[0].text == expected.text
+
+
+def test_an_unknown_model(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.completions.create(model="nobody", prompt=PROMPT)
+    assert error.value.code == "model_not_found" and "nobody" in str(error.value)
+
+
+def test_loading_replacing_and_unloading(client, http, shared_llm):
+    body = {"lora_name": "live", "lora_path": "a0"}
+    assert http.post("/v1/load_lora_adapter", json=body).json() == {"lora_name": "live", "already_loaded": False}
+    assert http.post("/v1/load_lora_adapter", json=body).json()["already_loaded"]
+
+    def ask() -> str:
+        return client.completions.create(model="live", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+
+    assert ask() == offline(shared_llm, PROMPT, 8, "a0").text
+    assert http.post("/v1/load_lora_adapter", json=body | {"lora_path": "a1"}).status_code == 200
+    assert ask() == offline(shared_llm, PROMPT, 8, "a1").text
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "live"}).status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        ask()
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "live"}).status_code == 404
