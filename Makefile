@@ -32,8 +32,8 @@ h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),10)
 
-fuzz: $(VENV)/installed-fuzz ## 10,000 wrong and odd inputs to each protocol; FUZZ_EXAMPLES=500 for less
-	$(BIN)/python -m pytest tests/fuzz --override-ini addopts="-q --import-mode=importlib"
+fuzz: $(VENV)/installed-test ## 10,000 odd and wrong inputs to each protocol; EXAMPLES=500 for less
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/fuzz -s
 
 proto: $(VENV)/grpc-tools/bin/python ## generate the gRPC code: by a compiler whose code runs with protobuf 5, 6 and 7
 	$< -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. chameleon_jax/serving/rpc/chameleon_v1.proto
@@ -56,10 +56,6 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group bench
-	@touch $@
-
-$(VENV)/installed-fuzz: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --group fuzz
 	@touch $@
 
 $(VENV)/grpc-tools/bin/python: $(VENV)/installed

@@ -1,0 +1,64 @@
+"""The soak's short form: the same harness on a small model for a few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from benchmarks.soak.__main__ import Soak, failures, soak
+from benchmarks.soak.jobs import prepare
+from chameleon_jax.serving.async_llm import AsyncLLM
+from tests import reference_models as reference
+
+SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=80)
+QUIET = dict(progress=lambda done, total: None)
+PLAN = Soak(clients=12, names=3, warm_up=3.0, seconds=6.0, pause=0.05)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("soak")
+    model = str(reference.save_model(folder / "gqa", "gqa", text=True))
+    root = folder / "adapters"
+    contents = [
+        str(reference.save_adapter(root / name, reference.CONFIGS["gqa"], rank, seed=seed))
+        for seed, (name, rank) in enumerate(
+            [("f0", 2), ("f1", 16), ("variants/c0", 8), ("variants/c1", 16), ("variants/c2", 4)]
+        )
+    ]
+    prompts = [("love is", 24), ("0123456789", 48), ("the heart of man", 12)]
+    jobs = prepare(model, prompts, contents[:2], contents[2:], SETTINGS | QUIET)
+    llm = AsyncLLM(model, **SETTINGS, **QUIET)
+    yield asyncio.run(soak(llm, root, jobs, PLAN))
+    llm.close()
+
+
+def test_every_text_is_right_and_nothing_is_left(result):
+    found = [text for text in failures(result) if not text.startswith("threads")]  # pools of threads are still filling
+    assert found == []
+
+
+def test_it_was_a_soak(result):
+    assert sum(count for kind, count in result["requests"].items() if "refused" not in kind) > 50
+    assert {"stream", "unary", "grpc"} <= set(result["requests"])
+    assert result["adapters"]["replaced"] > 5 and result["loads"] > 5
+    assert result["milliseconds"]["step, none moves"]["count"] > 0
+
+
+def test_what_is_wrong_is_found(result):
+    wrong = dict(result, wrong_texts=["stream a: 'x'"], errors=["unary b: 500"], drained=False)
+    wrong["held_after"] = {name: value + 1 for name, value in result["held_before"].items()}
+    found = "\n".join(failures(wrong))
+    for what in (
+        "wrong text",
+        "error: unary",
+        "kv_pages grew",
+        "adapters grew",
+        "host_bytes grew",
+        "file_descriptors",
+        "finish",
+    ):
+        assert what in found
+    wrong["held_after"]["rss_mib"] = result["held_before"]["rss_mib"] + 1000
+    assert "memory grew" in "\n".join(failures(wrong))
