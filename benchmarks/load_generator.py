@@ -66,6 +66,7 @@ def generate(program: Path, url: str, model: str, tokenizer: Path, args: argpars
         "model": model,
         "requests": totals["successful"],
         "errors": totals["errored"],
+        "cut off": totals["incomplete"],
         "output tokens/s": round(metrics["output_tokens_per_second"]["successful"]["mean"], 1),
         "TTFT P50, ms": round(metrics["time_to_first_token_ms"]["successful"]["median"]),
         "TTFT P99, ms": round(metrics["time_to_first_token_ms"]["successful"]["percentiles"]["p99"]),

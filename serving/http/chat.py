@@ -12,7 +12,7 @@ from chameleon_jax.serving.http.access import require_access, service_of
 from chameleon_jax.serving.http.errors import answered
 from chameleon_jax.serving.http.requests import ChatRequest
 from chameleon_jax.serving.http.responses import ChatCompletion
-from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage
+from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage, usage_so_far
 from chameleon_jax.serving.outputs import Delta
 
 router = APIRouter(prefix="/v1", tags=["chat"])
@@ -62,7 +62,8 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         if not (delta.text or delta.finish_reason or delta.logprobs):
             return []
         content = {"content": delta.text} if delta.text else {}
-        return [chunk(i, content, _logprobs(delta.logprobs), delta.finish_reason, delta.stop_reason)]
+        said = chunk(i, content, _logprobs(delta.logprobs), delta.finish_reason, delta.stop_reason)
+        return [said | usage_so_far(body.stream_options, len(token_ids), completion_tokens)]
 
     def end() -> list[dict[str, Any]]:
         counts = counted()

@@ -12,7 +12,7 @@ from chameleon_jax.serving.http.access import require_access, service_of
 from chameleon_jax.serving.http.errors import ApiError, answered
 from chameleon_jax.serving.http.requests import CompletionRequest
 from chameleon_jax.serving.http.responses import Completion
-from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage
+from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage, usage_so_far
 from chameleon_jax.serving.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.service import Service
@@ -101,7 +101,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         completion_tokens += len(delta.token_ids)
         if not (delta.text or choices[i].echo or delta.finish_reason or delta.logprobs):
             return []
-        return [head(choices=[choices[i].chunk(i, delta)])]
+        so_far = usage_so_far(body.stream_options, prompt_tokens, completion_tokens)
+        return [head(choices=[choices[i].chunk(i, delta)], **so_far)]
 
     def end() -> list[dict[str, Any]]:
         counts = counted()

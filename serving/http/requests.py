@@ -21,6 +21,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = Field(default=False, description="Usage so far in every event, as in vLLM.")
 
 
 class Sampling(BaseModel):

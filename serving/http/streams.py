@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from chameleon_jax.serving.errors import ServingError
 from chameleon_jax.serving.http.errors import ApiError, api_error
+from chameleon_jax.serving.http.requests import StreamOptions
 from chameleon_jax.serving.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
 
@@ -25,6 +26,12 @@ T = TypeVar("T")
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def usage_so_far(options: StreamOptions | None, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """What an event of a stream says of it."""
+    wanted = options is not None and options.continuous_usage_stats
+    return {"usage": usage(prompt_tokens, completion_tokens)} if wanted else {}
 
 
 def note_usage(request: Request, model: str, prompt_tokens: int, completion_tokens: int) -> None:

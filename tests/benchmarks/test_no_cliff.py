@@ -1,4 +1,4 @@
-"""What users of servers with a number of adapter slots complain about (SGLang #13349): there is no edge to fall from. Simulated."""
+"""What users of servers with slots for adapters complain about (SGLang #13349): here is no edge to fall from. Simulated."""
 
 from __future__ import annotations
 

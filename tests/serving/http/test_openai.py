@@ -51,6 +51,17 @@ def test_usage_of_a_stream(client):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_usage_in_every_event(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = dict(model="gqa", max_tokens=9, stream=True, stream_options=options)
+    for chunks in (
+        list(client.completions.create(prompt=PROMPT, **asked)),
+        list(client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **asked))[1:],
+    ):
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        assert counts == sorted(counts) and counts[-1] == 9 and counts[0] >= 1
+
+
 def test_several_prompts_and_choices(client, shared_llm):
     prompts = [PROMPT, "0123456789"]
     answer = client.completions.create(model="a1", prompt=prompts, max_tokens=8, temperature=0, n=2)
