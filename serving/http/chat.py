@@ -12,7 +12,16 @@ from chameleon_jax.serving.http.access import require_access, service_of
 from chameleon_jax.serving.http.errors import answered
 from chameleon_jax.serving.http.requests import ChatRequest
 from chameleon_jax.serving.http.responses import ChatCompletion
-from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage, usage_so_far
+from chameleon_jax.serving.http.streams import (
+    EventStream,
+    merged,
+    note_usage,
+    timeout_of,
+    until_gone,
+    unused_id,
+    usage,
+    usage_so_far,
+)
 from chameleon_jax.serving.outputs import Delta
 
 router = APIRouter(prefix="/v1", tags=["chat"])
@@ -37,7 +46,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         room = max(1, service.llm.max_model_len - len(token_ids))
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         params = body.sampling_params(room if wanted is None else wanted, logprobs, most)
-        request_id = f"chatcmpl-{request.state.request_id}"
+        request_id = unused_id("chatcmpl", request)
         streams = await service.open_choices({"prompt_token_ids": token_ids}, params, lora, request_id, timeout)
     model = body.model or service.model_name
     completion_tokens = 0

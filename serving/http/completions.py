@@ -12,7 +12,16 @@ from chameleon_jax.serving.http.access import require_access, service_of
 from chameleon_jax.serving.http.errors import ApiError, answered
 from chameleon_jax.serving.http.requests import CompletionRequest
 from chameleon_jax.serving.http.responses import Completion
-from chameleon_jax.serving.http.streams import EventStream, merged, note_usage, timeout_of, until_gone, usage, usage_so_far
+from chameleon_jax.serving.http.streams import (
+    EventStream,
+    merged,
+    note_usage,
+    timeout_of,
+    until_gone,
+    unused_id,
+    usage,
+    usage_so_far,
+)
 from chameleon_jax.serving.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.service import Service
@@ -65,7 +74,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     if len(prompts) * len(params) > service.config.max_choices:
         most = service.config.max_choices
         raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
-    request_id = f"cmpl-{request.state.request_id}"
+    request_id = unused_id("cmpl", request)
     model = body.model or service.model_name
     timeout = timeout_of(request)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +39,11 @@ def note_usage(request: Request, model: str, prompt_tokens: int, completion_toke
     """For the access log."""
     counts = {"model": model, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     request.state.log.update(counts)
+
+
+def unused_id(prefix: str, request: Request) -> str:
+    """What the engine knows a request by: the id that it came with, which a client may give to several at a time."""
+    return f"{prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
 
 
 def timeout_of(request: Request) -> float | None:

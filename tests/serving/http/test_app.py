@@ -119,8 +119,18 @@ def test_bodies_that_are_encoded(http):
 def test_request_ids(http, given, kept):
     response = http.post("/v1/completions", json=BODY, headers={"x-request-id": given})
     assert (response.headers["x-request-id"] == given) is kept
-    assert response.json()["id"] == f"cmpl-{response.headers['x-request-id']}"
+    assert response.json()["id"].startswith(f"cmpl-{response.headers['x-request-id']}-")
     assert http.get("/nothing").headers["x-request-id"]
+
+
+def test_one_request_id_may_be_given_to_several_at_a_time(server):
+    async def main():
+        async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT, headers={"x-request-id": "same"}) as http:
+            answers = await asyncio.gather(*[http.post("/v1/completions", json=BODY | {"max_tokens": 50}) for _ in range(8)])
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.json()["id"] for answer in answers}) == 8
+
+    asyncio.run(main())
 
 
 def test_the_access_log_says_who_and_how_much(http, caplog):
