@@ -1,8 +1,15 @@
 """What serving costs beside computing: `python -m benchmarks.overhead --out FILE`.
 
-The same requests through the bare loop, over HTTP and over gRPC, 32 at a time, to one and the same engine, by turns in one run.
-The bare loop runs on the engine's own thread with no client; clients are a process of their own on the same machine, so that
-what they compute counts against the servers. Throughput is of all passes of a kind together, time to first token their median.
+The same requests through the bare loop, over HTTP and over gRPC, to one and the same engine, by turns in one run. The bare loop
+runs on the engine's own thread with no client; clients are a process of their own on the same machine, so that their work
+counts against the servers.
+
+Throughput is of requests that come as others end, 32 at a time, all passes of a kind together. Times to first token are of
+requests that come at random times, the same whoever serves them, at 70 % of the bare loop's throughput; each pass' median.
+(Where requests come as others end, the bare loop takes the next in before its next step, and a server after it.)
+
+On a machine without a GPU the model computes on the cores that serve. With `--device-step` it does not: every step takes that
+long on a device that is only waited for, and the host does the rest as it would.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ import uvloop
 
 from benchmarks.demo import ADAPTERS
 from benchmarks.machine import describe, publish
+from benchmarks.overhead.paced import pace
 from chameleon_jax.request import LoRARequest, Request, SamplingParams
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.engine import Engine
@@ -29,6 +37,9 @@ from chameleon_jax.serving.server import Server, listen
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
+
+LOAD = 0.7
+"""Of the bare loop's throughput, where requests come at times of their own."""
 
 
 def make_requests(count: int, names: list[str], output_len: int, vocab: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -44,16 +55,21 @@ def make_requests(count: int, names: list[str], output_len: int, vocab: int, see
 
 
 def bare(engine: Engine, requests: list[dict[str, Any]], concurrency: int, base: str) -> dict[str, Any]:
-    """Keeps so many requests in the loop until all are done."""
+    """Keeps so many requests in the loop until all are done; those with a time come in then."""
     waiting = list(reversed(requests))
     begin, running = engine.clock(), 0
     done: list[Request] = []
     while waiting or running:
         while waiting and running < concurrency:
+            due = begin + waiting[-1]["at"] if "at" in waiting[-1] else engine.clock()
+            if due > engine.clock():
+                if not running:
+                    time.sleep(due - engine.clock())
+                break
             request = waiting.pop()
             params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
             lora = None if request["lora"] == base else LoRARequest(request["lora"])
-            engine.submit(request["prompt_token_ids"], params, lora)
+            engine.submit(request["prompt_token_ids"], params, lora, arrival_time=due)
             running += 1
         ended = {r.request_id: r for r in engine.loop.step() if r.finish_reason is not None}.values()
         done += ended
@@ -62,56 +78,80 @@ def bare(engine: Engine, requests: list[dict[str, Any]], concurrency: int, base:
     return {"seconds": engine.clock() - begin, "ttft": ttft, "cpu_seconds": 0.0}
 
 
+Outcomes = dict[str, list[dict[str, Any]]]
+"""Of each kind, one a pass."""
+
+
 async def measure(
     llm: AsyncLLM, service: Service, requests: list[dict[str, Any]], concurrency: int, passes: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> tuple[Outcomes, Outcomes]:
+    """Of requests that come as others end, and of requests that come at times of their own."""
     server = Server(service, listen(service.config), Metrics())
     await server.start()
     running = asyncio.create_task(server.run())
-    outcomes: dict[str, list[dict[str, Any]]] = {"bare loop": [], "http": [], "grpc": []}
     targets = {"http": f"127.0.0.1:{server.port}", "grpc": f"127.0.0.1:{server.grpc_port}"}
-    with tempfile.TemporaryDirectory() as folder:
-        file, result = Path(folder) / "requests.json", Path(folder) / "result.json"
-        file.write_text(json.dumps(requests))
-        for number in range(passes + 1):
+
+    async def by_turns(requests: list[dict[str, Any]], concurrency: int, unmeasured: int) -> Outcomes:
+        outcomes: Outcomes = {"bare loop": [], "http": [], "grpc": []}
+        for number in range(-unmeasured, passes):
             kinds = list(outcomes)
             for kind in kinds[number % 3 :] + kinds[: number % 3]:
                 cpu = time.process_time()
                 if kind in targets:
-                    command = [sys.executable, "-m", "benchmarks.overhead.clients", kind, targets[kind], str(file), str(result)]
-                    await asyncio.to_thread(subprocess.run, [*command, "--concurrency", str(concurrency)], check=True)
-                    outcome = json.loads(result.read_text())
+                    outcome = await asyncio.to_thread(through_clients, kind, targets[kind], requests, concurrency)
                 else:
-                    run = llm.call(lambda engine: bare(engine, requests, concurrency, service.model_name))
-                    outcome = await run
+                    outcome = await llm.call(lambda engine: bare(engine, requests, concurrency, service.model_name))
                 outcome["server_cpu_seconds"] = time.process_time() - cpu
-                if number:  # the first round warms up
+                if number >= 0:
                     outcomes[kind].append(outcome)
-                print(f"round {number}, {kind}: {outcome['seconds']:.2f} s", file=sys.stderr, flush=True)
+                print(f"pass {number}, {kind}: {outcome['seconds']:.2f} s", file=sys.stderr, flush=True)
+        return outcomes
+
+    closed = await by_turns(requests, concurrency, unmeasured=1)
+    rate = LOAD * len(requests) * passes / sum(o["seconds"] for o in closed["bare loop"])
+    times = np.cumsum(np.random.default_rng(0).exponential(1 / rate, len(requests)))
+    timed = [request | {"at": at} for request, at in zip(requests, times.tolist())]
+    opened = await by_turns(timed, len(requests), unmeasured=0)
     server.stop()
     await running
-    return outcomes
+    return closed, opened
 
 
-def table(outcomes: dict[str, list[dict[str, Any]]], tokens: int) -> list[dict[str, Any]]:
+def through_clients(kind: str, target: str, requests: list[dict[str, Any]], concurrency: int) -> dict[str, Any]:
+    """What clients in a process of their own saw."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, result = Path(folder) / "requests.json", Path(folder) / "result.json"
+        file.write_text(json.dumps(requests))
+        command = [sys.executable, "-m", "benchmarks.overhead.clients", kind, target, str(file), str(result)]
+        subprocess.run([*command, "--concurrency", str(concurrency)], check=True)
+        return json.loads(result.read_text())
+
+
+def table(closed: Outcomes, opened: Outcomes, tokens: int) -> list[dict[str, Any]]:
     def throughput(kind: str) -> float:
-        return tokens * len(outcomes[kind]) / sum(o["seconds"] for o in outcomes[kind])
+        return tokens * len(closed[kind]) / sum(o["seconds"] for o in closed[kind])
+
+    def ttfts(kind: str) -> list[float]:
+        return [1e3 * float(np.median(o["ttft"])) for o in opened[kind]]
 
     def ttft(kind: str) -> float:
-        return 1e3 * float(np.median([np.median(o["ttft"]) for o in outcomes[kind]]))
+        return float(np.median(ttfts(kind)))
+
+    def cpu(kind: str) -> float:
+        return sum(o["server_cpu_seconds"] for o in closed[kind]) / len(closed[kind])
 
     return [
         {
             "through": kind,
             "output tokens/s": round(throughput(kind), 1),
             "of the bare loop": f"{throughput(kind) / throughput('bare loop'):.3f}",
+            "passes, s": " ".join(f"{o['seconds']:.2f}" for o in closed[kind]),
             "TTFT P50, ms": round(ttft(kind), 1),
             "more, ms": round(ttft(kind) - ttft("bare loop"), 1),
-            "passes, s": " ".join(f"{o['seconds']:.2f}" for o in outcomes[kind]),
-            "server CPU, s": round(float(np.mean([o["server_cpu_seconds"] for o in outcomes[kind]])), 2),
-            "clients' CPU, s": round(float(np.mean([o["cpu_seconds"] for o in outcomes[kind]])), 2),
+            "of passes, ms": " ".join(f"{t:.1f}" for t in ttfts(kind)),
+            "server's CPU more a token, us": round(1e6 * (cpu(kind) - cpu("bare loop")) / tokens),
         }
-        for kind in outcomes
+        for kind in closed
     ]
 
 
@@ -123,12 +163,21 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--device-step", type=float, help="seconds that every step takes on a device that is only waited for")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    llm = AsyncLLM(args.model, load_format=args.load_format, max_model_len=128, max_num_batched_tokens=128)
+    llm = AsyncLLM(
+        args.model,
+        load_format=args.load_format,
+        max_model_len=64 + args.output_len,
+        max_num_batched_tokens=128,
+        max_num_seqs=args.concurrency,
+    )
+    if args.device_step is not None:
+        pace(llm.engine, args.device_step)
     config = ServerConfig(port=0, grpc_port=0, adapter_dirs=() if args.load_format == "dummy" else (str(ADAPTERS),))
 
-    async def run() -> dict[str, list[dict[str, Any]]]:
+    async def run() -> tuple[Outcomes, Outcomes]:
         service = Service(llm, config)
         await service.load_named({})
         names = [service.model_name, *await llm.list_loras()]
@@ -136,12 +185,12 @@ def main() -> None:
         return await measure(llm, service, requests, args.concurrency, args.passes)
 
     try:
-        outcomes = uvloop.run(run())
+        closed, opened = uvloop.run(run())
     finally:
         llm.close()
     result = describe(f"python -m benchmarks.overhead {' '.join(sys.argv[1:])}".strip())
-    shape = {name: getattr(args, name) for name in ("model", "requests", "concurrency", "output_len", "passes")}
-    publish(result | shape | {"table": table(outcomes, args.requests * args.output_len)}, args.out)
+    shape = {name: getattr(args, name) for name in ("model", "requests", "concurrency", "output_len", "passes", "device_step")}
+    publish(result | shape | {"table": table(closed, opened, args.requests * args.output_len)}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Closed-loop clients in a process of their own, as lean as can be: their work is on the machine too.
+"""Clients in a process of their own, as lean as can be: their work is on the machine too.
 
 `python -m benchmarks.overhead.clients http|grpc HOST:PORT REQUESTS.json RESULT.json`, started by `benchmarks.overhead`.
 """
@@ -57,12 +57,15 @@ async def main(protocol: str, target: str, requests: list[dict], concurrency: in
 
     async def client(ask: Callable[[dict], AsyncIterator[None]]) -> None:
         for request in waiting:
-            begin, first = time.monotonic(), None
+            due, first = time.monotonic(), None
+            if "at" in request:
+                due = begin + request["at"]
+                await asyncio.sleep(due - time.monotonic())
             async for _ in ask(request):
                 if first is None:
                     first = time.monotonic()
             assert first is not None
-            ttft.append(first - begin)
+            ttft.append(first - due)
 
     async with grpc.aio.insecure_channel(target) as channel:
         stub = stubs.InferenceStub(channel)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from benchmarks.overhead.__main__ import make_requests, measure, table
+import numpy as np
+
+from benchmarks.overhead.__main__ import bare, make_requests, measure, table
+from benchmarks.overhead.paced import pace
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
 from tests import reference_models as reference
@@ -23,14 +28,29 @@ def test_three_ways_for_the_same_requests(tmp_path):
         requests = make_requests(10, ["gqa", "a"], 6, 256)
         before = (await llm.stats(max_age=0)).generation_tokens
         outcomes = await measure(llm, service, requests, concurrency=4, passes=1)
-        assert (await llm.stats(max_age=0)).generation_tokens - before == 2 * 3 * 10 * 6
+        assert (await llm.stats(max_age=0)).generation_tokens - before == 3 * 3 * 10 * 6
         return outcomes
 
-    outcomes = asyncio.run(main())
+    closed, opened = asyncio.run(main())
     llm.close()
-    rows = {row["through"]: row for row in table(outcomes, 60)}
-    assert set(rows) == {"bare loop", "http", "grpc"}
-    for kind, (outcome,) in outcomes.items():
+    rows = {row["through"]: row for row in table(closed, opened, 60)}
+    assert set(rows) == set(closed) == set(opened) == {"bare loop", "http", "grpc"}
+    for (outcome,) in (*closed.values(), *opened.values()):
         assert len(outcome["ttft"]) == 10 and all(0 < t < outcome["seconds"] for t in outcome["ttft"])
-        assert rows[kind]["output tokens/s"] == round(60 / outcome["seconds"], 1)
+    for kind in closed:
+        assert rows[kind]["output tokens/s"] == round(60 / closed[kind][0]["seconds"], 1)
+        assert rows[kind]["TTFT P50, ms"] == round(1e3 * float(np.median(opened[kind][0]["ttft"])), 1)
     assert rows["bare loop"]["of the bare loop"] == "1.000" and rows["bare loop"]["more, ms"] == 0
+
+
+def test_a_device_that_is_only_waited_for(tmp_path):
+    model = str(reference.save_model(tmp_path / "gqa", "gqa", text=True))
+    engine = Engine(model, EngineConfig(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=200))
+    engine.add_lora("a", reference.save_adapter(tmp_path / "a", reference.CONFIGS["gqa"], 8))
+    pace(engine, 0.005)
+    requests = make_requests(10, ["gqa", "a"], 6, 256)
+    outcome = bare(engine, requests, 4, "gqa")
+    assert outcome["seconds"] > 3 * 6 * 0.005  # ten requests, four at a time: three rounds of six tokens
+    timed = bare(engine, [request | {"at": 0.01 * i} for i, request in enumerate(requests)], 10, "gqa")
+    assert len(timed["ttft"]) == 10 and min(timed["ttft"]) >= 0.005 and timed["seconds"] > 0.09
+    engine.close()

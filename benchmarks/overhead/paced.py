@@ -1,0 +1,56 @@
+"""An engine whose device is a clock: what the host does for a step stays, what a GPU would compute is waited for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.executor import LoadResult, SampledToken
+
+VOCAB = 4096
+"""Token ids that are handed out are below it."""
+
+
+class PacedExecutor:
+    """Takes `step_s` seconds for a step, of no processor's time, one step after another as a device would. Tokens are random;
+    adapters are there at once."""
+
+    def __init__(self, step_s: float, vocab_size: int):
+        self._step_s = step_s
+        self._tokens = np.random.default_rng(0).integers(0, min(VOCAB, vocab_size), 1 << 16).tolist()
+        self._drawn = 0
+        self._busy_until = 0.0
+        self._loaded: list[LoadResult] = []
+
+    def dispatch(self, plan: StepPlan) -> Any:
+        self._busy_until = max(time.perf_counter(), self._busy_until) + self._step_s
+        rows = [chunk.request for chunk in plan.prefills if chunk.samples] + list(plan.decodes)
+        return self._busy_until, rows
+
+    def collect(self, handle: Any) -> list[SampledToken]:
+        end, rows = handle
+        time.sleep(max(0.0, end - time.perf_counter()))
+        begin, self._drawn = self._drawn, (self._drawn + len(rows)) % (len(self._tokens) - 1024)
+        return [SampledToken(request, token) for request, token in zip(rows, self._tokens[begin : begin + len(rows)])]
+
+    def begin_load(self, content_hash: str, pages: list[int]) -> None:
+        self._loaded.append(LoadResult(content_hash))
+
+    def poll_loads(self, wait: bool = False) -> list[LoadResult]:
+        ended, self._loaded = self._loaded, []
+        return ended
+
+    def cancel_load(self, content_hash: str) -> None:
+        self._loaded = [load for load in self._loaded if load.content_hash != content_hash]
+
+    def reset(self) -> None:
+        self._loaded.clear()
+
+
+def pace(engine: Engine, step_s: float) -> None:
+    """Replaces the device of an engine that has not run."""
+    engine.loop.executor = PacedExecutor(step_s, engine.model_config.vocab_size)
