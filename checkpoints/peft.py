@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from chameleon_jax.checkpoints import patterns
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
@@ -26,7 +27,7 @@ MAX_HEADER_BYTES = 16 << 20
 """What a file of weights may take beside the weights: safetensors' header with names and metadata."""
 
 _KEY = re.compile(
-    r"^(?:base_model\.model\.)?(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
+    r"^(?:base_model\.model\.)?(model\.layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
 )
 _PARENT = {t: "self_attn" if t in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for t in TARGETS}
 
@@ -83,9 +84,8 @@ class PeftConfig:
                 "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
             )
         targets = data.get("target_modules")
-        if isinstance(targets, str):
-            _check_pattern("target_modules", targets)
-        elif targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        named = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+        if not (targets is None or isinstance(targets, str) or named):
             raise AdapterError(f"target_modules is {targets!r}; allowed: a list of names, a pattern or 'all-linear'")
         layers = data.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers or []
@@ -101,25 +101,25 @@ class PeftConfig:
             layers_to_transform=layers,
         )
 
-    def rank(self, module: str) -> int:
-        return int(_lookup(self.rank_pattern, module, self.r))
+    def ranks(self, modules: Sequence[str]) -> dict[str, int]:
+        """Of each module. Raises AdapterError where a pattern is none, or takes too long."""
+        rank_of = _first_match("rank_pattern", self.rank_pattern, self.r, modules)
+        return {module: int(rank_of(module)) for module in modules}
 
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
-        alpha = float(_lookup(self.alpha_pattern, module, self.lora_alpha))
-        rank = self.rank(module)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Of each module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732). Raises as `ranks`."""
+        alpha_of = _first_match("alpha_pattern", self.alpha_pattern, self.lora_alpha, list(ranks))
+        return {m: float(alpha_of(m)) / (math.sqrt(r) if self.use_rslora else r) for m, r in ranks.items()}
 
-    def targets(self, module: str, layer: int) -> bool:
-        """Whether target_modules and layers_to_transform name the module, as peft matches them."""
-        if self.layers_to_transform and layer not in self.layers_to_transform:
-            return False
+    def targeted(self, modules: Sequence[str]) -> frozenset[str]:
+        """Those that target_modules names, as peft matches them. Raises as `ranks`."""
         wanted = self.target_modules
         if wanted is None or wanted == "all-linear":
-            return True
+            return frozenset(modules)
         if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in wanted)
+            return _matches("target_modules", [wanted], modules, "%s")[wanted]
+        endings = {"." + name for name in wanted}
+        return frozenset(m for m in modules if m in wanted or any(m.endswith(ending) for ending in endings))
 
 
 def _rank(field: str, value: Any) -> int:
@@ -135,32 +135,23 @@ def _alpha(field: str, value: Any) -> float:
 
 
 def _patterns(data: dict[str, Any], field: str) -> dict[str, Any]:
-    patterns = data.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{field} is {patterns!r}; allowed: an object")
-    for pattern in patterns:
-        _check_pattern(field, _module_ending(pattern))
-    return patterns
+    values = data.get(field) or {}
+    if not isinstance(values, dict):
+        raise AdapterError(f"{field} is {values!r}; allowed: an object")
+    return values
 
 
-def _check_pattern(field: str, pattern: str) -> None:
+def _first_match(field: str, values: Mapping[str, Any], default: Any, modules: Sequence[str]) -> Callable[[str], Any]:
+    """The value of the first pattern that matches a module. peft's rule: from a dot of its name to the end."""
+    found = _matches(field, list(values), modules, r"(.*\.)?(%s)$")
+    return lambda module: next((value for pattern, value in values.items() if module in found[pattern]), default)
+
+
+def _matches(field: str, named: list[str], modules: Sequence[str], form: str) -> dict[str, frozenset[str]]:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"{field} has {pattern!r}, which is no pattern: {error}") from error
-
-
-def _module_ending(pattern: str) -> str:
-    """peft's rule: a pattern matches from a dot of a module's name to the end."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def _lookup(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches."""
-    for pattern, value in patterns.items():
-        if re.match(_module_ending(pattern), module):
-            return value
-    return default
+        return patterns.matches(named, modules, form)
+    except ValueError as error:
+        raise AdapterError(f"{field}: {error}") from error
 
 
 def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
@@ -185,21 +176,25 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
             raise AdapterError(f"tensor {name} is of dtype {tensor.dtype}; allowed: {', '.join(_FLOATS)}")
         pairs.setdefault(where, {})[match[4]] = tensor
         modules[where] = match[1]
+    names = list(modules.values())
+    ranks, targeted = settings.ranks(names), settings.targeted(names)
+    scales = settings.scales(ranks)
     weights: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
     for where, pair in pairs.items():
         module = modules[where]
         if missing := {"A", "B"} - pair.keys():
             raise AdapterError(f"{module} has no lora_{missing.pop()}")
-        if not settings.targets(module, where[0]):
+        layers = settings.layers_to_transform
+        if module not in targeted or (layers and where[0] not in layers):
             named = f"target_modules ({settings.target_modules!r}) and layers_to_transform ({settings.layers_to_transform!r})"
             raise AdapterError(f"{module} has weights, but {named} do not name it")
         with np.errstate(over="ignore"):  # the check below finds what is not finite
             a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
-        rank = settings.rank(module)
+        rank = ranks[module]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise AdapterError(f"{module}: A is {list(a.shape)}, B {list(b.shape)}; the config says rank {rank}")
         with np.errstate(over="ignore", invalid="ignore"):
-            weights[where] = (a, b * np.float32(settings.scale(module)))
+            weights[where] = (a, b * np.float32(scales[module]))
     adapter = AdapterWeights(weights)
     try:
         adapter.check(config)

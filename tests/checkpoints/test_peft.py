@@ -76,6 +76,7 @@ def test_save_wants_one_rank(tmp_path):
         ({"alpha_pattern": {".*q_proj": 1, "q_proj": 3}}, 0.25),  # the first that matches
         ({"init_lora_weights": "gaussian", "exclude_modules": None, "layers_to_transform": None}, 2.0),
         ({"target_modules": r".*\.(q|down)_proj"}, 2.0),
+        ({"target_modules": r"(?i)^(?!.*vision).*\.(?:Q|DOWN)_proj$"}, 2.0),
         ({"target_modules": "all-linear"}, 2.0),
         ({"target_modules": ["mlp.down_proj", "self_attn.q_proj"]}, 2.0),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, 2.0),
@@ -153,7 +154,8 @@ def test_layers_to_transform(layers, tmp_path):
         ({"lora_alpha": 1e300}, "NaN or infinity"),
         ({"target_modules": ["q_proj"]}, "down_proj has weights"),
         ({"target_modules": "q_proj"}, "has weights"),
-        ({"target_modules": "("}, "target_modules"),
+        ({"target_modules": "("}, "target_modules: '\\('"),
+        ({"alpha_pattern": {"((((a{1000}){1000}){1000}){1000})": 1, "*": 1}}, "alpha_pattern: '\\*' is no pattern"),
         ({"target_modules": 7}, "target_modules"),
         ({"target_modules": [7]}, "target_modules"),
         ({"layers_to_transform": [0, 1]}, "layers.2.*has weights"),
