@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import Request, Security
+from fastapi import Request, Response, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from chameleon_jax.serving.http.errors import answered
@@ -27,3 +29,19 @@ async def require_access(request: Request, _: Annotated[object, Security(_bearer
 async def require_admin(request: Request, _: Annotated[object, Security(_bearer)]) -> None:
     with answered():
         service_of(request).check_access(request.headers.get("authorization"), admin=True)
+
+
+class KeyedRoute(APIRoute):
+    """Asks `require_access` or `require_admin`, where it has them, before the body is read: FastAPI reads the body first."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        asked = [depends.dependency for depends in self.dependencies]
+        checks = [check for check in (require_access, require_admin) if check in asked]
+
+        async def checked(request: Request) -> Response:
+            for check in checks:
+                await check(request, None)
+            return await handle(request)
+
+        return checked

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from chameleon_jax.request import Logprob
-from chameleon_jax.serving.http.access import require_access, service_of
+from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.errors import answered
 from chameleon_jax.serving.http.requests import ChatRequest
 from chameleon_jax.serving.http.responses import ChatCompletion
@@ -24,7 +25,7 @@ from chameleon_jax.serving.http.streams import (
 )
 from chameleon_jax.serving.outputs import Delta
 
-router = APIRouter(prefix="/v1", tags=["chat"])
+router = APIRouter(prefix="/v1", tags=["chat"], route_class=KeyedRoute)
 
 
 @router.post(
@@ -35,24 +36,25 @@ router = APIRouter(prefix="/v1", tags=["chat"])
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation, through the model's chat template."""
-    service = service_of(request)
+    service, created = service_of(request), int(time.time())
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = service.config.max_choices
-    timeout = timeout_of(request)
     with answered():
         lora = service.lora_named(body.model)
         body.sampling_params(1, logprobs, most)  # what is wrong with it is said before anything is computed
-        token_ids = await service.chat_tokens([message.for_template() for message in body.messages])
+        deadline = service.deadline(timeout_of(request))
+        async with deadline.kept():
+            token_ids = await service.chat_tokens([message.for_template() for message in body.messages])
         room = max(1, service.llm.max_model_len - len(token_ids))
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         params = body.sampling_params(room if wanted is None else wanted, logprobs, most)
         request_id = unused_id("chatcmpl", request)
-        streams = await service.open_choices({"prompt_token_ids": token_ids}, params, lora, request_id, timeout)
+        streams = await service.llm.open_all([{"prompt_token_ids": token_ids}], params, lora, request_id, deadline)
     model = body.model or service.model_name
     completion_tokens = 0
 
     def head(kind: str, **rest: Any) -> dict[str, Any]:
-        return {"id": request_id, "object": kind, "created": service.created, "model": model, **rest}
+        return {"id": request_id, "object": kind, "created": created, "model": model, **rest}
 
     def counted() -> dict[str, int]:
         note_usage(request, model, len(token_ids), completion_tokens)
@@ -71,7 +73,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         if not (delta.text or delta.finish_reason or delta.logprobs):
             return []
         content = {"content": delta.text} if delta.text else {}
-        said = chunk(i, content, _logprobs(delta.logprobs), delta.finish_reason, delta.stop_reason)
+        said = chunk(i, content, _logprobs(delta.logprobs, body.top_logprobs), delta.finish_reason, delta.stop_reason)
         return [said | usage_so_far(body.stream_options, len(token_ids), completion_tokens)]
 
     def end() -> list[dict[str, Any]]:
@@ -95,7 +97,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
                 choices[i] = {"index": i, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
         for choice, text, positions in zip(choices, texts, found):
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-            choice["logprobs"] = _logprobs(positions if body.logprobs else None)
+            choice["logprobs"] = _logprobs(positions if body.logprobs else None, body.top_logprobs)
         return head("chat.completion", choices=choices, usage=counted())
 
     try:
@@ -105,13 +107,15 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
             stream.close()
 
 
-def _logprobs(positions: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
+def _logprobs(positions: list[dict[int, Logprob]] | None, num_top: int | None) -> dict[str, Any] | None:
+    """Args: num_top: entries at each position; the chosen token is first in `positions`, and may be less likely than those."""
     if positions is None:
         return None
     content = []
     for position in positions:
         entries = [_entry(logprob) for logprob in position.values()]
-        content.append({**entries[0], "top_logprobs": sorted(entries, key=lambda e: -e["logprob"])})
+        top = sorted(entries, key=lambda entry: -entry["logprob"])[: num_top or 0]
+        content.append({**entries[0], "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 

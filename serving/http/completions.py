@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from chameleon_jax.request import Logprob
-from chameleon_jax.serving.http.access import require_access, service_of
+from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.errors import ApiError, answered
 from chameleon_jax.serving.http.requests import CompletionRequest
 from chameleon_jax.serving.http.responses import Completion
@@ -23,10 +24,9 @@ from chameleon_jax.serving.http.streams import (
     usage_so_far,
 )
 from chameleon_jax.serving.outputs import Delta
-from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.service import Service
 
-router = APIRouter(prefix="/v1", tags=["completions"])
+router = APIRouter(prefix="/v1", tags=["completions"], route_class=KeyedRoute)
 
 
 class _Choice:
@@ -66,40 +66,25 @@ class _Choice:
 )
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Goes on from a text, from token ids, or from several of either."""
-    service = service_of(request)
+    service, created = service_of(request), int(time.time())
     with answered():
         lora = service.lora_named(body.model)
         params = body.sampling_params(body.max_tokens, body.logprobs, service.config.max_choices)
-    prompts = body.prompts()
-    if len(prompts) * len(params) > service.config.max_choices:
-        most = service.config.max_choices
-        raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
-    request_id = unused_id("cmpl", request)
+        deadline = service.deadline(timeout_of(request))
+        prompts = body.prompts()
+        if len(prompts) * len(params) > (most := service.config.max_choices):
+            raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
+        asked = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+        request_id = unused_id("cmpl", request)
+        streams = await service.llm.open_all(asked, params, lora, request_id, deadline)
     model = body.model or service.model_name
-    timeout = timeout_of(request)
-
-    async def open_all() -> list[RequestStream]:
-        streams: list[RequestStream] = []
-        try:
-            for i, prompt in enumerate(prompts):
-                name = request_id if len(prompts) == 1 else f"{request_id}-{i}"
-                asked = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-                with answered():
-                    streams += await service.open_choices(asked, params, lora, name, timeout)
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return streams
-
-    streams = await open_all()
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])
     echoes = [_echo(service, body, prompt) for prompt in prompts for _ in params]
     choices = [_Choice(echo) for echo in echoes]
     completion_tokens = 0
 
     def head(**rest: Any) -> dict[str, Any]:
-        return {"id": request_id, "object": "text_completion", "created": service.created, "model": model, **rest}
+        return {"id": request_id, "object": "text_completion", "created": created, "model": model, **rest}
 
     def counted() -> dict[str, int]:
         note_usage(request, model, prompt_tokens, completion_tokens)

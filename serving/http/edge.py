@@ -1,4 +1,5 @@
-"""What every HTTP request passes first and last: its id, its size, its line in the access log, and errors nobody expected."""
+"""What every HTTP request passes first and last: its id, its size, room for it, its line in the access log, and errors nobody
+expected."""
 
 from __future__ import annotations
 
@@ -7,11 +8,10 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chameleon_jax.serving.http.errors import ApiError, error_body
+from chameleon_jax.serving.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("chameleon_jax.access")
@@ -53,21 +53,23 @@ class Edge:
             await send(message)
 
         try:
-            refused = self._refused(headers)
+            refused = self._refused(scope, headers)
             if refused is not None:
-                await _answer(named, refused.status_code, refused.body, close=True)
+                await _answer(named, refused)
             else:
                 await self._app(scope, counted, named)
         except Exception:
             logger.exception("a request failed", extra={"request_id": request_id})
             if status == 0:
-                await _answer(named, 500, error_body(500, "internal error"), close=True)
+                await _answer(named, ApiError(500, "internal error"))
         finally:
             seconds = round(time.monotonic() - begin, 4)
             extra = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             access.info("request", extra={**extra, "seconds": seconds, **state["log"]})
 
-    def _refused(self, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        if scope["state"].get("above_limit") and not scope["path"].startswith("/health"):
+            return ApiError(503, "the server has as many connections as it serves; try again")
         encoding = headers.get(b"content-encoding", b"identity").lower()
         if encoding != b"identity":
             return ApiError(415, f"content-encoding is {encoding[:40]!r}; allowed: identity", param="content-encoding")
@@ -80,10 +82,9 @@ class Edge:
         return ApiError(413, f"the body is too large; allowed: {self._max_body_bytes} bytes")
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any], close: bool) -> None:
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if close:  # there may be more of the request on the way
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _answer(send: Send, error: ApiError) -> None:
+    content = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(content)), **(error.headers or {})}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status_code, "headers": raw})
     await send({"type": "http.response.body", "body": content})

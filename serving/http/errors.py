@@ -89,7 +89,7 @@ def error_response(status: int, body: dict[str, Any]) -> Response:
     return Response(json.dumps(body), status, headers=_headers(status), media_type="application/json")
 
 
-_PLACES = re.compile(r"body|query|path|header|(str|list\[|constrained-|function-).*")
+_PLACES = re.compile(r"body|query|path|header|str|(list\[|constrained-|function-).*")
 """Parts of pydantic's paths that are no field: where a value was, and which of several types it was tried as."""
 
 
@@ -108,8 +108,9 @@ def add_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         found = error.errors()[0]
         path = [str(part) for part in found["loc"] if not _PLACES.fullmatch(str(part))]
-        field = ".".join(path)[:200] or "the body"
-        if found["type"] == "extra_forbidden":
+        unknown = found["type"] == "extra_forbidden"
+        field = ".".join([*path, found["ctx"]["field"]] if unknown else path)[:200] or "the body"
+        if unknown:
             message = f"{field} is not a field of this request, or not one that is supported"
         elif found["type"] == "json_invalid":
             message = f"the body is not JSON: {found.get('ctx', {}).get('error', '')}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from chameleon_jax.serving.http.access import require_access, require_admin, service_of
+from chameleon_jax.serving.http.access import KeyedRoute, require_access, require_admin, service_of
 from chameleon_jax.serving.http.errors import answered
+from chameleon_jax.serving.http.requests import Body
 from chameleon_jax.serving.service import Service
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=KeyedRoute)
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -33,10 +34,8 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class LoadLora(BaseModel):
+class LoadLora(Body):
     """`lora_path`: below one of the server's adapter directories, or a hub id that it allows."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -51,9 +50,7 @@ class LoadedLora(BaseModel):
     already_loaded: bool
 
 
-class UnloadLora(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class UnloadLora(Body):
     lora_name: Name
     lora_int_id: int | None = Field(default=None, description="As in vLLM; not used.")
 
@@ -80,6 +77,8 @@ async def list_models(request: Request) -> ModelList:
 async def get_model(request: Request, model: str) -> ModelCard:
     service = service_of(request)
     with answered():
+        if not model:  # in requests that is the base model, but it is nobody's name
+            raise KeyError("the model '' does not exist; see the list of models")
         service.lora_named(model)
     return _card(service, model)
 

@@ -6,32 +6,49 @@ import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic_core import PydanticCustomError
 
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.request import MAX_STOP_IDS, SamplingParams
 from chameleon_jax.serving.http.errors import ApiError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 MAX_PROMPTS = 64
 MAX_STOPS = 16
+MAX_MESSAGES = 2048
+MAX_PARTS = 1024
+
+TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+"""All lists fail at their first error, as `Body` does: there may be a million, and to find them all takes seconds."""
 
 
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """An object of which every field is known."""
+
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        unknown = next((name for name in data if name not in cls.model_fields), None) if isinstance(data, dict) else None
+        if unknown is not None:
+            raise PydanticCustomError(
+                "extra_forbidden", "unknown field", {"field": unknown[:200].encode(errors="replace").decode()}
+            )
+        return data
+
+
+class StreamOptions(Body):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Usage so far in every event, as in vLLM.")
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """Fields of both kinds of completions.
 
     Those that are typed `Any` would change the answer and are not supported: values that change nothing are taken (see
     `check_neutral`). The five after `stream_options` are taken and not used.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     model: Annotated[str, Field(max_length=256)] | None = Field(
         default=None, description="The base model or an adapter; left out: the base model."
@@ -42,8 +59,8 @@ class Sampling(BaseModel):
     min_p: Number | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool = False
     skip_special_tokens: StrictBool = True
@@ -62,6 +79,8 @@ class Sampling(BaseModel):
     repetition_penalty: Any = None
     logit_bias: Any = None
     response_format: Any = None
+    include_stop_str_in_output: Any = None
+    spaces_between_special_tokens: Any = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "store": (False,),
@@ -70,6 +89,8 @@ class Sampling(BaseModel):
         "repetition_penalty": (1,),
         "logit_bias": ({},),
         "response_format": ({"type": "text"},),
+        "include_stop_str_in_output": (False,),
+        "spaces_between_special_tokens": (True,),
     }
 
     def check_neutral(self) -> None:
@@ -120,8 +141,8 @@ class CompletionRequest(Sampling):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: StrictInt | None = Field(default=None, description="16 where it is left out.")
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -131,11 +152,13 @@ class CompletionRequest(Sampling):
     best_of: Any = None
     use_beam_search: Any = None
     length_penalty: Any = None
+    add_special_tokens: Any = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
         "suffix": ("",),
         "use_beam_search": (False,),
         "length_penalty": (1,),
+        "add_special_tokens": (True,),
     }
 
     def check_neutral(self) -> None:
@@ -153,18 +176,14 @@ class CompletionRequest(Sampling):
         return prompt
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -183,7 +202,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = Field(default=None, description="Left out: what the context has room for.")
     logprobs: StrictBool | None = False
@@ -199,6 +218,9 @@ class ChatRequest(Sampling):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
+    echo: Any = None
+    add_generation_prompt: Any = None
+    add_special_tokens: Any = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
         "reasoning_effort": ("none",),
@@ -211,6 +233,9 @@ class ChatRequest(Sampling):
         "audio": (),
         "prediction": (),
         "web_search_options": (),
+        "echo": (False,),
+        "add_generation_prompt": (True,),
+        "add_special_tokens": (False,),  # as in vLLM: the template has them
     }
 
     def check_neutral(self) -> None:

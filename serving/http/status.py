@@ -13,9 +13,11 @@ from pathlib import Path
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 
+from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.errors import EngineDead
 from chameleon_jax.serving.http.access import require_access
 from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry.metrics import CONTENT_TYPE, Metrics
 from chameleon_jax.serving.telemetry.recent import RecentRequests
 
@@ -33,7 +35,8 @@ def status_router(metrics: Metrics, recent: RecentRequests) -> APIRouter:
     @router.get("/metrics")
     async def get_metrics(request: Request) -> Response:
         service: Service = request.app.state.service
-        return Response(metrics.render(await service.llm.stats()), media_type=CONTENT_TYPE)
+        stats = await _stats(service.llm)
+        return Response(metrics.render(stats, up=service.llm.error is None), media_type=CONTENT_TYPE)
 
     @router.get("/")
     async def get_page() -> Response:
@@ -47,13 +50,23 @@ def status_router(metrics: Metrics, recent: RecentRequests) -> APIRouter:
     return router
 
 
+async def _stats(llm: AsyncLLM) -> EngineStats | None:
+    """What the engine says of itself. Once it is dead: what it said last, if anything, without the requests that ran."""
+    try:
+        return await llm.stats()
+    except EngineDead:
+        last = llm.last_stats
+    if last is None:
+        return None
+    queues = tuple(dataclasses.replace(queue, waiting=0) for queue in last.queues)
+    return dataclasses.replace(last, running=0, waiting=0, queues=queues, requests=())
+
+
 async def _status(service: Service, recent: RecentRequests) -> dict[str, object]:
     llm = service.llm
-    try:
-        stats = await llm.stats()
+    stats = await _stats(llm)
+    if stats is not None:
         stats = dataclasses.replace(stats, requests=stats.requests[:MAX_REQUESTS])
-    except EngineDead:  # and nobody asked before it died
-        stats = None
     return {
         "model": service.model_name,
         "uptime_s": time.time() - service.created,

@@ -64,7 +64,10 @@ def test_the_document_is_complete(http):
         (b'{"prompt": "x", "top_k": 99999999999999999999}', "top_k"),
         (b'{"prompt": "x", "max_tokens": true}', "max_tokens"),
         (b'{"prompt": "x", "max_tokens": "4"}', "max_tokens"),
-        (b'{"prompt": "x", "nonsense": 1}', "nonsense"),
+        (b'{"prompt": "x", "nonsense": 1}', "nonsense is not a field"),
+        (b'{"prompt": "x", "' + b"nonsense" * 1000 + b'": 1}', "nonsense"),
+        (b'{"prompt": "x", "\\ud800": 1}', "is not a field"),
+        (b'{"prompt": "x", "stream": true, "stream_options": {"nonsense": 1}}', "stream_options.nonsense is not a field"),
         (b'{"prompt": []}', "prompt"),
         (b'{"prompt": [[]]}', "prompt"),
         (b'{"prompt": [1, "a"]}', "prompt"),
@@ -96,6 +99,7 @@ def test_large_bodies(http, server):
     most = server.service.config.max_body_bytes
     response = http.post("/v1/completions", content=b" " * (most + 1))
     assert response.status_code == 413 and str(most) in error_of(response)["message"]
+    assert response.headers["connection"] == "close"
 
     def pieces():
         for _ in range(most // 65536 + 2):
@@ -184,7 +188,7 @@ def test_a_full_queue(http, shared_llm, monkeypatch):
     async def full(*args, **kwargs):
         raise QueueFull("3 requests wait (max_queue_len)")
 
-    monkeypatch.setattr(shared_llm, "open", full)
+    monkeypatch.setattr(shared_llm, "open_all", full)
     response = http.post("/v1/completions", json=BODY)
     assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
     assert error_of(response)["type"] == "rate_limit_error"
@@ -216,7 +220,7 @@ def test_what_nobody_expected_is_an_error_without_details(http, shared_llm, monk
     async def broken(*args, **kwargs):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(shared_llm, "open", broken)
+    monkeypatch.setattr(shared_llm, "open_all", broken)
     response = http.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})
     assert response.status_code == 500 and "secret" not in response.text and response.headers["x-request-id"] == "mine"
     assert "secret" in caplog.text
@@ -245,6 +249,49 @@ def test_keys(shared_llm, adapter_dir):
         assert statuses("admin-key") == [200, 200, 400, 200, 200, 200]
         assert http.get("/v1/models").headers["www-authenticate"] == "Bearer"
         assert [http.get(path).status_code for path in ("/health", "/version", "/metrics", "/")] == [200] * 4
+
+
+def raw(server, request: bytes) -> bytes:
+    """What comes back for it until the server closes."""
+    with socket.create_connection(("127.0.0.1", server.server.port), timeout=TIMEOUT) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_keys_come_before_bodies(shared_llm):
+    """Nobody without a key has bodies read."""
+    config = ServerConfig(port=0, grpc_port=None, api_keys=("user-key",), admin_keys=("admin-key",))
+    with running(shared_llm, config) as server:
+        paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+        posts = [path for path, operations in paths.items() if "post" in operations]
+        assert len(posts) == 4
+        for path in posts:
+            head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
+            answer = raw(server, head.encode() + b"\r\n{")
+            assert (
+                answer.startswith(b"HTTP/1.1 401") and b"www-authenticate: Bearer" in answer and b"connection: close" in answer
+            )
+            if path.endswith("lora_adapter"):
+                answer = raw(server, head.encode() + b"authorization: Bearer user-key\r\n\r\n{")
+                assert answer.startswith(b"HTTP/1.1 403")
+
+
+def test_more_connections_than_are_served(shared_llm):
+    config = ServerConfig(port=0, grpc_port=None, max_connections=2)
+    with running(shared_llm, config) as server, contextlib.ExitStack() as stack:
+        inside = [stack.enter_context(httpx.Client(base_url=server.url, timeout=TIMEOUT)) for _ in range(2)]
+        assert [client.get("/v1/models").status_code for client in inside] == [200] * 2
+        response = httpx.get(f"{server.url}/v1/models")
+        assert response.status_code == 503 and error_of(response)["type"] == "server_error"
+        assert response.headers["retry-after"] and response.headers["connection"] == "close"
+        for path in ("/health", "/health/live", "/health/ready"):
+            response = httpx.get(f"{server.url}{path}")
+            assert response.status_code == 200 and response.headers["connection"] == "close"
+        assert [client.get("/v1/models").status_code for client in inside] == [200] * 2
+        inside[0].close()
+        deadline = time.monotonic() + TIMEOUT
+        while httpx.get(f"{server.url}/v1/models").status_code != 200:
+            assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("path", ["../a0", "/etc", "a0/../../a0", "\0", "a9", "~", "a0\n"])

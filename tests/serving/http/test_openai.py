@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import openai
 import pytest
@@ -29,6 +30,26 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("a9")
     assert error.value.code == "model_not_found"
+
+
+def test_a_model_without_a_name(http):
+    response = http.get("/v1/models/")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+def test_created_is_when_it_was_asked(client, server, monkeypatch):
+    monkeypatch.setattr(server.service, "created", 1)
+    before = int(time.time())
+    messages = [{"role": "user", "content": "hi"}]
+    for stream in (False, True):
+        answers = [
+            client.completions.create(model="gqa", prompt=PROMPT, max_tokens=1, stream=stream),
+            client.chat.completions.create(model="gqa", messages=messages, max_tokens=1, stream=stream),
+        ]
+        for answer in answers:
+            for part in answer if stream else [answer]:
+                assert before <= part.created <= time.time()
+    assert client.models.retrieve("gqa").created == 1
 
 
 @pytest.mark.parametrize("model", ["gqa", "a0", "a3"])
@@ -136,15 +157,24 @@ def test_chat(client, shared_llm):
     assert rest.usage.total_tokens == 128  # what the context has room for
 
 
-def test_logprobs_of_chat(client):
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_top", [None, 0, 3])
+def test_logprobs_of_chat(client, stream, num_top):
+    """With a seed that draws tokens which are not among the likeliest."""
     messages = [{"role": "user", "content": "hi"}]
-    answer = client.chat.completions.create(model="gqa", messages=messages, max_tokens=5, logprobs=True, top_logprobs=3)
-    content = answer.choices[0].logprobs.content
-    assert len(content) == 5
+    asked = dict(model="gqa", messages=messages, max_tokens=9, seed=1, logprobs=True, stream=stream)
+    answer = client.chat.completions.create(**asked, extra_body={"top_logprobs": num_top})
+    parts = [chunk.choices[0].logprobs for chunk in answer] if stream else [answer.choices[0].logprobs]
+    content = [token for part in parts if part is not None for token in part.content]
+    assert len(content) == 9
+    unlikely = 0
     for token in content:
-        assert 3 <= len(token.top_logprobs) <= 4 and bytes(token.bytes).decode() == token.token
+        assert len(token.top_logprobs) == (num_top or 0) and bytes(token.bytes).decode() == token.token
         values = [top.logprob for top in token.top_logprobs]
-        assert values == sorted(values, reverse=True) and token.logprob in values
+        assert values == sorted(values, reverse=True)
+        assert token.logprob in values or all(token.logprob < value for value in values)
+        unlikely += token.logprob not in values
+    assert unlikely
 
 
 @pytest.mark.parametrize(
@@ -169,6 +199,11 @@ def test_logprobs_of_chat(client):
         ("stop", [""]),
         ("stop", ["x"] * 17),
         ("top_logprobs", 5),
+        ("echo", True),
+        ("add_special_tokens", True),
+        ("add_generation_prompt", False),
+        ("include_stop_str_in_output", True),
+        ("spaces_between_special_tokens", False),
     ],
 )
 def test_what_is_not_supported_or_wrong_is_named(client, field, value):
@@ -189,6 +224,8 @@ def test_what_is_not_supported_or_wrong_is_named(client, field, value):
         },
         {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "store": False, "modalities": ["text"]},
         {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "n": None, "stop": None, "stream": False},
+        {"include_stop_str_in_output": False, "spaces_between_special_tokens": True, "echo": False},
+        {"add_generation_prompt": True, "add_special_tokens": False},
     ],
 )
 def test_what_changes_nothing_is_taken(client, fields):
@@ -200,6 +237,7 @@ def test_what_changes_nothing_is_taken(client, fields):
 
 def test_fields_of_vllm(client, shared_llm):
     extra = {"top_k": 1, "min_p": 0.1, "min_tokens": 3, "ignore_eos": True, "skip_special_tokens": False, "stop_token_ids": [7]}
+    extra |= {"include_stop_str_in_output": False, "spaces_between_special_tokens": True, "add_special_tokens": True}
     answer = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=8, extra_body=extra)
     expected = offline(shared_llm, PROMPT, 8, min_tokens=3, stop_token_ids=[7])
     assert answer.choices[0].text == expected.text

@@ -45,18 +45,18 @@ HOSTILE = "<img src=x onerror=document.title='executed'>"
 
 
 class StubLLM:
-    """Says what it is told to."""
+    """Says what it is told to; with an error it is dead, and `stats` what it said last."""
 
     def __init__(self, stats: EngineStats | None, error: str | None = None, draining: bool = False):
-        self._stats = stats
+        self.last_stats = stats
         self.error = None if error is None else EngineDead(error)
         self.draining = draining
 
     async def stats(self) -> EngineStats:
-        if self._stats is None:
-            assert self.error is not None
+        if self.error is not None:
             raise self.error
-        return self._stats
+        assert self.last_stats is not None
+        return self.last_stats
 
 
 class StubService:
@@ -145,6 +145,24 @@ def test_many_requests_are_cut_short_and_counted():
 def test_an_engine_that_died_before_anybody_asked():
     status = get(make_app(StubService(StubLLM(None, "the device is gone"))), "/status.json").json()
     assert status["stats"] is None and status["error"] == "the device is gone"
+
+
+@pytest.mark.parametrize("stats", [engine_stats(["a"]), None])
+def test_an_engine_that_is_dead_is_still_scraped(stats):
+    scraped = get(make_app(StubService(StubLLM(stats, "the device is gone"))), "/metrics")
+    assert scraped.status_code == 200
+    assert (
+        "\nchameleon:engine_up 0.0\n" in scraped.text and "\nchameleon:time_to_first_token_seconds_count 0.0\n" in scraped.text
+    )
+    for name, last in (("num_requests_running", 4), ("num_requests_queued", 1), ('num_requests_waiting{queue="0"}', 1)):
+        assert f"chameleon:{name} {last}.0" not in scraped.text
+        assert (f"chameleon:{name} 0.0" in scraped.text) == (stats is not None)
+    assert ("chameleon:generation_tokens_total 2000.0" in scraped.text) == (stats is not None)
+
+
+def test_the_last_that_is_known_of_a_dead_engine_is_without_its_requests():
+    stats = get(make_app(StubService(StubLLM(engine_stats(["a"]), "the device is gone"))), "/status.json").json()["stats"]
+    assert (stats["running"], stats["waiting"], stats["requests"], stats["finished"]) == (0, 0, [], 50)
 
 
 def test_the_page_may_only_run_its_own_script_and_ask_its_own_server():
