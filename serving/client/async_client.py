@@ -70,7 +70,7 @@ class AsyncClient:
     ) -> Generated:
         """Completes one prompt, given as text or as token ids."""
         request = channel.make_request(prompt, params, lora_name, request_id)
-        return channel.make_generated(await self._call(self._inference.Generate, request, timeout))
+        return channel.make_generated(await self._call(self._inference.Generate, request, self._attempts(timeout)))
 
     async def stream(
         self,
@@ -84,7 +84,7 @@ class AsyncClient:
         """Yields what is new, as it comes; the last has a finish reason. Closing the generator ends the request:
         `async with contextlib.aclosing(client.stream(...)) as stream`."""
         request = channel.make_request(prompt, params, lora_name, request_id)
-        attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
+        attempts = self._attempts(timeout)
         begun = False
         while True:
             call = self._inference.GenerateStream(request, timeout=attempts.timeout, metadata=self._metadata)
@@ -113,7 +113,12 @@ class AsyncClient:
         return response.already_loaded
 
     async def unload_lora(self, lora_name: str) -> None:
-        await self._call(self._control.UnloadLora, messages.UnloadLoraRequest(lora_name=lora_name))
+        attempts = self._attempts()
+        try:
+            await self._call(self._control.UnloadLora, messages.UnloadLoraRequest(lora_name=lora_name), attempts)
+        except KeyError:
+            if not attempts.again:  # otherwise an earlier try has unloaded it
+                raise
 
     async def list_loras(self) -> list[messages.Lora]:
         response: messages.ListLorasResponse = await self._call(self._control.ListLoras, messages.ListLorasRequest())
@@ -132,8 +137,11 @@ class AsyncClient:
         response = await self._call(self._health.Check, health_pb2.HealthCheckRequest())
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
-        attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
+    def _attempts(self, timeout: float | None = None) -> Attempts:
+        return Attempts(self._retries, self._timeout if timeout is None else timeout)
+
+    async def _call(self, method: Callable[..., Any], request: Any, attempts: Attempts | None = None) -> Any:
+        attempts = attempts or self._attempts()
         while True:
             try:
                 return await method(request, timeout=attempts.timeout, metadata=self._metadata)

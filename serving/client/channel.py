@@ -13,6 +13,7 @@ import grpc
 from chameleon_jax.request import Logprob, SamplingParams
 from chameleon_jax.serving.errors import (
     DeadlineExceeded,
+    DuplicateRequest,
     Forbidden,
     QueueFull,
     RequestFailed,
@@ -26,22 +27,26 @@ from chameleon_jax.serving.rpc import convert
 OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A second otherwise, as long as all tries together. The min_ of it stays: it is the time that a connection may take.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),  # tries again by itself, without saying so
 ]
 
 ERRORS: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.INVALID_ARGUMENT: ValueError,
+    grpc.StatusCode.ALREADY_EXISTS: DuplicateRequest,
     grpc.StatusCode.NOT_FOUND: KeyError,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: Forbidden,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,  # where it says when to try again; otherwise a message is too large
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.ABORTED: RequestFailed,
 }
 
-FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 5.0
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.25, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +107,15 @@ def make_generated(response: messages.GenerateResponse | messages.GenerateStream
 def error_of(error: grpc.RpcError) -> Exception:
     """The exception that the server's own Python API raises for the same."""
     kind = ERRORS.get(error.code(), ServingError)
+    if kind is QueueFull and _retry_after(error) is None:
+        kind = ValueError
     text = error.details() or error.code().name
     return kind(f"{error.code().name}: {text}" if kind is ServingError else text)
+
+
+def _retry_after(error: grpc.RpcError) -> str | bytes | None:
+    """Seconds, as the server said them."""
+    return dict(error.trailing_metadata() or ()).get("retry-after")
 
 
 def credentials(tls_ca: str | Path | None) -> grpc.ChannelCredentials:
@@ -121,9 +133,13 @@ class Attempts:
     Args:
         retries: tries after the first.
         timeout: seconds for all of them together; None: as long as it takes.
+
+    Attributes:
+        again: whether this is not the first try. What came of those before it is not known: an answer may have been lost.
     """
 
     def __init__(self, retries: int, timeout: float | None):
+        self.again = False
         self._left = retries
         self._end = None if timeout is None else time.monotonic() + timeout
         self._backoff = FIRST_BACKOFF_S
@@ -138,7 +154,8 @@ class Attempts:
         if error.code() is not grpc.StatusCode.UNAVAILABLE or self._left == 0:
             return None
         self._left -= 1
-        said = dict(error.trailing_metadata() or ()).get("retry-after")
+        self.again = True
+        said = _retry_after(error)
         pause = float(said) if isinstance(said, str) and said.isdecimal() else self._backoff
         pause = min(pause, LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
         self._backoff *= 2

@@ -70,7 +70,7 @@ class Client:
     ) -> Generated:
         """Completes one prompt, given as text or as token ids."""
         request = channel.make_request(prompt, params, lora_name, request_id)
-        return channel.make_generated(self._call(self._inference.Generate, request, timeout))
+        return channel.make_generated(self._call(self._inference.Generate, request, self._attempts(timeout)))
 
     def stream(
         self,
@@ -83,7 +83,7 @@ class Client:
     ) -> Iterator[Generated]:
         """Yields what is new, as it comes; the last has a finish reason. Leaving the iteration ends the request."""
         request = channel.make_request(prompt, params, lora_name, request_id)
-        attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
+        attempts = self._attempts(timeout)
         begun = False
         while True:
             call = self._inference.GenerateStream(request, timeout=attempts.timeout, metadata=self._metadata)
@@ -112,7 +112,12 @@ class Client:
         return response.already_loaded
 
     def unload_lora(self, lora_name: str) -> None:
-        self._call(self._control.UnloadLora, messages.UnloadLoraRequest(lora_name=lora_name))
+        attempts = self._attempts()
+        try:
+            self._call(self._control.UnloadLora, messages.UnloadLoraRequest(lora_name=lora_name), attempts)
+        except KeyError:
+            if not attempts.again:  # otherwise an earlier try has unloaded it
+                raise
 
     def list_loras(self) -> list[messages.Lora]:
         response: messages.ListLorasResponse = self._call(self._control.ListLoras, messages.ListLorasRequest())
@@ -131,8 +136,11 @@ class Client:
         response = self._call(self._health.Check, health_pb2.HealthCheckRequest())
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
-        attempts = Attempts(self._retries, self._timeout if timeout is None else timeout)
+    def _attempts(self, timeout: float | None = None) -> Attempts:
+        return Attempts(self._retries, self._timeout if timeout is None else timeout)
+
+    def _call(self, method: Callable[..., Any], request: Any, attempts: Attempts | None = None) -> Any:
+        attempts = attempts or self._attempts()
         while True:
             try:
                 return method(request, timeout=attempts.timeout, metadata=self._metadata)

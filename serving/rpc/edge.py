@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ import grpc
 from chameleon_jax.serving.errors import (
     DeadlineExceeded,
     Draining,
+    DuplicateRequest,
     EngineDead,
     Forbidden,
     QueueFull,
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("chameleon_jax.access")
 
 CODES: dict[type[Exception], grpc.StatusCode] = {
+    DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,  # a ValueError too
     ValueError: grpc.StatusCode.INVALID_ARGUMENT,
     KeyError: grpc.StatusCode.NOT_FOUND,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -41,6 +44,13 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
 }
 RETRY_AFTER = (("retry-after", "1"),)
 """Seconds, with RESOURCE_EXHAUSTED and UNAVAILABLE."""
+
+MAX_DETAILS = 1000
+"""Bytes of an error's text. It may quote what the client sent, travels in a trailer, where a byte may need three, and clients
+refuse trailers from 8 KiB on."""
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a client may call its request."""
 
 PACKAGE = "/chameleon.v1."
 ADMIN = ("LoadLora", "UnloadLora")
@@ -89,7 +99,9 @@ class Edge(grpc.aio.ServerInterceptor):
     @contextlib.asynccontextmanager
     async def _call(self, name: str, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-        log: dict[str, Any] = {"request_id": getattr(request, "request_id", "") or uuid.uuid4().hex, "method": name}
+        given = getattr(request, "request_id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"rpc-{uuid.uuid4().hex}"
+        log: dict[str, Any] = {"request_id": request_id, "method": name}
         notes.set(log)
         begin, status = time.monotonic(), grpc.StatusCode.OK
         try:
@@ -102,15 +114,15 @@ class Edge(grpc.aio.ServerInterceptor):
                 status = next(code for kind, code in CODES.items() if isinstance(error, kind))
                 text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
                 retry = status in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
-                await context.abort(status, text, RETRY_AFTER if retry else ())
+                await context.abort(status, _shortened(text), RETRY_AFTER if retry else ())
             except grpc.aio.AbortError:
                 raise
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):  # the client is gone: while it waited, or between two messages
                 status = grpc.StatusCode.CANCELLED
                 raise
             except Exception:
                 status = grpc.StatusCode.INTERNAL
-                logger.exception("a call failed", extra={"request_id": log["request_id"]})
+                logger.exception("a call failed", extra={"request_id": request_id})
                 await context.abort(status, "internal error")
         finally:
             access.info("call", extra={**log, "status": status.name, "seconds": round(time.monotonic() - begin, 4)})
@@ -126,6 +138,11 @@ def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _NoMessage()
 
     return tolerant
+
+
+def _shortened(text: str) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= MAX_DETAILS else data[:MAX_DETAILS].decode(errors="ignore") + "…"
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,10 +19,8 @@ from chameleon_jax.serving.rpc.convert import (
     sampling_from_message,
     stop_reason_to_message,
 )
-from chameleon_jax.serving.rpc.edge import notes
+from chameleon_jax.serving.rpc.edge import REQUEST_ID, notes
 from chameleon_jax.serving.service import Service
-
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Inference(stubs.InferenceServicer):
@@ -62,11 +58,11 @@ class Inference(stubs.InferenceServicer):
                 )
 
     async def _open(self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext) -> RequestStream:
-        request_id = request.request_id or f"rpc-{uuid.uuid4().hex}"
-        if not _REQUEST_ID.fullmatch(request_id):
+        if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
             raise ValueError(
-                f"request_id is {request_id[:128]!r}; allowed: 1 to 128 printable ASCII characters, or none at all"
+                f"request_id is {request.request_id[:128]!r}; allowed: 1 to 128 printable ASCII characters, or none at all"
             )
+        request_id = notes.get()["request_id"]  # the client's, or one that `Edge` made
         field = request.WhichOneof("prompt")
         if field is None:
             raise ValueError("prompt is missing; allowed: text or token_ids")
@@ -76,7 +72,8 @@ class Inference(stubs.InferenceServicer):
         timeout = context.time_remaining()
         if timeout is not None and timeout <= 0:
             raise DeadlineExceeded("the call's deadline is over")
-        (stream,) = await self._service.open_choices(prompt, [params], lora, request_id, timeout)
+        deadline = self._service.deadline(timeout)
+        (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline)
         notes.get()["model"] = request.lora_name or self._service.model_name
         return stream
 

@@ -7,13 +7,14 @@ import contextlib
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.rpc.control import Control
 from chameleon_jax.serving.rpc.edge import Edge
+from chameleon_jax.serving.rpc.health import Health
 from chameleon_jax.serving.rpc.inference import Inference
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
@@ -28,7 +29,7 @@ class RpcServer:
     def __init__(self, service: Service):
         self.port = 0
         self._service = service
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICES)
         self._server: grpc.aio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -49,14 +50,16 @@ class RpcServer:
                 pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
                 self.port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address} for gRPC") from error
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            text = f"cannot listen on {address} for gRPC"
+            if config.tls_cert is not None:  # grpc says no more of either
+                text += f", or tls_cert {config.tls_cert!r} and tls_key {config.tls_key!r} are no pair"
+            raise OSError(text) from error
         await server.start()
         self._watching = asyncio.create_task(self._watch())
 
     async def set_not_serving(self) -> None:
         """Says so in health; calls are still answered."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set_not_serving()
 
     async def stop(self, grace: float) -> None:
         """Takes no more calls and gives those that run so many seconds."""
@@ -64,6 +67,7 @@ class RpcServer:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
+        self._health.end_watches()
         if self._server is not None:
             await self._server.stop(grace)
 
@@ -71,10 +75,6 @@ class RpcServer:
         while self._service.llm.error is None:
             await asyncio.sleep(HEALTH_POLL_S)
         await self.set_not_serving()
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", *SERVICES):
-            await self._health.set(name, status)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

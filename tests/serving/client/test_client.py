@@ -16,7 +16,15 @@ import pytest
 from chameleon_jax.request import SamplingParams
 from chameleon_jax.serving.client import AsyncClient, Client
 from chameleon_jax.serving.client.channel import Attempts
-from chameleon_jax.serving.errors import DeadlineExceeded, Forbidden, QueueFull, RequestFailed, Unauthenticated, Unavailable
+from chameleon_jax.serving.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    Forbidden,
+    QueueFull,
+    RequestFailed,
+    Unauthenticated,
+    Unavailable,
+)
 from chameleon_jax.serving.server_config import ServerConfig
 from tests.serving.running import TIMEOUT, running
 
@@ -107,10 +115,18 @@ def test_leaving_a_stream_ends_the_request(server, client, shared_llm):
 
 
 class Flaky(grpc.GenericRpcHandler):
-    """Fails so many calls with a code before it answers with an empty message, or after a first message."""
+    """Fails so many calls with a code, or after a first message, before it answers with an empty message or another code."""
 
-    def __init__(self, code: grpc.StatusCode, failures: int, first: int = 0, retry_after: str | None = None):
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        failures: int,
+        first: int = 0,
+        retry_after: str | None = None,
+        then: grpc.StatusCode | None = None,
+    ):
         self.calls, self._code, self._failures, self._first, self._retry_after = 0, code, failures, first, retry_after
+        self._then = then
 
     def service(self, details):
         return grpc.unary_stream_rpc_method_handler(self._answer)
@@ -122,16 +138,18 @@ class Flaky(grpc.GenericRpcHandler):
             if self._retry_after is not None:
                 context.set_trailing_metadata((("retry-after", self._retry_after),))
             context.abort(self._code, "for a test")
+        if self._then is not None:
+            context.abort(self._then, "for a test")
         yield b""
 
 
 @contextlib.contextmanager
-def served(handler):
+def served(handler, port: int = 0):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(4) as threads:
         server = grpc.server(threads, handlers=[handler])
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = server.add_insecure_port(f"127.0.0.1:{port}")
         server.start()
         yield f"127.0.0.1:{port}"
         server.stop(None).wait()
@@ -161,16 +179,18 @@ def test_what_was_not_available_is_tried_again():
 
 
 @pytest.mark.parametrize(
-    ("code", "error"),
+    ("code", "retry_after", "error"),
     [
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, QueueFull),
-        (grpc.StatusCode.ABORTED, RequestFailed),
-        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
-        (grpc.StatusCode.PERMISSION_DENIED, Forbidden),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "0", QueueFull),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, None, ValueError),
+        (grpc.StatusCode.ABORTED, None, RequestFailed),
+        (grpc.StatusCode.ALREADY_EXISTS, None, DuplicateRequest),
+        (grpc.StatusCode.UNAUTHENTICATED, None, Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, None, Forbidden),
     ],
 )
-def test_nothing_else_is_tried_again(code, error):
-    flaky = Flaky(code, 1)
+def test_nothing_else_is_tried_again(code, retry_after, error):
+    flaky = Flaky(code, 1, retry_after=retry_after)
     with served(flaky) as target, Client(target, timeout=TIMEOUT) as client, pytest.raises(error):
         list(client.stream("x"))
     assert flaky.calls == 1
@@ -184,6 +204,60 @@ def test_nothing_is_tried_again_once_something_came():
         with pytest.raises(Unavailable):
             next(stream)
     assert flaky.calls == 1
+
+
+def test_a_message_that_is_too_large_is_no_queue(server, client):
+    prompt = "x" * (server.service.config.max_body_bytes + 1)
+    with pytest.raises(ValueError, match="larger"):
+        client.generate(prompt)
+
+    async def main():
+        async with AsyncClient(server.target, timeout=TIMEOUT) as other:
+            await other.generate(prompt)
+
+    with pytest.raises(ValueError, match="larger"):
+        asyncio.run(main())
+
+
+def unload(target: str, **options) -> None:
+    with Client(target, timeout=TIMEOUT, **options) as client:
+        client.unload_lora("x")
+
+
+def unload_async(target: str, **options) -> None:
+    async def main():
+        async with AsyncClient(target, timeout=TIMEOUT, **options) as client:
+            await client.unload_lora("x")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("unload", [unload, unload_async])
+def test_unloading_is_done_where_an_earlier_try_did_it(unload):
+    flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 1, retry_after="0", then=grpc.StatusCode.NOT_FOUND)
+    with served(flaky) as target:
+        unload(target)
+        assert flaky.calls == 2
+        with pytest.raises(KeyError):
+            unload(target)
+        assert flaky.calls == 3
+
+
+@pytest.mark.parametrize("unload", [unload, unload_async])
+def test_a_server_that_comes_up_after_the_first_try_is_reached(monkeypatch, unload):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 0)
+    with contextlib.ExitStack() as stack:
+
+        def pause_after(attempts, error, pause_after=Attempts.pause_after):
+            if not attempts.again:
+                stack.enter_context(served(flaky, port))
+            return pause_after(attempts, error)
+
+        monkeypatch.setattr(Attempts, "pause_after", pause_after)
+        unload(f"127.0.0.1:{port}", retries=2)
+        assert flaky.calls == 1
 
 
 def test_a_server_that_is_not_there_yet(shared_llm, adapter_dir):

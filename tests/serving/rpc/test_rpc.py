@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import ssl
-import subprocess
 import time
 
 import grpc
-import httpx
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from chameleon_jax import LoRARequest, SamplingParams
-from chameleon_jax.serving.client import Client
-from chameleon_jax.serving.errors import EngineDead, QueueFull, RequestFailed
+from chameleon_jax.serving.errors import DuplicateRequest, EngineDead, QueueFull, RequestFailed
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.server_config import ServerConfig
+from tests.serving.rpc.calls import PROMPT, Code, asked, refused
 from tests.serving.running import TIMEOUT, running
-
-PROMPT = "love is"
-Code = grpc.StatusCode
-
-
-@pytest.fixture
-def channel(server):
-    with grpc.insecure_channel(server.target) as channel:
-        yield channel
-
-
-@pytest.fixture
-def inference(channel):
-    return stubs.InferenceStub(channel)
-
-
-@pytest.fixture
-def control(channel):
-    return stubs.ControlStub(channel)
-
-
-def asked(tokens: int = 8, lora: str = "", prompt: str = PROMPT, **sampling) -> messages.GenerateRequest:
-    params = messages.SamplingParams(**({"temperature": 0, "max_tokens": tokens} | sampling))
-    return messages.GenerateRequest(text=prompt, lora_name=lora, sampling=params)
-
-
-def refused(call, *args, **kwargs) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as error:
-        result = call(*args, timeout=TIMEOUT, **kwargs)
-        list(result) if hasattr(result, "__next__") else result
-    return error.value
 
 
 def settled(llm) -> None:
@@ -185,7 +150,7 @@ def test_abort(inference, control):
     stream = inference.GenerateStream(request, timeout=TIMEOUT)
     assert next(stream).request_id == "mine"
     again = refused(inference.Generate, request)
-    assert again.code() is Code.INVALID_ARGUMENT and "mine" in again.details()
+    assert again.code() is Code.ALREADY_EXISTS and "mine" in again.details()
     assert control.Abort(messages.AbortRequest(request_id="mine")).aborted
     assert list(stream)[-1].finish_reason == messages.FINISH_REASON_ABORT
     assert not control.Abort(messages.AbortRequest(request_id="mine")).aborted
@@ -219,6 +184,7 @@ def test_deadlines(inference, shared_llm, monkeypatch):
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
+        (DuplicateRequest("x runs"), Code.ALREADY_EXISTS),
         (QueueFull("3 requests wait (max_queue_len)"), Code.RESOURCE_EXHAUSTED),
         (RequestFailed("its adapter could not be loaded"), Code.ABORTED),
         (EngineDead("the device is lost"), Code.UNAVAILABLE),
@@ -229,7 +195,7 @@ def test_what_the_engine_raises(inference, shared_llm, monkeypatch, raised, code
     async def fails(*args, **kwargs):
         raise raised
 
-    monkeypatch.setattr(shared_llm, "open", fails)
+    monkeypatch.setattr(shared_llm, "open_all", fails)
     for method in (inference.Generate, inference.GenerateStream):
         error = refused(method, asked())
         assert error.code() is code
@@ -244,23 +210,6 @@ def test_draining(inference, control, shared_llm, monkeypatch):
     load = messages.LoadLoraRequest(lora_name="x", source_path="a0")
     assert refused(control.LoadLora, load).code() is Code.UNAVAILABLE
     assert control.GetLoad(messages.GetLoadRequest()).draining
-
-
-def test_health_and_its_end(shared_llm, adapter_dir, monkeypatch):
-    with running(shared_llm, ServerConfig(port=0, grpc_port=0)) as server, grpc.insecure_channel(server.target) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        names = ("", "chameleon.v1.Inference", "chameleon.v1.Control")
-
-        def statuses() -> set[int]:
-            return {health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT).status for name in names}
-
-        assert statuses() == {health_pb2.HealthCheckResponse.SERVING}
-        assert refused(health.Check, health_pb2.HealthCheckRequest(service="other")).code() is Code.NOT_FOUND
-        with monkeypatch.context() as patch:
-            patch.setattr(shared_llm._thread, "error", EngineDead("the device is lost"))
-            while statuses() != {health_pb2.HealthCheckResponse.NOT_SERVING}:
-                time.sleep(0.01)
-            assert refused(stubs.ControlStub(channel).GetLoad, messages.GetLoadRequest()).code() is Code.UNAVAILABLE
 
 
 def test_reflection_is_all_that_a_stub_needs(channel):
@@ -307,17 +256,3 @@ def test_keys(shared_llm, adapter_dir):
         stubs.ControlStub(channel).UnloadLora(
             messages.UnloadLoraRequest(lora_name="keyed"), metadata=(("authorization", "Bearer admin-key"),)
         )
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_tls(shared_llm, tmp_path):
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2"]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([*command, *names], check=True, capture_output=True)
-    config = ServerConfig(port=0, grpc_port=0, tls_cert=str(cert), tls_key=str(key))
-    with running(shared_llm, config) as server:
-        with Client(server.target, tls=cert, timeout=TIMEOUT) as client:
-            assert client.generate(PROMPT, SamplingParams(max_tokens=3)).completion_tokens == 3
-        trusted = ssl.create_default_context(cafile=str(cert))
-        assert httpx.get(f"{server.url}/health", verify=trusted, timeout=TIMEOUT).status_code == 200
