@@ -23,7 +23,7 @@ from chameleon_jax.models.llama import random_model
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
 from chameleon_jax.models.step_inputs import Draw, Segment
 from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.serving.engine import enable_compilation_cache
+from chameleon_jax.serving.jax_setup import enable_compilation_cache
 
 
 @dataclasses.dataclass(frozen=True)

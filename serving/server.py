@@ -8,7 +8,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 
@@ -29,15 +31,48 @@ CLOSE_TIMEOUT_S = 5
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """The socket of HTTP, so that a port that is taken is found before a model is loaded. Raises OSError."""
-    family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+    """The socket of HTTP, so that a port that is taken is found before a model is loaded; so is one of gRPC, and a certificate
+    that cannot be used. Raises OSError."""
+    check_tls(config)
+    listener = _bind(config.host, config.port, "port")
+    if config.grpc_port:
+        try:
+            _bind(config.host, config.grpc_port, "grpc_port").close()
+        except OSError:
+            listener.close()
+            raise
+    return listener
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Raises OSError where the certificate and its key cannot be used."""
+    if config.tls_cert is None or config.tls_key is None:
+        return
+    for field, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
+        try:
+            Path(file).read_bytes()
+        except OSError as error:
+            raise OSError(f"{field} is {file!r}: {error.strerror}") from error
+    try:  # the empty password keeps it from asking the terminal for one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
+    except ssl.SSLError as error:
+        what = f"tls_cert is {config.tls_cert!r} and tls_key is {config.tls_key!r}"
+        raise OSError(f"{what}: {error}; allowed: a certificate and its key, as PEM and not encrypted") from error
+
+
+def _bind(host: str, port: int, field: str) -> socket.socket:
+    """Args: field: what `port` is called. Raises OSError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:  # the latter where a name is too long
+        raise OSError(f"host is {host!r}: {error}; allowed: an address or a name of this machine") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise OSError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from error
+        raise OSError(f"{field} is {port}: cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
 
 
@@ -75,13 +110,12 @@ class Server:
                 app,
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
-                limit_concurrency=config.max_connections,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                **uvicorn_settings(config.max_header_bytes),
+                **uvicorn_settings(config.max_header_bytes, config.max_connections),
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -112,12 +146,21 @@ class Server:
 
         Returns:
             Whether every request that was taken in was finished.
+
+        Raises:
+            OSError: HTTP ended though nobody stopped it; everything else has then ended too.
         """
+        assert self._serving is not None, "not started"
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread
                 loop.add_signal_handler(number, self._signalled, number)
-        await self._stopping.wait()
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([stopping, self._serving], return_when=asyncio.FIRST_COMPLETED)
+        told = self._stopping.is_set()
+        stopping.cancel()
+        if not told:
+            logger.error("HTTP ended though nobody stopped it")
         service = self._service
         logger.info("stopping: running requests have %g s", service.config.drain_timeout)
         if self._rpc is not None:
@@ -126,8 +169,9 @@ class Server:
         self._http.should_exit = True
         if self._rpc is not None:
             await self._rpc.stop(CLOSE_TIMEOUT_S)
-        if self._serving is not None:
-            await self._serving
+        await self._serving
+        if not told:
+            raise OSError("HTTP ended though nobody stopped it")
         logger.info("stopped")
         return finished
 

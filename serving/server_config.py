@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from chameleon_jax.checks import require
 
@@ -18,6 +19,7 @@ class ServerConfig:
         grpc_port: of gRPC; 0: any that is free; None: no gRPC.
         served_model_name: what requests call the base model; None: what it was loaded as.
         api_keys: one of them must come with every request but health, as `Authorization: Bearer KEY`; none: open to all.
+            Without spaces, as these are between the keys of an environment variable.
         admin_keys: loading and unloading adapters needs one of them as soon as there is a key of either kind. They may also do
             what `api_keys` may.
         adapter_dirs: directories below which clients may name adapters; those directly in them are named at the start.
@@ -51,8 +53,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
         require(self.grpc_port is None or 0 <= self.grpc_port < 65536, "grpc_port", self.grpc_port, "0 to 65535")
+        require(not self.port or self.grpc_port != self.port, "grpc_port", self.grpc_port, "another than port")
         for field in ("api_keys", "admin_keys"):  # HTTP headers carry no others
-            require(all(k and k.isascii() and k.isprintable() for k in getattr(self, field)), field, "...", "printable ASCII")
+            valid = all(re.fullmatch("[!-~]+", key) for key in getattr(self, field))
+            require(valid, field, "...", "printable ASCII without spaces, not empty")
         require((self.tls_cert is None) == (self.tls_key is None), "tls_key", self.tls_key, "given together with tls_cert")
         for field in ("request_timeout", "drain_timeout"):
             value = getattr(self, field)

@@ -33,6 +33,9 @@ async def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
         if b" 200 " not in status:
             raise RuntimeError(status.decode())
         while (line := await reader.readline()) != b"0\r\n":  # the end of a chunked body
+            if line.startswith(b'data: {"error"') or not line:
+                writer.close()
+                raise RuntimeError(line.decode() or "the stream broke off")
             if line.startswith(b"data: {"):
                 yield
         await reader.readline()

@@ -67,8 +67,7 @@ async def soak(llm: AsyncLLM, adapter_dir: Path, jobs: Jobs, plan: Soak) -> dict
         after = await _settled(llm)
     server.stop()
     drained = await running
-    stats = llm._stats
-    assert stats is not None
+    stats = await llm.stats(max_age=0)
     return {
         **seen,
         "drained": drained,
@@ -113,6 +112,10 @@ def failures(result: dict[str, Any]) -> list[str]:
             found.append(f"{what} grew from {before[what]} to {after[what]}")
     if after["rss_mib"] > before["rss_mib"] + RSS_SLACK_MIB:
         found.append(f"memory grew from {before['rss_mib']} to {after['rss_mib']} MiB")
+    if not any(count for kind, count in result["requests"].items() if not kind.startswith("refused")):
+        found.append("no request was answered")
+    if result["faults"]:
+        found.append(f"the device failed {result['faults']} times")
     if not result["drained"]:
         found.append("the server did not finish what ran")
     return found

@@ -56,7 +56,7 @@ class StepTimes:
 
     def _timed(self, wait: bool = True) -> list:
         loop = self._loop
-        moves = self._llm.num_lora_reads > 0 or loop.cache.num_loading > 0
+        moves = len(self._llm.reader) > 0 or loop.cache.num_loading > 0
         begin, prompt_tokens, steps = time.monotonic(), loop.counters.prefill_tokens, loop.counters.steps
         if self._ended is not None:
             self.pauses[moves].append(begin - self._ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from chameleon_jax.serving.cli.generate import bench, generate
+from chameleon_jax.serving.cli.options import Command
 from chameleon_jax.serving.cli.serve import serve
 from chameleon_jax.serving.cli.training import convert, finetune, train_length_proxy
 
@@ -16,4 +17,4 @@ app = typer.Typer(
     "a Hugging Face or Orbax directory, or a hub id.",
 )
 for command in (serve, generate, finetune, train_length_proxy, convert, bench):
-    app.command()(command)
+    app.command(cls=Command)(command)

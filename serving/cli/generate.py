@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from chameleon_jax.checks import require
 from chameleon_jax.serving.cli.options import (
     DEFAULT_SYSTEM,
     LoraModules,
@@ -43,7 +44,8 @@ def generate(
     from chameleon_jax.serving.llm import LLM
 
     adapters = named_adapters(lora_modules)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    with errors():
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
     settings["system"] = system
     with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **settings) as llm:
@@ -56,7 +58,7 @@ def generate(
             llm.chat([messages] * count, params, requests) if chat else llm.generate([prompt] * count, params, requests)
         ):
             if output.lora_request is not None:
-                console.print(f"[bold]{output.lora_request.name}[/bold]")
+                console.print(output.lora_request.name, style="bold")
             print(output.outputs[0].text)
 
 
@@ -81,6 +83,9 @@ def bench(
     from chameleon_jax.request import LoRARequest, SamplingParams
     from chameleon_jax.serving.llm import LLM
 
+    with errors():
+        for field, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):
+            require(value >= 1, field, value, "1 or more")
     adapters = named_adapters(lora_modules)
     settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": prompt_len + output_len}
     settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}

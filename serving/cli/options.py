@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.systems import SYSTEMS
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False)
+"""For people. Names and errors may come from anywhere: nothing in them is markup."""
 
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
 SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
@@ -31,6 +34,20 @@ def named_adapters(modules: list[str] | None) -> dict[str, str]:
     return adapters
 
 
+class Command(TyperCommand):
+    """Says how several adapters are given where they are given as to vLLM: all of them after one --lora-modules."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        gives_adapters = any(arg.partition("=")[0] == "--lora-modules" for arg in args)
+        extra = super().parse_args(ctx, args)
+        if extra and not ctx.resilient_parsing:
+            hint = "; --lora-modules takes one adapter: repeat it for each" if gives_adapters else ""
+            ctx.fail(f"Got unexpected extra arguments ({' '.join(extra)}){hint}")
+        return extra
+
+
 def progress(done: int, total: int) -> None:
     console.print(f"compiling programs: {done}/{total}", end="\r" if done < total else "\n")
 
@@ -43,5 +60,6 @@ class errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError | KeyError | OSError):
-            console.print(f"[red]error:[/red] {error.args[0] if isinstance(error, KeyError) else error}")
+            text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+            console.print(Text.assemble(("error:", "red"), " ", text), soft_wrap=True)
             raise typer.Exit(1) from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from chameleon_jax.serving.service import Service
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
+API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
+"""Variables of the environment with keys, spaces between them."""
 
 
 def serve(
@@ -41,10 +46,11 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0: any; -1: no gRPC.")] = DEFAULTS.grpc_port or -1,
     served_model_name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(envvar="CHAMELEON_API_KEY", help="Every request needs one of these.")
+        list[str] | None,
+        typer.Option(envvar=API_KEY, help="Every request needs one of these. In the variable: spaces between them."),
     ] = None,
     admin_key: Annotated[
-        list[str] | None, typer.Option(envvar="CHAMELEON_ADMIN_KEY", help="Loading and unloading adapters needs one of these.")
+        list[str] | None, typer.Option(envvar=ADMIN_KEY, help="Loading and unloading adapters needs one of these.")
     ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="PEM file, for both protocols.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
@@ -87,8 +93,8 @@ def serve(
             port=port,
             grpc_port=None if grpc_port < 0 else grpc_port,
             served_model_name=served_model_name,
-            api_keys=tuple(api_key or ()),
-            admin_keys=tuple(admin_key or ()),
+            api_keys=_keys(api_key, API_KEY),
+            admin_keys=_keys(admin_key, ADMIN_KEY),
             adapter_dirs=tuple(adapter_dir or ()),
             hub_adapters=tuple(hub_adapter or ()),
             tls_cert=tls_cert,
@@ -99,6 +105,13 @@ def serve(
             max_connections=max_connections,
         )
         _serve(model, config, settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+
+
+def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:
+    """Raises ValueError where the variable is there without a key: whoever set it did not mean a server that is open."""
+    if not given and variable in os.environ:
+        raise ValueError(f"{variable} is {os.environ[variable]!r}; allowed: keys with spaces between them, or not to set it")
+    return tuple(given or ())
 
 
 def _serve(
@@ -143,12 +156,13 @@ def _serve(
 async def _greet(service: Service, server: Server) -> None:
     """What to try."""
     names = await service.llm.list_loras()
-    url = f"http{'s' if service.config.tls_cert else ''}://{service.config.host}:{server.port}"
+    host = f"[{service.config.host}]" if ":" in service.config.host else service.config.host
+    url = f"http{'s' if service.config.tls_cert else ''}://{host}:{server.port}"
     key = ' -H "Authorization: Bearer $KEY"' if service.config.api_keys else ""
-    console.print(f"{service.model_name} and {len(names)} adapters are served at [bold]{url}[/bold]: {', '.join(names)}")
+    console.print(f"{service.model_name} and {len(names)} adapters are served at {url}: {', '.join(names)}")
     if server.grpc_port is not None:
-        console.print(f"gRPC, with reflection and health: {service.config.host}:{server.grpc_port}")
+        console.print(f"gRPC, with reflection and health: {host}:{server.grpc_port}")
     for name in (service.model_name, *names[:1]):
-        body = f'{{"model": "{name}", "prompt": "The heart of man is", "max_tokens": 32}}'
-        console.print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)
+        body = shlex.quote(json.dumps({"model": name, "prompt": "The heart of man is", "max_tokens": 32}))
+        console.print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}", soft_wrap=True)
     console.print(f"  {url}/ shows its state, {url}/docs the HTTP API; control-C stops it", soft_wrap=True)

@@ -74,15 +74,16 @@ def _requests_info(stats: EngineStats) -> Metric:
     """What gateways route by: who is here, who is wanted here, and whether one more would fit.
 
     They send a request to where its adapter is running, else to a server that has fewer adapters than `max_lora`. So "running"
-    is what lies in the pool, in use or not, and `max_lora` how many adapters of the mean size fit beside the KV of now.
+    is what lies in the pool, in use or not, and `max_lora` how many adapters of the mean size the pool can hold altogether: as
+    a label it must not follow the load, or each scrape would begin a new series.
     """
     here = [a for a in stats.adapters if a.tier == AdapterTier.RESIDENT.value]
     wanted = [a for a in stats.adapters if a.tier != AdapterTier.RESIDENT.value and a.references + a.waiting]
     mean = sum(a.num_pages for a in stats.adapters) / max(1, len(stats.adapters))
-    fit = int((stats.pool.free + stats.pool.adapters) / mean) if mean else 0
+    fit = int(stats.pool.total / mean) if mean else 0
     labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
     family = GaugeMetricFamily("chameleon:lora_requests_info", "Adapters in the pool and awaited; Unix time.", labels=labels)
-    family.add_metric((str(max(fit, len(here))), _listed(here), _listed(wanted)), time.time())
+    family.add_metric((str(fit), _listed(here), _listed(wanted)), time.time())
     return family
 
 

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: latencies are observed as requests end, everything else is read from the engine at a scrape."""
+"""Metrics for Prometheus: latencies are observed as they become known, everything else is read from the engine at a scrape."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ LOAD_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 class Metrics:
     """An observer of the engine. Made before the engine, so that it counts what is compiled for it.
 
-    Latencies are those of requests that ended by themselves; the time to a first token also of those that were given up later.
+    Times to the first token and in the queue are observed when a first token is there, as a generation may take minutes more;
+    the other latencies are those of requests that ended by themselves.
     """
 
     def __init__(self) -> None:
         self.compilations = Compilations()
         self._ttft = _histogram("time_to_first_token_seconds", "From arrival to the first token.", REQUEST_S)
-        self._tpot = _histogram("time_per_output_token_seconds", "Mean time of a request between its tokens.", TOKEN_S)
+        self._tpot = _histogram("time_per_output_token_seconds", "Of each request, the mean time between its tokens.", TOKEN_S)
         self._e2e = _histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_S)
         text = "From arrival to the start, by queue of the scheduler."
         self._queued = _histogram("request_queue_time_seconds", text, REQUEST_S, ("queue",))
@@ -46,20 +47,26 @@ class Metrics:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------------
 
+    def first_token(self, request: Request) -> None:
+        times = request.metrics
+        assert times.first_token_time is not None
+        self._ttft.observe(times.first_token_time - times.arrival_time)
+        self._observe_queue(request)
+
     def finished(self, request: Request) -> None:
         times, reason = request.metrics, request.finish_reason
         assert reason is not None and times.finished_time is not None
         self._finished.labels(reason.value).inc()
-        if times.first_scheduled_time is not None:
-            self._queued.labels(str(request.queue)).observe(times.first_scheduled_time - times.arrival_time)
         if times.first_token_time is None:
-            return
-        self._ttft.observe(times.first_token_time - times.arrival_time)
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._observe_queue(request)
+        elif reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._e2e.observe(times.finished_time - times.arrival_time)
             gaps = len(request.output_token_ids) - 1
             if gaps > 0:
                 self._tpot.observe((times.finished_time - times.first_token_time) / gaps)
+
+    def lost(self, num_requests: int) -> None:
+        self._finished.labels(FinishReason.ERROR.value).inc(num_requests)
 
     def loaded(self, result: LoadResult) -> None:
         if result.error is None:
@@ -67,14 +74,26 @@ class Metrics:
         else:
             self._failed_loads.inc()
 
+    def _observe_queue(self, request: Request) -> None:
+        times = request.metrics
+        if times.first_scheduled_time is not None:
+            self._queued.labels(str(request.queue)).observe(times.first_scheduled_time - times.arrival_time)
+
     # -- at a scrape ----------------------------------------------------------------------------------------------------
 
-    def render(self, stats: EngineStats) -> bytes:
-        """In Prometheus' text format."""
-        return prometheus_client.generate_latest(_Scrape(self._families(stats)))
+    def render(self, stats: EngineStats | None, up: bool = True) -> bytes:
+        """In Prometheus' text format.
 
-    def _families(self, stats: EngineStats) -> Iterator[Metric]:
-        yield from engine_metrics.families(stats)
+        Args:
+            stats: None: the engine died before it said anything.
+            up: whether the engine lives.
+        """
+        return prometheus_client.generate_latest(_Scrape(self._families(stats, up)))
+
+    def _families(self, stats: EngineStats | None, up: bool) -> Iterator[Metric]:
+        yield engine_metrics.gauge("engine_up", "1 while the engine lives, 0 once it is dead: only a restart helps.", up)
+        if stats is not None:
+            yield from engine_metrics.families(stats)
         compiled = {"start": self.compilations.at_start, "serving": self.compilations.while_serving}
         text = "Programs compiled, or read from the cache: before the first request, and while requests waited."
         yield engine_metrics.counter("compilations", text, compiled, "phase")

@@ -1,4 +1,4 @@
-"""The last requests that ended, for percentiles of now instead of since the start."""
+"""The last first tokens, for percentiles of now instead of since the start."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ class RecentRequests:
         self._ttft: deque[float] = deque(maxlen=NUM_REQUESTS)
         self._lock = threading.Lock()
 
-    def finished(self, request: Request) -> None:
+    def first_token(self, request: Request) -> None:
         times = request.metrics
-        if times.first_token_time is not None:
-            with self._lock:
-                self._ttft.append(times.first_token_time - times.arrival_time)
+        assert times.first_token_time is not None
+        with self._lock:
+            self._ttft.append(times.first_token_time - times.arrival_time)
+
+    def finished(self, request: Request) -> None:
+        pass
 
     def loaded(self, result: LoadResult) -> None:
+        pass
+
+    def lost(self, num_requests: int) -> None:
         pass
 
     def ttft(self) -> Percentiles:

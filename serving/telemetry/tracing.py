@@ -109,7 +109,8 @@ class RequestTracer:
         clock: the engine's.
 
     Attributes:
-        num_dropped: requests without spans, as too many ended at once.
+        num_dropped: requests without spans, as too many ended at once; `close` logs how many. (Those that are lost with the
+            engine have none either.)
     """
 
     def __init__(self, exporter: SpanExporter, model_name: str, clock: Callable[[], float] = time.monotonic):
@@ -133,13 +134,21 @@ class RequestTracer:
         except queue.Full:
             self.num_dropped += 1
 
+    def first_token(self, request: Request) -> None:
+        pass
+
     def loaded(self, result: LoadResult) -> None:
+        pass
+
+    def lost(self, num_requests: int) -> None:
         pass
 
     def close(self, timeout: float = 5.0) -> None:
         """Sends what is left, for as many seconds at most."""
         self._ended.put(None)
         self._thread.join(timeout)
+        if self.num_dropped:
+            logger.warning("%d requests have no spans: too many ended at once", self.num_dropped)
 
     def _run(self) -> None:
         while (ended := self._ended.get()) is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import pytest
 
 from benchmarks.overhead.__main__ import bare, make_requests, measure, table
+from benchmarks.overhead.clients import http_client
 from benchmarks.overhead.paced import pace
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM
@@ -41,6 +43,29 @@ def test_three_ways_for_the_same_requests(tmp_path):
         assert rows[kind]["output tokens/s"] == round(60 / closed[kind][0]["seconds"], 1)
         assert rows[kind]["TTFT P50, ms"] == round(1e3 * float(np.median(opened[kind][0]["ttft"])), 1)
     assert rows["bare loop"]["of the bare loop"] == "1.000" and rows["bare loop"]["more, ms"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "match"),
+    [
+        (b'data: {"error": {"message": "the engine is dead"}}\n\n', "the engine is dead"),
+        (b'data: {"choices": []}\n\n', "the stream broke off"),
+    ],
+)
+def test_a_stream_that_fails_is_not_measured(sent, match):
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n" % (len(sent), sent))
+        writer.close()
+
+    async def main():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            ask = await http_client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            async for _ in ask({"lora": "a", "prompt_token_ids": [1], "max_tokens": 1}):
+                pass
+
+    with pytest.raises(RuntimeError, match=match):
+        asyncio.run(main())
 
 
 def test_a_device_that_is_only_waited_for(tmp_path):

@@ -47,7 +47,8 @@ def test_it_was_a_soak(result):
 
 
 def test_what_is_wrong_is_found(result):
-    wrong = dict(result, wrong_texts=["stream a: 'x'"], errors=["unary b: 500"], drained=False)
+    wrong = dict(result, wrong_texts=["stream a: 'x'"], errors=["unary b: 500"], drained=False, faults=2)
+    wrong["requests"] = {"refused: 429": 7}
     wrong["held_after"] = {name: value + 1 for name, value in result["held_before"].items()}
     found = "\n".join(failures(wrong))
     for what in (
@@ -58,6 +59,8 @@ def test_what_is_wrong_is_found(result):
         "host_bytes grew",
         "file_descriptors",
         "finish",
+        "failed 2 times",
+        "no request was answered",
     ):
         assert what in found
     wrong["held_after"]["rss_mib"] = result["held_before"]["rss_mib"] + 1000

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import shlex
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.serving.cli import app
+from chameleon_jax.serving.cli.serve import _greet
+from chameleon_jax.serving.server_config import ServerConfig
 from tests import reference_models as reference
 
 
@@ -87,10 +92,53 @@ def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
         (("convert", "MODEL", "out", "--to", "onnx"), "allowed: orbax, hf"),
         (("generate", "MODEL", "--prompt", "x", "--lora-modules", "a"), "allowed: name=directory"),
         (("finetune", "MODEL", "--text", "/nowhere", "--output", "out"), "No such file"),
+        (("generate", "MODEL", "--prompt", "x", "--temperature", "-1"), "temperature is -1.0; allowed: 0 to 100"),
+        (("generate", "MODEL", "--prompt", "x", "--max-tokens", "0"), "max_tokens is 0; allowed: 1 or more"),
+        (("bench", "MODEL", "--num-requests", "0"), "num_requests is 0; allowed: 1 or more"),
+        (("bench", "MODEL", "--prompt-len", "0"), "prompt_len is 0; allowed: 1 or more"),
+        (("bench", "MODEL", "--output-len", "0"), "output_len is 0; allowed: 1 or more"),
+        (("serve", "MODEL", "--api-key", ""), "api_keys is '...'; allowed: printable ASCII without spaces, not empty"),
+        (("serve", "MODEL", "--admin-key", "two words"), "admin_keys is '...'"),
+        (("serve", "MODEL", "--host", "nosuchhost.invalid"), "host is 'nosuchhost.invalid'"),
+        (("serve", "MODEL", "--lora-modules", "a=x", "b=y"), "(b=y); --lora-modules takes one adapter: repeat it for each"),
+        (("serve", "--lora-modules=a=x", "b=y", "MODEL"), "; --lora-modules takes one adapter: repeat it for each"),
+        (("convert", "MODEL", "out", "more"), "unexpected extra arguments (more)"),
+        (("convert", "/nowhere[/x][red].gguf", "out"), "/nowhere[/x][red].gguf"),  # no markup
+        (("generate", "MODEL", "--prompt", "x", "--lora-modules", "[/x]"), "'[/x]'"),
     ],
 )
 def test_mistakes_are_one_line_and_no_traceback(model, arguments, message):
     result = run(*(model if a == "MODEL" else a for a in arguments))
     assert result.exit_code != 0
-    assert message in " ".join(result.output.split())
+    output = " ".join(result.output.replace("│", " ").split())  # typer puts its own into a box
+    assert message in output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("variable", ["CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"])
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_variable_for_keys_that_is_empty_does_not_open_the_server(model, monkeypatch, variable, text):
+    monkeypatch.setenv(variable, text)
+    result = run("serve", model)
+    assert result.exit_code == 1
+    assert f"{variable} is {text!r}; allowed: keys" in " ".join(result.output.split())
+
+
+def test_an_adapter_may_be_called_what_looks_like_markup(text_model, adapter_dir):
+    result = run("generate", text_model, "--prompt", "x", "--lora-modules", f"[/x]={adapter_dir}/a0", "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "[/x]" in result.output.splitlines()
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_what_is_said_at_the_start(capsys, host, shown):
+    async def list_loras() -> list[str]:
+        return ["[/x]'s", "[red]"]
+
+    service = SimpleNamespace(config=ServerConfig(host=host), model_name="base", llm=SimpleNamespace(list_loras=list_loras))
+    asyncio.run(_greet(service, SimpleNamespace(port=8000, grpc_port=8001)))
+    said = capsys.readouterr().err
+    assert f"http://{shown}:8000/v1/completions" in said and f"{shown}:8001" in said
+    assert "[/x]'s, [red]" in " ".join(said.split())
+    bodies = [shlex.split(line)[-1] for line in said.splitlines() if "curl" in line]
+    assert [json.loads(body)["model"] for body in bodies] == ["base", "[/x]'s"]

@@ -1,10 +1,13 @@
-"""`chameleon-jax serve` as a process: started, told to stop under load, killed, and started again."""
+"""`chameleon-jax serve` as a process: started, told to stop under load, killed, and started again. And, in this process, what
+is found before a model is loaded, and how serving ends."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +19,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chameleon_jax.serving.client import Client
+from chameleon_jax.request import SamplingParams
+from chameleon_jax.serving.client import AsyncClient, Client
+from chameleon_jax.serving.server import CLOSE_TIMEOUT_S, Server, listen
+from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.telemetry.metrics import Metrics
+from tests.serving.conftest import make_service
 
 TIMEOUT = 120
 ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
@@ -142,7 +150,103 @@ def test_wrong_options_end_with_one_line(text_model, adapter_dir, options, match
         assert match in process.log.replace("\n", "") and "Traceback" not in process.log
 
 
-def params(tokens: int):
-    from chameleon_jax.request import SamplingParams
-
+def params(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=tokens)
+
+
+# -- in this process ------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_of_grpc_that_is_taken_is_found_by_listening():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"grpc_port is {port}: cannot listen on 127.0.0.1:{port}: Address already in use"):
+            listen(ServerConfig(port=0, grpc_port=port))
+
+
+def test_listening_leaves_a_port_of_grpc_that_is_free():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with listen(ServerConfig(port=0, grpc_port=port)):
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_host_that_does_not_exist_is_named(monkeypatch):
+    def getaddrinfo(*args: object, **options: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(OSError, match="host is 'nosuchhost': .*Name or service not known; allowed: an address or a name"):
+        listen(ServerConfig(host="nosuchhost"))
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files: two keys, the certificate of the first, the first key encrypted, a text, and none."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    folder = tmp_path_factory.mktemp("pems")
+    files = {name: str(folder / f"{name}.pem") for name in ("cert", "key", "other", "encrypted", "text", "missing")}
+    openssl = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=localhost"]
+    for key, cert in (("other", "cert"), ("key", "cert")):
+        command = [*openssl, "-nodes", "-keyout", files[key], "-out", files[cert]]
+        subprocess.run(command, check=True, capture_output=True)
+    command = ["openssl", "ec", "-aes256", "-passout", "pass:secret", "-in", files["key"], "-out", files["encrypted"]]
+    subprocess.run(command, check=True, capture_output=True)
+    Path(files["text"]).write_text("no certificate")
+    return files
+
+
+def test_a_certificate_with_its_key_is_taken(pems):
+    listen(ServerConfig(port=0, grpc_port=None, tls_cert=pems["cert"], tls_key=pems["key"])).close()
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "match"),
+    [
+        ("missing", "key", "tls_cert is '.*missing.pem': No such file"),
+        ("cert", "missing", "tls_key is '.*missing.pem': No such file"),
+        ("cert", "other", "tls_cert is '.*cert.pem' and tls_key is '.*other.pem': .*mismatch"),
+        ("cert", "encrypted", "tls_key is '.*encrypted.pem': .*; allowed: .* not encrypted"),
+        ("text", "key", "tls_cert is '.*text.pem' and"),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_found_by_listening(pems, cert, key, match):
+    with pytest.raises(OSError, match=match):
+        listen(ServerConfig(port=0, grpc_port=None, tls_cert=pems[cert], tls_key=pems[key]))
+
+
+@pytest.fixture
+def service(shared_llm, adapter_dir):
+    observers = list(shared_llm.observers)
+    yield make_service(shared_llm, adapter_dir)
+    shared_llm.observers[:] = observers
+    shared_llm._draining = False
+
+
+def test_http_that_ends_by_itself_ends_the_server_with_an_error(service):
+    async def main() -> None:
+        server = Server(service, listen(service.config), Metrics())
+        await server.start()
+        server._http.should_exit = True
+        await asyncio.wait_for(server.run(), TIMEOUT)
+
+    with pytest.raises(OSError, match="HTTP ended though nobody stopped it"):
+        asyncio.run(main())
+
+
+def test_an_idle_server_ends_without_waiting_for_connections_that_are_open(service):
+    async def main() -> bool:
+        server = Server(service, listen(service.config), Metrics())
+        await server.start()
+        running = asyncio.create_task(server.run())
+        async with (
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as http,
+            AsyncClient(f"127.0.0.1:{server.grpc_port}") as grpc,
+        ):
+            assert (await http.get("/health")).status_code == 200
+            await grpc.generate("love is", params(1))
+            server.stop()
+            return await asyncio.wait_for(running, CLOSE_TIMEOUT_S)
+
+    assert asyncio.run(main())

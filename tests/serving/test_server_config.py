@@ -12,7 +12,10 @@ from chameleon_jax.serving.server_config import ServerConfig
     [
         ({"port": -1}, "port is -1"),
         ({"grpc_port": 65536}, "grpc_port is 65536"),
+        ({"port": 8000, "grpc_port": 8000}, "grpc_port is 8000; allowed: another than port"),
         ({"api_keys": ("",)}, "api_keys"),
+        ({"api_keys": ("two words",)}, "api_keys"),
+        ({"admin_keys": ("key ",)}, "admin_keys"),
         ({"admin_keys": ("schlüssel",)}, "admin_keys"),
         ({"tls_cert": "cert.pem"}, "tls_key"),
         ({"request_timeout": 0}, "request_timeout"),

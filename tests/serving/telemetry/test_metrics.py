@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,7 @@ from tests.serving.conftest import make_service
 from tests.serving.telemetry.engine_stats import engine_stats
 
 PUBLISHED = {
+    "engine_up": (),
     "num_requests_running": (),
     "num_requests_waiting": ("queue",),
     "time_to_first_token_seconds": (),
@@ -54,9 +56,9 @@ def metrics() -> Iterator[Metrics]:
     metrics.close()
 
 
-def families(metrics: Metrics, stats: EngineStats) -> dict[str, Metric]:
+def families(metrics: Metrics, stats: EngineStats | None, up: bool = True) -> dict[str, Metric]:
     """By name; that of a counter ends in `_total`."""
-    parsed = list(text_string_to_metric_families(metrics.render(stats).decode()))
+    parsed = list(text_string_to_metric_families(metrics.render(stats, up).decode()))
     named = {f.name + ("_total" if f.type == "counter" else ""): f for f in parsed}
     assert len(named) == len(parsed), "a family is there twice"
     return named
@@ -83,9 +85,16 @@ def ended(
     return request
 
 
+def serve(metrics: Metrics, request: Request) -> None:
+    """Tells of a request what an engine does."""
+    if request.metrics.first_token_time is not None:
+        metrics.first_token(request)
+    metrics.finished(request)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_labels(metrics, name):
-    metrics.finished(ended())  # before that, nobody knows which queues there are
+    serve(metrics, ended())  # before that, nobody knows which queues there are
     found = families(metrics, engine_stats(["a"]))[f"chameleon:{name}"]
     assert found.samples
     for sample in found.samples:
@@ -122,8 +131,18 @@ def test_what_gateways_route_by(metrics):
     (info,) = families(metrics, engine_stats(["a", "b", "c", "d", "e,f", "g,h"]))["chameleon:lora_requests_info"].samples
     assert info.labels["running_lora_adapters"] == "a,d"
     assert info.labels["waiting_lora_adapters"] == "b"  # "e,f" would be read as two
-    assert info.labels["max_lora"] == "18"  # pages that are free or hold adapters, at one page an adapter
+    assert info.labels["max_lora"] == "28"  # pages of the pool, at one page an adapter
     assert info.value > 1.6e9  # of several series, gateways take the latest
+
+
+def test_the_series_that_gateways_read_does_not_change_with_the_load(metrics):
+    def labels(free: int, kv: int) -> dict[str, str]:
+        stats = engine_stats(["a", "b", "c"])
+        pool = dataclasses.replace(stats.pool, free=free, kv=kv)
+        (info,) = families(metrics, dataclasses.replace(stats, pool=pool))["chameleon:lora_requests_info"].samples
+        return info.labels
+
+    assert labels(free=22, kv=0) == labels(free=12, kv=10) == labels(free=0, kv=22)
 
 
 def test_500_adapters_with_hostile_names(metrics):
@@ -134,7 +153,7 @@ def test_500_adapters_with_hostile_names(metrics):
 
 
 def test_latencies_of_a_request(metrics):
-    metrics.finished(ended())
+    serve(metrics, ended())
     found = families(metrics, engine_stats([]))
     assert value(found, "time_to_first_token_seconds", "_sum") == 3.0
     assert value(found, "time_per_output_token_seconds", "_sum") == 2.0
@@ -143,11 +162,36 @@ def test_latencies_of_a_request(metrics):
     assert value(found, "request_success_total", finished_reason="stop") == 1
 
 
+def test_the_time_to_a_first_token_does_not_wait_for_the_last(metrics):
+    request = ended()
+    metrics.first_token(request)
+    found = families(metrics, engine_stats([]))
+    assert value(found, "time_to_first_token_seconds", "_sum") == 3.0
+    assert value(found, "request_queue_time_seconds", "_sum", queue="2") == 1.0
+    assert value(found, "e2e_request_latency_seconds", "_count") == 0
+    metrics.finished(request)
+    found = families(metrics, engine_stats([]))
+    assert value(found, "time_to_first_token_seconds", "_count") == 1
+    assert value(found, "request_queue_time_seconds", "_count", queue="2") == 1
+    assert value(found, "e2e_request_latency_seconds", "_count") == 1
+
+
+def test_an_engine_that_is_dead(metrics):
+    serve(metrics, ended())
+    metrics.lost(3)
+    found = families(metrics, engine_stats([]), up=False)
+    assert value(found, "engine_up") == 0
+    assert value(found, "request_success_total", finished_reason="error") == 3
+    found = families(metrics, None, up=False)  # it never said anything
+    assert value(found, "engine_up") == 0 and "chameleon:num_requests_running" not in found
+    assert value(found, "time_to_first_token_seconds", "_count") == 1
+
+
 def test_requests_without_some_of_the_times(metrics):
-    metrics.finished(ended("abort", scheduled=None, first=None, tokens=0))
-    metrics.finished(ended("error", first=None, tokens=0))
-    metrics.finished(ended("abort"))
-    metrics.finished(ended("length", tokens=1))
+    serve(metrics, ended("abort", scheduled=None, first=None, tokens=0))
+    serve(metrics, ended("error", first=None, tokens=0))
+    serve(metrics, ended("abort"))
+    serve(metrics, ended("length", tokens=1))
     found = families(metrics, engine_stats([]))
     assert value(found, "request_queue_time_seconds", "_count") == 3
     assert value(found, "time_to_first_token_seconds", "_count") == 2
@@ -189,7 +233,7 @@ def test_compilations_before_and_while_serving(metrics):
 def test_a_scrape_after_requests(shared_llm: AsyncLLM, adapter_dir, metrics):
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 
-    async def serve() -> tuple[EngineStats, EngineStats]:
+    async def ask() -> tuple[EngineStats, EngineStats]:
         await make_service(shared_llm, adapter_dir).load_named({})
         before = await shared_llm.stats(max_age=0)
         shared_llm.observers.append(metrics)
@@ -205,7 +249,7 @@ def test_a_scrape_after_requests(shared_llm: AsyncLLM, adapter_dir, metrics):
             shared_llm.observers.remove(metrics)
         return before, await shared_llm.stats(max_age=0)
 
-    before, after = asyncio.run(serve())
+    before, after = asyncio.run(ask())
     earlier, found = families(metrics, before), families(metrics, after)
 
     def grown(name: str, **labels: str) -> float:
@@ -223,4 +267,4 @@ def test_a_scrape_after_requests(shared_llm: AsyncLLM, adapter_dir, metrics):
     assert value(found, "lora_adapter_loaded", adapter_name="a0", level="device", rank="2") == 1
     (info,) = found["chameleon:lora_requests_info"].samples
     assert {"a0", "a1"} <= set(info.labels["running_lora_adapters"].split(","))
-    assert value(found, "num_requests_running") == 0
+    assert value(found, "num_requests_running") == 0 and value(found, "engine_up") == 1

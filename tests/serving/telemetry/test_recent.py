@@ -4,7 +4,7 @@ from chameleon_jax.request import Request, SamplingParams
 from chameleon_jax.serving.telemetry.recent import NUM_REQUESTS, Percentiles, RecentRequests
 
 
-def ended(ttft: float | None) -> Request:
+def begun(ttft: float) -> Request:
     request = Request("r", [1], SamplingParams(), arrival_time=0.0, seed=0)
     request.metrics.first_token_time = ttft
     return request
@@ -17,13 +17,13 @@ def test_nothing_yet():
 def test_percentiles_are_values_that_were_seen():
     recent = RecentRequests()
     for i in reversed(range(1, 201)):
-        recent.finished(ended(float(i)))
-    recent.finished(ended(None))  # it had no token
+        recent.first_token(begun(float(i)))
+        recent.finished(begun(float(i)))  # is counted once
     assert recent.ttft() == Percentiles(200, 100.0, 180.0, 198.0)
 
 
 def test_only_the_last_count():
     recent = RecentRequests()
     for ttft in (*[100.0] * NUM_REQUESTS, *[1.0] * NUM_REQUESTS):
-        recent.finished(ended(ttft))
+        recent.first_token(begun(ttft))
     assert recent.ttft() == Percentiles(NUM_REQUESTS, 1.0, 1.0, 1.0)

@@ -106,6 +106,18 @@ def test_a_failed_request_says_why():
     assert root.status.status_code is StatusCode.ERROR and root.status.description == "its adapter could not be loaded"
 
 
+def test_requests_without_spans_are_counted_and_said(caplog):
+    tracer = RequestTracer(InMemorySpanExporter(), "base")
+    tracer.close()  # nothing is taken from the queue any more
+    tracer._ended.maxsize = 1
+    for _ in range(3):
+        tracer.finished(ended())
+    assert tracer.num_dropped == 2
+    tracer._ended.get()
+    tracer.close()
+    assert "2 requests have no spans" in caplog.text
+
+
 def test_real_requests(shared_llm, adapter_dir):
     exporter = InMemorySpanExporter()
 
