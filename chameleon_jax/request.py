@@ -6,10 +6,14 @@ import dataclasses
 import enum
 import math
 import numbers
+import reprlib
 from collections.abc import Sequence
 from typing import Protocol
 
 MAX_STOP_IDS = 8
+MAX_STOPS = 16
+MAX_STOP_LEN = 256
+"""Characters of a stop string: after each token the text's end is compared with every one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, allowed: str) -> None:
             if not condition:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
+                raise ValueError(f"{field} is {reprlib.repr(getattr(self, field))}; allowed: {allowed}")
 
         for field in ("temperature", "top_p", "min_p"):
             require(isinstance(getattr(self, field), numbers.Real), field, "a number")
@@ -66,7 +70,9 @@ class SamplingParams:
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         require(self.max_tokens >= 1, "max_tokens", "1 or more")
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "0 to max_tokens")
-        require(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
+        require(len(self.stop) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings")
+        texts = all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LEN for s in self.stop)
+        require(texts, "stop", f"strings of 1 to {MAX_STOP_LEN} characters")
         require(len(self.stop_token_ids) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
         require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,8 @@ class AdapterSources:
         if source in self._hub_ids:
             return download(source)
         refused = ValueError(
-            f"source {source!r} is not an adapter that may be loaded; allowed: directories with {peft.CONFIG_FILE} and "
-            f"{peft.WEIGHTS_FILE} below one of the server's adapter directories ({len(self._roots)}), "
+            f"source {reprlib.repr(source)} is not an adapter that may be loaded; allowed: directories with "
+            f"{peft.CONFIG_FILE} and {peft.WEIGHTS_FILE} below one of the server's adapter directories ({len(self._roots)}), "
             f"and {len(self._hub_ids)} hub ids"
         )
         if not source or len(source) > 4096 or not source.isprintable():

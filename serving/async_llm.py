@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingParams
+from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
+from chameleon_jax.serving.adapter_reader import AdapterReader
+from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import Engine, PackedAdapter
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.errors import DeadlineExceeded, Draining, EngineDead, QueueFull
+from chameleon_jax.serving.errors import Draining, DuplicateRequest, EngineDead
 from chameleon_jax.serving.executor import LoadResult
-from chameleon_jax.serving.llm import Prompt, compile_progress, engine_config, tokens_of
+from chameleon_jax.serving.llm import compile_progress, engine_config
+from chameleon_jax.serving.observers import Observers
 from chameleon_jax.serving.outputs import Update
+from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.stats import EngineStats, take_stats
 
@@ -28,20 +31,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LONG_PROMPT = 2000
-"""Characters from which a prompt is tokenised in a thread: about a millisecond."""
-
 STATS_TIMEOUT_S = 1.0
-
-
-class Observer(Protocol):
-    """Told by the engine's thread; returns at once."""
-
-    def finished(self, request: Request) -> None:
-        """A request ended, for whatever reason."""
-
-    def loaded(self, result: LoadResult) -> None:
-        """An adapter's load into the pool ended."""
 
 
 class AsyncLLM:
@@ -53,6 +43,11 @@ class AsyncLLM:
         max_lora_loads: adapters that are read and packed at once.
         max_lora_queue: adapters that may wait for that; more are refused with QueueFull.
         settings: fields of `EngineConfig`.
+
+    Attributes:
+        observers: may be added to, and are told what becomes of requests and loads.
+        prompts: what prompts are to the model; reader: of adapters.
+        last_stats: what `stats` returned last; what is left to say of an engine that is dead.
 
     Raises:
         ValueError: naming what cannot be served, or the setting that is wrong.
@@ -72,15 +67,13 @@ class AsyncLLM:
         self.tokenizer = self.engine.tokenizer
         self.model_config = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
-        self.observers: list[Observer] = []
+        self.observers = Observers()
         self._streams: dict[str, RequestStream] = {}
         self._ids = itertools.count()
         self._draining = False
-        self._max_lora_reads = max_lora_loads + max_lora_queue
-        self.num_lora_reads = 0
-        self._readers = ThreadPoolExecutor(max_lora_loads, thread_name_prefix="lora-reader")
-        self._tokenizers = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        self._stats: EngineStats | None = None
+        self.prompts = PromptReader(self.tokenizer, self.max_model_len)
+        self.reader = AdapterReader(self.engine, max_lora_loads, max_lora_queue)
+        self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self)
         self._closed = threading.Event()
@@ -122,46 +115,65 @@ class AsyncLLM:
 
         Raises as `generate` does what is wrong before the first token.
         """
-        arrival = self.engine.clock()
-        began = asyncio.get_running_loop().time()
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout is {timeout!r}; allowed: above 0 seconds")
-        if lora_request is not None and lora_request.path is not None and self.engine.must_read(lora_request):
-            await self.add_lora(lora_request.name, lora_request.path)
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = await self.tokens_of(prompt)
-        request_id = request_id or f"request-{next(self._ids)}"
-        if request_id in self._streams:
-            raise ValueError(f"request_id is {request_id!r}; a request of that id is running")
-        if self._draining:
-            raise Draining("the server is about to stop")
-        params = sampling_params or SamplingParams()
-        lora = None if lora_request is None else LoRARequest(lora_request.name)
-        stream = RequestStream(request_id, text, token_ids, lora_request, self.tokenizer, self._give_up)
-
-        def submit(engine: Engine) -> None:
-            stream.request = engine.submit(token_ids, params, lora, request_id, arrival)
-
-        self._streams[request_id] = stream
-        try:
-            await self.call(submit)
-        except BaseException:
-            self._give_up(stream)  # it may have got in, if this was cancelled
-            raise
-        if timeout is not None:
-            spent = stream.loop.time() - began
-            stream.abort_after(max(0.0, timeout - spent), DeadlineExceeded(f"the request took longer than {timeout:g} s"))
+        params = [sampling_params or SamplingParams()]
+        (stream,) = await self.open_all([prompt], params, lora_request, request_id, Deadline(timeout))
         return stream
 
-    async def tokens_of(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt. Raises ValueError, without a look at a text that is too long to fit."""
-        if not isinstance(prompt, str) or len(prompt) < LONG_PROMPT:
-            return list(tokens_of(prompt, self.tokenizer, add_special_tokens))
-        if self.tokenizer is not None and len(prompt) > (most := self.max_model_len * self.tokenizer.longest_token):
-            raise ValueError(f"prompt has {len(prompt)} characters; allowed: {most}, as max_model_len is {self.max_model_len}")
-        loop = asyncio.get_running_loop()
-        job = functools.partial(tokens_of, prompt, self.tokenizer, add_special_tokens)
-        return list(await loop.run_in_executor(self._tokenizers, job))
+    async def open_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        lora_request: LoRARequest | None = None,
+        request_id: str | None = None,
+        deadline: Deadline | None = None,
+    ) -> list[RequestStream]:
+        """`open` of every prompt with each of `params`, prompt by prompt. All get in, with one content of the adapter, or none.
+
+        Args:
+            request_id: of the only request; of several, each adds its number.
+        """
+        arrival = self.engine.clock()
+        deadline = deadline or Deadline(None)
+        name = request_id or f"request-{next(self._ids)}"
+        lora = None if lora_request is None else LoRARequest(lora_request.name)
+        streams: list[RequestStream] = []
+
+        def submit(engine: Engine) -> None:
+            taken: list[str] = []
+            try:
+                for stream, param in zip(streams, itertools.cycle(params)):
+                    stream.request = engine.submit(stream.prompt_token_ids, param, lora, stream.request_id, arrival)
+                    taken.append(stream.request_id)
+            except BaseException:
+                for request_id in taken:
+                    engine.loop.abort(request_id)
+                raise
+
+        async with deadline.kept():
+            if lora_request is not None and lora_request.path is not None and self.engine.must_read(lora_request):
+                await self.add_lora(lora_request.name, lora_request.path)
+            several = len(prompts) * len(params) > 1
+            for prompt in prompts:
+                token_ids = await self.prompts.read(prompt)
+                text = prompt if isinstance(prompt, str) else None
+                for _ in params:
+                    own = f"{name}-{len(streams)}" if several else name
+                    streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
+            for stream in streams:
+                if stream.request_id in self._streams:
+                    raise DuplicateRequest(f"request_id is {stream.request_id!r}; a request of that id is running")
+            if self._draining:
+                raise Draining("the server is about to stop")
+            self._streams.update({stream.request_id: stream for stream in streams})
+            try:
+                await self.call(submit)
+            except BaseException:
+                for stream in streams:
+                    self._give_up(stream)  # it may have got in, if this was cancelled
+                raise
+        for stream in streams:
+            stream.abort_at(deadline)
+        return streams
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason "abort"; whether there was one."""
@@ -184,13 +196,7 @@ class AsyncLLM:
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then. QueueFull, EngineDead.
         """
-        if self.num_lora_reads >= self._max_lora_reads:
-            raise QueueFull(f"{self.num_lora_reads} adapters are being loaded (max_lora_queue)")
-        self.num_lora_reads += 1
-        try:
-            packed = await asyncio.get_running_loop().run_in_executor(self._readers, self.engine.read_lora, name, path)
-        finally:
-            self.num_lora_reads -= 1
+        packed = await self.reader.read(name, path)
         return await self.call(lambda engine: _name_lora(engine, name, packed, path, pinned))
 
     async def remove_lora(self, name: str) -> None:
@@ -216,16 +222,17 @@ class AsyncLLM:
         return self._draining
 
     async def stats(self, max_age: float = 0.1) -> EngineStats:
-        """What the engine says of itself; the last known where it does not answer within a second."""
-        if self._stats is None or time.monotonic() - self._stats_at > max_age:
-            taking = asyncio.ensure_future(self.call(take_stats))
-            done, _ = await asyncio.wait([taking], timeout=None if self._stats is None else STATS_TIMEOUT_S)
-            if done and (self._stats is None or taking.exception() is None):
-                self._stats, self._stats_at = taking.result(), time.monotonic()
-            else:
-                taking.cancel()
-        assert self._stats is not None
-        return self._stats
+        """What the engine says of itself; the last known where it does not answer within a second. Raises EngineDead."""
+        last = self.last_stats
+        if last is not None and self.error is None and time.monotonic() - self._stats_at <= max_age:
+            return last
+        try:
+            async with asyncio.timeout(None if last is None else STATS_TIMEOUT_S):
+                last = self.last_stats = await self.call(take_stats)
+                self._stats_at = time.monotonic()
+        except TimeoutError:
+            assert last is not None
+        return last
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Has the engine's thread do something between two steps. Raises EngineDead, and what `command` raises."""
@@ -240,8 +247,7 @@ class AsyncLLM:
             await asyncio.sleep(0.02)
         left = list(self._streams.values())
         for stream in left:
-            error = DeadlineExceeded("the server stopped before the request was done")
-            stream.loop.call_soon_threadsafe(stream.abort_after, 0.0, error)
+            stream.loop.call_soon_threadsafe(stream.abort, Draining("the server stopped before the request was done"))
         while self._streams and self.error is None and loop.time() < end + 5.0:
             await asyncio.sleep(0.02)  # until their readers have seen it
         return not left
@@ -252,8 +258,8 @@ class AsyncLLM:
         self._closed.set()
         self._thread.close()
         self._watchdog.join()
-        self._readers.shutdown(cancel_futures=True)
-        self._tokenizers.shutdown(cancel_futures=True)
+        self.reader.close()
+        self.prompts.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -270,22 +276,31 @@ class AsyncLLM:
     # -- what the engine's thread tells ---------------------------------------------------------------------------------
 
     def updated(self, updates: list[Update]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Update]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, Update]]] = {}
         for update in updates:
-            stream = self._streams.get(update.request.request_id)
-            if stream is not None and stream.request is update.request:  # not one before it of the same id
-                by_loop.setdefault(stream.loop, []).append((stream, update))
+            request = update.request
+            stream = self._streams.get(request.request_id)
+            if stream is not None and stream.request is request:  # not one before it of the same id
+                pairs = by_loop.setdefault(stream.loop, deque())
+                if update.num_tokens and not stream.has_begun:
+                    stream.has_begun = True
+                    self.observers.first_token(request)
+                    pairs.appendleft((stream, update))  # nobody waits for a first token longer than for its step
+                else:
+                    pairs.append((stream, update))
             if update.finished:
-                self._tell_observers(lambda observer, request: observer.finished(request), update.request)
+                self.observers.finished(request)
         for loop, pairs in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(self._deliver, pairs)
 
     def loaded(self, result: LoadResult) -> None:
-        self._tell_observers(lambda observer, load: observer.loaded(load), result)
+        self.observers.loaded(result)
 
     def died(self, error: EngineDead) -> None:
-        for stream in list(self._streams.values()):
+        left = list(self._streams.values())
+        self.observers.lost(len(left))
+        for stream in left:
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.fail, error)
 
@@ -295,17 +310,8 @@ class AsyncLLM:
             if update.finished and self._streams.get(stream.request_id) is stream:
                 del self._streams[stream.request_id]
 
-    def _tell_observers(self, tell: Callable[[Observer, T], None], news: T) -> None:
-        for observer in self.observers:
-            try:
-                tell(observer, news)
-            except Exception:
-                logger.exception("an observer failed")
-
 
 def _name_lora(engine: Engine, name: str, packed: PackedAdapter, path: str | Path, pinned: bool) -> bool:
     before = engine.registry.get(name)
-    info = engine.name_lora(name, packed, path)
-    if pinned:
-        engine.pin_lora(name)
+    info = engine.name_lora(name, packed, path, pinned)
     return before is not None and before.content_hash == info.content_hash

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,29 +32,13 @@ from chameleon_jax.models.transfers import PinnedBlock
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
 from chameleon_jax.serving.jax_executor import JaxExecutor
+from chameleon_jax.serving.jax_setup import enable_compilation_cache, take_device_memory
 from chameleon_jax.serving.length_predictor import ProxyPredictor
 from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
 CPU_POOL_BYTES = 2 << 30
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place or switched the cache off."""
-    settings: Any = jax.config  # its fields are made at run time
-    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "chameleon_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def take_device_memory(share: float) -> None:
-    """Has JAX take that share of a GPU's memory when it first uses the device, unless the user said how much."""
-    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
-    if not any(name in os.environ for name in names):
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +163,16 @@ class Engine:
         info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
         return PackedAdapter(info, placement, self.device.stage(block))
 
-    def name_lora(self, name: str, adapter: PackedAdapter, path: str | Path | None = None) -> AdapterInfo:
-        """Gives an adapter that was packed a name; quick, as nothing is copied."""
+    def name_lora(self, name: str, adapter: PackedAdapter, path: str | Path | None = None, pinned: bool = False) -> AdapterInfo:
+        """Gives an adapter that was packed a name; quick, as nothing is copied. Raises ValueError where it cannot be pinned."""
         info = adapter.info
+        if pinned:
+            self.loop.check_pin(info)
         self.store.put(info.content_hash, adapter.block)
         self._placements[info.content_hash] = adapter.placement
         self.loop.add_adapter(info)
+        if pinned:
+            self.loop.pin_adapter(info.content_hash)
         old = self.registry.set(name, info)
         self._paths.pop(name, None)
         if path is not None:
@@ -244,6 +230,8 @@ class Engine:
         Raises:
             ValueError: the request can never run; says why. KeyError: no adapter of that name. QueueFull.
         """
+        if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
+            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
         vocab = self.model_config.vocab_size
         for t in (*prompt_token_ids, *params.stop_token_ids):
             if not isinstance(t, int | np.integer) or not 0 <= t < vocab:

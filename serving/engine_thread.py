@@ -62,7 +62,7 @@ class EngineThread:
         future: Future[T] = Future()
         with self._lock:
             if self.error is not None:
-                future.set_exception(self.error)
+                future.set_exception(EngineDead(*self.error.args))  # one for each, as raising it adds its traceback
                 return future
             if self._closed:
                 future.set_exception(EngineDead("the engine is closed"))
@@ -84,7 +84,7 @@ class EngineThread:
 
     @property
     def step_seconds(self) -> float:
-        """How long the step under way has taken so far; 0 between steps."""
+        """How long the step, or the command between two, that is under way has taken so far; else 0."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -96,8 +96,8 @@ class EngineThread:
             self.error = error
             awaited, self._awaited = self._awaited, set()
         for future in awaited:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(EngineDead(*error.args))
         self._listener.died(error)
 
     def close(self, timeout: float = 30.0) -> None:
@@ -113,14 +113,15 @@ class EngineThread:
 
     def _run(self) -> None:
         loop = self.engine.loop
-        while True:
-            if not self._obey(None if not loop.has_unfinished else LOAD_POLL_S if loop.awaits_load else 0.0):
-                return
-            if self.error is not None:
-                self._obey_dead()
-                return
-            if loop.has_unfinished:
-                self._step()
+        try:
+            while self._obey(None if not loop.has_unfinished else LOAD_POLL_S if loop.awaits_load else 0.0):
+                if self.error is not None:  # `die` has failed whatever is asked for
+                    return
+                if loop.has_unfinished:
+                    self._step()
+        except BaseException as error:  # a bug: nobody may wait for this thread any more
+            logger.critical("the engine's thread failed", exc_info=error)
+            self.die(EngineDead(f"the engine's thread failed: {error!r}"))
 
     def _obey(self, timeout: float | None) -> bool:
         """Executes what is asked for; waits up to `timeout` seconds (None: for ever) for the first. False: the thread ends."""
@@ -134,24 +135,30 @@ class EngineThread:
             self._execute(*item)
             timeout = 0.0
 
-    def _obey_dead(self) -> None:
-        """What was asked for too late to be failed by `die`."""
-        while (item := self._commands.get()) is not None:
-            if item[1].set_running_or_notify_cancel():
-                assert self.error is not None
-                item[1].set_exception(self.error)
-
     def _execute(self, command: Callable[[Engine], Any], future: Future[Any]) -> None:
         with self._lock:
-            self._awaited.discard(future)
-            if self.error is not None or not future.set_running_or_notify_cancel():
+            if self.error is not None:
                 return
+            if not future.set_running_or_notify_cancel():
+                self._awaited.discard(future)
+                return
+        self._step_began = time.monotonic()
+        result: Any = None
+        failure: BaseException | None = None
         try:
             result = command(self.engine)
         except BaseException as error:
-            future.set_exception(error)
-        else:
+            failure = error
+        finally:
+            self._step_began = None
+        with self._lock:
+            if future not in self._awaited:  # `die` has failed it
+                return
+            self._awaited.discard(future)
+        if failure is None:
             future.set_result(result)
+        else:
+            future.set_exception(failure)
 
     def _step(self) -> None:
         self._step_began = time.monotonic()

@@ -34,6 +34,10 @@ class EngineDead(Unavailable):
     """The device failed and did not come back. Every request ends with this."""
 
 
+class DuplicateRequest(ValueError):
+    """A request of that id is running."""
+
+
 class Unauthenticated(ServingError):
     """The server has keys, and none of them was given."""
 

@@ -13,9 +13,7 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingParams
 from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.outputs import Update, make_output
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or `{"prompt_token_ids": [...]}`."""
+from chameleon_jax.serving.prompts import Prompt, tokens_of
 
 
 def compile_progress(done: int, total: int) -> None:
@@ -116,22 +114,6 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     if unknown := sorted(settings.keys() - known):
         raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     return EngineConfig(**settings)
-
-
-def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: bool = True) -> Sequence[int]:
-    """The token ids of a prompt. Raises ValueError."""
-    if isinstance(prompt, Mapping):
-        if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
-            raise ValueError(f"prompt has the keys {sorted(prompt)}; allowed: prompt_token_ids or prompt")
-        return tokens_of(next(iter(prompt.values())), tokenizer, add_special_tokens)
-    if not isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
-    try:
-        return tokenizer.encode(prompt, add_special_tokens)
-    except TypeError as error:  # of tokenizers, for what cannot be UTF-8
-        raise ValueError("prompt has a lone surrogate; allowed: text that can be encoded as UTF-8") from error
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

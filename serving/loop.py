@@ -21,7 +21,7 @@ from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.scheduler.running import PREFILL_TILE
-from chameleon_jax.serving.errors import QueueFull
+from chameleon_jax.serving.errors import DuplicateRequest, QueueFull
 from chameleon_jax.serving.executor import Executor, LoadResult, SampledToken
 from chameleon_jax.serving.stop_strings import cut_at_stop
 from chameleon_jax.systems import get_system
@@ -108,7 +108,7 @@ class ServingLoop:
             QueueFull: nothing is wrong with it, but too many wait.
         """
         if request.request_id in self._requests:
-            raise ValueError(f"request_id is {request.request_id!r}; a request of that id is running")
+            raise DuplicateRequest(f"request_id is {request.request_id!r}; a request of that id is running")
         if not request.prompt_token_ids:
             raise ValueError("prompt is empty; allowed: at least one token")
         if request.max_total_tokens > self.max_model_len:
@@ -149,17 +149,20 @@ class ServingLoop:
             self._forgotten(gone)
 
     def pin_adapter(self, content_hash: str, pinned: bool = True) -> None:
-        """A pinned adapter never leaves the pool once it is there. Raises ValueError where a live request could then starve."""
-        entry = self.cache.entry(content_hash)
+        """A pinned adapter never leaves the pool once it is there. Raises as `check_pin`."""
         if pinned:
-            taken = self.cache.pinned_pages(content_hash) + entry.info.num_pages
-            needs = [self._most_pages(r) for r in self._requests.values() if r.adapter != content_hash]
-            if taken + max(needs, default=0) > self.pool.capacity or taken > self.pool.capacity // 2:
-                raise ValueError(
-                    f"pinned adapters would take {taken} of {self.pool.capacity} pages; allowed: half, and room for every "
-                    f"request (the largest needs {max(needs, default=0)})"
-                )
+            self.check_pin(self.cache.entry(content_hash).info)
         self.cache.pin(content_hash, pinned)
+
+    def check_pin(self, info: AdapterInfo) -> None:
+        """Whether an adapter, known or not yet, may be pinned. Raises ValueError where a live request could then starve."""
+        taken = self.cache.pinned_pages(info.content_hash) + info.num_pages
+        needs = [self._most_pages(r) for r in self._requests.values() if r.adapter != info.content_hash]
+        if taken + max(needs, default=0) > self.pool.capacity or taken > self.pool.capacity // 2:
+            raise ValueError(
+                f"pinned adapters would take {taken} of {self.pool.capacity} pages; allowed: half, and room for every "
+                f"request (the largest needs {max(needs, default=0)})"
+            )
 
     def _most_pages(self, request: Request) -> int:
         adapter = 0 if request.adapter is None else self.cache.entry(request.adapter).info.num_pages

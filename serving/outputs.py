@@ -8,6 +8,9 @@ from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput
 from chameleon_jax.serving.stop_strings import certain_text
 
+LEAST_LOGPROB = -9999.0
+"""As in OpenAI's API: stands for what is less, or no number, which JSON has no word for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -51,7 +54,10 @@ def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | N
     if request.params.logprobs is None:
         return None
     return [
-        {t: Logprob(value, None if tokenizer is None else tokenizer.decode([t])) for t, value in position.items()}
+        {
+            t: Logprob(max(LEAST_LOGPROB, value), None if tokenizer is None else tokenizer.decode([t]))
+            for t, value in position.items()
+        }
         for position in request.logprobs[begin:end]
     ]
 

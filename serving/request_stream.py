@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.request import FinishReason, LoRARequest, Request, RequestOutput
+from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.errors import RequestFailed, ServingError
 from chameleon_jax.serving.outputs import Delta, Update, make_delta, make_output
 
@@ -14,11 +15,13 @@ from chameleon_jax.serving.outputs import Delta, Update, make_delta, make_output
 class RequestStream:
     """Made by `AsyncLLM.open`; belongs to the asyncio loop that made it. `async with` gives the request up when left early.
 
-    Iterating raises what ended the request where that is no finish reason: RequestFailed, DeadlineExceeded, EngineDead.
+    Iterating raises what ended the request where that is no finish reason, after what came before: RequestFailed,
+    DeadlineExceeded, Draining, EngineDead.
 
     Attributes:
         prompt_token_ids: what the prompt is to the model.
         request: set by the engine's thread when it takes the request in.
+        has_begun: set by the engine's thread with the first token.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class RequestStream:
         self.prompt_token_ids = prompt_token_ids
         self.loop = asyncio.get_running_loop()
         self.request: Request | None = None
+        self.has_begun = False
         self._prompt = prompt
         self._lora = lora
         self._tokenizer = tokenizer
@@ -52,25 +56,27 @@ class RequestStream:
     def deliver(self, update: Update) -> None:
         if self.ended:
             return
-        self._update = update
         if update.finished and update.request.finish_reason is FinishReason.ERROR:
             self._error = RequestFailed(str(update.request.stop_reason))
+        else:
+            self._update = update
         self._wake()
 
     def fail(self, error: ServingError) -> None:
-        """Ends it with an error, once what came before is read. The request may still run: see `abort_after`."""
+        """Ends it with an error, once what came before is read. The request may still run: see `abort`."""
         if not self.ended:
             self._error = error
             self._wake()
 
-    def abort_after(self, seconds: float, error: ServingError) -> None:
-        """Ends it with `error` unless it has ended by then."""
+    def abort(self, error: ServingError) -> None:
+        """Ends it, and the request, with an error."""
+        self.fail(error)
+        self._give_up(self)
 
-        def expire() -> None:
-            self.fail(error)
-            self._give_up(self)
-
-        self._deadline = self.loop.call_later(seconds, expire)
+    def abort_at(self, deadline: Deadline) -> None:
+        """Aborts it unless it has ended by then."""
+        if deadline.at is not None and not self.ended:
+            self._deadline = self.loop.call_at(deadline.at, lambda: self.abort(deadline.error()))
 
     def output(self) -> RequestOutput:
         """Everything that was read so far."""
@@ -98,13 +104,14 @@ class RequestStream:
                 raise StopAsyncIteration
             self._news = self.loop.create_future()
             await self._news
-        if self._error is not None:
-            self.close()
-            raise self._error
-        assert self._update is not None
-        delta = make_delta(self._update, self._read, self._tokenizer)
-        self._read = self._update
-        return delta
+        if self._update is not self._read:
+            assert self._update is not None
+            delta = make_delta(self._update, self._read, self._tokenizer)
+            self._read = self._update
+            return delta
+        assert self._error is not None
+        self.close()
+        raise type(self._error)(*self._error.args)  # others may raise the same, and each adds its traceback
 
     def _wake(self) -> None:
         if self.ended and self._deadline is not None:

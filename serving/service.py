@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chameleon_jax.request import LoRARequest, SamplingParams
+from chameleon_jax.request import LoRARequest
 from chameleon_jax.serving.adapter_sources import AdapterSources
 from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
-from chameleon_jax.serving.llm import Prompt
-from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -62,35 +62,13 @@ class Service:
         if model is None or model in ("", self.model_name):
             return None
         if self.llm.engine.registry.get(model) is None:
-            raise KeyError(f"the model {model!r} does not exist; see the list of models")
+            raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
 
-    async def open_choices(
-        self,
-        prompt: Prompt,
-        params: Sequence[SamplingParams],
-        lora: LoRARequest | None,
-        request_id: str,
-        timeout: float | None = None,
-    ) -> list[RequestStream]:
-        """One stream for each of `params`; all get in, or none. Raises as `AsyncLLM.open`.
-
-        Args:
-            request_id: of the only one; of several, each adds its number.
-            timeout: seconds; None or more than the server's `request_timeout`: that.
-        """
-        seconds = min(timeout or self.config.request_timeout, self.config.request_timeout)
-        token_ids = await self.llm.tokens_of(prompt)
-        streams: list[RequestStream] = []
-        try:
-            for i, param in enumerate(params):
-                name = request_id if len(params) == 1 else f"{request_id}-{i}"
-                streams.append(await self.llm.open({"prompt_token_ids": token_ids}, param, lora, name, seconds))
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return streams
+    def deadline(self, timeout: float | None) -> Deadline:
+        """Of a request that comes now. Args: timeout: seconds; None or more than the server's `request_timeout`: that."""
+        most = self.config.request_timeout
+        return Deadline(most if timeout is None else min(timeout, most))
 
     async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation as the token ids of a prompt. Raises ValueError."""
@@ -98,7 +76,7 @@ class Service:
         if tokenizer is None:
             raise ValueError("messages: the model has no tokenizer (load_format='dummy'), so it cannot chat")
         text = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
-        return await self.llm.tokens_of(text, add_special_tokens=False)
+        return await self.llm.prompts.read(text, add_special_tokens=False)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
@@ -138,7 +116,7 @@ class Service:
     def _check_name(self, name: str) -> None:
         if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name == self.model_name:
             raise ValueError(
-                f"lora_name is {name[:MAX_NAME_LEN]!r}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
+                f"lora_name is {reprlib.repr(name)}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
                 "but not the base model's name"
             )
 

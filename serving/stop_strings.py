@@ -25,10 +25,11 @@ def certain_text(request: Request) -> str:
     text = request.text
     if request.finish_reason is not None:
         return text
-    held = 0
+    end = len(text)
     for stop in request.params.stop:
-        for length in range(min(len(stop) - 1, len(text)), held, -1):
-            if text.endswith(stop[:length]):
-                held = length
-                break
-    return text[: len(text) - held] if held else text
+        at = text.find(stop[0], max(0, len(text) - len(stop) + 1), end)
+        while at >= 0 and not stop.startswith(text[at:]):
+            at = text.find(stop[0], at + 1, end)
+        if at >= 0:
+            end = at
+    return text[:end]

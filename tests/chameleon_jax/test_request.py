@@ -21,6 +21,8 @@ from chameleon_jax.request import SamplingParams
         ("max_tokens", 0),
         ("min_tokens", 17),
         ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x" * 257]),
         ("stop_token_ids", range(9)),
         ("logprobs", 21),
         ("max_tokens", 8.0),
@@ -32,6 +34,12 @@ from chameleon_jax.request import SamplingParams
 def test_sampling_params_name_what_is_wrong(field, value):
     with pytest.raises(ValueError, match=rf"{field} is .*; allowed: "):
         SamplingParams(**{field: value})
+
+
+def test_errors_show_little_of_what_is_large():
+    with pytest.raises(ValueError) as error:
+        SamplingParams(stop=["x" * 1_000_000] * 16)
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from chameleon_jax import AsyncLLM, LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import DeadlineExceeded, Draining, EngineDead, QueueFull
+from chameleon_jax.serving.deadline import Deadline
+from chameleon_jax.serving.errors import DeadlineExceeded, Draining, DuplicateRequest, EngineDead, QueueFull
 from tests import reference_models as reference
 from tests.serving.conftest import CONFIG, SETTINGS
 
@@ -157,10 +158,116 @@ def test_cancelled_while_it_is_taken_in(llm):
     run(main())
 
 
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.first_tokens: list[str] = []
+        self.ends: list[str] = []
+        self.lost_requests: list[int] = []
+
+    def first_token(self, request):
+        assert request.output_token_ids and request.metrics.first_token_time is not None
+        self.first_tokens.append(request.request_id)
+
+    def finished(self, request):
+        self.ends.append(request.request_id)
+
+    def loaded(self, result):
+        raise RuntimeError("what an observer raises concerns nobody")
+
+    def lost(self, num_requests):
+        self.lost_requests.append(num_requests)
+
+
+def test_observers_are_told_once(llm):
+    watcher = Watcher()
+
+    async def main():
+        await asyncio.gather(*[last(llm, PROMPTS[0], lora=LoRARequest("a2"), request_id=f"r{i}") for i in range(6)])
+        (await llm.open(PROMPTS[0], LONG, request_id="gone")).close()
+        await settled(llm)
+
+    llm.observers.append(watcher)
+    run(main())
+    llm.observers.remove(watcher)
+    assert sorted(watcher.first_tokens) == [f"r{i}" for i in range(6)]
+    assert sorted(watcher.ends) == ["gone", *watcher.first_tokens] and not watcher.lost_requests
+
+
+def test_all_get_in_or_none(own_llm):
+    llm = own_llm(max_queue_len=3, max_num_seqs=2)
+
+    async def main():
+        params = [SamplingParams(seed=seed, max_tokens=8) for seed in (1, 2, 1)]
+        streams = await llm.open_all(PROMPTS[:1], params, request_id="x")
+        assert [stream.request_id for stream in streams] == ["x-0", "x-1", "x-2"]
+        tokens = [[t async for delta in stream for t in delta.token_ids] for stream in streams]
+        assert tokens[0] == tokens[2] != tokens[1]
+        with pytest.raises(QueueFull):
+            await llm.open_all(PROMPTS, [LONG, LONG])
+        assert not llm._streams
+        with pytest.raises(ValueError, match="token id 256"):
+            await llm.open_all([PROMPTS[0], [256]], [LONG])
+        assert (await llm.stats(max_age=0)).waiting == 0 and not llm._streams
+        streams = await llm.open_all(PROMPTS[:2], [GREEDY], deadline=Deadline(TIMEOUT))
+        texts = ["".join([delta.text async for delta in stream]) for stream in streams]
+        assert texts == [(await last(llm, prompt)).outputs[0].text for prompt in PROMPTS[:2]]
+
+    run(main())
+
+
+def test_all_have_the_same_content_of_their_adapter(llm, adapter_dir):
+    async def main():
+        await llm.add_lora("x", adapter_dir / "a1")
+        reloads = [llm.add_lora("x", adapter_dir / f"a{i % 2}") for i in range(8)]
+        opens = [llm.open_all(PROMPTS[:1], [GREEDY] * 4, LoRARequest("x")) for _ in range(8)]
+        mixed = [job for pair in zip(opens, reloads) for job in pair]
+        for streams in [result for result in await asyncio.gather(*mixed) if isinstance(result, list)]:
+            assert len({stream.request.adapter for stream in streams}) == 1
+            for stream in streams:
+                stream.close()
+        await settled(llm)
+        await llm.remove_lora("x")
+
+    run(main())
+
+
+def test_what_came_before_an_error_is_read(llm):
+    async def main():
+        stream = await llm.open(PROMPTS[0], LONG)
+        while not stream.has_begun:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)  # it is delivered
+        stream.abort(DeadlineExceeded("over"))
+        assert (await anext(stream)).token_ids
+        with pytest.raises(DeadlineExceeded, match="over"):
+            await anext(stream)
+
+    run(main())
+
+
+def test_a_pinned_load_that_is_refused_changes_nothing(llm, adapter_dir, monkeypatch):
+    async def main():
+        await llm.add_lora("x", adapter_dir / "a1")
+        before = llm.engine.registry.get("x")
+        monkeypatch.setattr(type(llm.engine.loop.pool), "capacity", property(lambda pool: 1))
+        with pytest.raises(ValueError, match="pinned adapters would take"):
+            await llm.add_lora("x", adapter_dir / "a2", pinned=True)
+        monkeypatch.undo()
+        assert llm.engine.registry.get("x") is before
+        await llm.add_lora("x", adapter_dir / "a2", pinned=True)
+        assert [a.pinned for a in (await llm.stats(max_age=0)).adapters if "x" in a.names] == [True]
+        await llm.pin_lora("x", False)
+        await llm.remove_lora("x")
+
+    run(main())
+
+
 def test_abort_by_id(llm):
     async def main():
         stream = await llm.open(PROMPTS[0], LONG, request_id="mine")
-        with pytest.raises(ValueError, match="mine"):
+        with pytest.raises(DuplicateRequest, match="mine"):
             await llm.open(PROMPTS[0], LONG, request_id="mine")
         await anext(stream)
         assert await llm.abort("mine") and not await llm.abort("mine")
@@ -183,10 +290,18 @@ def test_an_id_that_was_given_up_may_be_used_again_at_once(llm):
 def test_deadline(llm):
     async def main():
         stream = await llm.open(PROMPTS[0], LONG, timeout=30)
-        stream.abort_after(0.0, DeadlineExceeded("the request took longer than 0 s"))
+        stream.abort(DeadlineExceeded("the request took longer than 0 s"))
         with pytest.raises(DeadlineExceeded, match="took longer"):
             async for _ in stream:
                 pass
+        await settled(llm)
+        gate = threading.Event()
+        blocked = asyncio.ensure_future(llm.call(lambda engine: gate.wait(TIMEOUT)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(DeadlineExceeded, match="longer than 0.02 s"):  # while it waits to be taken in
+            await llm.open(PROMPTS[0], LONG, timeout=0.02)
+        gate.set()
+        await blocked
         await settled(llm)
         with pytest.raises(DeadlineExceeded, match="longer than 1e-06 s"):
             await last(llm, PROMPTS[0], LONG, timeout=1e-6)
@@ -222,6 +337,8 @@ def test_the_wall_clock_may_jump(llm, monkeypatch):
         ([-1], GREEDY, None, ValueError, "token id -1"),
         (["x"], GREEDY, None, ValueError, "token id 'x'"),
         ("x" * 5000, GREEDY, None, ValueError, "max_model_len"),
+        ([0] * 1_000_000, GREEDY, None, ValueError, "1000000 tokens"),
+        ({"prompt_token_ids": ["x"] * 1_000_000}, GREEDY, None, ValueError, "1000000 tokens"),
         ({"text": "x"}, GREEDY, None, ValueError, "keys"),
         ({"prompt": "x", "prompt_token_ids": [1]}, GREEDY, None, ValueError, "keys"),
         ("x", SamplingParams(max_tokens=1000), None, ValueError, "max_model_len"),
@@ -375,6 +492,8 @@ def test_a_step_that_raises_once(own_llm, monkeypatch, method, adapter_dir):
 def test_a_step_that_always_raises(own_llm, monkeypatch):
     llm = own_llm()
     executor = llm.engine.loop.executor
+    watcher = Watcher()
+    llm.observers.append(watcher)
 
     async def main():
         streams = [await llm.open(PROMPTS[0], LONG) for _ in range(12)]
@@ -383,7 +502,7 @@ def test_a_step_that_always_raises(own_llm, monkeypatch):
             with pytest.raises(EngineDead, match="device lost"):
                 async for _ in stream:
                     pass
-        assert isinstance(llm.error, EngineDead)
+        assert isinstance(llm.error, EngineDead) and watcher.lost_requests == [12]
         with pytest.raises(EngineDead, match="device lost"):
             await llm.open(PROMPTS[0], LONG)
         with pytest.raises(EngineDead):
@@ -405,7 +524,9 @@ def test_a_step_that_hangs(own_llm, monkeypatch):
         with pytest.raises(EngineDead, match="hangs"):
             async for _ in stream:
                 pass
-        assert (await llm.stats(max_age=0)).running == 0  # the last that is known
+        with pytest.raises(EngineDead, match="hangs"):
+            await llm.stats()
+        assert llm.last_stats.running == 0
         gate.set()
 
     run(main())
@@ -433,7 +554,7 @@ def test_drain_gives_up_in_time(own_llm, monkeypatch):
     async def main():
         readers = [asyncio.create_task(_read(await llm.open(PROMPTS[0], LONG))) for _ in range(3)]
         assert not await llm.drain(0.3)
-        assert {type(e) for e in await asyncio.gather(*readers, return_exceptions=True)} == {DeadlineExceeded}
+        assert {type(e) for e in await asyncio.gather(*readers, return_exceptions=True)} == {Draining}
         await settled(llm)
 
     run(main())

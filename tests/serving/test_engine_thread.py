@@ -224,6 +224,34 @@ def test_a_hung_step_is_given_up(engine, ears, thread):
     assert len(ears.updates) == updates  # what the step brought after all is nobody's any more
 
 
+def test_a_hung_call_is_given_up(thread):
+    hangs, gate = threading.Event(), threading.Event()
+    hung = thread.call(lambda engine: (hangs.set(), gate.wait(TIMEOUT)))
+    assert hangs.wait(TIMEOUT) and thread.step_seconds > 0
+    thread.die(EngineDead("it hangs"))
+    with pytest.raises(EngineDead, match="hangs"):
+        hung.result(TIMEOUT)
+    gate.set()
+
+
+def test_a_listener_that_raises_leaves_nobody_waiting(ears, thread, caplog):
+    def broken(updates):
+        raise ZeroDivisionError("a bug")
+
+    ears.updated = broken
+    submit(thread, make_request(0, 5, 8))
+    ears.wait(lambda: bool(ears.deaths))
+    assert "a bug" in str(thread.error) and "Traceback" in caplog.text
+    with pytest.raises(EngineDead, match="a bug"):
+        thread.call(lambda engine: None).result(TIMEOUT)
+
+
+def test_each_caller_gets_an_error_of_its_own(thread):
+    thread.die(EngineDead("lost"))
+    errors = [thread.call(lambda engine: None).exception(TIMEOUT) for _ in range(2)]
+    assert errors[0] is not errors[1] and str(errors[0]) == str(errors[1]) == "lost"
+
+
 def test_after_close_every_call_fails(engine, ears):
     thread = EngineThread(engine, ears)
     thread.close(TIMEOUT)

@@ -11,7 +11,7 @@ import pytest
 
 from chameleon_jax.checkpoints import host_store, peft
 from chameleon_jax.request import LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import Draining, Forbidden, QueueFull, Unauthenticated
+from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
 from tests import reference_models as reference
 from tests.serving.conftest import CONFIG, make_service
 
@@ -208,33 +208,6 @@ def test_a_full_disk_keeps_adapters_in_memory(shared_llm, tmp_path, monkeypatch,
     asyncio.run(main())
     store._disk.submit(lambda: None).result()
     assert "No space left" in caplog.text
-
-
-def test_choices_get_in_together_or_not_at_all(service, monkeypatch):
-    llm, opened, calls = service.llm, [], [0]
-    open_one = llm.open
-
-    async def second_is_refused(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 2:
-            raise QueueFull("full")
-        opened.append(await open_one(*args, **kwargs))
-        return opened[-1]
-
-    async def main():
-        monkeypatch.setattr(llm, "open", second_is_refused)
-        with pytest.raises(QueueFull):
-            await service.open_choices("love", [GREEDY] * 3, None, "x")
-        assert len(opened) == 1 and opened[0].request_id not in llm._streams
-        monkeypatch.setattr(llm, "open", open_one)
-        params = [SamplingParams(seed=seed, max_tokens=8) for seed in (1, 2, 1)]
-        texts = []
-        for stream in await service.open_choices("love", params, service.lora_named("a1"), "x"):
-            async with stream:
-                texts.append([t async for delta in stream for t in delta.token_ids])
-        assert texts[0] == texts[2] != texts[1]
-
-    asyncio.run(main())
 
 
 def test_nothing_is_loaded_while_the_server_drains(service, monkeypatch):

@@ -1,0 +1,26 @@
+"""What of JAX must be set before it first uses the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place or switched the cache off."""
+    settings: Any = jax.config  # its fields are made at run time
+    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "chameleon_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def take_device_memory(share: float) -> None:
+    """Has JAX take that share of a GPU's memory when it first uses the device, unless the user said how much."""
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    if not any(name in os.environ for name in names):
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
