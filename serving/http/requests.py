@@ -9,12 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from chameleon_jax.request import MAX_STOP_IDS, SamplingParams
+from chameleon_jax.request import MAX_STOP_IDS, MAX_STOPS, SamplingParams
 from chameleon_jax.serving.http.errors import ApiError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 MAX_PROMPTS = 64
-MAX_STOPS = 16
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
 
