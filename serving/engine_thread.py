@@ -23,6 +23,10 @@ T = TypeVar("T")
 LOAD_POLL_S = 1e-3
 """How often loads are looked at while nothing can run before one ends."""
 
+HAND_OVER_S = 1e-4
+"""After a step the interpreter is left to those who wait for its tokens. Otherwise they get it when the next step is dispatched,
+which has time, as one is in flight; and planned later, it has the requests that came meanwhile."""
+
 
 class Listener(Protocol):
     """Told by the engine's thread; returns at once and raises nothing."""
@@ -175,6 +179,8 @@ class EngineThread:
         loads = self.engine.loop.ended_loads
         while loads:
             self._listener.loaded(loads.popleft())
+        if updated:
+            time.sleep(HAND_OVER_S)
 
     def _fault(self, error: Exception) -> None:
         loop = self.engine.loop
