@@ -19,12 +19,14 @@ from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 
 
-async def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
-    """Yields once for each event of a stream; one connection, kept alive."""
+def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
+    """Yields once for each event of a stream. Connections are kept alive, and made as they are needed: a server closes those on
+    which no request comes."""
     host, _, port = target.partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(request: dict) -> AsyncIterator[None]:
+        reader, writer = idle.pop() if idle else await asyncio.open_connection(host, int(port))
         fields = {"model": request["lora"], "prompt": request["prompt_token_ids"], "max_tokens": request["max_tokens"]}
         body = json.dumps({**fields, "temperature": 0, "ignore_eos": True, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {target}\r\ncontent-type: application/json\r\n"
@@ -39,11 +41,12 @@ async def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
             if line.startswith(b"data: {"):
                 yield
         await reader.readline()
+        idle.append((reader, writer))
 
     return ask
 
 
-async def grpc_client(stub: stubs.InferenceStub) -> Callable[[dict], AsyncIterator[None]]:
+def grpc_client(stub: stubs.InferenceStub) -> Callable[[dict], AsyncIterator[None]]:
     async def ask(request: dict) -> AsyncIterator[None]:
         sampling = messages.SamplingParams(max_tokens=request["max_tokens"], temperature=0, ignore_eos=True)
         tokens = messages.TokenIds(ids=request["prompt_token_ids"])
@@ -72,9 +75,9 @@ async def main(protocol: str, target: str, requests: list[dict], concurrency: in
 
     async with grpc.aio.insecure_channel(target) as channel:
         stub = stubs.InferenceStub(channel)
-        asks = [await (http_client(target) if protocol == "http" else grpc_client(stub)) for _ in range(concurrency)]
+        ask = http_client(target) if protocol == "http" else grpc_client(stub)
         begin = time.monotonic()
-        await asyncio.gather(*[client(ask) for ask in asks])
+        await asyncio.gather(*[client(ask) for _ in range(concurrency)])
         seconds = time.monotonic() - begin
     return {"seconds": seconds, "ttft": ttft, "cpu_seconds": time.process_time()}
 

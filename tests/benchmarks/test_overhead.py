@@ -60,7 +60,7 @@ def test_a_stream_that_fails_is_not_measured(sent, match):
 
     async def main():
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            ask = await http_client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            ask = http_client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
             async for _ in ask({"lora": "a", "prompt_token_ids": [1], "max_tokens": 1}):
                 pass
 
