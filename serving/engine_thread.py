@@ -24,8 +24,8 @@ LOAD_POLL_S = 1e-3
 """How often loads are looked at while nothing can run before one ends."""
 
 HAND_OVER_S = 1e-4
-"""After a step the interpreter is left to those who wait for its tokens. Otherwise they get it when the next step is dispatched,
-which has time, as one is in flight; and planned later, it has the requests that came meanwhile."""
+"""After a step the interpreter is left to those who wait for its tokens. Otherwise they get it when the next is dispatched.
+That has time, as one is in flight; and planned later, it has the requests that came meanwhile."""
 
 
 class Listener(Protocol):
