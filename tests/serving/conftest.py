@@ -12,6 +12,7 @@ from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
 from tests import reference_models as reference
+from tests.serving.async_calls import run, settled
 from tests.serving.running import Running, running
 
 CONFIG = reference.CONFIGS["gqa"]
@@ -39,6 +40,29 @@ def shared_llm(text_model: Path) -> Iterator[AsyncLLM]:
     llm = AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS)
     yield llm
     llm.close()
+
+
+@pytest.fixture
+def llm(shared_llm, adapter_dir):
+    for i in range(4):
+        run(shared_llm.add_lora(f"a{i}", adapter_dir / f"a{i}"))
+    yield shared_llm
+    run(settled(shared_llm))
+    assert shared_llm._streams == {}
+
+
+@pytest.fixture
+def own_llm(text_model):
+    """One that a test may break."""
+    made = []
+
+    def make(**settings) -> AsyncLLM:
+        made.append(AsyncLLM(str(text_model), progress=lambda done, total: None, **(SETTINGS | settings)))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
 
 
 @pytest.fixture(scope="module")

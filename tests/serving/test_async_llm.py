@@ -3,63 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import threading
 import time
 
 import pytest
 
-from chameleon_jax import AsyncLLM, LoRARequest, SamplingParams
+from chameleon_jax import LoRARequest, SamplingParams
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.errors import DeadlineExceeded, Draining, DuplicateRequest, EngineDead, QueueFull
-from tests import reference_models as reference
-from tests.serving.conftest import CONFIG, SETTINGS
-
-GREEDY = SamplingParams(temperature=0, max_tokens=24)
-LONG = SamplingParams(temperature=0, max_tokens=80)
-PROMPTS = ["The heart of man", "Love is", "0123456789" * 4]
-TIMEOUT = 60
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT))
-
-
-async def last(llm: AsyncLLM, prompt, params=GREEDY, lora=None, **kwargs):
-    return [output async for output in llm.generate(prompt, params, lora, **kwargs)][-1]
-
-
-async def settled(llm: AsyncLLM) -> None:
-    """Until nothing runs."""
-    while True:
-        stats = await llm.stats(max_age=0)
-        if stats.running == stats.waiting == 0 and stats.pool.kv == 0:
-            return
-        await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-def llm(shared_llm, adapter_dir):
-    for i in range(4):
-        run(shared_llm.add_lora(f"a{i}", adapter_dir / f"a{i}"))
-    yield shared_llm
-    run(settled(shared_llm))
-    assert shared_llm._streams == {}
-
-
-@pytest.fixture
-def own_llm(text_model):
-    """One that a test may break."""
-    made = []
-
-    def make(**settings) -> AsyncLLM:
-        made.append(AsyncLLM(str(text_model), progress=lambda done, total: None, **(SETTINGS | settings)))
-        return made[-1]
-
-    yield make
-    for llm in made:
-        llm.close()
+from chameleon_jax.serving.errors import DeadlineExceeded, DuplicateRequest, QueueFull
+from tests.serving.async_calls import GREEDY, LONG, PROMPTS, TIMEOUT, Watcher, last, run, settled
 
 
 def test_many_at_once_say_what_each_says_alone(llm):
@@ -158,28 +110,6 @@ def test_cancelled_while_it_is_taken_in(llm):
     run(main())
 
 
-class Watcher:
-    """An observer that remembers."""
-
-    def __init__(self):
-        self.first_tokens: list[str] = []
-        self.ends: list[str] = []
-        self.lost_requests: list[int] = []
-
-    def first_token(self, request):
-        assert request.output_token_ids and request.metrics.first_token_time is not None
-        self.first_tokens.append(request.request_id)
-
-    def finished(self, request):
-        self.ends.append(request.request_id)
-
-    def loaded(self, result):
-        raise RuntimeError("what an observer raises concerns nobody")
-
-    def lost(self, num_requests):
-        self.lost_requests.append(num_requests)
-
-
 def test_observers_are_told_once(llm):
     watcher = Watcher()
 
@@ -217,22 +147,6 @@ def test_all_get_in_or_none(own_llm):
     run(main())
 
 
-def test_all_have_the_same_content_of_their_adapter(llm, adapter_dir):
-    async def main():
-        await llm.add_lora("x", adapter_dir / "a1")
-        reloads = [llm.add_lora("x", adapter_dir / f"a{i % 2}") for i in range(8)]
-        opens = [llm.open_all(PROMPTS[:1], [GREEDY] * 4, LoRARequest("x")) for _ in range(8)]
-        mixed = [job for pair in zip(opens, reloads) for job in pair]
-        for streams in [result for result in await asyncio.gather(*mixed) if isinstance(result, list)]:
-            assert len({stream.request.adapter for stream in streams}) == 1
-            for stream in streams:
-                stream.close()
-        await settled(llm)
-        await llm.remove_lora("x")
-
-    run(main())
-
-
 def test_what_came_before_an_error_is_read(llm):
     async def main():
         stream = await llm.open(PROMPTS[0], LONG)
@@ -243,23 +157,6 @@ def test_what_came_before_an_error_is_read(llm):
         assert (await anext(stream)).token_ids
         with pytest.raises(DeadlineExceeded, match="over"):
             await anext(stream)
-
-    run(main())
-
-
-def test_a_pinned_load_that_is_refused_changes_nothing(llm, adapter_dir, monkeypatch):
-    async def main():
-        await llm.add_lora("x", adapter_dir / "a1")
-        before = llm.engine.registry.get("x")
-        monkeypatch.setattr(type(llm.engine.loop.pool), "capacity", property(lambda pool: 1))
-        with pytest.raises(ValueError, match="pinned adapters would take"):
-            await llm.add_lora("x", adapter_dir / "a2", pinned=True)
-        monkeypatch.undo()
-        assert llm.engine.registry.get("x") is before
-        await llm.add_lora("x", adapter_dir / "a2", pinned=True)
-        assert [a.pinned for a in (await llm.stats(max_age=0)).adapters if "x" in a.names] == [True]
-        await llm.pin_lora("x", False)
-        await llm.remove_lora("x")
 
     run(main())
 
@@ -379,204 +276,3 @@ def test_from_several_asyncio_loops(llm):
     for thread in threads:
         thread.join(TIMEOUT)
     assert len(texts) == 4 and len(set(texts)) == 1
-
-
-def test_adapters_come_change_and_go_while_requests_run(llm, tmp_path):
-    reference.save_adapter(tmp_path / "new", CONFIG, 8, seed=77)
-
-    async def main():
-        ask = LoRARequest("x")
-        assert not await llm.add_lora("x", llm.engine._paths["a1"])
-        assert await llm.add_lora("x", llm.engine._paths["a1"])  # the very content
-        old = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
-        running = await llm.open(PROMPTS[0], LONG, ask)
-        await anext(running)
-        assert not await llm.add_lora("x", tmp_path / "new")  # while it runs
-        new = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
-        async for _ in running:
-            pass
-        assert running.output().outputs[0].text == old != new
-        running = await llm.open(PROMPTS[0], LONG, ask)
-        await llm.remove_lora("x")
-        assert "x" not in await llm.list_loras()
-        with pytest.raises(KeyError):
-            await llm.open(PROMPTS[0], LONG, ask)
-        async for _ in running:
-            pass
-        assert running.output().outputs[0].text == new
-        await settled(llm)
-        assert len((await llm.stats(max_age=0)).adapters) == 4  # nothing is kept of it
-        with pytest.raises(KeyError):
-            await llm.remove_lora("x")
-
-    run(main())
-
-
-def test_steps_go_on_while_an_adapter_is_read(llm, monkeypatch, adapter_dir):
-    """SGLang #8162: the server stalls while an adapter loads. Here reading and packing are in another thread."""
-    gate, reading = threading.Event(), threading.Event()
-    read = llm.engine.read_lora
-
-    def slow(name, path):
-        reading.set()
-        assert gate.wait(TIMEOUT)
-        return read(name, path)
-
-    async def main():
-        monkeypatch.setattr(llm.engine, "read_lora", slow)
-        load = asyncio.create_task(llm.add_lora("slow", adapter_dir / "a2"))
-        while not reading.is_set():
-            await asyncio.sleep(0.001)
-        assert (await last(llm, PROMPTS[0], LONG, LoRARequest("a1"))).finished and not load.done()
-        gate.set()
-        await load
-        await llm.remove_lora("slow")
-
-    run(main())
-
-
-def test_loads_that_wait_have_an_end(own_llm, monkeypatch, adapter_dir):
-    llm = own_llm(max_lora_loads=1, max_lora_queue=2)
-    gate = threading.Event()
-    read = llm.engine.read_lora
-    monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (gate.wait(TIMEOUT), read(*args))[1])
-
-    async def main():
-        loads = [asyncio.create_task(llm.add_lora(f"x{i}", adapter_dir / "a0")) for i in range(3)]
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFull, match="max_lora_queue"):
-            await llm.add_lora("x3", adapter_dir / "a0")
-        gate.set()
-        assert await asyncio.gather(*loads) == [False] * 3
-        await llm.add_lora("x3", adapter_dir / "a0")
-
-    run(main())
-
-
-def broken(method, times: int | None):
-    """Raises so many times, None: always."""
-    left = [times]
-
-    def call(*args, **kwargs):
-        if left[0] is None or left[0] > 0:
-            left[0] = left[0] and left[0] - 1
-            raise RuntimeError("device lost")
-        return method(*args, **kwargs)
-
-    return call
-
-
-@pytest.mark.parametrize("method", ["dispatch", "collect"])
-def test_a_step_that_raises_once(own_llm, monkeypatch, method, adapter_dir):
-    llm = own_llm()
-    executor = llm.engine.loop.executor
-
-    async def main():
-        await llm.add_lora("a1", adapter_dir / "a1")
-        jobs = [(prompt, lora) for prompt in PROMPTS * 2 for lora in (None, LoRARequest("a1"))]  # more than run at once
-        expected = [(await last(llm, p, LONG, lora)).outputs[0].text for p, lora in jobs[:4]]
-        streams = [await llm.open(p, LONG, lora) for p, lora in jobs]
-        await anext(streams[0])
-        monkeypatch.setattr(executor, method, broken(getattr(executor, method), 1))
-        for stream in streams:
-            async for _ in stream:
-                pass
-        assert [s.output().outputs[0].text for s in streams[:4]] == expected
-        assert all(s.output().outputs[0].finish_reason == "length" for s in streams)
-        stats = await llm.stats(max_age=0)
-        assert (stats.faults, stats.pool.kv) == (1, 0) and llm.error is None
-
-    run(main())
-
-
-def test_a_step_that_always_raises(own_llm, monkeypatch):
-    llm = own_llm()
-    executor = llm.engine.loop.executor
-    watcher = Watcher()
-    llm.observers.append(watcher)
-
-    async def main():
-        streams = [await llm.open(PROMPTS[0], LONG) for _ in range(12)]
-        monkeypatch.setattr(executor, "dispatch", broken(executor.dispatch, None))
-        for stream in streams:
-            with pytest.raises(EngineDead, match="device lost"):
-                async for _ in stream:
-                    pass
-        assert isinstance(llm.error, EngineDead) and watcher.lost_requests == [12]
-        with pytest.raises(EngineDead, match="device lost"):
-            await llm.open(PROMPTS[0], LONG)
-        with pytest.raises(EngineDead):
-            await llm.list_loras()
-        await llm.drain(1)  # nothing hangs at the end either
-
-    run(main())
-
-
-def test_a_step_that_hangs(own_llm, monkeypatch):
-    llm = own_llm(step_timeout=0.5)
-    gate = threading.Event()
-    collect = llm.engine.loop.executor.collect
-    monkeypatch.setattr(llm.engine.loop.executor, "collect", lambda handle: (gate.wait(TIMEOUT), collect(handle))[1])
-
-    async def main():
-        await llm.stats()
-        stream = await llm.open(PROMPTS[0], LONG)
-        with pytest.raises(EngineDead, match="hangs"):
-            async for _ in stream:
-                pass
-        with pytest.raises(EngineDead, match="hangs"):
-            await llm.stats()
-        assert llm.last_stats.running == 0
-        gate.set()
-
-    run(main())
-
-
-def test_drain_finishes_what_runs(own_llm):
-    llm = own_llm()
-
-    async def main():
-        streams = [await llm.open(PROMPTS[0], LONG) for _ in range(12)]
-        readers = [asyncio.create_task(_read(stream)) for stream in streams]
-        assert await llm.drain(TIMEOUT)
-        assert {await reader for reader in readers} == {"length"}
-        with pytest.raises(Draining):
-            await llm.open(PROMPTS[0], LONG)
-
-    run(main())
-
-
-def test_drain_gives_up_in_time(own_llm, monkeypatch):
-    llm = own_llm()
-    collect = llm.engine.loop.executor.collect
-    monkeypatch.setattr(llm.engine.loop.executor, "collect", lambda handle: (time.sleep(0.1), collect(handle))[1])
-
-    async def main():
-        readers = [asyncio.create_task(_read(await llm.open(PROMPTS[0], LONG))) for _ in range(3)]
-        assert not await llm.drain(0.3)
-        assert {type(e) for e in await asyncio.gather(*readers, return_exceptions=True)} == {Draining}
-        await settled(llm)
-
-    run(main())
-
-
-async def _read(stream) -> str | None:
-    return [delta async for delta in stream][-1].finish_reason
-
-
-def test_nothing_is_left_behind(text_model):
-    """Threads and streams of an engine that is closed while requests run."""
-    before = set(threading.enumerate())
-
-    async def main():
-        async with AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS) as llm:
-            stream = await llm.open(PROMPTS[0], LONG)
-        with pytest.raises(EngineDead, match="closed"), contextlib.closing(stream):
-            async for _ in stream:
-                pass
-
-    run(main())
-    gc.collect()
-    assert {
-        thread for thread in set(threading.enumerate()) - before if "engine" in thread.name or "lora" in thread.name
-    } == set()
