@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 from chameleon_jax.request import Request
 from chameleon_jax.serving.executor import LoadResult
@@ -12,8 +11,8 @@ from chameleon_jax.serving.executor import LoadResult
 logger = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """Told by the engine's thread; returns at once."""
+class Observer:
+    """Told by the engine's thread; returns at once. Whoever is not interested in something leaves it out."""
 
     def first_token(self, request: Request) -> None:
         """A request has its first token. Not told of requests that were given up before."""

@@ -46,13 +46,10 @@ class PromptReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     async def read(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt. Raises ValueError, without a look at what is too long to fit."""
+        """The token ids of a prompt. Raises ValueError, without a look at a text that is too long to fit."""
         job = functools.partial(tokens_of, prompt, self._tokenizer, add_special_tokens)
         if not isinstance(prompt, str) or len(prompt) < LONG_PROMPT:
-            ids = job()
-            if len(ids) > self._max_len:
-                raise ValueError(f"prompt has {len(ids)} tokens; allowed: {self._max_len} (max_model_len)")
-            return list(ids)
+            return list(job())
         if self._tokenizer is not None and len(prompt) > (most := self._max_len * self._tokenizer.longest_token):
             raise ValueError(f"prompt has {len(prompt)} characters; allowed: {most}, as max_model_len is {self._max_len}")
         return list(await asyncio.get_running_loop().run_in_executor(self._thread, job))

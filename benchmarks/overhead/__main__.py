@@ -75,7 +75,7 @@ def bare(engine: Engine, requests: list[dict[str, Any]], concurrency: int, base:
         done += ended
         running -= len(ended)
     ttft = [r.metrics.first_token_time - r.metrics.arrival_time for r in done if r.metrics.first_token_time is not None]
-    return {"seconds": engine.clock() - begin, "ttft": ttft, "cpu_seconds": 0.0}
+    return {"seconds": engine.clock() - begin, "ttft": ttft}
 
 
 Outcomes = dict[str, list[dict[str, Any]]]

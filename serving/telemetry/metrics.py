@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from chameleon_jax.request import FinishReason, Request
 from chameleon_jax.serving.executor import LoadResult
+from chameleon_jax.serving.observers import Observer
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry import engine_metrics
 from chameleon_jax.serving.telemetry.compilations import Compilations
@@ -22,7 +23,7 @@ TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 
 LOAD_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Metrics:
+class Metrics(Observer):
     """An observer of the engine. Made before the engine, so that it counts what is compiled for it.
 
     Times to the first token and in the queue are observed when a first token is there, as a generation may take minutes more;

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from chameleon_jax.request import Request
-from chameleon_jax.serving.executor import LoadResult
+from chameleon_jax.serving.observers import Observer
 
 NUM_REQUESTS = 1000
 
@@ -24,7 +24,7 @@ class Percentiles:
     p99: float | None
 
 
-class RecentRequests:
+class RecentRequests(Observer):
     """An observer of the engine that keeps the last NUM_REQUESTS times to the first token."""
 
     def __init__(self) -> None:
@@ -36,15 +36,6 @@ class RecentRequests:
         assert times.first_token_time is not None
         with self._lock:
             self._ttft.append(times.first_token_time - times.arrival_time)
-
-    def finished(self, request: Request) -> None:
-        pass
-
-    def loaded(self, result: LoadResult) -> None:
-        pass
-
-    def lost(self, num_requests: int) -> None:
-        pass
 
     def ttft(self) -> Percentiles:
         with self._lock:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chameleon_jax.checks import require
 from chameleon_jax.request import FinishReason, Request
-from chameleon_jax.serving.executor import LoadResult
+from chameleon_jax.serving.observers import Observer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -101,7 +101,7 @@ class _Ended:
         return self.unix_ns - round((self.clock - seconds) * 1e9)
 
 
-class RequestTracer:
+class RequestTracer(Observer):
     """An observer of the engine. Spans are made in a thread of its own.
 
     Args:
@@ -133,15 +133,6 @@ class RequestTracer:
             self._ended.put_nowait(_Ended(request, self._clock(), time.time_ns()))
         except queue.Full:
             self.num_dropped += 1
-
-    def first_token(self, request: Request) -> None:
-        pass
-
-    def loaded(self, result: LoadResult) -> None:
-        pass
-
-    def lost(self, num_requests: int) -> None:
-        pass
 
     def close(self, timeout: float = 5.0) -> None:
         """Sends what is left, for as many seconds at most."""

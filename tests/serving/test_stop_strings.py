@@ -46,7 +46,6 @@ def test_cut_at_stop(pieces, stops):
     whole = "".join(pieces)
     assert (cut is not None) == any(stop in whole for stop in stops)
     assert request.text.startswith(shown)
-    assert all(stop not in request.text for stop in stops) or cut is not None
     if cut is not None:
         assert whole.startswith(request.text + cut)
 
