@@ -72,10 +72,12 @@ class Model:
         return cls(config, layout, buckets, graph, params, [page] * config.num_layers)
 
     def compile_step(self, tiles: int, tile_tokens: int, adapted: int) -> Any:
-        forward = functools.partial(steps.forward, self.graph, layout=self.layout, backend="triton")
+        program = steps.Program(tiles, tile_tokens, adapted)
+        options: dict[str, Any] = {"program": program, "buckets": self.buckets, "layout": self.layout, "backend": "triton"}
+        forward = functools.partial(steps.forward, self.graph, **options)
         slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)
-        inputs = self.buckets.example(tiles, tile_tokens, adapted)
-        return compile_for_h100(forward, self.params, self.pages, slots, inputs, donate_argnums=1)
+        packed = jax.ShapeDtypeStruct((self.buckets.packed_size(program),), jnp.int32)
+        return compile_for_h100(forward, self.params, self.pages, slots, packed, donate_argnums=1)
 
 
 @functools.cache

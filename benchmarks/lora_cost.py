@@ -20,16 +20,10 @@ from benchmarks.machine import describe, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import random_model
-from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.step_inputs import Draw, Segment
 from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.serving.jax_setup import enable_compilation_cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    placement: AdapterPlacement
-    pages: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +69,12 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     def run(case: Case) -> float:
         """Seconds of one step, the mean over `steps`."""
         engine = engines[case.enable_lora]
-        placed: list[Placed | None] = [None]
+        placed: list[PlacedAdapter | None] = [None]
         if case.adapters:
             placement = layout.place({t: case.rank for t in case.targets})
             first = 1 + rows * width
             n = placement.num_pages
-            placed = [Placed(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
+            placed = [PlacedAdapter(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
         owner = sorted(i % len(placed) for i in range(rows))
         segments = [
             Segment(None, context, i, tuple(range(1 + i * width, 1 + (i + 1) * width)), placed[owner[i]]) for i in range(rows)

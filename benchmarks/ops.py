@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.lora_cost import Placed
 from benchmarks.machine import describe, matmul_rate, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import blocked as lora_blocked
@@ -27,7 +26,7 @@ from chameleon_jax.models.ops.batched_lora import plan as lora_plan
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import blocked as attention
 from chameleon_jax.models.ops.paged_attention import reference as attention_reference
-from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 
 CONFIG = PRESETS["smollm2-135m"]
 LAYOUT = PageLayout.for_model(CONFIG)
@@ -95,7 +94,7 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
     """All seven targets of a layer; names are rank rows of a block x rows of a window."""
     placement = LAYOUT.place({t: rank for t in TARGETS})
     n = placement.num_pages
-    placed = [Placed(placement, tuple(range(1 + i * n, 1 + i * n + n))) for i in range(adapters)]
+    placed = [PlacedAdapter(placement, tuple(range(1 + i * n, 1 + i * n + n))) for i in range(adapters)]
     owner = sorted(i % adapters for i in range(rows))
     pages = [normal(1 + adapters * n, LAYOUT.page_elems) for _ in range(LAYERS)]
     inputs = {width: normal(rows, width) for t in TARGETS for width in CONFIG.target_shape(t)}

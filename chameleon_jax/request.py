@@ -7,7 +7,8 @@ import enum
 import math
 import numbers
 import reprlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import MutableSequence, Sequence
 from typing import Protocol
 
 MAX_STOP_IDS = 8
@@ -207,7 +208,7 @@ class Request:
     queue: int = 0
     decode_limit: int = 0
     slot: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: MutableSequence[int] = dataclasses.field(default_factory=lambda: array("i"))
     metrics: RequestMetrics = dataclasses.field(default_factory=lambda: RequestMetrics(0.0))
 
     def __post_init__(self) -> None:

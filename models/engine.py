@@ -20,7 +20,7 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.programs import Programs, Progress
 from chameleon_jax.models.sampling import Sampled
-from chameleon_jax.models.step_inputs import Draw, Segment, pack_draws, pack_step
+from chameleon_jax.models.step_inputs import Draw, Segment, pack_step
 from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, pinned_memory
 
@@ -122,15 +122,14 @@ class DeviceEngine:
 
     def run(self, segments: Sequence[Segment], draws: dict[int, Draw]) -> DispatchedStep:
         """Dispatches one step. `draws` says for which segments (by index) a token is drawn behind their last one."""
-        inputs, last = pack_step(segments, self.buckets)
-        tiles = inputs.tiles.shape[0]
-        forward = self.programs.forward[inputs.program]
-        hidden, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-        if not draws:
-            return DispatchedStep(None, last, hidden)
-        rows, mode = pack_draws({last[i]: draw for i, draw in draws.items()}, tiles, self.buckets.max_num_seqs)
-        sampled, self._slot_tokens = self.programs.sample[tiles, mode](self._head, hidden, self._slot_tokens, rows)
-        return DispatchedStep(sampled, last, sampled.tokens)
+        step = pack_step(segments, draws, self.buckets)
+        forward = self.programs.forward[step.program]
+        hidden, drawn, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, step.packed)
+        if step.mode is None:
+            return DispatchedStep(None, step.last, hidden)
+        sample = self.programs.sample[step.program.tiles, step.mode]
+        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, drawn)
+        return DispatchedStep(sampled, step.last, sampled.tokens)
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,6 +50,19 @@ class AdapterPlacement:
     def start_of_runs(self) -> np.ndarray:
         """`[2 * targets]` int32: A's and B's start of each target in turn."""
         return np.array([self.starts.get(t, (0, 0)) for t in TARGETS], np.int32).ravel()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedAdapter:
+    """An adapter in the pool: its layout, and the ids of its pages in order."""
+
+    placement: AdapterPlacement
+    pages: Sequence[int]
+
+    @functools.cached_property
+    def table_row(self) -> np.ndarray:
+        """`[2 * targets + num_pages]` int32: the starts of its runs, then its pages."""
+        return np.concatenate([self.placement.start_of_runs, np.asarray(self.pages, np.int32)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from chameleon_jax.models import steps
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import SamplingMode
-from chameleon_jax.models.step_inputs import pack_draws
-from chameleon_jax.models.steps import DECODE_TILE, StepBuckets
+from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.steps import DECODE_TILE, Program, StepBuckets
 from chameleon_jax.models.transfers import PieceSizes
 
 Progress = Callable[[int, int], None]
@@ -39,7 +38,7 @@ class Programs:
         num_pages: pages of the pool; set before anything is asked for.
         weights: what `forward` takes as its weights: a flat list, since to take the model's tree apart at every dispatch costs
             the host several times what the rest of a dispatch does.
-        forward: `StepInputs.program -> steps.forward`.
+        forward: `Program -> steps.forward`.
         sample: `(rows, mode) -> steps.sample_step`.
         write: `pages of a piece -> steps.write_adapter`.
     """
@@ -57,7 +56,7 @@ class Programs:
         compiler_options: Mapping[str, Any] | None = None,
     ):
         self.num_pages = 0
-        self.forward = _OnDemand(lambda key: self._compile_forward(self.num_pages, *key))
+        self.forward = _OnDemand(lambda program: self._compile_forward(self.num_pages, program))
         self.sample = _OnDemand(lambda key: self._compile_sample(*key))
         self.write = _OnDemand(lambda size: self._compile_write(self.num_pages, size))
         self._graph, self._head = graph, head
@@ -71,7 +70,7 @@ class Programs:
         """Every program there is to compile: where it belongs and its key there, what takes longest first."""
         buckets = self._buckets
         forwards = [
-            (self.forward, (tiles, tile_tokens, adapted))
+            (self.forward, Program(tiles, tile_tokens, adapted))
             for tile_tokens in (buckets.prefill_tile, DECODE_TILE)
             for tiles in reversed(buckets.sizes(tile_tokens))
             for adapted in reversed(buckets.adapted(tile_tokens))
@@ -100,7 +99,7 @@ class Programs:
         the pool, so its size does not matter."""
         buckets = self._buckets
         forwards = [
-            functools.partial(self._compile_forward, 2, buckets.sizes(size)[-1], size, adapted)
+            functools.partial(self._compile_forward, 2, Program(buckets.sizes(size)[-1], size, adapted))
             for size in (DECODE_TILE, buckets.prefill_tile)
             for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
@@ -113,20 +112,21 @@ class Programs:
         shape = (num_pages, self._layout.page_elems)
         return [jax.ShapeDtypeStruct(shape, self._dtype)] * self._layout.config.num_layers
 
-    def _compile_forward(self, num_pages: int, tiles: int, tile_tokens: int, adapted: int) -> Any:
+    def _compile_forward(self, num_pages: int, program: Program) -> Any:
         def fn(weights: list[jax.Array], *rest: Any) -> Any:
             params = jax.tree.unflatten(self._tree, weights)
-            return steps.forward(self._graph, params, *rest, layout=self._layout, backend=self._backend)
+            options: dict[str, Any] = {"buckets": self._buckets, "layout": self._layout, "backend": self._backend}
+            return steps.forward(self._graph, params, *rest, program=program, **options)
 
-        inputs = self._buckets.example(tiles, tile_tokens, adapted)
-        lowered = jax.jit(fn, donate_argnums=1).lower(self.weights, self._pool(num_pages), self._slot_tokens, inputs)
+        packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
+        lowered = jax.jit(fn, donate_argnums=1).lower(self.weights, self._pool(num_pages), self._slot_tokens, packed)
         return lowered.compile(self._options)
 
     def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
         fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
         hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
-        packed, _ = pack_draws({}, rows, self._buckets.max_num_seqs)
-        lowered = jax.jit(fn, donate_argnums=2).lower(self._head, hidden, self._slot_tokens, packed)
+        draws = jax.ShapeDtypeStruct((rows, DRAW_COLUMNS), jnp.int32)
+        lowered = jax.jit(fn, donate_argnums=2).lower(self._head, hidden, self._slot_tokens, draws)
         return lowered.compile(self._options)
 
     def _compile_write(self, num_pages: int, size: int) -> Any:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 MAX_LOGPROBS = 20
@@ -32,19 +31,9 @@ class SamplingMode(enum.Enum):
     LOGPROBS = "logprobs"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingRows:
-    """Parameters of `rows` requests.
-
-    Attributes:
-        integers: `[rows, 5 + MAX_BANNED]` int32: slot, position of the token to draw, seed (low word, high word), top_k (0:
-            all), banned ids (-1: none).
-        floats: `[rows, 3]` float32: temperature (0: greedy), top_p, min_p.
-    """
-
-    integers: jax.Array | np.ndarray
-    floats: jax.Array | np.ndarray
+DRAW_COLUMNS = 8 + MAX_BANNED
+"""Of a row of draws, int32: slot, position of the token to draw, seed (low word, high word), top_k (0: all), the bits of three
+float32 (temperature, 0: greedy; top_p; min_p), banned ids (-1: none)."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,20 +47,22 @@ class Sampled:
     top_logprobs: jax.Array | None = None
 
 
-def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode, guesses: int = 1) -> Sampled:
+def sample(logits: jax.Array, draws: jax.Array, mode: SamplingMode, guesses: int = 1) -> Sampled:
     """Draws one token a row from `logits [rows, vocab]` float32. Log-probabilities are the model's, before temperature.
 
     Args:
+        draws: `[rows, DRAW_COLUMNS]` int32.
         guesses: thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so
             1; a GPU by the number of passes.
     """
     slots = jnp.arange(logits.shape[0])[:, None]
-    banned = rows.integers[:, 5:]
+    draws = jnp.asarray(draws)
+    banned = draws[:, 8:]
     allowed = logits.at[slots, jnp.where(banned < 0, logits.shape[1], banned)].set(-jnp.inf, mode="drop")
     tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
     if mode is SamplingMode.GREEDY:
         return Sampled(tokens=tokens)
-    tokens = jnp.where(rows.floats[:, 0] > 0, _draw(allowed, rows, guesses), tokens)
+    tokens = _draw(allowed, draws, guesses, tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
     logprobs = jax.nn.log_softmax(logits, -1)
@@ -80,22 +71,21 @@ def sample(logits: jax.Array, rows: SamplingRows, mode: SamplingMode, guesses: i
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
-def _draw(logits: jax.Array, rows: SamplingRows, guesses: int) -> jax.Array:
-    """Gumbel-max over what top-k, top-p and min-p leave."""
-    integers = jnp.asarray(rows.integers)
-    temperature, top_p, min_p = jnp.asarray(rows.floats).T
+def _draw(logits: jax.Array, draws: jax.Array, guesses: int, best: jax.Array) -> jax.Array:
+    """Gumbel-max over what top-k, top-p and min-p leave; `best` where the temperature is 0."""
+    temperature, top_p, min_p = lax.bitcast_convert_type(draws[:, 5:8], jnp.float32).T
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))  # in [0, 1]; the best token has 1
     weights = jnp.where(weights >= min_p[:, None], weights, 0.0)
-    keep = (weights > 0) & (weights >= _threshold(weights, integers[:, 4], top_p, guesses)[:, None])
+    keep = (weights > 0) & (weights >= _threshold(weights, draws[:, 4], top_p, guesses)[:, None])
 
     def gumbel(row: jax.Array) -> jax.Array:
         key = jax.random.key(row[2].astype(jnp.uint32))
         key = jax.random.fold_in(jax.random.fold_in(key, row[3].astype(jnp.uint32)), row[1])
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-    noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(integers)
-    return jnp.argmax(noisy, -1).astype(jnp.int32)
+    noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(draws)
+    return jnp.where(temperature > 0, jnp.argmax(noisy, -1).astype(jnp.int32), best)
 
 
 def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: int) -> jax.Array:

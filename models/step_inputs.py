@@ -1,30 +1,29 @@
-"""Packs what one step needs into a few fresh host arrays, padded to a bucket.
+"""Packs what one step needs into one fresh host array, padded to a bucket.
 
-Fresh on purpose: a dispatched step may still be reading its arguments when the next one is packed.
+Fresh on purpose: a dispatched step may still be reading its argument when the next one is packed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from chameleon_jax.models.ops.batched_lora import plan_batch
-from chameleon_jax.models.ops.batched_lora.plan import PlacedAdapter
-from chameleon_jax.models.sampling import MAX_BANNED, SamplingMode, SamplingRows
-from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, StepBuckets, StepInputs
+from chameleon_jax.models.ops.batched_lora import fill_plan
+from chameleon_jax.models.page_layout import PlacedAdapter
+from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one sequence.
 
     Attributes:
         tokens: their ids; None for one token that the device has (decode).
         start: position of the first.
         slot: the sequence's place among the running ones.
-        pages: the sequence's block table.
+        pages: the sequence's block table; fastest where it is an `array("i")`.
         adapter: None for the base model.
     """
 
@@ -35,50 +34,7 @@ class Segment:
     adapter: PlacedAdapter | None
 
 
-def pack_step(segments: Sequence[Segment], buckets: StepBuckets) -> tuple[StepInputs, list[int]]:
-    """Packs one step of decode rows (all `tokens` None) or of prefill chunks.
-
-    Returns:
-        The inputs, and for each segment the tile that holds its last token.
-    """
-    decode = segments[0].tokens is None
-    size = DECODE_TILE if decode else buckets.prefill_tile
-    lengths = [1 if s.tokens is None else len(s.tokens) for s in segments]
-    counts = [-(-n // size) for n in lengths]
-    tiles = buckets.bucket(sum(counts), size)
-    tokens = np.zeros(tiles * size, np.int32)
-    table = np.zeros((tiles, 3 + buckets.table_width), np.int32)
-    table[:, 2] = buckets.max_num_seqs  # padding's slot
-    adapters: list[PlacedAdapter | None] = []
-    last: list[int] = []
-    tile = 0
-    for segment, length, count in zip(segments, lengths, counts):
-        rows = slice(tile, tile + count)
-        tokens[tile * size : tile * size + length] = FROM_SLOT if segment.tokens is None else segment.tokens
-        table[rows, 0] = segment.start + size * np.arange(count)
-        table[rows, 1] = np.minimum(size, length - size * np.arange(count))
-        table[rows, 2] = segment.slot
-        table[rows, 3 : 3 + len(segment.pages)] = segment.pages
-        adapters += [segment.adapter] * count
-        tile += count
-        last.append(tile - 1)
-    lora = None
-    needed = max((a.placement.num_targets for a in adapters if a is not None), default=0)
-    if needed:
-        lora = plan_batch(
-            adapters,
-            tiles=tiles,
-            tile_tokens=size,
-            max_rank=buckets.max_rank,
-            max_pages=buckets.max_adapter_pages,
-            num_targets=min(n for n in buckets.adapted(size) if n >= needed),
-            decode_window=buckets.decode_window,
-        )
-    return StepInputs(tokens=tokens, tiles=table, lora=lora), last
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """How one row's token is drawn. `position` is the token's own; `banned` ids cannot be drawn."""
 
     slot: int
@@ -92,19 +48,92 @@ class Draw:
     logprobs: bool
 
 
-def pack_draws(draws: dict[int, Draw], rows: int, padding_slot: int) -> tuple[SamplingRows, SamplingMode]:
-    """Packs `row -> Draw`; rows without one draw a token that nobody reads."""
-    integers = np.full((rows, 5 + MAX_BANNED), -1, np.int32)
-    integers[:, :5] = (padding_slot, 0, 0, 0, 0)
-    floats = np.tile(np.array([0.0, 1.0, 0.0], np.float32), (rows, 1))
-    mode = SamplingMode.GREEDY
+class PackedStep(NamedTuple):
+    """A step ready to be dispatched.
+
+    Attributes:
+        packed: the inputs, see `StepBuckets.view`.
+        program: the forward program that takes them.
+        last: for each segment the tile that holds its last token.
+        mode: the sampling program; None: nothing is drawn.
+    """
+
+    packed: np.ndarray
+    program: Program
+    last: list[int]
+    mode: SamplingMode | None
+
+
+def pack_step(segments: Sequence[Segment], draws: Mapping[int, Draw], buckets: StepBuckets) -> PackedStep:
+    """Packs one step of decode rows (all `tokens` None) or of prefill chunks.
+
+    Args:
+        draws: `index of a segment -> how the token behind its last one is drawn`.
+    """
+    decode = segments[0].tokens is None
+    size = DECODE_TILE if decode else buckets.prefill_tile
+    counts = [1 if s.tokens is None else -(-len(s.tokens) // size) for s in segments]
+    ends = np.cumsum(counts)
+    last = (ends - 1).tolist()
+    needed = max([s.adapter.placement.num_targets for s in segments if s.adapter is not None], default=0)
+    program = Program(
+        tiles=buckets.bucket(last[-1] + 1, size),
+        tile_tokens=size,
+        adapted=min(n for n in buckets.adapted(size) if n >= needed) if needed else 0,
+    )
+    packed = np.zeros(buckets.packed_size(program), np.int32)
+    inputs = buckets.view(packed, program)
+    inputs.tiles[:, 2] = buckets.max_num_seqs  # padding's slot
+    if decode:
+        rows = len(segments)
+        inputs.tokens[:rows] = FROM_SLOT
+        inputs.tiles[:rows, 0] = [s.start for s in segments]
+        inputs.tiles[:rows, 1] = 1
+        inputs.tiles[:rows, 2] = [s.slot for s in segments]
+        for table, segment in zip(inputs.tiles[:, 3:], segments):
+            table[: len(segment.pages)] = segment.pages
+    else:
+        for segment, end, count in zip(segments, ends.tolist(), counts):
+            _fill_chunk(inputs.tokens[(end - count) * size :], inputs.tiles[end - count : end], segment, size)
+    if inputs.lora is not None:
+        fill_plan(inputs.lora, [s.adapter for s, count in zip(segments, counts) for _ in range(count)])
+    mode = fill_draws(inputs.draws, {last[i]: draw for i, draw in draws.items()}, buckets.max_num_seqs)
+    return PackedStep(packed, program, last, mode if draws else None)
+
+
+def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, segment: Segment, size: int) -> None:
+    """Writes a chunk of a prompt into its tiles, and its tokens from the first one on."""
+    assert segment.tokens is not None
+    length, before = len(segment.tokens), size * np.arange(len(tiles))
+    tokens[:length] = segment.tokens
+    tiles[:, 0] = segment.start + before
+    tiles[:, 1] = np.minimum(size, length - before)
+    tiles[:, 2] = segment.slot
+    tiles[:, 3 : 3 + len(segment.pages)] = segment.pages
+
+
+def pack_draws(draws: Mapping[int, Draw], rows: int, padding_slot: int) -> tuple[np.ndarray, SamplingMode]:
+    """`[rows, DRAW_COLUMNS]` int32 of `row -> Draw`, and the sampling program that they need."""
+    table = np.zeros((rows, DRAW_COLUMNS), np.int32)
+    return table, fill_draws(table, draws, padding_slot)
+
+
+def fill_draws(table: np.ndarray, draws: Mapping[int, Draw], padding_slot: int) -> SamplingMode:
+    """Writes `row -> Draw` into `table` `[rows, DRAW_COLUMNS]`, zeros; rows without one draw a token that nobody reads."""
+    table[:, 0] = padding_slot
+    table[:, 8:] = -1
+    if not draws:
+        return SamplingMode.GREEDY
+    rows, values = list(draws), list(draws.values())
+    table[rows, :2] = [d[:2] for d in values]
+    seeds = np.array([d.seed & 0xFFFFFFFFFFFFFFFF for d in values], "<u8")
+    table[rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
+    table[rows, 4] = [max(d.top_k, 0) for d in values]
+    floats = np.array([(d.temperature, d.top_p, d.min_p) for d in values], np.float32)
+    table[rows, 5:8] = floats.view(np.int32)
     for row, draw in draws.items():
-        seed = np.array([draw.seed & 0xFFFFFFFF, draw.seed >> 32 & 0xFFFFFFFF], np.uint32).view(np.int32)
-        integers[row, :5] = (draw.slot, draw.position, *seed, max(draw.top_k, 0))
-        integers[row, 5 : 5 + len(draw.banned)] = draw.banned
-        floats[row] = (draw.temperature, draw.top_p, draw.min_p)
-        if draw.logprobs:
-            mode = SamplingMode.LOGPROBS
-        elif draw.temperature > 0 and mode is SamplingMode.GREEDY:
-            mode = SamplingMode.RANDOM
-    return SamplingRows(integers=integers, floats=floats), mode
+        if draw.banned:
+            table[row, 8 : 8 + len(draw.banned)] = draw.banned
+    if any([d.logprobs for d in values]):
+        return SamplingMode.LOGPROBS
+    return SamplingMode.RANDOM if (floats[:, 0] > 0).any() else SamplingMode.GREEDY

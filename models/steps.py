@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ from flax import nnx
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
-from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_batch, resolve
+from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_shapes, resolve, window_tiles
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import Sampled, SamplingMode, SamplingRows, sample
+from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, sample
 from chameleon_jax.scheduler.running import PREFILL_TILE
 
 DECODE_TILE = 1
@@ -29,26 +30,38 @@ FROM_SLOT = -1
 """A token id that says: take the token that was last sampled for this slot."""
 
 
-@jax.tree_util.register_dataclass
+class Program(NamedTuple):
+    """Key of a forward program.
+
+    Attributes:
+        tiles: tiles of the step, padding included.
+        tile_tokens: tokens of a tile.
+        adapted: how many of TARGETS are adapted; 0: a program without LoRA work.
+    """
+
+    tiles: int
+    tile_tokens: int
+    adapted: int
+
+
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """What the host sends for one forward step; padding tiles come last and have count 0.
+    """The parts of a step's one input array, as views (host) or slices (device); padding tiles come last and have count 0.
+
+    One array because every array that is sent waits for the program before it: on an H100 8 of them are predicted to cost 1 to
+    2 % of a decode step.
 
     Attributes:
         tokens: `[tiles * tile_tokens]` int32, or FROM_SLOT.
         tiles: `[tiles, 3 + table_width]` int32: position of the first token, tokens in the tile, slot, block table.
-        lora: which adapters; None runs the program that has no LoRA work.
+        draws: `[tiles, DRAW_COLUMNS]` int32: how the token behind each tile is drawn.
+        lora: which adapters; None in a program that has no LoRA work.
     """
 
-    tokens: jax.Array | np.ndarray
-    tiles: jax.Array | np.ndarray
+    tokens: Any
+    tiles: Any
+    draws: Any
     lora: LoraPlan | None = None
-
-    @property
-    def program(self) -> tuple[int, int, int]:
-        """What tells the programs apart: tiles, tokens of a tile, and how many of TARGETS are adapted."""
-        tiles = self.tiles.shape[0]
-        return tiles, self.tokens.shape[0] // tiles, 0 if self.lora is None else self.lora.num_targets
 
 
 def forward(
@@ -56,21 +69,25 @@ def forward(
     params: Any,
     pages: list[jax.Array],
     slot_tokens: jax.Array,
-    inputs: StepInputs,
+    packed: jax.Array,
     *,
+    program: Program,
+    buckets: StepBuckets,
     layout: PageLayout,
     backend: str,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Hidden states `[tiles, hidden]` of each tile's last token, and the pool with the tokens' KV in it.
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Hidden states `[tiles, hidden]` of each tile's last token, the draws that came with the step, for `sample_step`, and the
+    pool with the tokens' KV in it.
 
     Args:
+        packed: the step's inputs, `[buckets.packed_size(program)]` int32.
         backend: of the device ops, one of `ops.BACKENDS`.
     """
     model: Llama = nnx.merge(graph, params)
-    tiles = jnp.asarray(inputs.tiles)
+    inputs = buckets.view(packed, program)
+    tiles = inputs.tiles
     starts, counts, slots, tables = tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3:]
-    num_tiles = starts.shape[0]
-    tile_tokens = inputs.tokens.shape[0] // num_tiles
+    num_tiles, tile_tokens, _ = program
 
     within = jnp.arange(tile_tokens)
     valid = within < counts[:, None]
@@ -99,20 +116,21 @@ def forward(
 
     hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
-    return hidden[last], pages
+    return hidden[last], inputs.draws, pages
 
 
 def sample_step(
-    head: jax.Array, hidden: jax.Array, slot_tokens: jax.Array, rows: SamplingRows, *, mode: SamplingMode, backend: str
+    head: jax.Array, hidden: jax.Array, slot_tokens: jax.Array, draws: jax.Array, *, mode: SamplingMode, backend: str
 ) -> tuple[Sampled, jax.Array]:
     """Draws one token for each of `hidden [rows, hidden]` and puts it where the next step looks for it.
 
     Args:
         head: the output matrix, `Llama.output_matrix`.
+        draws: `[rows, DRAW_COLUMNS]` int32, as `forward` returns them.
         backend: of the device ops, one of `ops.BACKENDS`.
     """
-    sampled = sample(logits(hidden, head), rows, mode, guesses=7 if backend == "triton" else 1)
-    return sampled, slot_tokens.at[rows.integers[:, 0]].set(sampled.tokens)
+    sampled = sample(logits(hidden, head), draws, mode, guesses=7 if backend == "triton" else 1)
+    return sampled, slot_tokens.at[draws[:, 0]].set(sampled.tokens)
 
 
 def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -188,25 +206,40 @@ class StepBuckets:
         alone = self.attention_alone and tile_tokens == DECODE_TILE
         return (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
 
-    def example(self, tiles: int, tile_tokens: int, adapted: int) -> StepInputs:
-        """A step's inputs as shapes, to compile for."""
-        plan = None
-        if adapted:
-            plan = plan_batch(
-                [],
-                tiles=tiles,
-                tile_tokens=tile_tokens,
-                max_rank=self.max_rank,
-                max_pages=self.max_adapter_pages,
-                num_targets=adapted,
-                decode_window=self.decode_window,
-            )
-        shapes = StepInputs(
-            tokens=np.zeros(tiles * tile_tokens, np.int32),
-            tiles=np.zeros((tiles, 3 + self.table_width), np.int32),
-            lora=plan,
-        )
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
+    def _plan(self, program: Program) -> dict[str, int]:
+        """Arguments of `plan_shapes`."""
+        return {
+            "tiles": program.tiles,
+            "tile_tokens": program.tile_tokens,
+            "max_rank": self.max_rank,
+            "max_pages": self.max_adapter_pages,
+            "num_targets": program.adapted,
+            "decode_window": self.decode_window,
+        }
+
+    def _parts(self, program: Program) -> dict[str, tuple[int, ...]]:
+        """Shapes of a packed step's parts by name, in order."""
+        tiles, tile_tokens, adapted = program
+        step = {"tokens": (tiles * tile_tokens,), "tiles": (tiles, 3 + self.table_width), "draws": (tiles, DRAW_COLUMNS)}
+        return step | (plan_shapes(**self._plan(program)) if adapted else {})
+
+    def packed_size(self, program: Program) -> int:
+        """Elements of a packed step."""
+        return sum(math.prod(shape) for shape in self._parts(program).values())
+
+    def view(self, packed: Any, program: Program) -> StepInputs:
+        """The parts of a packed step: views of a NumPy array, slices of a JAX array."""
+        parts, begin = {}, 0
+        for name, shape in self._parts(program).items():
+            end = begin + math.prod(shape)
+            part = packed[begin:end] if isinstance(packed, np.ndarray) else jax.lax.slice(packed, (begin,), (end,))
+            parts[name] = part.reshape(shape)
+            begin = end
+        step = {name: parts.pop(name) for name in ("tokens", "tiles", "draws")}
+        lora = None
+        if parts:
+            lora = LoraPlan(**parts, window_tiles=window_tiles(program.tiles, program.tile_tokens, self.decode_window))
+        return StepInputs(**step, lora=lora)
 
     @property
     def sample_rows(self) -> tuple[int, ...]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.models.engine import DeviceEngine, DispatchedStep
-from chameleon_jax.models.page_layout import AdapterPlacement
+from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.models.step_inputs import Draw, Segment
 from chameleon_jax.models.transfers import PinnedBlock
@@ -18,15 +15,6 @@ from chameleon_jax.request import Request
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
 from chameleon_jax.serving.adapter_loads import AdapterLoads, LoadCounters
 from chameleon_jax.serving.executor import LoadResult, SampledToken
-
-
-@dataclasses.dataclass(frozen=True)
-class ResidentAdapter:
-    """Where an adapter's rows lie."""
-
-    placement: AdapterPlacement
-    pages: Sequence[int]
-
 
 Part = tuple[DispatchedStep, list[tuple[int, Request]]]
 """The prompts or the decodes of a step, and whose each of its drawn rows is."""
@@ -50,8 +38,8 @@ class JaxExecutor:
         self._engine = engine
         self._placements = placements
         self._loads = AdapterLoads(engine, store, transfers_per_load)
-        self._loading: dict[str, ResidentAdapter] = {}
-        self._resident: dict[str, ResidentAdapter] = {}
+        self._loading: dict[str, PlacedAdapter] = {}
+        self._resident: dict[str, PlacedAdapter] = {}
 
     @property
     def load_counters(self) -> LoadCounters:
@@ -83,7 +71,7 @@ class JaxExecutor:
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
         self._resident.pop(content_hash, None)
-        self._loading[content_hash] = ResidentAdapter(self._placements[content_hash], tuple(pages))
+        self._loading[content_hash] = PlacedAdapter(self._placements[content_hash], tuple(pages))
         self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
@@ -118,7 +106,7 @@ class JaxExecutor:
     def _row(self, request: Request) -> Segment:
         return Segment(None, request.num_computed - 1, request.slot, request.pages, self._adapter(request))
 
-    def _adapter(self, request: Request) -> ResidentAdapter | None:
+    def _adapter(self, request: Request) -> PlacedAdapter | None:
         return None if request.adapter is None else self._resident[request.adapter]
 
 

@@ -16,20 +16,11 @@ from flax import nnx
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import Llama
-from chameleon_jax.models.page_layout import AdapterPlacement
-from chameleon_jax.models.step_inputs import Draw, Segment, pack_draws, pack_step
+from chameleon_jax.models.step_inputs import Draw, Segment, pack_step
 
 SCALE_OF_ROWS = 0.02
 """Standard deviation of what the pool holds, as KV and as LoRA rows: adapters then change what a layer gives by as much as it
 is."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """An adapter in the pool."""
-
-    placement: AdapterPlacement
-    pages: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +44,7 @@ class BenchEngine(DeviceEngine):
     def prepare(self, batches: Iterable[Batch]) -> tuple[int, float]:
         """Compiles the forward programs of some steps, on some threads; returns how many and the seconds."""
         begin = time.perf_counter()
-        keys = dict.fromkeys(pack_step(batch.segments, self.buckets)[0].program for batch in batches)
+        keys = dict.fromkeys(pack_step(batch.segments, batch.draws, self.buckets).program for batch in batches)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             list(threads.map(self.programs.forward.__getitem__, keys))
         return len(keys), time.perf_counter() - begin
@@ -77,16 +68,15 @@ class BenchEngine(DeviceEngine):
 
     def packed(self, batch: Batch) -> Callable[[], jax.Array]:
         """Dispatches the step with arguments that are on the device already: what remains is the device's time."""
-        inputs, last = pack_step(batch.segments, self.buckets)
-        tiles = inputs.tiles.shape[0]
-        rows, mode = pack_draws({last[i]: d for i, d in batch.draws.items()}, tiles, self.buckets.max_num_seqs)
-        forward = self.programs.forward[inputs.program]
-        sample = self.programs.sample[tiles, mode]
-        inputs, rows = jax.device_put((inputs, rows), self._memory)
+        packed, program, _, mode = pack_step(batch.segments, batch.draws, self.buckets)
+        if mode is None:
+            raise ValueError("a step to measure draws tokens")
+        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode]
+        inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:
-            hidden, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, rows)
+            hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
             return sampled.tokens
 
         return step

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device import correct_sampling
-from benchmarks.device.bench_engine import Placed
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -25,7 +24,7 @@ from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import BACKENDS as ATTENTION
 from chameleon_jax.models.ops.paged_attention import triton as attention_triton
 from chameleon_jax.models.ops.paged_attention import write_kv
-from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.steps import shapes_for
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -124,8 +123,8 @@ def lora(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, name: 
     placements += [layout.place({"q_proj": scale.ranks[0], "v_proj": 3}), layout.place({"down_proj": scale.ranks[-1]})]
     num_pages = 1 + sum(p.num_pages for p in placements) + 3
     deal = iter((1 + rng.permutation(num_pages - 1)).tolist())
-    placed = [Placed(p, tuple(next(deal) for _ in range(p.num_pages))) for p in placements]
-    owners: list[Placed | None] = [*placed, None]
+    placed = [PlacedAdapter(p, tuple(next(deal) for _ in range(p.num_pages))) for p in placements]
+    owners: list[PlacedAdapter | None] = [*placed, None]
     tiles = 38 if tile_tokens == 1 else 11  # neither is a whole number of windows
     batch = [owners[i] for i in rng.integers(0, len(owners), tiles - 3)]
     batch[: len(owners)] = owners[: len(batch)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
-from chameleon_jax.models.sampling import MAX_BANNED, SamplingMode, SamplingRows, sample
+from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode, sample
 
 
 def cases(scale: Scale) -> list[Case]:
@@ -20,12 +20,13 @@ def cases(scale: Scale) -> list[Case]:
     ]
 
 
-def _rows(seeds: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, banned: int = -1) -> SamplingRows:
+def _rows(seeds: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, banned: int = -1) -> np.ndarray:
     count = len(seeds)
-    integers = np.full((count, 5 + MAX_BANNED), -1, np.int32)
-    integers[:, :5] = np.stack([np.arange(count), np.arange(count) % 97, seeds, 0 * seeds, 0 * seeds + top_k], 1)
-    integers[:, 5] = banned
-    return SamplingRows(integers, np.tile(np.array([temperature, top_p, 0.0], np.float32), (count, 1)))
+    rows = np.full((count, DRAW_COLUMNS), -1, np.int32)
+    rows[:, :5] = np.stack([np.arange(count), np.arange(count) % 97, seeds, 0 * seeds, 0 * seeds + top_k], 1)
+    rows[:, 5:8] = np.array([temperature, top_p, 0.0], np.float32).view(np.int32)
+    rows[:, 8] = banned
+    return rows
 
 
 def tokens(scale: Scale) -> list[Row]:
@@ -36,10 +37,10 @@ def tokens(scale: Scale) -> list[Row]:
     seeds = rng.integers(0, 1 << 30, 64).astype(np.int32)
     compiled = jax.jit(sample, static_argnums=(2, 3))
 
-    def draw(rows: SamplingRows, mode: SamplingMode, device: jax.Device | None = None) -> np.ndarray:
+    def draw(rows: np.ndarray, mode: SamplingMode, device: jax.Device | None = None) -> np.ndarray:
         guesses = 7 if on_gpu() and device is None else 1  # as `sample_step` has it
         with jax.default_device(device):
-            return np.asarray(compiled(jnp.asarray(logits), jax.tree.map(jnp.asarray, rows), mode, guesses).tokens)
+            return np.asarray(compiled(jnp.asarray(logits), jnp.asarray(rows), mode, guesses).tokens)
 
     def row(name: str, wrong: int, allowed: int = 0) -> Row:
         return {"check": f"sampling, {name}", "error": f"{wrong} of 64", "limit": allowed, "ok": wrong <= allowed}

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.device.bench_engine import SCALE_OF_ROWS, Placed, random_weights
+from benchmarks.device.bench_engine import SCALE_OF_ROWS, random_weights
 from benchmarks.device.correct_ops import worst
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
 from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.llama import logits
-from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.step_inputs import Segment, pack_step
 
 DECODE_STEPS = 4
@@ -56,7 +56,9 @@ class Sequences:
         self.num_pages = 1 + len(lengths) * width + sum(p.num_pages for p in placements)
         deal = iter((1 + rng.permutation(self.num_pages - 1)).tolist())
         self.tables = [tuple(itertools.islice(deal, width)) for _ in lengths]
-        self.adapters: list[Placed | None] = [Placed(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements]
+        self.adapters: list[PlacedAdapter | None] = [
+            PlacedAdapter(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements
+        ]
         self.adapters.append(None)
         tiles = sum(-(-n // tile) for n in lengths) + 1  # and padding
         self.buckets = steps.StepBuckets(
@@ -70,14 +72,15 @@ class Sequences:
 
     def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:
         """The program of a step, without tf32 where it is float32's."""
-        segments = self._segments(int(decode))
-        inputs, _ = pack_step(segments, self.buckets)
-        forward = functools.partial(steps.forward, graph, layout=self.layout, backend=backend)
+        packed, program, _, _ = pack_step(self._segments(int(decode)), {}, self.buckets)
+        forward = functools.partial(
+            steps.forward, graph, program=program, buckets=self.buckets, layout=self.layout, backend=backend
+        )
         wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
         pool = [jax.ShapeDtypeStruct((self.num_pages, self.layout.page_elems), dtype)] * self.layout.config.num_layers
         slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):  # a thread's own setting
-            return jax.jit(forward, donate_argnums=1).lower(wide, pool, slots, inputs).compile()
+            return jax.jit(forward, donate_argnums=1).lower(wide, pool, slots, packed).compile()
 
     def run(self, programs: dict[bool, Any], params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
         """Prompts, then DECODE_STEPS steps; with `given` each is fed that run's tokens and not its own.
@@ -91,8 +94,8 @@ class Sequences:
         hiddens: list[np.ndarray] = []
         tokens: list[np.ndarray] = []
         for step in range(1 + DECODE_STEPS):
-            inputs, last = pack_step(self._segments(step), self.buckets)
-            hidden, pages = programs[step > 0](params, pages, slots, inputs)
+            packed, _, last, _ = pack_step(self._segments(step), {}, self.buckets)
+            hidden, _, pages = programs[step > 0](params, pages, slots, packed)
             hidden = hidden[np.array(last)]
             hiddens.append(np.asarray(hidden, np.float32))
             tokens.append(np.asarray(logits(hidden, head).argmax(-1)))

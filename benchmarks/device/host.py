@@ -18,7 +18,7 @@ from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench, shared
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
-from chameleon_jax.models.step_inputs import pack_draws, pack_step
+from chameleon_jax.models.step_inputs import pack_step
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import Request, SamplingParams
 
@@ -49,10 +49,8 @@ def parts(bench: Workbench, rows: int, mix: Mix) -> list[Row]:
     engine = bench.engine
     step, packed = bench.run(batch), engine.packed(batch)
     jax.block_until_ready([step(), packed()])
-    draws = dict(enumerate(batch.draws.values()))
     ms = {
-        "pack tokens and adapters": _median(engine, lambda: pack_step(batch.segments, engine.buckets)),
-        "pack draws": _median(engine, lambda: pack_draws(draws, rows, engine.buckets.max_num_seqs)),
+        "pack": _median(engine, lambda: pack_step(batch.segments, batch.draws, engine.buckets)),
         "dispatch, arguments on the device": _median(engine, packed),
         "run": _median(engine, step),
     }

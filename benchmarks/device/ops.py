@@ -160,8 +160,9 @@ class Alone:
 
     def _attention_of(self, batch: Batch, layers: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         engine = self._bench.engine
-        inputs, _ = pack_step(batch.segments, engine.buckets)
-        tiles, tile_tokens = inputs.tiles.shape[0], inputs.tokens.shape[0] // inputs.tiles.shape[0]
+        packed, program, _, _ = pack_step(batch.segments, batch.draws, engine.buckets)
+        inputs = engine.buckets.view(packed, program)
+        tiles, tile_tokens, _ = program
         starts, counts, tables = (jnp.asarray(a) for a in (inputs.tiles[:, 0], inputs.tiles[:, 1], inputs.tiles[:, 3:]))
         q = self._normal(0, (tiles, tile_tokens, self._config.num_heads, self._config.head_dim))
 
@@ -173,7 +174,8 @@ class Alone:
     def _adapters_of(self, batch: Batch, tokens: int, tile_tokens: int, name: str) -> list[Row]:
         """Each group of targets: y goes through the layers, updated in place as in a step."""
         engine, layout = self._bench.engine, self._bench.layout
-        plan = pack_step(batch.segments, engine.buckets)[0].lora
+        packed, program, _, _ = pack_step(batch.segments, batch.draws, engine.buckets)
+        plan = engine.buckets.view(packed, program).lora
         addresses = jax.jit(functools.partial(resolve, layout=layout, tile_tokens=tile_tokens))
         plan = jax.device_put(plan, engine.head.sharding)
         targets = addresses(plan)

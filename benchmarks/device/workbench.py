@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.device.bench_engine import Batch, BenchEngine, Placed, random_weights
+from benchmarks.device.bench_engine import Batch, BenchEngine, random_weights
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from chameleon_jax.models import ops, steps
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
-from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.programs import Programs
 from chameleon_jax.models.step_inputs import Draw, Segment
 
@@ -142,15 +142,15 @@ class Workbench:
         draws = {i: Draw(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
         return Batch(segments, draws, self.weight_bytes + self.adapter_bytes(adapters), "")
 
-    def adapters(self, mix: Mix, count: int, deal: Iterator[int], room: int) -> list[Placed]:
+    def adapters(self, mix: Mix, count: int, deal: Iterator[int], room: int) -> list[PlacedAdapter]:
         """Up to `count` adapters, as many as `room` pages hold."""
-        placed: list[Placed] = []
+        placed: list[PlacedAdapter] = []
         for rank in itertools.islice(itertools.cycle(mix.ranks), count if mix.ranks else 0):
             placement = self.layout.place(dict.fromkeys(mix.targets, rank))
             room -= placement.num_pages
             if room < 0:
                 break
-            placed.append(Placed(placement, tuple(itertools.islice(deal, placement.num_pages))))
+            placed.append(PlacedAdapter(placement, tuple(itertools.islice(deal, placement.num_pages))))
         return placed
 
     def _deal(self, seed: int) -> Iterator[int]:
@@ -166,7 +166,7 @@ class Workbench:
     def token_bytes(self) -> int:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.config.num_layers * self.dtype.itemsize
 
-    def adapter_bytes(self, adapters: Sequence[Placed]) -> int:
+    def adapter_bytes(self, adapters: Sequence[PlacedAdapter]) -> int:
         """Of true rank rows: each adapter's once, however many rows of the batch use it."""
         elems = sum(r * sum(self.config.target_shape(t)) for a in adapters for t, r in a.placement.ranks.items())
         return elems * self.config.num_layers * self.dtype.itemsize

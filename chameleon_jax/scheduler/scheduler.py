@@ -8,6 +8,7 @@ to the same output.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -282,7 +283,7 @@ class Scheduler:
             if request.adapter is not None:
                 self._cache.counters.hits += bool(metrics.adapter_was_resident)
                 self._cache.counters.misses += not metrics.adapter_was_resident
-        request.pages = list(self._pool.extend_kv(request.request_id, self._first_pages(request)))
+        request.pages = array("i", self._pool.extend_kv(request.request_id, self._first_pages(request)))
         request.slot = self._slots.pop()
         self._stop_waiting(request)
         self._running.add(request)
@@ -325,7 +326,7 @@ class Scheduler:
 
     def _give_back(self, request: Request, now: float) -> None:
         self._pool.free_kv(request.request_id)
-        request.pages = []
+        request.pages = array("i")
         self._slots.append(request.slot)
         request.slot = -1
         if request.adapter is not None:

@@ -13,8 +13,7 @@ from benchmarks.compile_h100 import LAYER_BYTES, Model, compile_for_h100, kernel
 from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
-from chameleon_jax.models.sampling import SamplingMode
-from chameleon_jax.models.step_inputs import pack_draws
+from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
 
 MIB = 1 << 20
 model = functools.cache(Model.of)
@@ -71,11 +70,11 @@ def test_a_step(preset, num_layers, tiles, tile_tokens, adapted):
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
 def test_sampling_waits_for_nothing(mode):
-    rows, _ = pack_draws({}, 128, 128)
+    draws = jax.ShapeDtypeStruct((128, DRAW_COLUMNS), jnp.int32)
     head, hidden = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (32_000, 128))
     slots = jax.ShapeDtypeStruct((129,), jnp.int32)
     sample_step = functools.partial(steps.sample_step, mode=mode, backend="triton")
-    launched = operations(compile_for_h100(sample_step, head, hidden, slots, rows, donate_argnums=2))
+    launched = operations(compile_for_h100(sample_step, head, hidden, slots, draws, donate_argnums=2))
     assert not {"while", "conditional"} & set(launched)
     assert launched["fusion"] < 100
 

@@ -34,8 +34,11 @@ def test_the_pool_is_updated_in_place(tiles, tile_tokens, adapted):
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, jnp.dtype("float32"), nnx.Rngs(0))))
     pages = [jax.ShapeDtypeStruct((NUM_PAGES, LAYOUT.page_elems), jnp.float32)] * CONFIG.num_layers
     slots = jax.ShapeDtypeStruct((7,), jnp.int32)
-    step = jax.jit(functools.partial(steps.forward, graph, layout=LAYOUT, backend="blocked"), donate_argnums=1)
-    memory = step.lower(params, pages, slots, BUCKETS.example(tiles, tile_tokens, adapted)).compile().memory_analysis()
+    program = steps.Program(tiles, tile_tokens, adapted)
+    options = {"program": program, "buckets": BUCKETS, "layout": LAYOUT, "backend": "blocked"}
+    step = jax.jit(functools.partial(steps.forward, graph, **options), donate_argnums=1)
+    packed = jax.ShapeDtypeStruct((BUCKETS.packed_size(program),), jnp.int32)
+    memory = step.lower(params, pages, slots, packed).compile().memory_analysis()
     one_layer = NUM_PAGES * LAYOUT.page_elems * 4
     assert memory.alias_size_in_bytes == CONFIG.num_layers * one_layer
     assert memory.temp_size_in_bytes < one_layer // 8

@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.models.config import TARGETS
-from chameleon_jax.models.page_layout import TRASH_PAGE, AdapterPlacement, PageLayout
+from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
 
 BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has what others cost)."""
@@ -27,15 +26,6 @@ DECODE_WINDOW = 8
 """Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
 MAX_RANK = 256
 """A rank row is coded as adapter * MAX_RANK + row."""
-
-
-class PlacedAdapter(Protocol):
-    """An adapter that is in the pool."""
-
-    @property
-    def placement(self) -> AdapterPlacement: ...
-    @property
-    def pages(self) -> Sequence[int]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +101,21 @@ def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
     return min(tiles, decode_window if tile_tokens == 1 else max(1, 128 // tile_tokens))
 
 
+def plan_shapes(
+    *, tiles: int, tile_tokens: int, max_rank: int, max_pages: int, num_targets: int, decode_window: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a plan's arrays by name, in the order in which a step packs them. Arguments as in `plan_batch`."""
+    # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
+    capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
+    windows = -(-tiles // window_tiles(tiles, tile_tokens, decode_window))
+    return {
+        "adapters": (tiles, 2 * len(TARGETS) + max_pages),
+        "rank_rows": (num_targets, capacity),
+        "first_blocks": (num_targets, windows + 1),
+        "tile_adapter": (tiles,),
+    }
+
+
 def plan_batch(
     tile_adapters: Sequence[PlacedAdapter | None],
     *,
@@ -131,45 +136,49 @@ def plan_batch(
         num_targets: how many of TARGETS, from the first on; no adapter of the batch has others.
         decode_window: rows of a window in decode.
     """
-    # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
-    capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
-    step = window_tiles(tiles, tile_tokens, decode_window)
-    windows = -(-tiles // step)
-    adapters = np.zeros((tiles, 2 * len(TARGETS) + max_pages), np.int32)
-    rank_rows = np.full((num_targets, capacity), -1, np.int32)
-    first_blocks = np.zeros((num_targets, windows + 1), np.int32)
-    tile_adapter = np.full(tiles, -1, np.int32)
-
-    index: dict[int, int] = {}
-    distinct: list[PlacedAdapter] = []
-    for tile, adapter in enumerate(tile_adapters):
-        if adapter is None:
-            continue
-        number = index.setdefault(id(adapter), len(distinct))
-        if number == len(distinct):
-            distinct.append(adapter)
-            adapters[number, : 2 * len(TARGETS)] = adapter.placement.start_of_runs
-            adapters[number, 2 * len(TARGETS) : 2 * len(TARGETS) + len(adapter.pages)] = adapter.pages
-        tile_adapter[tile] = number
-
-    # entries: the (window, adapter) pairs that occur, window after window
-    with_adapter = np.flatnonzero(tile_adapter >= 0)
-    entries = np.unique(with_adapter // step * tiles + tile_adapter[with_adapter])
-    window, owner = np.divmod(entries, tiles)
-    ranks = np.array([a.placement.rank_of_targets for a in distinct], np.int64).reshape(-1, len(TARGETS))
-    ranks = ranks[owner, :num_targets].T
-    rows = ranks @ (window[:, None] == np.arange(windows))
-    first_blocks[:, 1:] = np.cumsum(-(-rows // BLOCK_ROWS), axis=1)
-    # where an entry's rows begin: its window's first block, then what the entries before it in the window take
-    before = np.cumsum(ranks, axis=1) - ranks - (np.cumsum(rows, axis=1) - rows)[:, window]
-    begin = np.arange(num_targets)[:, None] * capacity + first_blocks[:, window] * BLOCK_ROWS + before
-    counts = ranks.ravel()
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    codes = np.broadcast_to(owner * MAX_RANK, ranks.shape).ravel()
-    rank_rows.ravel()[np.repeat(begin.ravel(), counts) + within] = np.repeat(codes, counts) + within
-    return LoraPlan(
-        adapters=adapters, rank_rows=rank_rows, first_blocks=first_blocks, tile_adapter=tile_adapter, window_tiles=step
+    shapes = plan_shapes(
+        tiles=tiles,
+        tile_tokens=tile_tokens,
+        max_rank=max_rank,
+        max_pages=max_pages,
+        num_targets=num_targets,
+        decode_window=decode_window,
     )
+    arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    plan = LoraPlan(**arrays, window_tiles=window_tiles(tiles, tile_tokens, decode_window))
+    fill_plan(plan, tile_adapters)
+    return plan
+
+
+def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> None:
+    """Writes a batch into a plan whose arrays are zeros (host)."""
+    adapters, rank_rows, first_blocks, tile_adapter = map(
+        np.asarray, (plan.adapters, plan.rank_rows, plan.first_blocks, plan.tile_adapter)
+    )
+    rank_rows.fill(-1)
+    tile_adapter.fill(-1)
+    numbers: dict[PlacedAdapter, int] = {}
+    tile_adapter[: len(tile_adapters)] = [-1 if a is None else numbers.setdefault(a, len(numbers)) for a in tile_adapters]
+    for adapter, number in numbers.items():
+        adapters[number, : len(adapter.table_row)] = adapter.table_row
+    # entries: the (window, adapter) pairs that occur, window after window
+    tiles, windows = len(tile_adapter), first_blocks.shape[1] - 1
+    with_adapter = np.flatnonzero(tile_adapter >= 0)
+    entries = np.unique(with_adapter // plan.window_tiles * tiles + tile_adapter[with_adapter])
+    window, owner = np.divmod(entries, tiles)
+    ranks_of = np.array([a.placement.rank_of_targets for a in numbers], np.int32).reshape(-1, len(TARGETS))
+    ranks = ranks_of[owner].T
+    for t in range(plan.num_targets):
+        if t and (ranks[t] == ranks[t - 1]).all():  # as a rule an adapter has one rank, so that most targets are alike
+            rank_rows[t], first_blocks[t] = rank_rows[t - 1], first_blocks[t - 1]
+            continue
+        rows = np.bincount(window, ranks[t], windows).astype(np.int32)
+        np.cumsum(-(-rows // BLOCK_ROWS), out=first_blocks[t, 1:])
+        # where an entry's rows begin: its window's first block, then the rows of the window's entries before it
+        ends = np.cumsum(ranks[t])
+        begin = first_blocks[t, window] * BLOCK_ROWS + (ends - ranks[t]) - (np.cumsum(rows) - rows)[window]
+        row = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - ranks[t], ranks[t])
+        rank_rows[t, np.repeat(begin, ranks[t]) + row] = np.repeat(owner * MAX_RANK, ranks[t]) + row
 
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:

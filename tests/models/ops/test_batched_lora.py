@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
-from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
 LAYOUT = PageLayout.for_model(CONFIG)
@@ -23,10 +23,8 @@ MAX_PAGES = LAYOUT.place({t: 256 for t in TARGETS}).num_pages
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(PlacedAdapter):
     weights: AdapterWeights
-    placement: AdapterPlacement
-    pages: list[int]
 
 
 def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | None = None) -> tuple[jnp.ndarray, list[Adapter]]:
@@ -43,7 +41,7 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
             )
         weights = AdapterWeights(tensors)
         blocks.append(LAYOUT.pack(weights, np.dtype(np.float32))[0])
-        adapters.append(Adapter(weights, LAYOUT.place(weights.ranks), []))
+        adapters.append(Adapter(LAYOUT.place(weights.ranks), [], weights))
     free = rng.permutation(np.arange(1, num_pages or 1 + sum(map(len, blocks)))).tolist()
     pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
     for adapter, block in zip(adapters, blocks):
