@@ -8,8 +8,8 @@ training (dense) run the same layers.
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,17 +128,21 @@ class Llama(nnx.Module):
         Returns:
             Hidden states after the final norm, `[..., hidden]`, and the layers' extras as `attend` left them.
         """
-        x = self.embed[...][tokens]
+        x = self.embed[...].at[tokens].get(mode="promise_in_bounds", wrap_negative_indices=False)
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
-        @functools.partial(jax.jit, static_argnums=0)  # traced once for all layers; XLA inlines it
-        def run(graph: Any, params: Any, x: jax.Array, extra: Any) -> tuple[jax.Array, Any]:
-            return nnx.merge(graph, params)(x, rope, extra, attend, adapt)
+        graph, params = nnx.split(self.layers[0])
+        tree = jax.tree.structure(params)
+        weights_of = [operator.attrgetter(".".join(map(str, path))) for path, _ in nnx.to_flat_state(params)]
+
+        @jax.jit  # traced once for all layers, which are alike; XLA inlines it
+        def run(weights: list[jax.Array], x: jax.Array, extra: Any) -> tuple[jax.Array, Any]:
+            return nnx.merge(graph, jax.tree.unflatten(tree, weights))(x, rope, extra, attend, adapt)
 
         left = []
         for module, extra in zip(self.layers, extras):
-            x, extra = run(*nnx.split(module), x, extra)
+            x, extra = run([weight(module)[...] for weight in weights_of], x, extra)
             left.append(extra)
         return self.norm(x), left
 

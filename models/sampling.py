@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ MAX_BANNED = 8
 """Token ids a row may forbid (stop ids before min_tokens)."""
 _THRESHOLD_BITS = 32
 """How finely a threshold in [0, 1] is found."""
+_ABOVE = 1 + 1e-6
+"""Above every weight."""
 
 
 class SamplingMode(enum.Enum):
@@ -80,9 +83,8 @@ def _draw(logits: jax.Array, draws: jax.Array, guesses: int, best: jax.Array) ->
     keep = (weights > 0) & (weights >= _threshold(weights, draws[:, 4], top_p, guesses)[:, None])
 
     def gumbel(row: jax.Array) -> jax.Array:
-        key = jax.random.key(row[2].astype(jnp.uint32))
-        key = jax.random.fold_in(jax.random.fold_in(key, row[3].astype(jnp.uint32)), row[1])
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+        key = jax.random.wrap_key_data(row[2:4].astype(jnp.uint32), impl="threefry2x32")  # the 64 bits of the seed
+        return jax.random.gumbel(jax.random.fold_in(key, row[1]), logits.shape[1:], jnp.float32)
 
     noisy = jnp.where(keep, scaled, -jnp.inf) + jax.vmap(gumbel)(draws)
     return jnp.where(temperature > 0, jnp.argmax(noisy, -1).astype(jnp.int32), best)
@@ -96,23 +98,33 @@ def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: 
 
     def search(amount: jax.Array, least: jax.Array) -> jax.Array:
         """The largest threshold at or above which weights that amount to at least `least` lie."""
-
-        def narrow(_, bounds):
-            low, high = bounds
-            cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
-            for cut, total in zip(cuts, _sums([jnp.where(weights >= cut[:, None], amount, 0.0) for cut in cuts])):
-                low = jnp.where(total >= least, jnp.maximum(low, cut), low)
-                high = jnp.where(total >= least, high, jnp.minimum(high, cut))
-            return low, high
-
-        zero = jnp.zeros(weights.shape[0])
+        low = jnp.zeros(weights.shape[0])
         rounds = math.ceil(_THRESHOLD_BITS / math.log2(guesses + 1))
-        return lax.fori_loop(0, rounds, narrow, (zero, zero + 1 + 1e-6), unroll=guesses > 1)[0]
+        if guesses == 1:
+            return lax.fori_loop(0, rounds, lambda _, bounds: _narrow(weights, amount, least, *bounds, 1), (low, low + _ABOVE))[
+                0
+            ]
+        high = low + _ABOVE
+        for _ in range(rounds):  # a GPU would wait for the host in each round of a loop
+            low, high = _narrow(weights, amount, least, low, high, guesses)
+        return low
 
     low_k = jnp.where(top_k > 0, search(jnp.ones_like(weights), top_k.astype(jnp.float32)), 0.0)
     remaining = jnp.where(weights >= low_k[:, None], weights, 0.0)
     low_p = search(remaining, top_p * remaining.sum(-1))
     return jnp.maximum(low_k, jnp.where(top_p < 1, low_p, 0.0))
+
+
+@functools.partial(jax.jit, static_argnums=5)  # lowered once for all rounds; XLA inlines it
+def _narrow(
+    weights: jax.Array, amount: jax.Array, least: jax.Array, low: jax.Array, high: jax.Array, guesses: int
+) -> tuple[jax.Array, jax.Array]:
+    """One round of a search between `low` and `high`, which it cuts in `guesses` places."""
+    cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
+    for cut, total in zip(cuts, _sums([jnp.where(weights >= cut[:, None], amount, 0.0) for cut in cuts])):
+        low = jnp.where(total >= least, jnp.maximum(low, cut), low)
+        high = jnp.where(total >= least, high, jnp.minimum(high, cut))
+    return low, high
 
 
 def _sums(arrays: list[jax.Array]) -> Sequence[jax.Array]:

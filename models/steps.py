@@ -26,6 +26,8 @@ from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, s
 from chameleon_jax.scheduler.running import PREFILL_TILE
 
 DECODE_TILE = 1
+INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+"""How an array is read at indices that need no check."""
 FROM_SLOT = -1
 """A token id that says: take the token that was last sampled for this slot."""
 
@@ -92,10 +94,11 @@ def forward(
     within = jnp.arange(tile_tokens)
     valid = within < counts[:, None]
     positions = jnp.where(valid, starts[:, None] + within, 0)  # [tiles, tile_tokens]
-    page_ids = jnp.take_along_axis(tables, positions // layout.page_tokens, axis=1)
+    page = jax.lax.div(positions, layout.page_tokens)
+    page_ids = tables.at[jnp.arange(num_tiles)[:, None], page].get(**INSIDE)
     page_ids = jnp.where(valid, page_ids, pages[0].shape[0]).reshape(-1)
-    page_slots = (positions % layout.page_tokens).reshape(-1)
-    tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens[slots], tile_tokens), inputs.tokens)
+    page_slots = jax.lax.rem(positions, layout.page_tokens).reshape(-1)
+    tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens.at[slots].get(**INSIDE), tile_tokens), inputs.tokens)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
         pages = write_kv(pages, k, v, page_ids, page_slots)
@@ -116,7 +119,7 @@ def forward(
 
     hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
-    return hidden[last], inputs.draws, pages
+    return hidden.at[last].get(**INSIDE), inputs.draws, pages
 
 
 def sample_step(

@@ -1,60 +1,161 @@
 """The part of Pallas Triton that the kernels use, in one place: it is deprecated, and what replaces it will replace this.
 
 Kernels get whole arrays as refs, load by index arrays and mask what does not exist. All extents of a tile are powers of two.
+
+A kernel must not use the first extent of its arrays, which is what differs between the sizes of a batch. So one translation to
+Triton's code serves all of them: tracing and lowering a kernel takes 50 to 150 ms of processor time, and a server of a 7B has
+some 200 launches to compile that differ in nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.mlir import ir
 
 program_id = pl.program_id
 when = pl.when
 Index = tuple[Any, ...]
+Shape = tuple[tuple[int, ...], str]
+"""Extents and dtype."""
+
+TARGET = "__gpu$xla.gpu.triton"
+"""XLA's name for a launch of Triton code."""
+LARGE_BYTES = 1 << 31
+"""Arrays from this size on keep their first extent: it decides whether offsets have 64 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel, and all that its code depends on.
+
+    Attributes:
+        function: takes the refs of arguments and results, and `static` as keywords.
+        inputs, outputs: arrays as the code sees them.
+        aliases: `(argument, result)` that share memory.
+    """
+
+    function: Callable[..., None]
+    static: tuple[tuple[str, Hashable], ...]
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    num_warps: int
+    num_stages: int
+    name: str
+    aliases: tuple[tuple[int, int], ...]
+
+    def launch(self, grid: tuple[int, ...], outputs: Sequence[jax.ShapeDtypeStruct], interpret: bool = False) -> Any:
+        """A Pallas call, for arrays of any first extent."""
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        # jax 0.11 warns when the program around the call is lowered, after the call has returned
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return pl.pallas_call(
+            functools.partial(self.function, **dict(self.static)),
+            list(outputs),
+            grid=grid,
+            in_specs=[anywhere] * len(self.inputs),
+            out_specs=[anywhere] * len(outputs),
+            input_output_aliases=dict(self.aliases),
+            compiler_params=plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages),
+            interpret=interpret,
+            name=self.name,
+        )
 
 
 def call(
     kernel: Callable[..., None],
     out_shape: Any,
     *,
+    static: Mapping[str, Hashable],
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int,
     name: str,
     interpret: bool,
-    aliases: dict[int, int] | None = None,
+    aliases: Mapping[int, int] | None = None,
 ) -> Callable[..., Any]:
     """A launch of `kernel` whose refs are the whole arguments and results.
 
     Args:
+        static: keywords of `kernel`.
         aliases: argument -> result that takes its place in memory.
     """
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-
-    # jax 0.11 warns when the program around the call is lowered, after the call has returned
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
     def run(*arguments: jax.Array) -> Any:
-        return pl.pallas_call(
+        outputs, tree = jax.tree.flatten(out_shape)
+        made = Kernel(
             kernel,
-            out_shape,
-            grid=grid,
-            in_specs=[anywhere] * len(arguments),
-            out_specs=jax.tree.map(lambda _: anywhere, out_shape),
-            input_output_aliases=aliases or {},
-            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            interpret=interpret,
-            name=name,
-        )(*arguments)
+            tuple(static.items()),
+            tuple(map(_seen, arguments)),
+            tuple(map(_seen, outputs)),
+            num_warps,
+            num_stages,
+            name,
+            tuple((aliases or {}).items()),
+        )
+        code = None if interpret else _code(made)
+        if code is None:
+            results = made.launch(grid, outputs, interpret)(*arguments)
+        else:
+            x, y, z = (*grid, 1, 1)[:3]
+            launch = jax.ffi.ffi_call(TARGET, outputs, input_output_aliases=dict(made.aliases))
+            results = launch(*arguments, **code | {"grid_x": np.int32(x), "grid_y": np.int32(y), "grid_z": np.int32(z)})
+        return jax.tree.unflatten(tree, results)
 
     return run
+
+
+def _seen(array: Any) -> Shape:
+    """An array as a kernel's code sees it."""
+    size = math.prod(array.shape) * array.dtype.itemsize
+    return ((array.shape[0] if size >= LARGE_BYTES else 1, *array.shape[1:]), array.dtype.name)
+
+
+_lock = threading.Lock()
+_codes: dict[Kernel, dict[str, Any] | None] = {}
+
+
+def _code(kernel: Kernel) -> dict[str, Any] | None:
+    """The launch's attributes, Triton's code among them; None where this jax launches Triton in another way."""
+    with _lock:  # programs are traced on many threads, which the interpreter's lock lets run one at a time anyway
+        if kernel not in _codes:
+            _codes[kernel] = _translate(kernel)
+        return _codes[kernel]
+
+
+def _translate(kernel: Kernel) -> dict[str, Any] | None:
+    inputs, outputs = ([jax.ShapeDtypeStruct(*shape) for shape in side] for side in (kernel.inputs, kernel.outputs))
+    lowered = jax.jit(kernel.launch((2, 2, 2), outputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
+    found: list[dict[str, Any]] = []
+
+    def visit(operation: Any) -> Any:
+        attributes = operation.attributes
+        if operation.name == "stablehlo.custom_call" and attributes["call_target_name"].value == TARGET:
+            config = attributes["mhlo.backend_config" if "mhlo.backend_config" in attributes else "backend_config"]
+            found.append({attribute.name: _value(attribute.attr) for attribute in config})
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    return found[0] if found else None
+
+
+def _value(attribute: Any) -> Any:
+    """An attribute as `ffi_call` takes it; integers of 32 bits are all there are."""
+    if isinstance(attribute, ir.StringAttr):
+        return attribute.value_bytes  # the code is no text
+    return attribute.value if isinstance(attribute, ir.BoolAttr) else np.int32(attribute.value)
 
 
 def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = None) -> jax.Array:
@@ -62,18 +163,22 @@ def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = N
     index, shape = _arrays(index)
     if mask is None:
         return plgpu.load(ref.at[index])
-    return plgpu.load(ref.at[index], mask=jnp.broadcast_to(mask, shape), other=other)
+    return plgpu.load(ref.at[index], mask=_wide(mask, shape), other=other)
 
 
 def store(ref: Any, index: Index, value: jax.Array, mask: Any = None) -> None:
     index, shape = _arrays(index)
-    plgpu.store(ref.at[index], value, mask=None if mask is None else jnp.broadcast_to(mask, shape))
+    plgpu.store(ref.at[index], value, mask=None if mask is None else _wide(mask, shape))
 
 
 def _arrays(index: Index) -> tuple[Index, tuple[int, ...]]:
     """The index without Python numbers, which interpret mode does not take, and its shape."""
-    index = tuple(jnp.asarray(i, jnp.int32) for i in index)
-    return index, jnp.broadcast_shapes(*(i.shape for i in index))
+    index = tuple(i if isinstance(i, jax.Array) else jnp.int32(i) for i in index)
+    return index, np.broadcast_shapes(*(i.shape for i in index))
+
+
+def _wide(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return mask if mask.shape == shape else jnp.broadcast_to(mask, shape)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
@@ -24,6 +25,10 @@ BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has what others cost)."""
 DECODE_WINDOW = 8
 """Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
+NO_TOKEN = -3
+"""The adapter of what fills the last window."""
+TOKENS_ROUNDED_TO = 128
+"""Tokens of a batch as kernels see it."""
 MAX_RANK = 256
 """A rank row is coded as adapter * MAX_RANK + row."""
 
@@ -60,12 +65,14 @@ class LoraPlan:
 class LoraTargets:
     """A `LoraPlan` with addresses, resolved once a step and used by every layer.
 
+    What grows with the batch is the first axis of each array, so that a kernel's code does not depend on it.
+
     Attributes:
-        addresses: `[targets, 2, capacity, 2]` int32: page and offset of the row of A and of B.
-        row_adapter: `[targets, capacity]` int32, -2 where there is no row.
-        first_blocks: `[targets, windows + 1]` int32, as in the plan.
-        block_window: `[targets, capacity / BLOCK_ROWS]` int32, the window that a block belongs to.
-        token_adapter: `[tokens]` int32.
+        addresses: `[capacity, targets, 2, 2]` int32: page and offset of the row of A and of B.
+        row_adapter: `[capacity, targets]` int32, -2 where there is no row.
+        first_blocks: `[windows + 1, targets]` int32, as in the plan.
+        block_window: `[capacity / BLOCK_ROWS, targets]` int32, the window that a block belongs to.
+        token_adapter: `[tokens of all windows, rounded up]` int32, -1 for the base model, NO_TOKEN behind the last token.
         window_tokens: tokens of a window (static).
         d_out: outputs of each target's matrix (static).
         row_unit: a number that divides every offset and every row's width (static).
@@ -89,11 +96,11 @@ class LoraTargets:
     @property
     def num_blocks(self) -> jax.Array:
         """`[targets]` int32."""
-        return self.first_blocks[:, -1]
+        return self.first_blocks[-1]
 
     def adapts(self, names: Sequence[str]) -> bool:
         """Whether the program may find rows for any of `names`."""
-        return TARGETS.index(names[0]) < self.first_blocks.shape[0]
+        return TARGETS.index(names[0]) < self.first_blocks.shape[1]
 
 
 def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
@@ -184,39 +191,42 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
     """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
     adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
-    page_table = adapters[:, 2 * len(TARGETS) :]
+    rank_rows, first_blocks = rank_rows.T, first_blocks.T
     valid = rank_rows >= 0
-    owner = jnp.where(valid, rank_rows // MAX_RANK, 0)
-    row = jnp.where(valid, rank_rows % MAX_RANK, 0)
-    per_target = []
-    for t, target in enumerate(TARGETS[: plan.num_targets]):
-        sides = []
-        for side, width in enumerate(layout.config.target_shape(target)):
-            start = adapters[owner[t], 2 * t + side]
-            page, offset = start // layout.page_elems, start % layout.page_elems
-            first = (layout.page_elems - offset) // width
-            per_page = layout.page_elems // width
-            beyond = row[t] - first
-            page = jnp.where(row[t] < first, page, page + 1 + beyond // per_page)
-            offset = jnp.where(row[t] < first, offset + row[t] * width, beyond % per_page * width)
-            page = jnp.where(valid[t], page_table[owner[t], page], TRASH_PAGE)
-            sides.append(jnp.stack([page, jnp.where(valid[t], offset, 0)], -1))
-        per_target.append(jnp.stack(sides))
-    block = jnp.arange(rank_rows.shape[1] // BLOCK_ROWS)
-    windows_before = first_blocks[:, 1:, None] <= block
+    owner, row = lax.div(rank_rows, MAX_RANK), lax.rem(rank_rows, MAX_RANK)
+    owner, row = (jnp.where(valid, x, 0)[:, :, None] for x in (owner, row))  # [capacity, targets, 1]
+    widths = np.array([layout.config.target_shape(t) for t in TARGETS[: plan.num_targets]], np.int32)
+    shape = (rank_rows.shape[0], *widths.shape)
+    width, per_page = (jnp.broadcast_to(x, shape) for x in (widths, layout.page_elems // widths))
+    start = _at(adapters, owner, np.arange(widths.size, dtype=np.int32).reshape(widths.shape))
+    page, offset = lax.div(start, layout.page_elems), lax.rem(start, layout.page_elems)
+    beyond = row - lax.div(layout.page_elems - offset, width)
+    page = jnp.where(beyond < 0, page, page + 1 + lax.div(beyond, per_page))
+    offset = jnp.where(beyond < 0, offset + row * width, lax.rem(beyond, per_page) * width)
+    page = jnp.where(valid[:, :, None], _at(adapters, owner, 2 * len(TARGETS) + page), TRASH_PAGE)
+    block = jnp.arange(rank_rows.shape[0] // BLOCK_ROWS)[:, None, None]
+    tokens = plan.tile_adapter.shape[0] * tile_tokens
+    window_tokens = plan.window_tiles * tile_tokens
+    whole = (first_blocks.shape[0] - 1) * window_tokens
+    padding = whole + -whole % TOKENS_ROUNDED_TO - tokens
     return LoraTargets(
-        addresses=jnp.stack(per_target),
-        row_adapter=jnp.where(valid, owner, -2),
+        addresses=jnp.stack([page, jnp.where(valid[:, :, None], offset, 0)], -1),
+        row_adapter=jnp.where(valid, owner[:, :, 0], -2),
         first_blocks=first_blocks,
-        block_window=jnp.sum(windows_before, axis=1, dtype=jnp.int32),
-        token_adapter=jnp.repeat(jnp.asarray(plan.tile_adapter), tile_tokens),
-        window_tokens=plan.window_tiles * tile_tokens,
+        block_window=jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32),
+        token_adapter=jnp.pad(jnp.repeat(plan.tile_adapter, tile_tokens), (0, padding), constant_values=NO_TOKEN),
+        window_tokens=window_tokens,
         d_out=tuple(layout.config.target_shape(t)[1] for t in TARGETS),
         row_unit=layout.row_unit,
     )
 
 
+def _at(table: jax.Array, row: jax.Array, column: jax.Array | np.ndarray) -> jax.Array:
+    """Elements of a table at indices that are inside it."""
+    return table.at[row, column].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def gather_rows(pages: jax.Array, addresses: jax.Array, width: int) -> jax.Array:
     """`[rows, width]` elements at `addresses` `[rows, 2]` (page, offset); a row never straddles a page."""
-    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
-    return jax.lax.gather(pages, addresses, dimensions, (1, width), mode="promise_in_bounds")
+    dimensions = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    return lax.gather(pages, addresses, dimensions, (1, width), mode="promise_in_bounds")

@@ -13,13 +13,15 @@ def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTarg
     updates = []
     for t, _, d_out in targets.columns(names):
         a, b = (
-            gather_rows(pages, targets.addresses[t, side], width).astype(jnp.float32)
+            gather_rows(pages, targets.addresses[:, t, side], width).astype(jnp.float32)
             for side, width in enumerate((x.shape[1], d_out))
         )
         row = jnp.arange(a.shape[0])
-        window = targets.block_window[t][row // BLOCK_ROWS]
+        window = targets.block_window[row // BLOCK_ROWS, t]
         token = jnp.arange(x.shape[0])[:, None]
-        mine = (targets.token_adapter[:, None] == targets.row_adapter[t]) & (row < targets.num_blocks[t] * BLOCK_ROWS)
+        mine = (targets.token_adapter[: x.shape[0], None] == targets.row_adapter[:, t]) & (
+            row < targets.num_blocks[t] * BLOCK_ROWS
+        )
         mine &= token // targets.window_tokens == window
         updates.append(jnp.where(mine, x.astype(jnp.float32) @ a.T, 0.0) @ b)
     return (y.astype(jnp.float32) + jnp.concatenate(updates, axis=1)).astype(y.dtype)

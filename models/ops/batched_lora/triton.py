@@ -13,7 +13,6 @@ y read and written once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,10 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from chameleon_jax.models.ops import pallas_triton as pt
-from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, TOKENS_ROUNDED_TO, LoraTargets
 
 SHRINK_PROGRAMS = 132
-"""Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100."""
+"""Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. As many where there
+are fewer blocks, so that batches of all sizes share a kernel."""
 SHRINK_ROWS = 16
 """Rank rows that one program multiplies at a time, the fewest that a tensor core takes."""
 MAX_SPLITS = 4
@@ -51,35 +51,47 @@ def batched_lora(
 
 
 def _tile(window_tokens: int) -> int:
-    """Tokens of a window as a tile: a power of two that a tensor core takes."""
-    return max(16, 1 << (window_tokens - 1).bit_length())
+    """Tokens of a window as a tile, a power of two that a tensor core takes: as a rule 16 in decode, 128 in prefill. A prompt
+    of fewer tokens fits a smaller tile; that would be another kernel to compile and save nothing, as rank rows are the work."""
+    return 16 if window_tokens <= 16 else max(TOKENS_ROUNDED_TO, 1 << (window_tokens - 1).bit_length())
+
+
+def _window_tokens(targets: LoraTargets) -> int:
+    """Tokens from one window to the next; the same in all batches of a single window, so that they share a kernel."""
+    single = targets.first_blocks.shape[0] == 2
+    return _tile(targets.window_tokens) if single else targets.window_tokens
+
+
+def _adapter_of(token_adapter: Any, token: jax.Array, window_tokens: int) -> jax.Array:
+    """Adapters of a window's tokens; NO_TOKEN where the tile is larger than the window, or the window than the batch."""
+    whole = token.shape[0] == window_tokens
+    return pt.load(token_adapter, (token,), None if whole else jnp.arange(token.shape[0]) < window_tokens, NO_TOKEN)
 
 
 def _shrink(
     x: jax.Array, pages: jax.Array, targets: LoraTargets, numbers: list[int], splits: int, interpret: bool
 ) -> jax.Array:
-    """Products of windows' tokens with their own adapters' rows of A: `[splits, names, blocks, tile, BLOCK_ROWS]` float32,
+    """Products of windows' tokens with their own adapters' rows of A: `[blocks, splits, names, tile, BLOCK_ROWS]` float32,
     to be summed over the splits. Blocks that are not there are left unwritten."""
-    num_blocks = targets.block_window.shape[1]
-    programs = min(SHRINK_PROGRAMS if not interpret else 4, num_blocks * len(numbers) * BLOCK_ROWS // SHRINK_ROWS)
+    programs = SHRINK_PROGRAMS if not interpret else 4
     tile = _tile(targets.window_tokens)
     return pt.call(
-        functools.partial(
-            _shrink_kernel,
-            numbers=numbers,
-            programs=programs,
-            splits=splits,
-            window_tokens=targets.window_tokens,
-            block_k=128 if tile <= 32 else 64,
-            unit=targets.row_unit,
-        ),
-        jax.ShapeDtypeStruct((splits, len(numbers), num_blocks, tile, BLOCK_ROWS), jnp.float32),
+        _shrink_kernel,
+        jax.ShapeDtypeStruct((targets.block_window.shape[0], splits, len(numbers), tile, BLOCK_ROWS), jnp.float32),
+        static={
+            "numbers": tuple(numbers),
+            "programs": programs,
+            "splits": splits,
+            "window_tokens": _window_tokens(targets),
+            "block_k": 128 if tile <= 32 else 64,
+            "unit": targets.row_unit,
+        },
         grid=(programs, splits),
         num_warps=4,
         num_stages=4,
         interpret=interpret,
         name="lora_shrink",
-    )(x, pages, targets.addresses, targets.row_adapter, targets.first_blocks, targets.block_window, targets.token_adapter)
+    )(x, pages, targets.addresses, targets.row_adapter, targets.num_blocks, targets.block_window, targets.token_adapter)
 
 
 def _shrink_kernel(
@@ -87,25 +99,25 @@ def _shrink_kernel(
     pages: Any,
     addresses: Any,
     row_adapter: Any,
-    first_blocks: Any,
+    num_blocks: Any,
     block_window: Any,
     token_adapter: Any,
     low: Any,
     *,
-    numbers: Sequence[int],
+    numbers: tuple[int, ...],
     programs: int,
     splits: int,
     window_tokens: int,
     block_k: int,
     unit: int,
 ) -> None:
-    (num_tokens, d_in), tile = x.shape, low.shape[3]
+    d_in, tile = x.shape[1], low.shape[3]
     program, split = pt.program_id(0), pt.program_id(1)
     steps = pt.ceil_div(d_in, splits * block_k)
     parts = BLOCK_ROWS // SHRINK_ROWS
     ends, total = [], jnp.int32(0)
     for t in numbers:
-        total = total + pt.load(first_blocks, (t, first_blocks.shape[1] - 1))
+        total = total + pt.load(num_blocks, (t,))
         ends.append(total)
 
     def one_task(turn, nothing):
@@ -116,12 +128,13 @@ def _shrink_kernel(
         block = number - pt.pick([0, *ends[:-1]], place)
         within = jnp.arange(SHRINK_ROWS) + part * SHRINK_ROWS
         row = block * BLOCK_ROWS + within
-        owner = pt.load(row_adapter, (t, row))
-        page = pt.load(addresses, (t, 0, row, 0))
-        offset = pt.multiple_of(pt.load(addresses, (t, 0, row, 1)), unit)
-        token = pt.load(block_window, (t, block)) * window_tokens + jnp.arange(tile)
-        live = (jnp.arange(tile) < window_tokens) & (token < num_tokens)
-        mine = pt.load(token_adapter, (token,), live, -3)[:, None] == owner[None, :]
+        owner = pt.load(row_adapter, (row, t))
+        page = pt.load(addresses, (row, t, 0, 0))
+        offset = pt.multiple_of(pt.load(addresses, (row, t, 0, 1)), unit)
+        token = pt.load(block_window, (block, t)) * window_tokens + jnp.arange(tile)
+        adapter = _adapter_of(token_adapter, token, window_tokens)
+        live = adapter != NO_TOKEN
+        mine = adapter[:, None] == owner[None, :]
 
         def one_step(step, total):
             k = (split * steps + step) * block_k + jnp.arange(block_k)
@@ -132,7 +145,7 @@ def _shrink_kernel(
 
         work = jnp.where(jnp.max(owner) >= 0, jnp.int32(steps), jnp.int32(0))  # the end of a block may be empty
         product = lax.fori_loop(0, work, one_step, jnp.zeros((tile, SHRINK_ROWS), jnp.float32))
-        at = (split, place, block, jnp.arange(tile)[:, None], within[None, :])
+        at = (block, split, place, jnp.arange(tile)[:, None], within[None, :])
         pt.store(low, at, jnp.where(mine, product, 0.0))
         return nothing
 
@@ -149,20 +162,24 @@ def _expand(
     interpret: bool,
 ) -> jax.Array:
     """y with `low @ B` added, in place."""
-    windows = targets.first_blocks.shape[1] - 1
+    windows = targets.first_blocks.shape[0] - 1
     tile = low.shape[3]
     return pt.call(
-        functools.partial(
-            _expand_kernel, columns=columns, window_tokens=targets.window_tokens, block_n=EXPAND_COLUMNS, unit=targets.row_unit
-        ),
+        _expand_kernel,
         jax.ShapeDtypeStruct(y.shape, y.dtype),
+        static={
+            "columns": tuple(columns),
+            "window_tokens": _window_tokens(targets),
+            "block_n": EXPAND_COLUMNS,
+            "unit": targets.row_unit,
+        },
         grid=(sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows),
         num_warps=4 if tile <= 64 else 8,
         num_stages=3,
         aliases={0: 0},
         interpret=interpret,
         name="lora_expand",
-    )(y, low, pages, targets.addresses, targets.row_adapter, targets.first_blocks)
+    )(y, low, pages, targets.addresses, targets.row_adapter, targets.first_blocks, targets.token_adapter)
 
 
 def _expand_kernel(
@@ -172,14 +189,15 @@ def _expand_kernel(
     addresses: Any,
     row_adapter: Any,
     first_blocks: Any,
+    token_adapter: Any,
     y: Any,
     *,
-    columns: Sequence[tuple[int, int, int]],
+    columns: tuple[tuple[int, int, int], ...],
     window_tokens: int,
     block_n: int,
     unit: int,
 ) -> None:
-    splits, _, _, tile, _ = low.shape
+    _, splits, _, tile, _ = low.shape
     number, window = pt.program_id(0), pt.program_id(1)
     ends, total = [], jnp.int32(0)
     for _, _, width in columns:
@@ -190,23 +208,23 @@ def _expand_kernel(
     column = (number - pt.pick([0, *ends[:-1]], place)) * block_n + jnp.arange(block_n)
     whole = all(width % block_n == 0 for _, _, width in columns)
     inside = True if whole else (column < pt.pick([width for _, _, width in columns], place))[None, :]
-    first, last = pt.load(first_blocks, (t, window)), pt.load(first_blocks, (t, window + 1))
+    first, last = pt.load(first_blocks, (window, t)), pt.load(first_blocks, (window + 1, t))
 
     @pt.when(last > first)
     def add() -> None:
         def one_block(block, total):
             row = block * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
-            owner = pt.load(row_adapter, (t, row))
-            page = pt.load(addresses, (t, 1, row, 0))
-            offset = pt.multiple_of(pt.load(addresses, (t, 1, row, 1)), unit)
+            owner = pt.load(row_adapter, (row, t))
+            page = pt.load(addresses, (row, t, 1, 0))
+            offset = pt.multiple_of(pt.load(addresses, (row, t, 1, 1)), unit)
             # what pads a block lies on the trash page, which may hold NaN, and 0 * NaN is NaN
             b = pt.load(pages, (page[:, None], offset[:, None] + column[None, :]), (owner >= 0)[:, None] & inside, 0.0)
             tokens, rows = jnp.arange(tile)[:, None], jnp.arange(BLOCK_ROWS)[None, :]
-            parts = [pt.load(low, (split, place, block, tokens, rows)) for split in range(splits)]
+            parts = [pt.load(low, (block, split, place, tokens, rows)) for split in range(splits)]
             return total + pt.dot(functools.reduce(jnp.add, parts).astype(b.dtype), b)
 
         update = lax.fori_loop(first, last, one_block, jnp.zeros((tile, block_n), jnp.float32))
         token = window * window_tokens + jnp.arange(tile)
-        live = ((jnp.arange(tile) < window_tokens) & (token < y.shape[0]))[:, None] & inside
+        live = (_adapter_of(token_adapter, token, window_tokens) != NO_TOKEN)[:, None] & inside
         at = (token[:, None], pt.pick([begin for _, begin, _ in columns], place) + column[None, :])
         pt.store(y, at, (pt.load(y, at, live, 0.0) + update).astype(y.dtype), live)

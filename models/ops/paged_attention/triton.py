@@ -93,22 +93,23 @@ def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int
     capacity = block_tables.shape[1] * kv.shape[2]
     shares = Shares.of(programs * tiles, rows, tile_tokens == 1, capacity, max(16, BLOCK_BYTES // itemsize))
     num_warps = 4 if rows * itemsize <= 128 else 8
-    partial = jax.ShapeDtypeStruct((shares.splits, *q.shape), jnp.float32)
-    statistic = jax.ShapeDtypeStruct((shares.splits, *q.shape[:-1]), jnp.float32)
+    partial = jax.ShapeDtypeStruct((tiles, shares.splits, *q.shape[1:]), jnp.float32)
+    statistic = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
     # with 5 keys and values are fetched two blocks ahead, with 3 one; heads of more than 128 lanes leave no room for two
     num_stages = 5 if head_dim <= 128 else 3
     call = functools.partial(pt.call, num_warps=num_warps, num_stages=num_stages, interpret=interpret)
     out = call(
-        functools.partial(_attention_kernel, shares=shares, rows=rows),
+        _attention_kernel,
         [result] if shares.splits == 1 else [partial, statistic, statistic],
+        static={"shares": shares, "rows": rows},
         grid=(programs, tiles, shares.splits),
         name="decode_attention" if tile_tokens == 1 else "prefill_attention",
     )(q, kv, block_tables, starts, counts)
     if shares.splits == 1:
         return out[0]
-    merge = functools.partial(_merge_kernel, shares=shares)
-    return call(merge, result, grid=(heads, tile_tokens, tiles), name="merge_attention")(*out, starts, counts)
+    merge = call(_merge_kernel, result, static={"shares": shares}, grid=(heads, tile_tokens, tiles), name="merge_attention")
+    return merge(*out, starts, counts)
 
 
 def _attention_kernel(q: Any, kv: Any, tables: Any, starts: Any, counts: Any, *outs: Any, shares: Shares, rows: int) -> None:
@@ -152,10 +153,10 @@ def _attention_kernel(q: Any, kv: Any, tables: Any, starts: Any, counts: Any, *o
             middle = jnp.clip(lax.div(start + 1, shares.block_tokens), first, last)
             carry = lax.fori_loop(first, middle, functools.partial(one_block, whole=True), carry)
         peak, total, acc = lax.fori_loop(middle, last, functools.partial(one_block, whole=False), carry)
-        at, exists = (split, tile, token, head), row < rows
-        wide = (split, tile, token[:, None], head[:, None], lanes[None, :])
+        at, exists = (tile, split, token, head), row < rows
+        wide = (tile, split, token[:, None], head[:, None], lanes[None, :])
         if len(outs) == 1:
-            pt.store(outs[0], wide[1:], _normalised(acc, total[:, None], outs[0]), _both(exists[:, None], across))
+            pt.store(outs[0], (tile, *wide[2:]), _normalised(acc, total[:, None], outs[0]), _both(exists[:, None], across))
         else:
             pt.store(outs[0], wide, acc, _both(exists[:, None], across))
             pt.store(outs[1], at, peak, exists)
@@ -170,11 +171,11 @@ def _merge_kernel(accs: Any, peaks: Any, totals: Any, starts: Any, counts: Any, 
     _, _, first, last = shares.bounds(starts, counts, tile, split)
     live = first < last
     lanes, inside = _lanes(out.shape[3])
-    peak = pt.load(peaks, (split, tile, token, head), live, NO_PEAK)
+    peak = pt.load(peaks, (tile, split, token, head), live, NO_PEAK)
     weights = jnp.exp2(peak - jnp.max(peak))
-    total = jnp.sum(weights * pt.load(totals, (split, tile, token, head), live, 0))
+    total = jnp.sum(weights * pt.load(totals, (tile, split, token, head), live, 0))
     mask = _both(live[:, None], None if inside is None else inside[None, :])
-    acc = pt.load(accs, (split[:, None], tile, token, head, lanes[None, :]), mask, 0)
+    acc = pt.load(accs, (tile, split[:, None], token, head, lanes[None, :]), mask, 0)
     pt.store(out, (tile, token, head, lanes), _normalised(jnp.sum(acc * weights[:, None], axis=0), total, out), inside)
 
 
