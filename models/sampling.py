@@ -121,9 +121,11 @@ def _narrow(
 ) -> tuple[jax.Array, jax.Array]:
     """One round of a search between `low` and `high`, which it cuts in `guesses` places."""
     cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
-    for cut, total in zip(cuts, _sums([jnp.where(weights >= cut[:, None], amount, 0.0) for cut in cuts])):
-        low = jnp.where(total >= least, jnp.maximum(low, cut), low)
-        high = jnp.where(total >= least, high, jnp.minimum(high, cut))
+    nothing = lax.full_like(amount, 0.0)
+    above = [lax.ge(weights, lax.broadcast_in_dim(cut, weights.shape, (0,))) for cut in cuts]
+    for cut, total in zip(cuts, _sums([lax.select(mask, amount, nothing) for mask in above])):
+        enough = lax.ge(total, least)
+        low, high = lax.select(enough, lax.max(low, cut), low), lax.select(enough, high, lax.min(high, cut))
     return low, high
 
 

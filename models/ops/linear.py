@@ -19,11 +19,11 @@ def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     out_dtype = out_dtype or x.dtype
 
     def rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=out_dtype)
+        return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
     def weights_first(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
-        product = jnp.einsum("nk,mk->nm", weight, rows, preferred_element_type=out_dtype)
+        product = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
         # without the barrier XLA moves the transposition into the product and has it rows first again
         return lax.optimization_barrier(product).T.reshape(*x.shape[:-1], weight.shape[0])
 
