@@ -7,6 +7,7 @@ and the pieces of adapters on their way.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from chameleon_jax.models.programs import Programs, Progress
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.models.step_inputs import Draw, Segment, pack_draws, pack_step
 from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, pinned_memory
+from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 
 PAGES_ROUNDED_TO = 16
 """A pool that is sized by what memory is left has a multiple of this many pages, so that it is the same one at the next start
@@ -53,6 +54,9 @@ class DeviceEngine:
         compiler_options: XLA's, beside its defaults.
         ahead: False compiles a program when it is first run.
 
+    Attributes:
+        link_rate: Bytes a second at which pieces of adapters reach the idle device, measured once.
+
     Raises:
         ValueError: `memory_limit` leaves no room for a pool.
     """
@@ -76,7 +80,8 @@ class DeviceEngine:
         self.dtype = dtype
         graph, params = nnx.split(model)
         self._head = model.output_matrix
-        self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages)
+        stats = self._head.devices().pop().memory_stats() or {}
+        self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages, stats.get("bytes_limit", 0))
         self.programs = Programs(
             graph,
             params,
@@ -96,6 +101,7 @@ class DeviceEngine:
         self.reset()
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
+        self.link_rate = self._measure_link()
 
     def reset(self) -> None:
         """Starts from an empty pool, whatever state an error has left the old one in."""
@@ -135,6 +141,14 @@ class DeviceEngine:
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""
         return PinnedBlock.stage(block, self.pieces, self._host_memory)
+
+    def _measure_link(self) -> float:
+        """Bytes a second of the host's link to the device; 0 where no adapters are served."""
+        if not self.pieces.load_pages:
+            return 0.0
+        shape = (self.layout.config.num_layers, self.pieces.load_pages, self.layout.page_elems)
+        [piece] = self.stage(np.zeros(shape, self.dtype)).pieces
+        return measure_link(piece, self._memory, time.perf_counter)
 
     def put(self, piece: jax.Array | np.ndarray) -> jax.Array:
         """Starts the transfer of a staged piece `[layers, n, page_elems]` to the device."""

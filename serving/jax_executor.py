@@ -52,6 +52,7 @@ class JaxExecutor:
         self._loads = AdapterLoads(engine, store, transfers_per_load)
         self._loading: dict[str, ResidentAdapter] = {}
         self._resident: dict[str, ResidentAdapter] = {}
+        self._in_flight: list[list[Part]] = []  # dispatched and not collected
 
     @property
     def load_counters(self) -> LoadCounters:
@@ -67,6 +68,8 @@ class JaxExecutor:
             rows = plan.decodes
             draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
             handle.append(self._run([self._row(r) for r in rows], draws, rows))
+        self._in_flight.append(handle)
+        self._loads.send_beside_step()  # behind the step's inputs, never before them: see `link_pace`
         return handle
 
     def collect(self, handle: list[Part]) -> list[SampledToken]:
@@ -79,6 +82,7 @@ class JaxExecutor:
             ids = host.tokens.tolist()
             for row, request in owners:
                 tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
+        self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
@@ -87,7 +91,7 @@ class JaxExecutor:
         self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        ended = self._loads.poll(wait)
+        ended = self._loads.poll(wait, idle=not self._in_flight)
         for result in ended:
             adapter = self._loading.pop(result.content_hash)
             if result.error is None:
@@ -102,6 +106,7 @@ class JaxExecutor:
         self._loads.reset()
         self._loading.clear()
         self._resident.clear()
+        self._in_flight.clear()
         self._engine.reset()
 
     def _run(self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]) -> Part:
