@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 LOAD_BYTES = 16 << 20
-"""Bytes of a full piece, or a page's where that is more. A step's inputs may find a piece before them on the link: 0.3 to 0.7 ms
-at 55 to 25 GB/s, and four times that with 64 MiB. Larger pieces would save little: a transfer's fixed cost, 10 to 20 us, is 2 to
-6 % of this one, and a piece is written by one launch whatever its size (`ops/write_pages.py`)."""
+"""Bytes of a full piece, or a page's where that is more. A step's inputs may find a piece before them on the link: 0.3 to
+0.7 ms at 55 to 25 GB/s, and four times that with 64 MiB. Larger pieces would save little: a transfer's fixed cost, 10 to 20 us,
+is 2 to 6 % of this one, and a piece is written by one launch whatever its size (`ops/write_pages.py`)."""
 
 MIN_TRANSFER_BYTES = 128 << 20
 MAX_TRANSFER_BYTES = 1 << 30

@@ -2,8 +2,8 @@
 
 A load goes through: its block is fetched (at once, or from disk); piece by piece it is sent to the device, the older load
 first; each piece that has arrived is copied into its pages by a program that runs between steps. Nothing here waits but
-`poll(wait=True)`, and no step ever waits for a transfer: what is dispatched has arrived. When to send, and how much, is explained
-in `link_pace`.
+`poll(wait=True)`, and no step ever waits for a transfer: what is dispatched has arrived. `link_pace` explains when pieces are sent,
+and how many.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ class AdapterLoads:
     def _has_room(self, size: int, window: int) -> bool:
         """Whether a piece may be sent. One that is larger than all bounds may when it is alone.
 
-        One bound covers what is on the way and what waits to be executed, as a piece keeps its memory from the one to the other:
-        with a bound for each, half of what is reserved would idle while a long step holds up the writes.
+        One bound covers what is on the way and what waits to be executed, as a piece keeps its memory from the one to the
+        other. With a bound for each, half of what is reserved would idle most of the time.
         """
         on_the_way, on_device = self.bytes_on_the_way, self.bytes_on_device
         if on_the_way and on_the_way + size > window:
