@@ -2,8 +2,8 @@
 
 A load goes through: its block is fetched (at once, or from disk); piece by piece it is sent to the device, the older load
 first; each piece that has arrived is copied into its pages by a program that runs between steps. Nothing here waits but
-`poll(wait=True)`, and no step ever waits for a transfer: what is dispatched has arrived. `link_pace` explains when pieces are sent,
-and how many.
+`poll(wait=True)`, and no step ever waits for a transfer: what is dispatched has arrived. `link_pace` explains when pieces are
+sent, and how many.
 """
 
 from __future__ import annotations

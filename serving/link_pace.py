@@ -1,7 +1,8 @@
 """How much of an adapter may be on its way to the device, from the link's rate and the length of a step.
 
 XLA lets a transfer into fresh device memory begin when all that was dispatched before it has run, and a step's own small inputs
-share the link with it (where pieces are not pinned the stream as well). Three things follow:
+share the link with it. It gives pinned pieces streams of their own, of which inputs feel one piece at most, and pieces from
+NumPy the stream of the inputs. So its source says; nothing here was measured on a GPU. Three things follow:
 
 - A step's inputs are sent before new pieces. Pieces are sent when a step has just been dispatched, not before.
 - What is sent after one step keeps the link no longer than a step takes, or the inputs of the next one wait for the rest. At
