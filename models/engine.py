@@ -1,4 +1,4 @@
-"""The device as the executor sees it: weights, pool and compiled programs, behind three calls that never wait.
+"""The device as the executor sees it: weights, pool and compiled programs, behind a few calls that never wait.
 
 Everything is compiled when the engine is built; afterwards nothing is, and nothing is allocated but a step's small outputs
 and the pieces of adapters on their way.
@@ -7,6 +7,7 @@ and the pieces of adapters on their way.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,13 +21,20 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.programs import Programs, Progress
 from chameleon_jax.models.sampling import Sampled
-from chameleon_jax.models.step_inputs import Draw, Segment, pack_step
+from chameleon_jax.models.step_inputs import Draw, PackedStep, Segment, pack_step
 from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, pinned_memory
+from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 
 PAGES_ROUNDED_TO = 16
 """A pool that is sized by what memory is left has a multiple of this many pages, so that it is the same one at the next start
 and compiled programs are found again."""
+
+
+class SentStep(NamedTuple):
+    """A step, and its inputs on their way to the device."""
+
+    step: PackedStep
+    inputs: jax.Array
 
 
 class DispatchedStep(NamedTuple):
@@ -53,6 +61,9 @@ class DeviceEngine:
         compiler_options: XLA's, beside its defaults.
         ahead: False compiles a program when it is first run.
 
+    Attributes:
+        link_rate: Bytes a second at which pieces of adapters reach the idle device, measured once.
+
     Raises:
         ValueError: `memory_limit` leaves no room for a pool.
     """
@@ -76,7 +87,8 @@ class DeviceEngine:
         self.dtype = dtype
         graph, params = nnx.split(model)
         self._head = model.output_matrix
-        self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages)
+        stats = self._head.devices().pop().memory_stats() or {}
+        self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages, stats.get("bytes_limit", 0))
         self.programs = Programs(
             graph,
             params,
@@ -96,6 +108,7 @@ class DeviceEngine:
         self.reset()
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
+        self.link_rate = self._measure_link()
 
     def reset(self) -> None:
         """Starts from an empty pool, whatever state an error has left the old one in."""
@@ -120,20 +133,41 @@ class DeviceEngine:
             )
         return pages
 
-    def run(self, segments: Sequence[Segment], draws: dict[int, Draw]) -> DispatchedStep:
-        """Dispatches one step. `draws` says for which segments (by index) a token is drawn behind their last one."""
+    def send(self, segments: Sequence[Segment], draws: Mapping[int, Draw]) -> SentStep:
+        """Packs a step and starts the transfer of its inputs.
+
+        Args:
+            draws: `index of a segment -> how the token behind its last one is drawn`.
+        """
         step = pack_step(segments, draws, self.buckets)
+        return SentStep(step, jax.device_put(step.packed, self._memory))
+
+    def dispatch(self, sent: SentStep) -> DispatchedStep:
+        """Dispatches the programs of a step whose inputs were sent."""
+        step, inputs = sent
         forward = self.programs.forward[step.program]
-        hidden, drawn, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, step.packed)
+        hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
         sample = self.programs.sample[step.program.tiles, step.mode]
-        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, drawn)
+        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
         return DispatchedStep(sampled, step.last, sampled.tokens)
+
+    def run(self, segments: Sequence[Segment], draws: Mapping[int, Draw]) -> DispatchedStep:
+        """`send`, then `dispatch`."""
+        return self.dispatch(self.send(segments, draws))
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""
         return PinnedBlock.stage(block, self.pieces, self._host_memory)
+
+    def _measure_link(self) -> float:
+        """Bytes a second of the host's link to the device; 0 where no adapters are served."""
+        if not self.pieces.load_pages:
+            return 0.0
+        shape = (self.layout.config.num_layers, self.pieces.load_pages, self.layout.page_elems)
+        [piece] = self.stage(np.zeros(shape, self.dtype)).pieces
+        return measure_link(piece, self._memory, time.perf_counter)
 
     def put(self, piece: jax.Array | np.ndarray) -> jax.Array:
         """Starts the transfer of a staged piece `[layers, n, page_elems]` to the device."""

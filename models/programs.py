@@ -133,7 +133,8 @@ class Programs:
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
-        lowered = jax.jit(steps.write_adapter, donate_argnums=0).lower(self._pool(num_pages), piece, ids)
+        fn = functools.partial(steps.write_adapter, backend=self._backend)
+        lowered = jax.jit(fn, donate_argnums=0).lower(self._pool(num_pages), piece, ids)
         return lowered.compile(self._options)
 
 

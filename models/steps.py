@@ -21,6 +21,7 @@ from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_shapes, resolve, window_tiles
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
+from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, sample
 from chameleon_jax.scheduler.running import PREFILL_TILE
@@ -136,14 +137,15 @@ def sample_step(
     return sampled, slot_tokens.at[draws[:, 0]].set(sampled.tokens)
 
 
-def write_adapter(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+def write_adapter(
+    pages: list[jax.Array], block: jax.Array, page_ids: jax.Array, *, backend: str
+) -> tuple[list[jax.Array], jax.Array]:
     """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]`, all different, of every layer.
 
     Besides the pool it returns a number that nobody needs: the pool is donated to the next program, so that only another
     output can tell when this one was executed.
     """
-    written = [layer.at[page_ids].set(block[i], mode="promise_in_bounds", unique_indices=True) for i, layer in enumerate(pages)]
-    return written, page_ids[0]
+    return write_pages(pages, block, page_ids, backend=backend), page_ids[0]
 
 
 def shapes_for(backend: str) -> dict[str, Any]:

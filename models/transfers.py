@@ -6,18 +6,28 @@ Pinned memory is what the device can read by itself. A load therefore copies not
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
 LOAD_BYTES = 16 << 20
-"""Bytes of a full piece, or a page's where that is more: small enough that loads share the link and a step waits little for
-a piece to be written, large enough that a transfer's fixed cost does not show."""
+"""Bytes of a full piece, or a page's where that is more. A step's inputs may find a piece before them on the link: 0.3 to
+0.7 ms at 55 to 25 GB/s, and four times that with 64 MiB. Larger pieces would save little: a transfer's fixed cost, 10 to 20 us,
+is 2 to 6 % of this one, and a piece is written by one launch whatever its size (`ops/write_pages.py`)."""
 
-MAX_TRANSFER_BYTES = 128 << 20
-"""Pieces that were sent and are not yet written to their pages take no more of the device's memory, unless it is one piece."""
+MIN_TRANSFER_BYTES = 128 << 20
+MAX_TRANSFER_BYTES = 1 << 30
+TRANSFER_SHARE = 1 / 64
+"""Device memory for pieces that were sent and are not yet written to their pages is this share of what JAX may use, within
+those bounds. A piece is held for four steps (`serving/link_pace.py`): at 8 ms a step and 25 GB/s that is 0.8 GB, so 1 GiB of an
+80 GB card. A 24 GB card gives 345 MB."""
+
+
+def transfer_bytes(device_memory: int) -> int:
+    """Bytes that pieces may take of a device with `device_memory` bytes; 0 where that is not known, as on CPU."""
+    return min(MAX_TRANSFER_BYTES, max(MIN_TRANSFER_BYTES, int(device_memory * TRANSFER_SHARE)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +37,22 @@ class PieceSizes:
     Attributes:
         page_bytes: of a page over all layers.
         load_pages: pages of a full piece, a power of two; 0 where no adapters are served.
+        max_bytes: device memory that pieces may take from when they are sent until their write was executed.
     """
 
     page_bytes: int
     load_pages: int
+    max_bytes: int = MIN_TRANSFER_BYTES
 
     @classmethod
-    def fit(cls, page_bytes: int, max_adapter_pages: int) -> PieceSizes:
-        """Full pieces of LOAD_BYTES at most, and no larger than the largest adapter; at least one page."""
+    def fit(cls, page_bytes: int, max_adapter_pages: int, device_memory: int = 0) -> PieceSizes:
+        """Full pieces of LOAD_BYTES at most, and no larger than the largest adapter; at least one page.
+
+        Args:
+            device_memory: Bytes that JAX may use of the device. 0: not known.
+        """
         pages = min(max(1, LOAD_BYTES // page_bytes), max_adapter_pages)
-        return cls(page_bytes, 1 << (pages.bit_length() - 1) if pages else 0)
+        return cls(page_bytes, 1 << (pages.bit_length() - 1) if pages else 0, transfer_bytes(device_memory))
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -50,8 +66,8 @@ class PieceSizes:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that transfers can take: as much may wait for its write to be executed as may be on the way."""
-        return 2 * max(MAX_TRANSFER_BYTES, self.load_pages * self.page_bytes) if self.load_pages else 0
+        """Device memory to reserve for transfers: `max_bytes`, or one piece where that is more."""
+        return max(self.max_bytes, self.load_pages * self.page_bytes) if self.load_pages else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,3 +114,17 @@ def pinned_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | No
     devices: Iterable[Any] = sharding.addressable_devices
     has_it = all("pinned_host" in {memory.kind for memory in device.addressable_memories()} for device in devices)
     return sharding.with_memory_kind("pinned_host") if has_it else None
+
+
+def measure_link(piece: jax.Array | np.ndarray, memory: jax.sharding.Sharding, clock: Callable[[], float]) -> float:
+    """Bytes a second at which staged pieces reach `memory` of an idle device.
+
+    Four transfers at a time, so that their fixed cost shows as little as when adapters load, and the best of four attempts: the
+    first one also makes the memory ready.
+    """
+    seconds = []
+    for _ in range(4):
+        begin = clock()
+        jax.block_until_ready([jax.device_put(piece, memory) for _ in range(4)])
+        seconds.append(clock() - begin)
+    return 4 * piece.nbytes / max(min(seconds), 1e-9)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from chameleon_jax.checkpoints.host_store import HostStore
-from chameleon_jax.models.engine import DeviceEngine, DispatchedStep
+from chameleon_jax.models.engine import DeviceEngine, DispatchedStep, SentStep
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.models.step_inputs import Draw, Segment
@@ -40,21 +40,27 @@ class JaxExecutor:
         self._loads = AdapterLoads(engine, store, transfers_per_load)
         self._loading: dict[str, PlacedAdapter] = {}
         self._resident: dict[str, PlacedAdapter] = {}
+        self._in_flight: list[list[Part]] = []  # dispatched and not collected
 
     @property
     def load_counters(self) -> LoadCounters:
         return self._loads.counters
 
     def dispatch(self, plan: StepPlan) -> list[Part]:
-        handle = []
+        sent = []
         if plan.prefills:
             chunks = plan.prefills
             draws = {i: _draw(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
-            handle.append(self._run([self._chunk(c) for c in chunks], draws, [c.request for c in chunks]))
+            inputs = self._engine.send([self._chunk(c) for c in chunks], draws)
+            sent.append((inputs, [(i, chunks[i].request) for i in draws]))
         if plan.decodes:
             rows = plan.decodes
             draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
-            handle.append(self._run([self._row(r) for r in rows], draws, rows))
+            inputs = self._engine.send([self._row(r) for r in rows], draws)
+            sent.append((inputs, list(enumerate(rows))))
+        self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
+        handle = [self._dispatch(inputs, owners) for inputs, owners in sent]
+        self._in_flight.append(handle)
         return handle
 
     def collect(self, handle: list[Part]) -> list[SampledToken]:
@@ -67,6 +73,7 @@ class JaxExecutor:
             ids = host.tokens.tolist()
             for row, request in owners:
                 tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
+        self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
@@ -75,7 +82,7 @@ class JaxExecutor:
         self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        ended = self._loads.poll(wait)
+        ended = self._loads.poll(wait, idle=not self._in_flight)
         for result in ended:
             adapter = self._loading.pop(result.content_hash)
             if result.error is None:
@@ -90,13 +97,14 @@ class JaxExecutor:
         self._loads.reset()
         self._loading.clear()
         self._resident.clear()
+        self._in_flight.clear()
         self._engine.reset()
 
-    def _run(self, segments: list[Segment], draws: dict[int, Draw], requests: list[Request]) -> Part:
-        step = self._engine.run(segments, draws)
+    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
+        step = self._engine.dispatch(inputs)
         for array in jax.tree.leaves(step.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
-        return step, [(step.rows[i], requests[i]) for i in draws]
+        return step, [(step.rows[i], request) for i, request in owners]
 
     def _chunk(self, chunk: PrefillChunk) -> Segment:
         request = chunk.request

@@ -117,7 +117,13 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
         while len(loads) < 2:
             loads.begin(next(names), next(places))
 
-    step = bench.run(batch)
+    run = bench.run(batch)
+
+    def step() -> Any:
+        tokens = run()
+        loads.send_beside_step()
+        return tokens
+
     result = []
     for name, between in (("idle link", lambda: None), (f"loading rank {rank}, all seven", load)):
         sent, begin = loads.counters.bytes, time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compile_h100 import LAYER_BYTES, Model, compile_for_h100, kernels, operations
+from benchmarks.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
 from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
@@ -79,13 +79,18 @@ def test_sampling_waits_for_nothing(mode):
     assert launched["fusion"] < 100
 
 
-def test_writing_an_adapter_is_in_place():
+@pytest.mark.parametrize("num_pages", [1, 2])
+def test_writing_an_adapter_is_in_place(num_pages):
     of = model("llama-7b", 32)
-    piece = jax.ShapeDtypeStruct((32, 2, of.layout.page_elems), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((2,), jnp.int32)
-    memory = compile_for_h100(steps.write_adapter, of.pages, piece, ids, donate_argnums=0).memory_analysis()
+    piece = jax.ShapeDtypeStruct((32, num_pages, of.layout.page_elems), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((num_pages,), jnp.int32)
+    write = functools.partial(steps.write_adapter, backend="triton")
+    compiled = compile_for_h100(write, of.pages, piece, ids, donate_argnums=0)
+    memory, launched = compiled.memory_analysis(), operations(compiled)
     assert memory.alias_size_in_bytes == 32 * LAYER_BYTES
     assert memory.temp_size_in_bytes < MIB
+    assert kernels(compiled) == {"write_pages": 1}
+    assert sum(launched[kind] for kind in LAUNCHES) <= 2  # the kernel, and the number that tells when it has run
 
 
 @pytest.mark.parametrize("head_dim", [96, 256])

@@ -16,7 +16,7 @@ from chameleon_jax.models.config import PRESETS
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
 from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, pinned_memory
+from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 from chameleon_jax.serving.adapter_loads import AdapterLoads
 
 LAYOUT = PageLayout.for_model(dataclasses.replace(PRESETS["tiny"], num_layers=2))
@@ -65,7 +65,27 @@ def test_a_full_piece(page_bytes, max_adapter_pages, load_pages):
     sizes = PieceSizes.fit(page_bytes, max_adapter_pages)
     assert sizes.load_pages == load_pages
     assert sizes.all == tuple(n for n in (1, 2, 4, 8) if n <= load_pages)
-    assert sizes.device_bytes == (2 * max(transfers.MAX_TRANSFER_BYTES, load_pages * page_bytes) if load_pages else 0)
+    assert sizes.device_bytes == (max(transfers.MIN_TRANSFER_BYTES, load_pages * page_bytes) if load_pages else 0)
+
+
+@pytest.mark.parametrize(
+    "device_memory,reserved",
+    [(0, 128 << 20), (int(7.2e9), 128 << 20), (int(21.6e9), 337_500_000), (72 << 30, 1 << 30), (127 << 30, 1 << 30)],
+    ids=["unknown", "8 GB", "24 GB", "80 GB", "141 GB"],
+)
+def test_transfers_take_a_small_share_of_the_device(device_memory, reserved):
+    assert PieceSizes.fit(1 << 20, 100, device_memory).device_bytes == reserved
+    assert PieceSizes.fit(1 << 20, 0, device_memory).device_bytes == 0
+
+
+def test_the_links_rate_is_that_of_the_fastest_attempt():
+    seconds = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
+    piece = np.zeros(1000, np.uint8)
+    assert measure_link(piece, DEVICE, lambda: next(seconds)) == 4 * 1000 / 1.0
+
+
+def test_an_engine_knows_its_links_rate(monkeypatch):
+    assert make_engine(monkeypatch, 4).link_rate > 1e6
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -124,6 +144,8 @@ def check_loads(engine: DeviceEngine) -> None:
             expected |= {page: array[:, j].copy() for j, page in enumerate(pages)}
             store.put(name, engine.stage(array))
             loads.begin(name, pages)
+            if turn % 2:
+                loads.send_beside_step()
         while len(loads):
             assert [result.error for result in loads.poll(wait=True)] in ([None], [None] * 2, [None] * 3)
         for page, content in expected.items():

@@ -7,12 +7,15 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from chameleon_jax.models.transfers import MAX_TRANSFER_BYTES, PieceSizes, PinnedBlock
+from chameleon_jax.models.transfers import MIN_TRANSFER_BYTES, PieceSizes, PinnedBlock
 from chameleon_jax.serving.adapter_loads import AdapterLoads
+from chameleon_jax.serving.executor import LoadResult
 
 LOAD_PAGES = 8
-PAGE_BYTES = MAX_TRANSFER_BYTES // 32  # the bound is four full pieces
-SIZES = PieceSizes(PAGE_BYTES, LOAD_PAGES)
+PAGE_BYTES = MIN_TRANSFER_BYTES // 32  # four full pieces on the way to an idle device
+PIECE_BYTES = LOAD_PAGES * PAGE_BYTES
+SIZES = PieceSizes(PAGE_BYTES, LOAD_PAGES, max_bytes=8 * PIECE_BYTES)
+LINK_RATE = 25e9
 
 
 class Event:
@@ -46,7 +49,8 @@ class Staged(np.ndarray):
 class FakeDevice:
     """Transfers wait on `link`, copies in `writes`; `memory` is the pages' content."""
 
-    def __init__(self):
+    def __init__(self, pieces: PieceSizes = SIZES, link_rate: float = LINK_RATE):
+        self.pieces, self.link_rate = pieces, link_rate
         self.link: list[Event] = []  # all that was ever put, in order
         self.writes: list[Event] = []
         self.memory: dict[int, float] = {}
@@ -79,6 +83,12 @@ class FakeDevice:
         for write in self.writes:
             write.happened = True
 
+    @property
+    def held(self) -> int:
+        """Bytes of pieces that were sent and whose write was not executed, whoever still wants them."""
+        executed = sum(write.nbytes for write in self.writes if write.happened)
+        return sum(event.nbytes for event in self.link) - executed
+
 
 class FakeStore:
     """Adapter i has as many pages as `begin` said, each with i + page / 1000 in it."""
@@ -103,23 +113,46 @@ def content(number: int, num_pages: int) -> list[float]:
 
 
 class Bench:
-    """Loads over a fake device and a fake store, with pages that are handed out once."""
+    """Loads over a fake device and a fake store, with pages that are handed out once.
 
-    def __init__(self, copies: int = 1):
-        self.device, self.store = FakeDevice(), FakeStore()
-        self.loads = AdapterLoads(self.device, self.store, copies)  # type: ignore[arg-type]
+    `begin` and `poll` are what the executor does on an idle device, `step` what it does around a step. `now` is the time.
+    """
+
+    def __init__(self, copies: int = 1, pieces: PieceSizes = SIZES, link_rate: float = LINK_RATE):
+        self.device, self.store, self.now = FakeDevice(pieces, link_rate), FakeStore(), 1.0
+        self.loads = AdapterLoads(self.device, self.store, copies, lambda: self.now)  # type: ignore[arg-type]
         self.pages: dict[str, list[int]] = {}
         self._next = 1
 
-    def begin(self, number: int, num_pages: int, name: str | None = None) -> str:
-        name = name or str(number)
+    def begin(self, number: int, num_pages: int) -> str:
+        name = self.begin_beside_steps(number, num_pages)
+        self.loads.send()
+        return name
+
+    def begin_beside_steps(self, number: int, num_pages: int) -> str:
+        name = self.stage(number, num_pages)
+        self.loads.begin(name, self.pages[name])
+        return name
+
+    def stage(self, number: int, num_pages: int) -> str:
+        """Puts an adapter into the store, and finds pages for it."""
+        name = str(number)
         array = np.array(content(number, num_pages)).reshape(1, -1, 1)
-        ends = np.cumsum(SIZES.split(num_pages))
+        ends = np.cumsum(self.device.pieces.split(num_pages))
         self.store.blocks[name] = PinnedBlock(tuple(p.view(Staged) for p in np.split(array, ends[:-1], axis=1)))
         self.pages[name] = list(range(self._next, self._next + num_pages))
         self._next += num_pages
-        self.loads.begin(name, self.pages[name])
         return name
+
+    def poll(self, wait: bool = False) -> list[LoadResult]:
+        return self.loads.poll(wait, idle=True)
+
+    def step(self, seconds: float) -> list[LoadResult]:
+        """Polls and dispatches a step, `seconds` after the one before."""
+        self.now += seconds
+        ended = self.loads.poll()
+        self.loads.send_beside_step()
+        return ended
 
     def check(self, name: str, number: int) -> None:
         pages = self.pages[name]
