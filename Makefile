@@ -8,7 +8,7 @@ PLUGIN = jax-cuda$(if $(JAX),13,12)
 # hides the packages that the GPU machine lacks from a command and the processes it starts
 GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-.PHONY: demo serve test check parity paper h100 device-plan soak fuzz proto format clean
+.PHONY: demo serve test test-ops check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -18,6 +18,9 @@ serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and 
 
 test: $(VENV)/installed-test ## the test suite
 	$(BIN)/python -m pytest
+
+test-ops: $(VENV)/installed-test-models ## the tests of the device ops, with only the packages that the GPU machine has
+	$(GPU_MACHINE) $(BIN)/python -m pytest tests/models/ops
 
 check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/ruff format --check .
@@ -34,7 +37,7 @@ paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds;
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
 	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
 
-device-plan: $(VENV)/installed ## the device benchmark on this machine, with a tiny model and only the GPU machine's packages
+device-plan: $(VENV)/installed ## the device benchmark with a tiny model, with only the packages that the GPU machine has
 	$(GPU_MACHINE) $(BIN)/python -m benchmarks.device --small --out .cache/device
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
