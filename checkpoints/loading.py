@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from chameleon_jax.checkpoints import huggingface, orbax
@@ -16,7 +17,9 @@ def load_checkpoint(model: str) -> Checkpoint:
     """
     path = Path(model)
     if model == "smollm2-135m" or path.suffix == ".gguf":
-        from chameleon_jax.checkpoints import gguf  # what reads no GGUF file needs no gguf package
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"model is {model!r}; GGUF files need the package gguf, which is not installed (pip install gguf)")
+        from chameleon_jax.checkpoints import gguf  # here, because all other models load without the package
     if model == "smollm2-135m":
         return gguf.load(gguf.smollm2_path())
     if path.suffix == ".gguf":

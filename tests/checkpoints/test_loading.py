@@ -20,6 +20,13 @@ def test_gguf_file_that_is_not_there(tmp_path):
         load_checkpoint(str(tmp_path / "model.gguf"))
 
 
+@pytest.mark.parametrize("model", ["model.gguf", "smollm2-135m"])
+def test_gguf_file_without_the_package(model, monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"model is '{model}'; .* the package gguf, which is not installed"):
+        load_checkpoint(model)
+
+
 @pytest.mark.parametrize("kind", [huggingface, orbax])
 def test_directory(kind, tmp_path):
     kind.save(MODEL, tmp_path)

@@ -1,0 +1,86 @@
+"""The offline API, the benchmarks and the tests of the model run without the packages that the GPU machine lacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HIDING = ROOT / "tests" / "gpu_machine"
+
+
+def run_python(*arguments: object, path: tuple[Path, ...] = ()) -> str:
+    """Standard output of a Python process from which the packages are hidden.
+
+    Args:
+        path: more folders for PYTHONPATH.
+    """
+    pythonpath = os.pathsep.join(map(str, (HIDING, *path)))
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": pythonpath}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+PROBE = """
+import importlib, importlib.metadata, importlib.util, json, subprocess, sys
+from sitecustomize import MISSING
+
+def imports(name):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name == name
+        return False
+    return True
+
+found = [name for name in MISSING if importlib.util.find_spec(name) or imports(name)]
+found += [d.name for d in importlib.metadata.distributions() if d.name in MISSING.values()]
+found += [name for name in ("numpy", "grpc", "typer.testing") if imports(name)]
+if "child" not in sys.argv:
+    found += json.loads(subprocess.check_output([sys.executable, "-c", sys.argv[1], sys.argv[1], "child"]))
+print(json.dumps(found))
+"""
+
+
+def test_packages_are_hidden_from_a_process_and_its_child():
+    assert json.loads(run_python("-c", PROBE, PROBE)) == ["numpy", "grpc", "typer.testing"] * 2
+
+
+def test_the_sitecustomize_of_the_installation_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.customized = True")
+    assert run_python("-c", "import sys; print(sys.customized)", path=(tmp_path,)).strip() == "True"
+
+
+def test_a_dummy_model_generates():
+    program = """
+from chameleon_jax import LLM, AsyncLLM, SamplingParams
+
+settings = dict(enable_lora=False, max_model_len=64, max_num_seqs=1, max_num_batched_tokens=32, num_pages=28)
+with LLM("tiny", load_format="dummy", progress=lambda done, total: None, **settings) as llm:
+    [output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
+print(len(output.outputs[0].token_ids))
+"""
+    assert run_python("-c", program).strip() == "4"
+
+
+def test_serve_curve(tmp_path):
+    sizes = "--num-adapters 2 --ranks 8 --max-num-seqs 1 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
+    traffic = "--system fifo --rps 4 --duration 1 --length-factor 0.05 --max-input 16 --max-output 4"
+    out = tmp_path / "curve.json"
+    run_python("-m", "benchmarks.serve_curve", "tiny", *sizes.split(), *traffic.split(), "--out", out)
+    [row] = json.loads(out.read_text())["table"]
+    assert row["requests"] > 0
+
+
+def test_tests_of_the_model():
+    """Collect all of tests/models and run two cheap files. Running all of it again would add four minutes to the suite."""
+    printed = run_python("-m", "pytest", "tests/models", "-k", "page_layout or step_inputs")
+    assert " passed" in printed
+
+
+def test_benchmarks_are_imported():
+    run_python("-c", "import benchmarks.serve, benchmarks.device.__main__, benchmarks.compile_h100, benchmarks.ops")
