@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 import types
 
 import pytest
 
 from benchmarks.device import peers
 from benchmarks.device.report import Report
-from benchmarks.device.scale import FULL, SMALL
+from benchmarks.device.scale import FULL, SMALL, Mix
 from benchmarks.device.timing import Timing
 from benchmarks.device.workbench import Workbench
 from chameleon_jax.models.config import PRESETS
 
 ROWS, CONTEXT = SMALL.rows[-1], SMALL.contexts[0]
+MIXED = SMALL.mixes[1]
 
 
 @pytest.fixture
@@ -63,6 +67,10 @@ def test_floor_is_that_of_the_section_decode(report):
     assert len(adapters) == 3
     num_bytes = bench.weight_bytes + ROWS * CONTEXT * bench.token_bytes + bench.adapter_bytes(adapters)
     assert found._floor(ROWS, CONTEXT, 3) == pytest.approx(num_bytes / 1e10)
+    for mix in SMALL.mixes:
+        adapters = bench.adapters(mix, 3, itertools.count(1), 1 << 30)
+        num_bytes = bench.weight_bytes + ROWS * CONTEXT * bench.token_bytes + bench.adapter_bytes(adapters)
+        assert found._floor(ROWS, CONTEXT, len(adapters), mix) == pytest.approx(num_bytes / 1e10)
 
 
 def test_mixed_adapters_are_a_mix_of_the_section_decode():
@@ -97,6 +105,187 @@ def test_the_check_notices_a_wrong_model():
     wrong = dataclasses.replace(torch_llama.PLAIN, rotate=backwards)
     model = PRESETS["tiny"], torch.float32, torch.device("cpu"), torch_steps.TORCHS_CHOICE
     assert torch_check.largest_error(*model, wrong) > 100 * peers.LIMIT > 100 * torch_check.largest_error(*model)
+
+
+# -- adapters in torch -------------------------------------------------------------------------------------------------------
+
+MODELS = {"grouped heads": PRESETS["tiny"], "heads alike": dataclasses.replace(PRESETS["tiny"], num_kv_heads=4)}
+
+
+@pytest.fixture
+def lora():
+    """The modules that need torch, and the error of a way to add adapters."""
+    torch = pytest.importorskip("torch")
+    from benchmarks.device.peers import torch_check, torch_lora, torch_mixes
+
+    def error(name, config=PRESETS["tiny"], build=None):
+        build = build or torch_mixes.variants()[name]
+        return torch_check.mixed_error(config, torch.float32, torch.device("cpu"), build, name == torch_mixes.IN_ORDER)
+
+    return types.SimpleNamespace(
+        torch=torch,
+        check=torch_check,
+        stack=torch_lora.AdapterStack,
+        bmm=torch_lora.BmmAdapters,
+        mixes=torch_mixes,
+        error=error,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["IN_ORDER", "BY_INDEX"])
+def test_mixed_ranks_and_rows_without_an_adapter_match_the_reference(lora, model, name):
+    assert all(rank % 16 for rank in lora.check.RANKS) and None in lora.check.MIXED_ROWS
+    assert lora.error(getattr(lora.mixes, name), MODELS[model]) < peers.LIMIT
+
+
+def test_a_prompt_with_one_adapter_matches_the_reference(lora):
+    cpu = lora.torch.device("cpu")
+    model = PRESETS["tiny"], lora.torch.float32, cpu, "torch's choice", lora.check.PLAIN
+    build = lora.mixes.variants()[lora.mixes.IN_ORDER]
+    assert all(lora.check.largest_error(*model, build, (adapter,)) < peers.LIMIT for adapter in (0, 2))
+
+
+def test_the_check_notices_a_wrong_adapter_of_one_row(lora):
+    def swapped(stack, owners):
+        return lora.bmm(stack, [0 if owner == 1 else owner for owner in owners], in_order=False)
+
+    def missing(stack, owners):
+        return lora.bmm(stack, [None, *owners[1:]], in_order=False)
+
+    assert min(lora.error(lora.mixes.BY_INDEX, build=wrong) for wrong in (swapped, missing)) > 100 * peers.LIMIT
+
+
+def test_products_in_row_order_refuse_rows_in_another_order(lora):
+    stack = lora.stack(PRESETS["tiny"], (8, 40, 16), ("o_proj",), lora.torch.float32, lora.torch.device("cpu"))
+    for owners in ([0, 1, 2], [1, 2, 0], [1, 0, 0], [1, None, 0, None, 2]):
+        with pytest.raises(ValueError, match="not ordered"):
+            lora.bmm(stack, owners, in_order=True)
+    lora.bmm(stack, [1, 0, 2, None], in_order=True)
+
+
+def test_targets_that_share_an_input_come_together(lora):
+    with pytest.raises(ValueError, match="q_proj, k_proj, v_proj come together"):
+        lora.stack(PRESETS["tiny"], (8,), ("q_proj", "v_proj"), lora.torch.float32, lora.torch.device("cpu"))
+
+
+INTERPRETED = """
+import dataclasses, functools
+import torch
+import triton.runtime.interpreter as interpreter
+from benchmarks.device.peers import torch_check, torch_mixes
+from chameleon_jax.models.config import PRESETS
+
+patch = interpreter._patch_lang_tensor
+
+def patch_for_numpy(tensor, scope):  # triton 3.6 calls int() on an array of one element, which NumPy 2.4 refuses
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+interpreter._patch_lang_tensor = patch_for_numpy
+torch_check.STEPS = 1
+build = functools.partial(torch_mixes._triton, beside=False)
+# d_in of `down` is read in two parts, the last of them not whole
+config = dataclasses.replace(PRESETS["tiny"], num_layers=1, intermediate_size=2176)
+print(torch_check.mixed_error(config, torch.float32, torch.device("cpu"), build, False))
+"""
+
+
+def test_triton_kernels_match_the_reference_in_their_interpreter():
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < peers.LIMIT
+
+
+def test_mixes_are_timed_beside_our_own(report):
+    pytest.importorskip("torch")
+    ours = {"rows": ROWS, "context": CONTEXT, "adapters": MIXED.name, "ms": 4.0, "device ms": 2.0, "note": "3 adapters"}
+    report.end("decode", "mix", [ours])
+    cases = peers.cases(SMALL, report, 0.0)
+    in_order, copied = rows_of(cases, f"{ROWS} rows, {CONTEXT} tokens, {SMALL.mixes[3].name}")
+    assert in_order["ms"] > 0 and copied["ms"] > 0
+    assert sorted([in_order["note"], copied["note"]]) == ["", "fastest of 2"]
+    in_order, copied = rows_of(cases, f"{ROWS} rows, {CONTEXT} tokens, {MIXED.name}")
+    assert "not ordered" in in_order["skipped"]  # two rows share an adapter, as in our own step
+    assert copied["chameleon-jax ms"] == 4.0 and copied["note"] == "3 adapters"
+    prefill = rows_of(cases, f"1 prompt of {SMALL.prompt_tokens}, {peers.MIX.name}")
+    assert [row["adapters"] for row in prefill] == [peers.MIX.name] and prefill[0]["ms"] > 0
+
+
+def test_adapters_that_do_not_pass_their_check_are_not_timed(report):
+    pytest.importorskip("torch")
+    from benchmarks.device.peers import torch_mixes
+
+    report.end(
+        "peers", peers.LORA_CHECK, [{"LoRA": torch_mixes.IN_ORDER, "ok": True}, {"LoRA": torch_mixes.IN_ORDER, "ok": False}]
+    )
+    (row,) = peers.Peers(SMALL, report).decode(ROWS, CONTEXT, MIXED)
+    assert row["skipped"] == "no way to add adapters passed its check"
+
+
+def test_copies_by_index_are_timed_only_without_a_kernel():
+    pytest.importorskip("torch")
+    from benchmarks.device.peers.torch_mixes import BY_INDEX, IN_ORDER, TRITON, worth_timing
+
+    assert worth_timing([IN_ORDER, BY_INDEX, TRITON]) == [IN_ORDER, TRITON]
+    assert worth_timing([IN_ORDER, BY_INDEX]) == [IN_ORDER, BY_INDEX]
+
+
+def test_kernels_are_left_out_after_a_process_died_in_their_check(report, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peers, "check_lora", lambda kernels=True: asked.append(kernels) or [])
+    assert peers.Peers(SMALL, report)._lora_rows == []
+    report.fail("peers", peers.LORA_CHECK, "exit code -11")
+    assert peers.Peers(SMALL, report)._lora_rows == []
+    assert asked == [True, False]
+
+
+def test_a_device_that_is_lost_in_the_check_ends_the_process(report, monkeypatch):
+    monkeypatch.setattr(peers, "check_lora", lambda kernels=True: [])
+    monkeypatch.setattr(peers, "torch_works", lambda: False)
+    with pytest.raises(SystemExit, match="computes nothing"):
+        peers.Peers(SMALL, report).check_lora()
+
+
+def test_a_batch_that_does_not_fit_says_so(report):
+    pytest.importorskip("torch")
+    from benchmarks.device.peers.torch_mixes import IN_ORDER, TorchMixes
+    from benchmarks.device.peers.torch_steps import lacking_text
+
+    assert lacking_text(3 << 30, 5 << 30, 8 << 30) == ""
+    assert lacking_text(3 << 30, 0, 2 << 30) == "KV takes 3.0 GiB; 2.0 GiB are free"
+    text = lacking_text(3 << 30, 6 << 30, 8 << 30)
+    assert text == "KV takes 3.0 GiB and adapters 6.0 GiB; 8.0 GiB are free"
+    asked = []
+    bench = types.SimpleNamespace(lacking=lambda *sizes: asked.append(sizes) or text)
+    found = peers.Peers(SMALL, report)
+    found.__dict__["_mixes"] = TorchMixes(SMALL, bench)
+    found.__dict__["_lora_rows"] = [{"LoRA": IN_ORDER, "ok": True}]
+    (row,) = found.decode(ROWS, CONTEXT, Mix("two ranks", (8, 17), ("o_proj",)))
+    assert row["skipped"] == text and "ms" not in row
+    o_elems = (16 + 32) * 2 * sum(SMALL.config.target_shape("o_proj")) * SMALL.config.num_layers
+    assert asked == [(ROWS * CONTEXT, 4 * o_elems)]
+
+
+def test_batches_have_as_many_adapters_as_our_own():
+    assert peers.adapters_of(None, 128) == 128
+    assert peers.adapters_of({"note": ""}, 128) == 128
+    assert peers.adapters_of({"note": "85 adapters; ms is the host's"}, 128) == 85
+
+
+def test_cases_come_in_order_of_importance(report, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = [case.name for case in peers.cases(FULL, report, 0.0)]
+    assert len(set(names)) == len(names)
+    mixes = [f"{rows} rows, 512 tokens{mix}" for rows in (32, 128) for mix in ("", *(f", {m.name}" for m in FULL.mixes[1:]))]
+    assert names[:11] == ["packages", "correctness", peers.LORA_CHECK, *mixes]
+    assert names[11:13] == ["1 prompt of 2048", f"1 prompt of 2048, {peers.MIX.name}"]
+    assert {f"{rows} rows, {context} tokens" for rows in FULL.rows for context in FULL.contexts} < set(names)
+    assert names[-1].startswith("transformers")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -24,13 +24,13 @@ TRITON = "Triton, read through an index"
 TRITON_BESIDE = "Triton, shrink beside the base product"
 
 
-def variants() -> dict[str, Build]:
-    """Ways to add adapters that this machine may have."""
+def variants(kernels: bool = True) -> dict[str, Build]:
+    """Ways to add adapters that this machine may have; without `kernels`, those of torch alone."""
     found: dict[str, Build] = {
         IN_ORDER: functools.partial(BmmAdapters, in_order=True),
         BY_INDEX: functools.partial(BmmAdapters, in_order=False),
     }
-    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    if kernels and torch.cuda.is_available() and importlib.util.find_spec("triton"):
         found[TRITON] = functools.partial(_triton, beside=False)
         found[TRITON_BESIDE] = functools.partial(_triton, beside=True)
     return found
