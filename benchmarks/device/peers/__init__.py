@@ -49,6 +49,20 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
         return [Case("torch", lambda: [{"peer": "torch", "skipped": "this torch finds no GPU"}])]
     peers = Peers(scale, report)
     found = [Case("packages", versions), Case("correctness", check), Case(LORA_CHECK, peers.check_lora)]
+    found += torch_cases(peers, scale)
+    absent = missing("transformers") or missing("peft")
+    if absent:
+        return [*found, Case("transformers + peft", lambda: [{"peer": "transformers + peft", "skipped": absent}])]
+    for adapted in (False, True):  # the model without adapters is measured before they are put into it
+        for rows in peers.mixed_rows:
+            name = f"transformers{' + peft' * adapted}, {rows} rows"
+            found.append(Case(name, functools.partial(peers.mixed, rows, adapted)))
+    return found
+
+
+def torch_cases(peers: Peers, scale: Scale) -> list[Case]:
+    """Steps of the torch model in order of importance."""
+    found: list[Case] = []
 
     def decode(rows: int, context: int, mixes: tuple[Mix, ...]) -> None:
         for mix in mixes:
@@ -74,13 +88,6 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     for context in longer:
         for rows in first:
             decode(rows, context, mixes)
-    absent = missing("transformers") or missing("peft")
-    if absent:
-        return [*found, Case("transformers + peft", lambda: [{"peer": "transformers + peft", "skipped": absent}])]
-    for adapted in (False, True):  # the model without adapters is measured before they are put into it
-        for rows in peers.mixed_rows:
-            name = f"transformers{' + peft' * adapted}, {rows} rows"
-            found.append(Case(name, functools.partial(peers.mixed, rows, adapted)))
     return found
 
 
@@ -121,7 +128,7 @@ class Peers:
         floor = self._floor(rows, context, adapters, mix)
         note = f"{adapters} adapters" if 0 < adapters < rows else ""
         if mix.ranks and not self._right_lora:
-            return [{"peer": "torch, LoRA", "adapters": mix.name, "skipped": "no way to add adapters passed its check"}]
+            return [_none_right(mix)]
         if mix.ranks:
             measured = self._mixes.decode(rows, context, mix, adapters, self._right_lora)
         else:
@@ -134,10 +141,12 @@ class Peers:
         return found
 
     def prefill(self, mix: Mix = BASE) -> list[Row]:
+        if mix.ranks and not self._right_lora:
+            return [_none_right(mix)]
         tokens = self._scale.prompt_tokens
         name = f"1 prompt of {tokens}"
         ours = self._of_ours("prefill", prompts=name, adapters=mix.name)
-        measured = self._mixes.prefill(tokens, mix) if mix.ranks else self._torch.prefill(tokens)
+        measured = self._mixes.prefill(tokens, mix, self._right_lora) if mix.ranks else self._torch.prefill(tokens)
         return [self._prefill_row({"peer": m.variant, "prompts": name, "adapters": mix.name}, m, ours) for m in measured]
 
     def _prefill_row(self, row: Row, m: Measured, ours: Row | None) -> Row:
@@ -224,6 +233,10 @@ class Peers:
             return None
         rows = (row for row in self._report.rows(section) if "ms" in row)
         return next((row for row in rows if all(row.get(name) == value for name, value in columns.items())), None)
+
+
+def _none_right(mix: Mix) -> Row:
+    return {"peer": "torch, LoRA", "adapters": mix.name, "skipped": "no way to add adapters passed its check"}
 
 
 def _timed(timing: Timing, floor: float, ours: Row | None, attention: str, note: str) -> Row:

@@ -58,8 +58,10 @@ class TorchMixes:
         """A token for each of `rows` sequences of `context` tokens; row i has adapter i modulo `count`."""
         return self._measure((rows, 1), context - 1, mix, count, {name: variants()[name] for name in names})
 
-    def prefill(self, tokens: int, mix: Mix) -> list[Measured]:
+    def prefill(self, tokens: int, mix: Mix, names: list[str]) -> list[Measured]:
         """One prompt with one adapter: its products are plain ones, and nothing is looked up."""
+        if IN_ORDER not in names:
+            return [Measured("torch, LoRA", None, note="plain products did not pass their check")]
         return self._measure((1, tokens), 0, mix, 1, {"plain products": variants()[IN_ORDER]})
 
     def _measure(self, shape: tuple[int, int], start: int, mix: Mix, count: int, builds: dict[str, Build]) -> list[Measured]:
