@@ -1,4 +1,4 @@
-"""Batched adapters in torch, which the section `peers` times: equal to this project's own float32 model, and a wrong one noticed."""
+"""Batched adapters in torch, which the section `peers` times: equal to our own float32 model, and a wrong one is noticed."""
 
 from __future__ import annotations
 
