@@ -29,7 +29,7 @@ check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/lint-imports
 
 parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
-	$(BIN)/python -m pytest tests/parity tests/benchmarks/test_device_peers.py --override-ini addopts="-q --import-mode=importlib" -W default
+	$(BIN)/python -m pytest tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
 
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
 	$(BIN)/python -m benchmarks.reproduce_paper --quick --out .cache/paper $(FIGURES)

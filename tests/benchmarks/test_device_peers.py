@@ -10,12 +10,13 @@ import pytest
 
 from benchmarks.device import peers
 from benchmarks.device.report import Report
-from benchmarks.device.scale import FULL, SMALL
+from benchmarks.device.scale import FULL, SMALL, Mix
 from benchmarks.device.timing import Timing
 from benchmarks.device.workbench import Workbench
 from chameleon_jax.models.config import PRESETS
 
 ROWS, CONTEXT = SMALL.rows[-1], SMALL.contexts[0]
+MIXED = SMALL.mixes[1]
 
 
 @pytest.fixture
@@ -63,6 +64,10 @@ def test_floor_is_that_of_the_section_decode(report):
     assert len(adapters) == 3
     num_bytes = bench.weight_bytes + ROWS * CONTEXT * bench.token_bytes + bench.adapter_bytes(adapters)
     assert found._floor(ROWS, CONTEXT, 3) == pytest.approx(num_bytes / 1e10)
+    for mix in SMALL.mixes:
+        adapters = bench.adapters(mix, 3, itertools.count(1), 1 << 30)
+        num_bytes = bench.weight_bytes + ROWS * CONTEXT * bench.token_bytes + bench.adapter_bytes(adapters)
+        assert found._floor(ROWS, CONTEXT, len(adapters), mix) == pytest.approx(num_bytes / 1e10)
 
 
 def test_mixed_adapters_are_a_mix_of_the_section_decode():
@@ -97,6 +102,94 @@ def test_the_check_notices_a_wrong_model():
     wrong = dataclasses.replace(torch_llama.PLAIN, rotate=backwards)
     model = PRESETS["tiny"], torch.float32, torch.device("cpu"), torch_steps.TORCHS_CHOICE
     assert torch_check.largest_error(*model, wrong) > 100 * peers.LIMIT > 100 * torch_check.largest_error(*model)
+
+
+def test_mixes_are_timed_beside_our_own(report):
+    pytest.importorskip("torch")
+    ours = {"rows": ROWS, "context": CONTEXT, "adapters": MIXED.name, "ms": 4.0, "device ms": 2.0, "note": "3 adapters"}
+    report.end("decode", "mix", [ours])
+    cases = peers.cases(SMALL, report, 0.0)
+    in_order, copied = rows_of(cases, f"{ROWS} rows, {CONTEXT} tokens, {SMALL.mixes[3].name}")
+    assert in_order["ms"] > 0 and copied["ms"] > 0
+    assert sorted([in_order["note"], copied["note"]]) == ["", "fastest of 2"]
+    in_order, copied = rows_of(cases, f"{ROWS} rows, {CONTEXT} tokens, {MIXED.name}")
+    assert "not ordered" in in_order["skipped"]  # two rows share an adapter, as in our own step
+    assert copied["chameleon-jax ms"] == 4.0 and copied["note"] == "3 adapters"
+    prefill = rows_of(cases, f"1 prompt of {SMALL.prompt_tokens}, {peers.MIX.name}")
+    assert [row["adapters"] for row in prefill] == [peers.MIX.name] and prefill[0]["ms"] > 0
+
+
+def test_adapters_that_do_not_pass_their_check_are_not_timed(report):
+    pytest.importorskip("torch")
+    from benchmarks.device.peers import torch_mixes
+
+    report.end(
+        "peers", peers.LORA_CHECK, [{"LoRA": torch_mixes.IN_ORDER, "ok": True}, {"LoRA": torch_mixes.IN_ORDER, "ok": False}]
+    )
+    (row,) = peers.Peers(SMALL, report).decode(ROWS, CONTEXT, MIXED)
+    assert row["skipped"] == "no way to add adapters passed its check"
+
+
+def test_copies_by_index_are_timed_only_without_a_kernel():
+    pytest.importorskip("torch")
+    from benchmarks.device.peers.torch_mixes import BY_INDEX, IN_ORDER, TRITON, worth_timing
+
+    assert worth_timing([IN_ORDER, BY_INDEX, TRITON]) == [IN_ORDER, TRITON]
+    assert worth_timing([IN_ORDER, BY_INDEX]) == [IN_ORDER, BY_INDEX]
+
+
+def test_kernels_are_left_out_after_a_process_died_in_their_check(report, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peers, "check_lora", lambda kernels=True: asked.append(kernels) or [])
+    assert peers.Peers(SMALL, report)._lora_rows == []
+    report.fail("peers", peers.LORA_CHECK, "exit code -11")
+    assert peers.Peers(SMALL, report)._lora_rows == []
+    assert asked == [True, False]
+
+
+def test_a_device_that_is_lost_in_the_check_ends_the_process(report, monkeypatch):
+    monkeypatch.setattr(peers, "check_lora", lambda kernels=True: [])
+    monkeypatch.setattr(peers, "torch_works", lambda: False)
+    with pytest.raises(SystemExit, match="computes nothing"):
+        peers.Peers(SMALL, report).check_lora()
+
+
+def test_a_batch_that_does_not_fit_says_so(report):
+    pytest.importorskip("torch")
+    from benchmarks.device.peers.torch_mixes import IN_ORDER, TorchMixes
+    from benchmarks.device.peers.torch_steps import lacking_text
+
+    assert lacking_text(3 << 30, 5 << 30, 8 << 30) == ""
+    assert lacking_text(3 << 30, 0, 2 << 30) == "KV takes 3.0 GiB; 2.0 GiB are free"
+    text = lacking_text(3 << 30, 6 << 30, 8 << 30)
+    assert text == "KV takes 3.0 GiB and adapters 6.0 GiB; 8.0 GiB are free"
+    asked = []
+    bench = types.SimpleNamespace(lacking=lambda *sizes: asked.append(sizes) or text)
+    found = peers.Peers(SMALL, report)
+    found.__dict__["_mixes"] = TorchMixes(SMALL, bench)
+    found.__dict__["_lora_rows"] = [{"LoRA": IN_ORDER, "ok": True}]
+    (row,) = found.decode(ROWS, CONTEXT, Mix("two ranks", (8, 17), ("o_proj",)))
+    assert row["skipped"] == text and "ms" not in row
+    o_elems = (16 + 32) * 2 * sum(SMALL.config.target_shape("o_proj")) * SMALL.config.num_layers
+    assert asked == [(ROWS * CONTEXT, 4 * o_elems)]
+
+
+def test_batches_have_as_many_adapters_as_our_own():
+    assert peers.adapters_of(None, 128) == 128
+    assert peers.adapters_of({"note": ""}, 128) == 128
+    assert peers.adapters_of({"note": "85 adapters; ms is the host's"}, 128) == 85
+
+
+def test_cases_come_in_order_of_importance(report, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = [case.name for case in peers.cases(FULL, report, 0.0)]
+    assert len(set(names)) == len(names)
+    mixes = [f"{rows} rows, 512 tokens{mix}" for rows in (32, 128) for mix in ("", *(f", {m.name}" for m in FULL.mixes[1:]))]
+    assert names[:11] == ["packages", "correctness", peers.LORA_CHECK, *mixes]
+    assert names[11:13] == ["1 prompt of 2048", f"1 prompt of 2048, {peers.MIX.name}"]
+    assert {f"{rows} rows, {context} tokens" for rows in FULL.rows for context in FULL.contexts} < set(names)
+    assert names[-1].startswith("transformers")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

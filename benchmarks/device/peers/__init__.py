@@ -1,33 +1,43 @@
-"""Section `peers`: what the same device does with torch, and with transformers + peft.
+"""Section `peers`: the same steps in torch, with and without adapters, and in transformers + peft.
 
-The torch step (torch_llama.py) is the strongest that we could write for weights without adapters; its rows stand beside those
-of the sections `decode` and `prefill`: same rows, same contexts, same floor. JAX must not take the device in this process.
+The torch step (torch_llama.py, torch_lora.py) is the strongest that we could write; its rows stand beside those of the sections
+`decode` and `prefill`: same rows, contexts, mixes of adapters and floor. Cases come in order of importance. JAX must not take
+the device in this process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.device.peers.checks import LIMIT, check, check_lora, torch_works
 from benchmarks.device.prefill import operations
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import FULL, Mix, Scale
 from benchmarks.device.timing import Timing
 from benchmarks.device.workbench import Workbench
-from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS
+from chameleon_jax.models.config import ATTENTION_TARGETS
 
 if TYPE_CHECKING:  # they import what may be missing
     from benchmarks.device.peers.mixed_adapters import MixedAdapters
-    from benchmarks.device.peers.torch_steps import TorchBench
+    from benchmarks.device.peers.torch_mixes import TorchMixes
+    from benchmarks.device.peers.torch_steps import Measured, TorchBench
 
+__all__ = ["LIMIT", "MIX", "Peers", "cases"]
 MIX = Mix("rank 16, q k v o", (16,), ATTENTION_TARGETS)
 MOST_MIXED_ROWS = 32
 """Every row has an adapter of its own, and each takes peft some kernels a matrix."""
-LIMIT = 1e-4
-BFLOAT16_LIMIT = 5e-2
+BASE = Mix("base")
+LORA_CHECK = "correctness, LoRA"
+FIRST_ROWS = (32, 128)
+"""Batches that are measured before the others."""
+LEFT_OUT = (1, 64)
+"""Batches that are not measured with adapters, for time."""
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
@@ -38,11 +48,8 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     if scale == FULL and not torch.cuda.is_available():
         return [Case("torch", lambda: [{"peer": "torch", "skipped": "this torch finds no GPU"}])]
     peers = Peers(scale, report)
-    found = [Case("packages", versions), Case("correctness", check)]
-    for context in scale.contexts:
-        for rows in scale.rows:
-            found.append(Case(f"{rows} rows, {context} tokens", functools.partial(peers.decode, rows, context)))
-    found.append(Case(f"1 prompt of {scale.prompt_tokens}", peers.prefill))
+    found = [Case("packages", versions), Case("correctness", check), Case(LORA_CHECK, peers.check_lora)]
+    found += torch_cases(peers, scale)
     absent = missing("transformers") or missing("peft")
     if absent:
         return [*found, Case("transformers + peft", lambda: [{"peer": "transformers + peft", "skipped": absent}])]
@@ -50,6 +57,37 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
         for rows in peers.mixed_rows:
             name = f"transformers{' + peft' * adapted}, {rows} rows"
             found.append(Case(name, functools.partial(peers.mixed, rows, adapted)))
+    return found
+
+
+def torch_cases(peers: Peers, scale: Scale) -> list[Case]:
+    """Steps of the torch model in order of importance."""
+    found: list[Case] = []
+
+    def decode(rows: int, context: int, mixes: tuple[Mix, ...]) -> None:
+        for mix in mixes:
+            name = f"{rows} rows, {context} tokens" + f", {mix.name}" * bool(mix.ranks)
+            found.append(Case(name, functools.partial(peers.decode, rows, context, mix)))
+
+    first = [rows for rows in scale.rows if rows in FIRST_ROWS]
+    others = [rows for rows in scale.rows if rows not in FIRST_ROWS]
+    mixes = tuple(mix for mix in scale.mixes if mix.ranks)
+    least, *longer = sorted(scale.contexts)
+    for rows in first:
+        decode(rows, least, (BASE, *mixes))
+    for mix in (BASE, MIX):
+        name = f"1 prompt of {scale.prompt_tokens}" + f", {mix.name}" * bool(mix.ranks)
+        found.append(Case(name, functools.partial(peers.prefill, mix)))
+    for rows in others:
+        decode(rows, least, (BASE,))
+    for context in longer:
+        for rows in (*first, *others):
+            decode(rows, context, (BASE,))
+    for rows in others:
+        decode(rows, least, mixes if rows not in LEFT_OUT else ())
+    for context in longer:
+        for rows in first:
+            decode(rows, context, mixes)
     return found
 
 
@@ -63,36 +101,10 @@ def versions() -> list[Row]:
     return [{"package": name, "version": importlib.metadata.version(name)} for name in packages]
 
 
-def check() -> list[Row]:
-    """The torch model against this project's; on a GPU also with the kernels that are timed."""
-    import torch
-
-    from benchmarks.device.peers.torch_check import largest_error
-    from benchmarks.device.peers.torch_llama import PLAIN, compiled_pieces
-    from benchmarks.device.peers.torch_steps import GPU_ATTENTION, TORCHS_CHOICE, device
-
-    def row(dtype: torch.dtype, attention: str, compiled: bool = False) -> Row:
-        small = dtype == torch.float32
-        config = PRESETS["tiny"] if small else dataclasses.replace(PRESETS["tiny"], num_kv_heads=4, head_dim=128)
-        limit = LIMIT if small else BFLOAT16_LIMIT
-        facts: Row = {
-            "torch model": f"{str(dtype).removeprefix('torch.')} on {device().type} against float32 JAX on cpu",
-            "attention": attention,
-            "element-wise": "compiled" if compiled else "plain",
-        }
-        try:
-            error = largest_error(config, dtype, device(), attention, compiled_pieces() if compiled else PLAIN)
-        except Exception as failure:
-            if attention == TORCHS_CHOICE and not compiled:
-                raise
-            return {**facts, "skipped": str(failure).strip()[:200]}  # what is not to be had is not timed either
-        return {**facts, "error": f"{error:.1e}", "limit": limit, "ok": error < limit}  # NaN is not less than anything
-
-    rows = [row(torch.float32, TORCHS_CHOICE)]
-    if torch.cuda.is_available():
-        rows += [row(torch.bfloat16, attention) for attention in GPU_ATTENTION]
-        rows.append(row(torch.bfloat16, TORCHS_CHOICE, compiled=True))
-    return rows
+def adapters_of(ours: Row | None, rows: int) -> int:
+    """Adapters of this project's batch: one a row, or fewer where its pool did not hold as many and its note says so."""
+    said = re.match(r"(\d+) adapters", ours.get("note", "")) if ours else None
+    return int(said[1]) if said else rows
 
 
 class Peers:
@@ -103,42 +115,60 @@ class Peers:
         self._ours = Workbench(scale)  # for its sizes: no engine is built
         self.mixed_rows = [rows for rows in scale.rows if 1 < rows <= MOST_MIXED_ROWS]
 
-    def decode(self, rows: int, context: int) -> list[Row]:
-        floor = self._floor(rows, context)
-        ours = self._of_ours("decode", rows=rows, context=context, adapters="base")
-        return [
-            {"peer": m.variant, "rows": rows, "context": context, "adapters": "base"}
-            | (_timed(m.timing, floor, ours, m.attention, m.note) if m.timing else {"skipped": m.note})
-            for m in self._torch.decode(rows, context)
-        ]
+    def check_lora(self) -> list[Row]:
+        """Each way to add adapters, on the tiny model: a way that is not right is not timed."""
+        rows = self._lora_rows
+        if not torch_works():  # the supervisor goes on with the next case in another process
+            sys.exit(f"torch computes nothing any more after {rows}")
+        return rows
 
-    def prefill(self) -> list[Row]:
+    def decode(self, rows: int, context: int, mix: Mix = BASE) -> list[Row]:
+        ours = self._of_ours("decode", rows=rows, context=context, adapters=mix.name)
+        adapters = adapters_of(ours, rows) if mix.ranks else 0
+        floor = self._floor(rows, context, adapters, mix)
+        note = f"{adapters} adapters" if 0 < adapters < rows else ""
+        if mix.ranks and not self._right_lora:
+            return [_none_right(mix)]
+        if mix.ranks:
+            measured = self._mixes.decode(rows, context, mix, adapters, self._right_lora)
+        else:
+            measured = self._torch.decode(rows, context)
+        found = []
+        for m in measured:
+            said = "; ".join(filter(None, (note, m.note)))
+            facts = _timed(m.timing, floor, ours, m.attention, said) if m.timing else {"skipped": said}
+            found.append({"peer": m.variant, "rows": rows, "context": context, "adapters": mix.name} | facts)
+        return found
+
+    def prefill(self, mix: Mix = BASE) -> list[Row]:
+        if mix.ranks and not self._right_lora:
+            return [_none_right(mix)]
         tokens = self._scale.prompt_tokens
         name = f"1 prompt of {tokens}"
-        ours = self._of_ours("prefill", prompts=name, adapters="base")
-        found = []
-        for m in self._torch.prefill(tokens):
-            row: Row = {"peer": m.variant, "prompts": name, "adapters": "base"}
-            if m.timing is None:
-                found.append({**row, "skipped": m.note})
-                continue
-            rate = operations(self._ours, 1, tokens, 0) / m.timing.seconds
-            row |= {
-                "ms": round(m.timing.ms, 3),
-                "spread %": round(100 * m.timing.spread, 1),
-                "TFLOP/s": round(rate / 1e12, 2),
-                "% of the matrix rate": round(100 * rate / self._ceilings["matrix"], 1),
-            }
-            found.append(row | _beside(m.timing, ours) | {"attention": m.attention})
-        return found
+        ours = self._of_ours("prefill", prompts=name, adapters=mix.name)
+        measured = self._mixes.prefill(tokens, mix, self._right_lora) if mix.ranks else self._torch.prefill(tokens)
+        return [self._prefill_row({"peer": m.variant, "prompts": name, "adapters": mix.name}, m, ours) for m in measured]
+
+    def _prefill_row(self, row: Row, m: Measured, ours: Row | None) -> Row:
+        if m.timing is None:
+            return {**row, "skipped": m.note}
+        rate = operations(self._ours, 1, self._scale.prompt_tokens, 0) / m.timing.seconds
+        row |= {
+            "ms": round(m.timing.ms, 3),
+            "spread %": round(100 * m.timing.spread, 1),
+            "TFLOP/s": round(rate / 1e12, 2),
+            "% of the matrix rate": round(100 * rate / self._ceilings["matrix"], 1),
+        }
+        return row | _beside(m.timing, ours) | {"attention": m.attention}
 
     def mixed(self, rows: int, adapted: bool) -> list[Row]:
         """A batch of which every row has an adapter of its own, or none has one."""
         from benchmarks.device.peers.torch_steps import free_memory
 
-        self.__dict__.pop("_torch", None)  # its weights are not needed any more
+        for unneeded in ("_torch", "_mixes"):  # their weights
+            self.__dict__.pop(unneeded, None)
         free_memory()
-        context, mix = min(self._scale.contexts), MIX if adapted else Mix("base")
+        context, mix = min(self._scale.contexts), MIX if adapted else BASE
         timing = self._mixed.measure(rows, context, adapted)
         free_memory()
         floor = self._floor(rows, context, rows if adapted else 0)
@@ -155,6 +185,27 @@ class Peers:
         return TorchBench(self._scale, self._ours.token_bytes)
 
     @functools.cached_property
+    def _mixes(self) -> TorchMixes:
+        from benchmarks.device.peers.torch_mixes import TorchMixes
+
+        return TorchMixes(self._scale, self._torch)
+
+    @functools.cached_property
+    def _lora_rows(self) -> list[Row]:
+        """Found by this process or by one before it; where that one ended in the check, kernels of our own are left out."""
+        if not self._report.has("peers", LORA_CHECK):
+            return check_lora()
+        rows = [row for row in self._report.rows("peers") if "LoRA" in row]
+        return rows or check_lora(kernels=False)
+
+    @property
+    def _right_lora(self) -> list[str]:
+        from benchmarks.device.peers.torch_mixes import worth_timing
+
+        wrong = {row["LoRA"] for row in self._lora_rows if not row.get("ok")}
+        return worth_timing([name for name in dict.fromkeys(row["LoRA"] for row in self._lora_rows) if name not in wrong])
+
+    @functools.cached_property
     def _mixed(self) -> MixedAdapters:
         from benchmarks.device.peers.mixed_adapters import MixedAdapters
 
@@ -168,11 +219,12 @@ class Peers:
         measured = self._report.ceilings or {}
         return measured if {"copy", "matrix"} <= set(measured) else ceilings(self._scale)
 
-    def _floor(self, rows: int, context: int, adapters: int = 0) -> float:
-        """Seconds to read the weights, the rows' KV and as many adapters of MIX, as the section `decode` counts them."""
+    def _floor(self, rows: int, context: int, adapters: int = 0, mix: Mix = MIX) -> float:
+        """Seconds to read the weights, the rows' KV and as many adapters of a mix, as the section `decode` counts them."""
         ours = self._ours
-        elems = sum(r * sum(ours.config.target_shape(t)) for r in MIX.ranks for t in MIX.targets) * ours.config.num_layers
-        num_bytes = ours.weight_bytes + rows * context * ours.token_bytes + adapters * elems * ours.dtype.itemsize
+        ranks = itertools.islice(itertools.cycle(mix.ranks), adapters)
+        elems = sum(ranks) * sum(sum(ours.config.target_shape(t)) for t in mix.targets) * ours.config.num_layers
+        num_bytes = ours.weight_bytes + rows * context * ours.token_bytes + elems * ours.dtype.itemsize
         return num_bytes / self._ceilings["copy"]
 
     def _of_ours(self, section: str, **columns: Any) -> Row | None:
@@ -181,6 +233,10 @@ class Peers:
             return None
         rows = (row for row in self._report.rows(section) if "ms" in row)
         return next((row for row in rows if all(row.get(name) == value for name, value in columns.items())), None)
+
+
+def _none_right(mix: Mix) -> Row:
+    return {"peer": "torch, LoRA", "adapters": mix.name, "skipped": "no way to add adapters passed its check"}
 
 
 def _timed(timing: Timing, floor: float, ours: Row | None, attention: str, note: str) -> Row:

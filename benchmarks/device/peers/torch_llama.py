@@ -1,12 +1,14 @@
 """Llama as one would write it in torch for speed: fused matrices, a static KV cache, one forward for prefill and decode.
 
-What a server must do beside (block tables, a length for each row, adapters, sampling) it does not, which is in its favour.
+Some work of a server is left out, which is in its favour: block tables, a length for each row, sampling.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -107,6 +109,13 @@ def compiled_pieces() -> Pieces:
     return Pieces("element-wise compiled", *(torch.compile(piece, fullgraph=True) for piece in (rotate, add_norm, gate)))
 
 
+class Adapters(Protocol):
+    """Low-rank updates of the rows of a batch (torch_lora.py)."""
+
+    def product(self, layer: int, name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x [rows, tokens, d_in]` times the layer's matrix of this name in `LayerWeights`, `[d_out, d_in]`, updated."""
+
+
 class TorchLlama:
     """
     Args:
@@ -126,7 +135,14 @@ class TorchLlama:
         shape = (config.num_layers, 2, rows, config.num_kv_heads, max_context, config.head_dim)
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def logits(self, tokens: torch.Tensor, start: int, cache: torch.Tensor, pieces: Pieces = PLAIN) -> torch.Tensor:
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        cache: torch.Tensor,
+        pieces: Pieces = PLAIN,
+        adapters: Adapters | None = None,
+    ) -> torch.Tensor:
         """Computes `tokens [rows, tokens]` from position `start` on: 0, or one token a row.
 
         Returns:
@@ -141,15 +157,21 @@ class TorchLlama:
         x = F.embedding(tokens, weights.embed)
         h = F.rms_norm(x, weights.norm.shape, weights.layers[0].attention_norm, config.rms_norm_eps)
         following = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
-        for layer, kv_cache, norm in zip(weights.layers, cache, following):
-            q, kv = pieces.rotate(F.linear(h, layer.qkv), cos, sin, config.num_heads, config.num_kv_heads)
+        for number, (layer, kv_cache, norm) in enumerate(zip(weights.layers, cache, following)):
+            linear = functools.partial(_linear, adapters, number, layer)
+            q, kv = pieces.rotate(linear("qkv", h), cos, sin, config.num_heads, config.num_kv_heads)
             kv_cache[:, :, :, start:end].copy_(kv.transpose(2, 3))
             k, v = kv_cache[:, :, :, :end]
             attended = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k, v, is_causal=length > 1, enable_gqa=config.num_heads != config.num_kv_heads
             )
             attended = attended.transpose(1, 2).reshape(*tokens.shape, -1)
-            x, h = pieces.add_norm(x, F.linear(attended, layer.o), layer.mlp_norm, config.rms_norm_eps)
-            down = F.linear(pieces.gate(F.linear(h, layer.gate_up)), layer.down)
+            x, h = pieces.add_norm(x, linear("o", attended), layer.mlp_norm, config.rms_norm_eps)
+            down = linear("down", pieces.gate(linear("gate_up", h)))
             x, h = pieces.add_norm(x, down, norm, config.rms_norm_eps)
         return F.linear(h[:, -1], weights.head)
+
+
+def _linear(adapters: Adapters | None, number: int, layer: LayerWeights, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight = getattr(layer, name)
+    return F.linear(x, weight) if adapters is None else adapters.product(number, name, x, weight)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.device.peers.torch_llama import PLAIN, Pieces, TorchLlama, compiled_pieces, random_weights
+from benchmarks.device.peers.torch_llama import PLAIN, Adapters, Pieces, TorchLlama, compiled_pieces, random_weights
 from benchmarks.device.scale import Scale
 from benchmarks.device.timing import Timing, best_of, time_calls
 
@@ -60,9 +60,17 @@ class Step:
     """
 
     def __init__(
-        self, model: TorchLlama, tokens: torch.Tensor, start: int, cache: torch.Tensor, attention: str, pieces: Pieces
+        self,
+        model: TorchLlama,
+        tokens: torch.Tensor,
+        start: int,
+        cache: torch.Tensor,
+        attention: str,
+        pieces: Pieces,
+        adapters: Adapters | None = None,
     ):
         self.logits: torch.Tensor
+        self._adapters = adapters
         self._model, self._start, self._cache, self._pieces = model, start, cache, pieces
         self._tokens, self._next = tokens, tokens[:, -1:] if tokens.shape[1] == 1 else tokens[:, -1:].clone()
         self._attention = attention
@@ -95,7 +103,7 @@ class Step:
 
     def _step(self) -> None:
         with contextlib.nullcontext() if self._attention == TORCHS_CHOICE else sdpa_kernel(_backend(self._attention)):
-            self.logits = self._model.logits(self._tokens, self._start, self._cache, self._pieces)
+            self.logits = self._model.logits(self._tokens, self._start, self._cache, self._pieces, self._adapters)
         self._next.copy_(self.logits.argmax(-1, keepdim=True))
 
 
@@ -131,21 +139,24 @@ class TorchBench:
     """The model with random weights, and steps to time.
 
     Args:
-        token_bytes: of KV.
+        token_bytes: KV bytes of a token, all layers.
     """
 
     def __init__(self, scale: Scale, token_bytes: int):
         self._scale, self._token_bytes = scale, token_bytes
+        if not torch.cuda.is_available():
+            # On a busy CPU, threads of tiny products waited for one another: 300 ms a step instead of 1.
+            torch.set_num_threads(1)
         weights = random_weights(scale.config, getattr(torch, scale.dtype), device())
-        self._model = TorchLlama(scale.config, weights, max(scale.prompt_tokens, *scale.contexts))
+        self.model = TorchLlama(scale.config, weights, max(scale.prompt_tokens, *scale.contexts))
+        self._best: dict[tuple[int, int, int], tuple[str, Pieces]] = {}
         self._pieces: Pieces | None = None
         self._compile_seconds = 0.0
         self._compile_error = ""
 
     def decode(self, rows: int, context: int) -> list[Measured]:
         """A token for each of `rows` sequences that have `context` tokens with it."""
-        num_bytes = rows * context * self._token_bytes
-        lacking = self._lacking(num_bytes)
+        lacking = self.lacking(rows * context)
         if lacking:
             return [Measured("torch", None, note=lacking)]
         tokens = torch.randint(self._scale.config.vocab_size, (rows, 1), device=device())
@@ -157,30 +168,52 @@ class TorchBench:
         words = torch.randint(self._scale.config.vocab_size, (1, tokens), device=device())
         return self._timed(words, 0)
 
+    def cache(self, rows: int, context: int) -> torch.Tensor:
+        return self.model.cache(rows, context).normal_(std=SCALE_OF_KV)
+
+    def best(self, tokens: torch.Tensor, start: int, cache: torch.Tensor) -> tuple[str, Pieces]:
+        """Attention and pieces of the fastest step without adapters; pieces are plain where none was timed before."""
+        known = self._best.get((*tokens.shape, start))
+        return known or (self._attention(tokens, start, cache), PLAIN)
+
+    def lacking(self, kv_tokens: int, adapter_bytes: int = 0) -> str:
+        """Why there is no room for so many tokens of KV and so many bytes of adapters; empty: there is."""
+        free_memory()
+        if not torch.cuda.is_available():
+            return ""
+        return lacking_text(kv_tokens * self._token_bytes, adapter_bytes, torch.cuda.mem_get_info()[0] - SPARE_BYTES)
+
+    def _step(self, tokens: torch.Tensor, start: int, cache: torch.Tensor, attention: str, pieces: Pieces) -> Step:
+        return Step(self.model, tokens.clone(), start, cache, attention, pieces)
+
+    def _attention(self, tokens: torch.Tensor, start: int, cache: torch.Tensor) -> str:
+        if not tokens.is_cuda:
+            return TORCHS_CHOICE
+        return fastest(lambda attention: self._step(tokens, start, cache, attention, PLAIN))
+
     def _timed(self, tokens: torch.Tensor, start: int) -> list[Measured]:
         rows, length = tokens.shape
-        cache = self._model.cache(rows, start + length).normal_(std=SCALE_OF_KV)
-
-        def step(attention: str, pieces: Pieces) -> Step:
-            return Step(self._model, tokens.clone(), start, cache, attention, pieces)
-
         name = "torch, CUDA graph" if tokens.is_cuda else "torch, plain calls (no GPU: no CUDA graph)"
         try:
-            attention = fastest(lambda attention: step(attention, PLAIN)) if tokens.is_cuda else TORCHS_CHOICE
-            found = [Measured(name, time_calls(step(attention, PLAIN).run), attention)]
+            cache = self.cache(rows, start + length)
+            attention = self._attention(tokens, start, cache)
+            timing = time_calls(self._step(tokens, start, cache, attention, PLAIN).run)
+            found = [Measured(name, timing, attention)]
+            self._best[rows, length, start] = attention, PLAIN
             if not tokens.is_cuda:
                 return found
-            compiled = self._compiled(lambda pieces: step(attention, pieces))
-            if isinstance(compiled, Step):
-                found.append(Measured(f"{name}, element-wise compiled", time_calls(compiled.run), attention))
-            else:
-                found.append(Measured("torch, element-wise compiled", None, note=compiled))
-            return found
+            compiled = self._compiled(lambda pieces: self._step(tokens, start, cache, attention, pieces))
+            if isinstance(compiled, str):
+                return [*found, Measured("torch, element-wise compiled", None, note=compiled)]
+            compiled_timing = time_calls(compiled.run)
+            if compiled_timing.seconds < timing.seconds and self._pieces:
+                self._best[rows, length, start] = attention, self._pieces
+            return [*found, Measured(f"{name}, element-wise compiled", compiled_timing, attention)]
         except torch.OutOfMemoryError as error:
-            return [Measured(name, None, note=_first_line(error))]
+            return [Measured(name, None, note=first_line(error))]
 
     def _compiled(self, build: Callable[[Pieces], Step]) -> Step | str:
-        """Or why there is none; the compiler failing once is enough."""
+        """A step of compiled pieces, or why there is none; the compiler failing once is enough."""
         if not self._compile_error and self._compile_seconds > COMPILE_SECONDS:
             self._compile_error = f"torch.compile had taken {self._compile_seconds:.0f} s"
         if self._compile_error:
@@ -192,18 +225,18 @@ class TorchBench:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler has many ways to fail, and the peer without it is measured already
-            self._compile_error = f"torch.compile failed: {_first_line(error)}"
+            self._compile_error = f"torch.compile failed: {first_line(error)}"
             return self._compile_error
         finally:
             self._compile_seconds += time.perf_counter() - begin
 
-    def _lacking(self, num_bytes: int) -> str:
-        """Why there is no room for a KV cache; empty: there is."""
-        free_memory()
-        if not torch.cuda.is_available():
-            return ""
-        free = torch.cuda.mem_get_info()[0] - SPARE_BYTES
-        return f"KV takes {num_bytes / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free" if num_bytes > free else ""
+
+def lacking_text(kv_bytes: int, adapter_bytes: int, free_bytes: int) -> str:
+    """A sentence where KV and adapters take more than is free; empty where they fit."""
+    if kv_bytes + adapter_bytes <= free_bytes:
+        return ""
+    adapters = f" and adapters {adapter_bytes / 2**30:.1f} GiB" if adapter_bytes else ""
+    return f"KV takes {kv_bytes / 2**30:.1f} GiB{adapters}; {max(free_bytes, 0) / 2**30:.1f} GiB are free"
 
 
 def fastest(build: Callable[[str], Step]) -> str:
@@ -220,7 +253,7 @@ def fastest(build: Callable[[str], Step]) -> str:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # "No available kernel"
-            errors.append(f"{attention}: {_first_line(error)}")
+            errors.append(f"{attention}: {first_line(error)}")
     if not seconds:
         raise RuntimeError("; ".join(errors))
     return min(seconds, key=seconds.__getitem__)
@@ -234,5 +267,5 @@ def _pending(result: torch.Tensor) -> Pending:
     return Pending()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,128 @@
+"""Batched adapters in torch, which the section `peers` times: equal to our own float32 model, and a wrong one is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from benchmarks.device import peers
+from chameleon_jax.models.config import PRESETS
+
+MODELS = {"grouped heads": PRESETS["tiny"], "heads alike": dataclasses.replace(PRESETS["tiny"], num_kv_heads=4)}
+
+
+@pytest.fixture
+def lora():
+    """The modules that need torch, and the error of a way to add adapters."""
+    torch = pytest.importorskip("torch")
+    from benchmarks.device.peers import torch_check, torch_lora, torch_mixes
+
+    def error(name, config=PRESETS["tiny"], build=None):
+        build = build or torch_mixes.variants()[name]
+        return torch_check.mixed_error(config, torch.float32, torch.device("cpu"), build, name == torch_mixes.IN_ORDER)
+
+    return types.SimpleNamespace(
+        torch=torch,
+        check=torch_check,
+        stack=torch_lora.AdapterStack,
+        bmm=torch_lora.BmmAdapters,
+        mixes=torch_mixes,
+        error=error,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["IN_ORDER", "BY_INDEX"])
+def test_mixed_ranks_and_rows_without_an_adapter_match_the_reference(lora, model, name):
+    assert all(rank % 16 for rank in lora.check.RANKS) and None in lora.check.MIXED_ROWS
+    assert lora.error(getattr(lora.mixes, name), MODELS[model]) < peers.LIMIT
+
+
+def test_a_prompt_with_one_adapter_matches_the_reference(lora):
+    cpu = lora.torch.device("cpu")
+    model = PRESETS["tiny"], lora.torch.float32, cpu, "torch's choice", lora.check.PLAIN
+    build = lora.mixes.variants()[lora.mixes.IN_ORDER]
+    assert all(lora.check.largest_error(*model, build, (adapter,)) < peers.LIMIT for adapter in (0, 2))
+
+
+def test_the_check_notices_a_wrong_adapter_of_one_row(lora):
+    def swapped(stack, owners):
+        return lora.bmm(stack, [0 if owner == 1 else owner for owner in owners], in_order=False)
+
+    def missing(stack, owners):
+        return lora.bmm(stack, [None, *owners[1:]], in_order=False)
+
+    assert min(lora.error(lora.mixes.BY_INDEX, build=wrong) for wrong in (swapped, missing)) > 100 * peers.LIMIT
+
+
+def test_products_in_row_order_refuse_rows_in_another_order(lora):
+    stack = lora.stack(PRESETS["tiny"], (8, 40, 16), ("o_proj",), lora.torch.float32, lora.torch.device("cpu"))
+    for owners in ([0, 1, 2], [1, 2, 0], [1, 0, 0], [1, None, 0, None, 2]):
+        with pytest.raises(ValueError, match="not ordered"):
+            lora.bmm(stack, owners, in_order=True)
+    lora.bmm(stack, [1, 0, 2, None], in_order=True)
+
+
+def test_targets_that_share_an_input_come_together(lora):
+    with pytest.raises(ValueError, match="q_proj, k_proj, v_proj come together"):
+        lora.stack(PRESETS["tiny"], (8,), ("q_proj", "v_proj"), lora.torch.float32, lora.torch.device("cpu"))
+
+
+INTERPRETED = """
+import dataclasses, functools
+import torch
+import triton.runtime.interpreter as interpreter
+from benchmarks.device.peers import torch_check, torch_mixes
+from chameleon_jax.models.config import PRESETS
+
+patch = interpreter._patch_lang_tensor
+
+def patch_for_numpy(tensor, scope):  # triton 3.6 calls int() on an array of one element, which NumPy 2.4 refuses
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+interpreter._patch_lang_tensor = patch_for_numpy
+torch_check.STEPS = 1
+build = functools.partial(torch_mixes._triton, beside=False)
+# d_in of `down` is read in two parts, the last of them not whole
+config = dataclasses.replace(PRESETS["tiny"], num_layers=1, intermediate_size=2176)
+print(torch_check.mixed_error(config, torch.float32, torch.device("cpu"), build, False))
+"""
+
+
+def test_triton_kernels_match_the_reference_in_their_interpreter():
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < peers.LIMIT
+
+
+def test_triton_kernels_compile_for_an_h100_with_16_byte_copies():
+    """Needs no GPU: the compiler comes with Triton."""
+    pytest.importorskip("torch")
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from benchmarks.device.peers import triton_lora
+
+    divisible = [["tt.divisibility", 16]]
+    pointers = {"x": "*bf16", "a": "*bf16", "y": "*bf16", "b": "*bf16", "low": "*fp32", "tasks": "*i32", "entries": "*i32"}
+    constants = {"unit": 16, "block_k": triton_lora.BLOCK_K, "block_n": triton_lora.BLOCK_N, "splits": 4, "targets": 3}
+    for kernel in (triton_lora._shrink, triton_lora._expand):
+        names = kernel.arg_names
+        any_number = {"num_tasks", "steps", *constants}
+        source = triton.compiler.ASTSource(
+            kernel,
+            {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
+            {(i,): constants[name] for i, name in enumerate(names) if name in constants},
+            {(i,): divisible for i, name in enumerate(names) if name not in any_number},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        assert "cp.async.cg.shared.global" in compiled.asm["ptx"]  # the only width that it has is 16 bytes
