@@ -29,6 +29,8 @@ from chameleon_jax.models import steps
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.programs import Programs
+from chameleon_jax.models.transfers import PieceSizes
 
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
@@ -96,11 +98,18 @@ def _for_gpu() -> contextlib.AbstractContextManager[Any]:
     )
 
 
-def compile_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
-    """The compiled program; `args` are pytrees of anything with a shape and a dtype."""
+def lower_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
+    """The lowered program; `args` are pytrees of anything with a shape and a dtype."""
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding()), args)
     with _for_gpu():
-        return jax.jit(fn, **jit_options).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+        return jax.jit(fn, **jit_options).trace(*specs).lower(lowering_platforms=("cuda",))
+
+
+def compile_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
+    """The compiled program; arguments as for `lower_for_h100`."""
+    lowered = lower_for_h100(fn, *args, **jit_options)
+    with _for_gpu():
+        return lowered.compile()
 
 
 def operations(compiled: Any) -> Counter[str]:
@@ -115,6 +124,26 @@ def kernels(compiled: Any) -> Counter[str]:
     text = compiled.as_text()
     calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line and "custom-call(" in line]
     return Counter(re.findall(r'\bname = "(\w+)"', line)[-1] for line in calls)
+
+
+class LoweredPrograms(Programs):
+    """The programs of an engine, traced and lowered for an H100 and not compiled: what a start costs the host beside XLA."""
+
+    def _compile(self, fn: Any, *arguments: Any, donated: int) -> Any:
+        lower_for_h100(fn, *arguments, donate_argnums=donated)
+
+
+def start_up_row(model: Model) -> dict[str, Any]:
+    """Processor time to trace and lower all programs of a server of 128 requests."""
+    pieces = PieceSizes.fit(model.layout.page_bytes(2), model.buckets.max_adapter_pages)
+    head = jax.ShapeDtypeStruct((model.config.vocab_size, model.config.hidden_size), jnp.bfloat16)
+    dtype = jnp.dtype("bfloat16")
+    made = LoweredPrograms(model.graph, model.params, head, model.layout, model.buckets, pieces, dtype, "triton")
+    made.num_pages = model.pages[0].shape[0]
+    processor, wall = time.process_time(), time.perf_counter()
+    made.compile_all()
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    return {"programs": len(made.listing()), "processor s to trace and lower": round(processor, 2), "wall s": round(wall, 2)}
 
 
 LAUNCHES = ("fusion", "custom-call", "copy", "scatter", "gather", "dot", "while", "conditional")
@@ -140,12 +169,16 @@ def step_row(model: Model, name: str, tiles: int, tile_tokens: int, adapted: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-7b", help="a preset's name")
+    parser.add_argument("--start-up", action="store_true", help="only trace and lower all programs, and print the time")
     parser.add_argument("--out", type=Path, help="write JSON here")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     model = Model.of(args.model)
+    if args.start_up:
+        about = describe("python -m benchmarks.compile_h100 --start-up") | {"model": args.model}
+        return publish(about | {"table": [start_up_row(model)]}, args.out)
     shapes = [(f"decode, {n} rows", n, 1) for n in (1, 32, 128)] + [("prefill, 2048 tokens", 32, model.buckets.prefill_tile)]
     table = [step_row(model, *shape, adapted) for shape in shapes for adapted in model.buckets.adapted(shape[-1])]
     publish(describe("python -m benchmarks.compile_h100") | {"model": args.model, "table": table}, args.out)

@@ -21,7 +21,7 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.programs import Programs, Progress
 from chameleon_jax.models.sampling import Sampled
-from chameleon_jax.models.step_inputs import Draw, PackedStep, Segment, pack_step
+from chameleon_jax.models.step_inputs import Draw, PackedStep, Segment, pack_draws, pack_padding, pack_step
 from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.models.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 
@@ -109,6 +109,8 @@ class DeviceEngine:
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
         self.link_rate = self._measure_link()
+        if ahead and self._head.devices().pop().platform != "cpu":
+            self.use_every_program()
 
     def reset(self) -> None:
         """Starts from an empty pool, whatever state an error has left the old one in."""
@@ -132,6 +134,23 @@ class DeviceEngine:
                 f"{PAGES_ROUNDED_TO} pages would take {PAGES_ROUNDED_TO * page_bytes}"
             )
         return pages
+
+    def use_every_program(self) -> None:
+        """Runs each program on padding, which changes nothing that a request reads. A GPU loads a program's code and makes its
+        graph when it is first used, 5 to 30 ms that would be the first requests'. A CPU has nothing of the kind to do."""
+        config, padding_slot = self.layout.config, self.buckets.max_num_seqs
+        for program, forward in self.programs.forward.items():
+            inputs = pack_padding(program, self.buckets)
+            _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        for (rows, _), sample in self.programs.sample.items():
+            draws, _ = pack_draws({}, rows, padding_slot)
+            hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
+            _, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+        for size, write in self.programs.write.items():
+            if size <= self.num_pages:  # the pool is empty, and stays so
+                piece = jnp.zeros((config.num_layers, size, self.layout.page_elems), self.dtype)
+                self._pages, _ = write(self._pages, piece, np.arange(size, dtype=np.int32))
+        self.block_until_ready()
 
     def send(self, segments: Sequence[Segment], draws: Mapping[int, Draw]) -> SentStep:
         """Packs a step and starts the transfer of its inputs.

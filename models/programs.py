@@ -120,22 +120,22 @@ class Programs:
             return steps.forward(self._graph, params, *rest, program=program, **options)
 
         packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
-        lowered = jax.jit(fn, donate_argnums=1).lower(self.weights, self._pool(num_pages), self._slot_tokens, packed)
-        return lowered.compile(self._options)
+        return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
     def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
         fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
         hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
         draws = jax.ShapeDtypeStruct((rows, DRAW_COLUMNS), jnp.int32)
-        lowered = jax.jit(fn, donate_argnums=2).lower(self._head, hidden, self._slot_tokens, draws)
-        return lowered.compile(self._options)
+        return self._compile(fn, self._head, hidden, self._slot_tokens, draws, donated=2)
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
         fn = functools.partial(steps.write_adapter, backend=self._backend)
-        lowered = jax.jit(fn, donate_argnums=0).lower(self._pool(num_pages), piece, ids)
-        return lowered.compile(self._options)
+        return self._compile(fn, self._pool(num_pages), piece, ids, donated=0)
+
+    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int) -> Any:
+        return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)
 
 
 class _OnDemand(dict[Any, Any]):

@@ -101,6 +101,17 @@ def pack_step(segments: Sequence[Segment], draws: Mapping[int, Draw], buckets: S
     return PackedStep(packed, program, last, mode if draws else None)
 
 
+def pack_padding(program: Program, buckets: StepBuckets) -> np.ndarray:
+    """The inputs of a step of padding, which changes nothing."""
+    packed = np.zeros(buckets.packed_size(program), np.int32)
+    inputs = buckets.view(packed, program)
+    inputs.tiles[:, 2] = buckets.max_num_seqs
+    fill_draws(inputs.draws, {}, buckets.max_num_seqs)
+    if inputs.lora is not None:
+        fill_plan(inputs.lora, [])
+    return packed
+
+
 def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, segment: Segment, size: int) -> None:
     """Writes a chunk of a prompt into its tiles, and its tokens from the first one on."""
     assert segment.tokens is not None
