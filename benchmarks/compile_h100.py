@@ -74,12 +74,15 @@ class Model:
         return cls(config, layout, buckets, graph, params, [page] * config.num_layers)
 
     def compile_step(self, tiles: int, tile_tokens: int, adapted: int) -> Any:
-        program = steps.Program(tiles, tile_tokens, adapted)
+        with for_gpu():
+            return self.lower_step(steps.Program(tiles, tile_tokens, adapted)).compile()
+
+    def lower_step(self, program: steps.Program) -> Any:
         options: dict[str, Any] = {"program": program, "buckets": self.buckets, "layout": self.layout, "backend": "triton"}
         forward = functools.partial(steps.forward, self.graph, **options)
         slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)
         packed = jax.ShapeDtypeStruct((self.buckets.packed_size(program),), jnp.int32)
-        return compile_for_h100(forward, self.params, self.pages, slots, packed, donate_argnums=1)
+        return lower_for_h100(forward, self.params, self.pages, slots, packed, donate_argnums=1)
 
 
 @functools.cache
@@ -88,7 +91,7 @@ def _sharding() -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("x",)), PartitionSpec())
 
 
-def _for_gpu() -> contextlib.AbstractContextManager[Any]:
+def for_gpu() -> contextlib.AbstractContextManager[Any]:
     """Since jax 0.11 Pallas asks while it lowers what GPU it is for."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
@@ -101,14 +104,14 @@ def _for_gpu() -> contextlib.AbstractContextManager[Any]:
 def lower_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
     """The lowered program; `args` are pytrees of anything with a shape and a dtype."""
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding()), args)
-    with _for_gpu():
+    with for_gpu():
         return jax.jit(fn, **jit_options).trace(*specs).lower(lowering_platforms=("cuda",))
 
 
 def compile_for_h100(fn: Any, *args: Any, **jit_options: Any) -> Any:
     """The compiled program; arguments as for `lower_for_h100`."""
     lowered = lower_for_h100(fn, *args, **jit_options)
-    with _for_gpu():
+    with for_gpu():
         return lowered.compile()
 
 

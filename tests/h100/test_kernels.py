@@ -1,0 +1,74 @@
+"""Kernels are translated once for batches of all sizes: the code must be what each size would have been given."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.mlir import ir
+from jax.extend.mlir.passmanager import PassManager
+from jaxlib.triton import dialect
+
+from benchmarks.compile_h100 import Model, for_gpu, kernels, lower_for_h100
+from chameleon_jax.models import steps
+from chameleon_jax.models.ops import pallas_triton as pt
+from chameleon_jax.models.steps import Program
+
+PROGRAMS = (Program(1, 1, 7), Program(4, 1, 4), Program(128, 1, 7), Program(1, 64, 7), Program(3, 64, 7), Program(32, 64, 7))
+
+
+def simplified(code: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a launch with Triton's code as text: constants in order, then the rest.
+
+    As it comes it has every first extent times the constant zero, where an array's only block begins.
+    """
+    with ir.Context() as context, ir.Location.unknown():
+        dialect.register_dialect(context)
+        context.load_all_available_dialects()
+        module = ir.Module.parse(code["ir"])
+        PassManager.parse("builtin.module(canonicalize,cse)").run(module.operation)
+        lines = str(module).splitlines()
+    constants = sorted(line for line in lines if "arith.constant" in line)
+    return code | {"ir": constants + [line for line in lines if "arith.constant" not in line]}
+
+
+@pytest.mark.parametrize("preset", ["llama-7b", "llama-3-8b"])
+def test_code_does_not_depend_on_first_extents(preset, monkeypatch):
+    monkeypatch.setattr(pt, "_codes", {})
+    seen = pt._seen
+    monkeypatch.setattr(pt, "_seen", lambda array: (tuple(array.shape), array.dtype.name))  # as it would be without the rule
+    model = Model.of(preset, 1)
+    for program in PROGRAMS:
+        model.lower_step(program)
+    piece = jax.ShapeDtypeStruct((1, 2, model.layout.page_elems), jnp.bfloat16)
+    write = functools.partial(steps.write_adapter, backend="triton")
+    lower_for_h100(write, model.pages, piece, jax.ShapeDtypeStruct((2,), jnp.int32), donate_argnums=0)
+    codes = dict(pt._codes)
+    shared = {}
+    for kernel, code in codes.items():
+        hidden = [tuple(seen(jax.ShapeDtypeStruct(*shape)) for shape in side) for side in (kernel.inputs, kernel.outputs)]
+        alike = dataclasses.replace(kernel, inputs=hidden[0], outputs=hidden[1])
+        if alike not in shared:
+            with for_gpu():
+                shared[alike] = pt._translate(alike)
+        assert code is not None and simplified(shared[alike]) == simplified(code), kernel.name
+    assert {kernel.name for kernel in codes} >= {
+        "decode_attention",
+        "prefill_attention",
+        "lora_shrink",
+        "lora_expand",
+        "write_pages",
+    }
+    assert len(shared) < 0.7 * len(codes)
+
+
+def test_where_launches_have_another_name_pallas_makes_them(monkeypatch):
+    monkeypatch.setattr(pt, "_codes", {})
+    monkeypatch.setattr(pt, "TARGET", "another name")
+    compiled = Model.of("llama-7b", 1).compile_step(4, 1, 7)
+    assert set(pt._codes.values()) == {None}
+    assert kernels(compiled)["lora_shrink"] == kernels(compiled)["lora_expand"] == 4
