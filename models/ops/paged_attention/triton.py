@@ -105,15 +105,19 @@ def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int
         static={"shares": shares, "rows": rows},
         grid=(programs, tiles, shares.splits),
         name="decode_attention" if tile_tokens == 1 else "prefill_attention",
-    )(q, kv, block_tables, starts, counts)
+    )(q, kv, block_tables, starts, counts, jnp.arange(tiles)[::-1])
     if shares.splits == 1:
         return out[0]
     merge = call(_merge_kernel, result, static={"shares": shares}, grid=(heads, tile_tokens, tiles), name="merge_attention")
     return merge(*out, starts, counts)
 
 
-def _attention_kernel(q: Any, kv: Any, tables: Any, starts: Any, counts: Any, *outs: Any, shares: Shares, rows: int) -> None:
+def _attention_kernel(
+    q: Any, kv: Any, tables: Any, starts: Any, counts: Any, order: Any, *outs: Any, shares: Shares, rows: int
+) -> None:
     tile, split = pt.program_id(1), pt.program_id(2)
+    if q.shape[1] > 1:  # a prompt's later tiles see more keys: what starts last should end soon
+        tile = pt.load(order, (tile,))
     (_, tile_tokens, heads, head_dim), (_, kv_heads, page_tokens, _) = q.shape, kv.shape
     first_head = pt.program_id(0) * (rows // tile_tokens)
     kv_head = lax.div(first_head, heads // (kv_heads // 2))
