@@ -7,6 +7,7 @@ requests.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from benchmarks.serving.comparison import Settings, build_engine, run
 from benchmarks.serving.measure import summarise
 from benchmarks.workload import WorkloadSpec, generate
 
+WARM_UP_SECONDS = 5.0
+"""Seconds of the lowest load that are served before anything is measured."""
 COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_s", "hit_rate", "loaded_mib", "squashes")
 
 
@@ -65,7 +68,8 @@ def main(
         engine = build_engine(model, workloads, systems, settings, config)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    run(engine, workloads[0], systems[0], settings)  # the first steps of a process are slow
+    first = dataclasses.replace(specs[0], duration_s=min(duration_s, WARM_UP_SECONDS))
+    run(engine, generate(first), systems[0], settings)  # the first steps of a process are slow
     about: dict[str, Any] = describe(f"python -m benchmarks.serve_curve {shlex.join(sys.argv[1:])}".strip()) | {
         "device": jax.devices()[0].device_kind,
         "model": model,

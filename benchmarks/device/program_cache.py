@@ -1,7 +1,7 @@
 """Compiled programs, kept between processes and calls in one folder, and packed into archives that travel.
 
 JAX keeps a file for each program, and XLA in a subfolder one for each choice that it measured. Archives come from elsewhere and
-are not trusted: names are plain and match a pattern, sizes are bounded, links are refused, and nothing is unpickled. A program is
+are not trusted: names are plain and match a pattern, sizes are bounded, links are refused, nothing is unpickled. A program is
 machine code all the same: take along only archives that a machine of yours wrote.
 """
 

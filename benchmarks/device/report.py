@@ -104,8 +104,8 @@ class Report:
 
     def add(self, section: str, case: str, row: Row) -> None:
         """A row of a case that goes on."""
-        self._cases(section).setdefault(case, {}).setdefault("rows", []).append(row)
-        self.content["sections"].setdefault(section, self._cases(section))
+        cases = self.content["sections"].setdefault(section, {})
+        cases.setdefault(case, {}).setdefault("rows", []).append(row)
         self._write()
 
     def end(self, section: str, case: str, rows: Iterable[Row] = ()) -> None:
@@ -160,7 +160,10 @@ class Report:
 
     def _write(self) -> None:
         """Each file at once or not at all."""
-        for file, text in ((self._json, json.dumps(self.content, indent=1) + "\n"), (self._json.with_suffix(".md"), self.text())):
+        for file, text in (
+            (self._json, json.dumps(self.content, indent=1) + "\n"),
+            (self._json.with_suffix(".md"), self.text()),
+        ):
             partial = file.with_suffix(".partial")
             partial.write_text(text)
             os.replace(partial, file)
