@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo serve test check parity paper h100 soak fuzz proto format clean
+.PHONY: demo serve test check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -28,6 +28,12 @@ paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds;
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one
 	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
+
+device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a tiny model, which needs no GPU
+	mkdir -p .cache/device-plan
+	for call in 1 2 3; do \
+	  $(BIN)/python -m benchmarks.device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
+	done
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),10)

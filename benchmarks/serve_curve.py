@@ -68,8 +68,9 @@ def main(
         engine = build_engine(model, workloads, systems, settings, config)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    first = dataclasses.replace(specs[0], duration_s=min(duration_s, WARM_UP_SECONDS))
-    run(engine, generate(first), systems[0], settings)  # the first steps of a process are slow
+    first = generate(dataclasses.replace(specs[0], duration_s=min(duration_s, WARM_UP_SECONDS)))
+    if len(first):
+        run(engine, first, systems[0], settings)  # the first steps of a process are slow
     about: dict[str, Any] = describe(f"python -m benchmarks.serve_curve {shlex.join(sys.argv[1:])}".strip()) | {
         "device": jax.devices()[0].device_kind,
         "model": model,

@@ -22,6 +22,6 @@ device.json and device.md. `--small` (what a CPU gets) runs it with a tiny model
 | autotuning | how XLA chooses kernels: not at all, and exhaustively |
 
 A section is a list of cases (`report.Case`), each with a limit in seconds. The command itself never touches the device: it
-starts a process for each group of sections, and another when one dies or hangs, which goes on with the next case; so a kernel that
+starts a process for each group of sections, and another when one dies or hangs, which goes on with the next case. A kernel that
 poisons the device's state costs its own case and no other, and memory is free again between groups.
 """

@@ -14,7 +14,7 @@ from benchmarks.machine import gpu_name
 from chameleon_jax.models.page_layout import PageLayout
 
 SECONDS = 60.0
-"""A driver that does not answer for so long has no GPU to offer."""
+"""Patience with the driver, and with JAX."""
 SHARE = 0.92
 """Of the device's memory that JAX takes."""
 

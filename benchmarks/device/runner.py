@@ -13,6 +13,7 @@ from benchmarks.device.scale import Scale
 OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
 """Sections where JAX in this process must not take the device: processes of their own do, or torch."""
 NEED_CEILINGS = ("decode", "prefill", "loads", "ops")
+START = "start"
 START_SECONDS = 90.0
 """Limit for importing a section and listing its cases."""
 
@@ -28,11 +29,13 @@ def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline
         DeviceLost: with the case that lost it recorded.
     """
     for section in sections:
+        if report.failed(section, START):  # in the process before this one, which that may have ended
+            continue
         try:
-            report.begin(section, "start", START_SECONDS)
+            report.begin(section, START, START_SECONDS)
             cases = cases_of(section, scale, report, deadline)
         except Exception:
-            report.fail(section, "start", _short(traceback.format_exc()))
+            report.fail(section, START, _short(traceback.format_exc()))
             continue
         report.expect(section, [case.name for case in cases])
         report.idle()

@@ -19,7 +19,7 @@ OPTIONS = (*SYSTEMS, "--rps", "10", "--rps", "20", "--duration", "20", "--num-ad
 SMALL_OPTIONS = (
     *("tiny", *SYSTEMS, "--rps", "8", "--duration", "1", "--num-adapters", "4", "--ranks", "4,8"),
     *("--length-factor", "0.02", "--max-input", "32", "--max-output", "8", "--max-num-seqs", "1"),
-    *("--max-num-batched-tokens", "16", "--num-pages", "200", "--lora-host-gib", "1", "--predictor", "oracle"),
+    *("--max-num-batched-tokens", "32", "--num-pages", "200", "--lora-host-gib", "1", "--predictor", "oracle"),
 )
 LIMIT_SECONDS = 400.0
 

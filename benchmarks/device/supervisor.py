@@ -19,6 +19,8 @@ from benchmarks.machine import describe
 
 DEVICE_LOST = 3
 """Exit code of a process whose device computes nothing any more."""
+PROCESS = "process"
+"""The case of a process that has begun none of its own."""
 MAX_RESTARTS = 8
 """More restarts of a group than this, and something is wrong with all of it."""
 OWN_CACHE = ("startup",)
@@ -27,7 +29,7 @@ OWN_CACHE = ("startup",)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to run.
+    """Sections to run, where, and for how long.
 
     Attributes:
         name: of the report's files, without their endings.
@@ -135,22 +137,26 @@ def _run_group(sections: Sequence[str], request: Request, deadline: float) -> No
                 report.skip(doing[0], doing[1], TIME_WAS_UP)
             return
         told += "" if code is None else f"\nexit code {code}"
-        if doing is not None:
+        if doing is not None and doing[1] != PROCESS:
             report.fail(doing[0], doing[1], told)
             print(f"  FAILED {doing[0]}: {doing[1]}: {last_line(told)}", flush=True)
-        elif code != DEVICE_LOST:  # it ended between cases: nothing says that another would get further
-            report.fail(sections[0], "process", told)
+        elif code != DEVICE_LOST:  # it ended before or between cases: nothing says that another would get further
+            report.fail(sections[0], PROCESS, told)
             return
     Report(request.out, request.name).fail(sections[0], "restarts", f"more than {MAX_RESTARTS}")
 
 
 def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[int | None, str]:
-    """Exit code (None: it was killed), and what it said last or why it was killed."""
-    command = [sys.executable, "-m", "benchmarks.device", "--out", str(request.out), "--report", request.name]
-    command += ["--sections", ",".join(sections), "--worker", str(deadline)] + ["--small"] * request.small
+    """Exit code (None: it was killed), and its last words or the reason for the kill."""
     kept = {} if set(sections) & set(OWN_CACHE) else program_cache.environment(request.cache)
-    Report(request.out, request.name).begin(sections[0], "process", START_SECONDS)
+    Report(request.out, request.name).begin(sections[0], PROCESS, START_SECONDS)
+    command = worker_command(sections, request, deadline)
     return processes.run(command, os.environ | kept, lambda: _overdue(request, deadline))
+
+
+def worker_command(sections: Sequence[str], request: Request, deadline: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.device", "--out", str(request.out), "--report", request.name]
+    return [*command, "--sections", ",".join(sections), "--worker", str(deadline), *["--small"] * request.small]
 
 
 def _overdue(request: Request, deadline: float) -> str:
