@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,8 @@ def main() -> int:
         request = supervisor.call_of(args.call, args.out, begin, small, min(seconds, CALL_SECONDS))
     else:
         request = supervisor.sections_of(sections, args.out, begin, small, seconds)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # ended from outside: processes of the call end with it
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     return supervisor.supervise(supervisor.with_programs_of(request, args.cache))
 
 

@@ -29,10 +29,10 @@ class Group:
 
 CALLS: tuple[tuple[Group, ...], ...] = (
     (
-        Group(("smoke",), 20, 45),
-        Group(("machine", "correctness"), 140, 165),
-        Group(("decode", "prefill"), 180, 220),
-        Group(("peers",), 90, 110),  # torch takes the device; beside the rows of decode and prefill
+        Group(("smoke",), 30, 60),
+        Group(("machine", "correctness"), 140, 160),
+        Group(("decode", "prefill"), 180, 215),
+        Group(("peers",), 90, 105),  # torch takes the device; beside the rows of decode and prefill
     ),
     (
         Group(("loads", "host", "ops"), 150, 220),

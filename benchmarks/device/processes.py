@@ -19,11 +19,11 @@ KILL_SECONDS = 5.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], overdue: Callable[[], str]) -> tuple[int | None, str]:
+def run(command: Sequence[str], environment: Mapping[str, str], overdue: Callable[[], str]) -> tuple[str, str]:
     """Runs a command until it ends or `overdue` says why it must not go on.
 
     Returns:
-        Exit code (None: it was killed), and the end of its error output, followed by the reason.
+        The reason for which it was killed, or its exit code in words; and the end of its error output.
     """
     adopt_orphans()
     others = _children()
@@ -38,8 +38,11 @@ def run(command: Sequence[str], environment: Mapping[str, str], overdue: Callabl
             code = process.poll()
             kill_descendants(process, others)
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 3000))
-        told = errors.read().decode(errors="replace")[-1500:]
-        return (code, told) if code is not None else (None, f"{told}\n{why}")
+        return (why if code is None else exit_code(code)), errors.read().decode(errors="replace")[-1500:].strip()
+
+
+def exit_code(code: int) -> str:
+    return f"exit code {code}"
 
 
 def run_json(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> tuple[str | None, list[str]]:

@@ -127,27 +127,27 @@ def _tell_failures(request: Request, group: Group) -> None:
 
 def _run_group(sections: Sequence[str], request: Request, deadline: float) -> None:
     for _ in range(MAX_RESTARTS):
-        code, told = _run_process(sections, request, deadline)
-        if code == 0:
+        ending, told = _run_process(sections, request, deadline)
+        if ending == processes.exit_code(0):
             return
         report = Report(request.out, request.name)
         doing = report.doing
-        if told.endswith(TIME_WAS_UP):
+        if ending == TIME_WAS_UP:
             if doing is not None:
                 report.skip(doing[0], doing[1], TIME_WAS_UP)
             return
-        told += "" if code is None else f"\nexit code {code}"
+        told = f"{told} ({ending})" if told else ending
         if doing is not None and doing[1] != PROCESS:
             report.fail(doing[0], doing[1], told)
             print(f"  FAILED {doing[0]}: {doing[1]}: {last_line(told)}", flush=True)
-        elif code != DEVICE_LOST:  # it ended before or between cases: nothing says that another would get further
+        elif ending != processes.exit_code(DEVICE_LOST):  # nothing says that another process would get further
             report.fail(sections[0], PROCESS, told)
             return
     Report(request.out, request.name).fail(sections[0], "restarts", f"more than {MAX_RESTARTS}")
 
 
-def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[int | None, str]:
-    """Exit code (None: it was killed), and its last words or the reason for the kill."""
+def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[str, str]:
+    """Its ending and its last words; see `processes.run`."""
     kept = {} if set(sections) & set(OWN_CACHE) else program_cache.environment(request.cache)
     Report(request.out, request.name).begin(sections[0], PROCESS, START_SECONDS)
     command = worker_command(sections, request, deadline)

@@ -12,6 +12,8 @@ import functools
 from typing import Any
 from unittest import mock
 
+import jax
+
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale, on_gpu
 from benchmarks.device.timing import time_calls
@@ -25,21 +27,27 @@ POOL_BYTES = 16 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """XLA's options, or constants of a kernel's module; what is expected; which programs it may change."""
+    """XLA's options, or constants of a kernel's module, and what is expected of them.
+
+    Attributes:
+        since: version of jax that knows the options.
+    """
 
     name: str
     prediction: str
     options: tuple[tuple[str, Any], ...] = ()
     module: Any = None
     constants: tuple[tuple[str, Any], ...] = ()
+    since: tuple[int, ...] = ()
 
     @property
     def exists(self) -> bool:
-        return all(hasattr(self.module, name) for name, _ in self.constants)
+        return jax.__version_info__ >= self.since and all(hasattr(self.module, name) for name, _ in self.constants)
 
 
-def xla(prediction: str, **options: Any) -> Variant:
-    return Variant(", ".join(f"{k}={v!r}" for k, v in options.items()), prediction, options=tuple(options.items()))
+def xla(prediction: str, since: tuple[int, ...] = (), **options: Any) -> Variant:
+    name = ", ".join(f"{k}={v!r}" for k, v in options.items())
+    return Variant(name, prediction, options=tuple(options.items()), since=since)
 
 
 def constant(module: Any, prediction: str, **constants: Any) -> Variant:
@@ -52,6 +60,7 @@ AS_IT_IS = Variant("as it is", "")
 VARIANTS = (
     xla(
         "no update of a graph's nodes while no argument moves: the same, or up to 5 % faster at 1 row",
+        since=(0, 11),
         xla_gpu_command_buffer_update_mode="SKIP_TEMP",
     ),
     xla("cuBLAS for all products: up to 10 % slower at 1 row, where Triton splits over d_in", xla_gpu_enable_triton_gemm=False),

@@ -7,6 +7,7 @@ import inspect
 import re
 import time
 
+import jax
 import pytest
 
 from benchmarks.device import runner, supervisor, variants
@@ -75,6 +76,13 @@ def test_no_variant_equals_the_code():
             assert getattr(variant.module, name) != value, f"{variant.name} changes nothing"
             uses = re.findall(rf"(?<![\w.]){name}(?!\w)", inspect.getsource(variant.module))
             assert len(uses) > 1, f"{name} is not read"
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in (*variants.VARIANTS, *variants.TUNING) if v.options and v.exists], ids=lambda v: v.name
+)
+def test_options_are_known(variant):
+    jax.jit(lambda x: x + 1).lower(1.0).compile(dict(variant.options))
 
 
 def test_floor_counts_what_a_step_must_read():

@@ -117,7 +117,7 @@ report.end(section, "good", [{"x": 1}])
     assert supervisor.supervise(request_of(out, "decode")) == 1
     report = Report(out, "call-1")
     assert report.failures == ["decode: dies"] and report.rows("decode") == [{"x": 0}, {"x": 1}]  # rows that it had are kept
-    assert "exit code -6" in report.text()
+    assert "Segmentation fault (exit code -6)" in report.text()
 
 
 def test_a_process_that_dies_before_its_first_case_is_told_and_others_go_on(out, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_process_that_dies_before_its_first_case_is_told_and_others_go_on(out,
     assert supervisor.supervise(request_of(out, "decode", "prefill")) == 1
     report = Report(out, "call-1")
     assert report.failures == ["decode: process"] and report.has("prefill", "good")
-    assert "no such module" in report.text()
+    assert "no such module (exit code 1)" in report.text()
 
 
 def test_the_deadline_leaves_a_valid_report(out, monkeypatch):
@@ -152,9 +152,8 @@ time.sleep(600)
 def test_everything_that_a_process_started_ends_with_it(tmp_path):
     """A child in a session of its own, and one whose parent has ended."""
     child = "import time; time.sleep(600)"
-    between = (
-        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); print(p.pid)"
-    )
+    quiet = "start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"
+    between = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}], {quiet}).pid)"
     script = f"""
 import subprocess, sys, time
 a = subprocess.Popen([sys.executable, "-c", {child!r}], start_new_session=True)
@@ -162,13 +161,13 @@ b = subprocess.run([sys.executable, "-c", {between!r}], capture_output=True, tex
 open({str(tmp_path / "pids")!r}, "w").write(f"{{a.pid}} {{b}}\\n")
 time.sleep(600)
 """
-    pids = tmp_path / "pids"
+    pids, end = tmp_path / "pids", time.monotonic() + MINUTE
 
     def started():
-        return "enough" if pids.is_file() and pids.read_text().endswith("\n") else ""
+        return "enough" if pids.is_file() and pids.read_text().endswith("\n") else "too long" * (time.monotonic() > end)
 
-    code, told = processes.run([sys.executable, "-c", script], os.environ, started)
-    assert code is None and told.endswith("enough")
+    ending, _ = processes.run([sys.executable, "-c", script], os.environ, started)
+    assert ending == "enough"
     for pid in pids.read_text().split():
         assert not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
@@ -356,7 +355,7 @@ def test_calls_in_small(number, out, tmp_path, monkeypatch):
 
     def here(sections, request, deadline):
         runner.run_sections(sections, SMALL, Report(request.out, request.name), deadline)
-        return 0, ""
+        return processes.exit_code(0), ""
 
     monkeypatch.setattr(runner, "cases_of", cheap)
     monkeypatch.setattr(supervisor, "_run_process", here)
