@@ -1,9 +1,9 @@
 """Correctness and speed on one GPU: `python -m benchmarks.device --plan` prints the three calls of a half hour.
 
 `--call N --out DIR` runs one of them. DIR gets call-N.json and call-N.md, both rewritten after every row, so that a run that is
-cut off keeps what it has, and call-N-programs-K.zip, the compiled programs, which `--cache DIR` takes along to a later call. An
+cut off keeps its rows, and call-N-programs-K.zip, the compiled programs, which `--cache DIR` takes along to a later call. An
 existing report is replaced when its call begins again. Without --call the sections of `--sections a,b`, or all of them, go to
-device.json and device.md. `--small` (what a CPU gets) runs it with a tiny model. Nothing of it was run on a GPU yet.
+device.json and device.md. `--small` runs it with a tiny model, as a machine without a GPU does anyway. Nothing of it was run on a GPU yet.
 
 | section | content |
 |---|---|
@@ -17,7 +17,7 @@ device.json and device.md. `--small` (what a CPU gets) runs it with a tiny model
 | host | host time of a step, busy share of the real loop |
 | ops | attention, adapters, matrices and sampling alone, ms a layer |
 | serve_curve | time to first token at two loads, two systems |
-| variants | compiler options and constants of the kernels, beside what they were expected to do |
+| variants | compiler options and constants of the kernels, each beside its prediction |
 | startup | programs, seconds to compile them cold and from the cache, memory |
 | autotuning | how XLA chooses kernels: not at all, and exhaustively |
 

@@ -37,7 +37,7 @@ def parser() -> Parser:
     found.add_argument("--out", type=Path, metavar="DIR", help="folder for results")
     found.add_argument("--cache", type=Path, metavar="DIR", action="append", default=[], help="folder of an earlier call")
     found.add_argument("--sections", help="comma-separated, instead of --call; default: all")
-    found.add_argument("--small", action="store_true", help="a tiny model; what a CPU gets anyway")
+    found.add_argument("--small", action="store_true", help="a tiny model; a machine without a GPU runs that anyway")
     found.add_argument("--budget", type=float, help=f"seconds; default: {CALL_SECONDS:.0f}")
     found.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # runs the sections here, until this time
     found.add_argument("--report", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """The three calls of one half hour on a GPU: which sections each runs, in which order, and how long they may take.
 
-What matters most runs first. Seconds are for an H100 with nothing compiled before; they are predictions, none was measured.
+The most valuable sections run first. Seconds are predictions for an H100 with nothing compiled before; none was measured.
 """
 
 from __future__ import annotations
@@ -82,5 +82,5 @@ NOTES = (
     "Each call leaves call-N.json, call-N.md and call-N-programs-1.zip to -4.zip in its folder.",
     "--cache DIR takes along the programs of an earlier call: DIR holds its archives. Repeat it for several folders.",
     "On a machine that ran the call before, .cache/device-programs has them already and --cache changes nothing.",
-    "A call that was cut off is run again by the same command with --cache: what was compiled is not compiled again.",
+    "A call that was cut off is run again by the same command with --cache: its programs are not compiled again.",
 )

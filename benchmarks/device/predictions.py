@@ -1,6 +1,6 @@
 """Predicted milliseconds and rates of Llama-7B in bfloat16, by device: read from compiled H100 programs, kernel by kernel.
 
-None was measured. docs/experiments.md has what they rest on, and older predictions, which these replace.
+None was measured. docs/experiments.md has their reasons, and older predictions, which these replace.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def entries(folder: Path) -> dict[str, int]:
 def pack(folder: Path, out: Path, name: str, before: Iterable[str] = ()) -> tuple[int, int]:
     """Writes `NAME-programs-1.zip` and on, each complete in itself, and replaces those of an earlier pack.
 
-    Measured choices come first, then programs, the smallest first: they take about as long to compile as large ones. What was
-    there before the call comes last, as an earlier call packed it.
+    Measured choices come first, then programs, the smallest first: they take about as long to compile as large ones. Entries
+    from before the call come last, as an earlier call packed them.
 
     Args:
         before: entries that the call did not make.
@@ -105,7 +105,7 @@ def unpack(folder: Path, earlier: Path) -> int:
             continue
         try:
             contents = _read(file)
-        except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile has many for bytes that are no archive
             print(f"{file} is ignored: {error}", file=sys.stderr, flush=True)
             continue
         count += sum(_place(folder / name, content) for name, content in contents.items())

@@ -25,7 +25,7 @@ class Case:
     """One check or measurement.
 
     Attributes:
-        run: returns its rows; each is written when it comes, so a generator keeps what it had.
+        run: returns its rows; each is written when it comes, so a generator keeps its rows.
         limit_s: seconds after which the case is taken for hanging, and its process killed.
     """
 
@@ -186,7 +186,7 @@ class Report:
 
 
 def last_line(error: str) -> str:
-    """The line of a traceback that says what went wrong."""
+    """The line of a traceback that has the message."""
     return (error.strip().splitlines() or [""])[-1][:300]
 
 

@@ -30,7 +30,7 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
 
 
 def serve(options: tuple[str, ...], poll_s: float = 0.5) -> Iterator[Row]:
-    """Rows as the process writes them: those that it had are kept if it is killed.
+    """Rows as the process writes them. Those that it had are kept if it is killed.
 
     Raises:
         RuntimeError: the process failed.

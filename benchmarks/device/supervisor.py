@@ -57,7 +57,7 @@ def call_of(number: int, out: Path, begin: float, small: bool = False, seconds: 
 
 
 def sections_of(sections: Sequence[str], out: Path, begin: float, small: bool, seconds: float) -> Request:
-    """Chosen sections, in the plan's order and groups; each may take whatever is left."""
+    """Chosen sections, in the plan's order and groups; each may take all that is left."""
     last = begin + max(seconds - PACK_SECONDS, seconds / 2)
     chosen = [tuple(section for section in group.sections if section in sections) for group in GROUPS]
     groups = tuple((Group(names, 0.0, seconds), last) for names in chosen if names)
@@ -71,7 +71,7 @@ def with_programs_of(request: Request, folders: Sequence[Path]) -> Request:
 
 
 def supervise(request: Request) -> int:
-    """Runs the groups and says what came of it; 1 where anything failed."""
+    """Runs the groups and prints the report; returns 1 where anything failed."""
     begin = time.time()
     request.cache.mkdir(parents=True, exist_ok=True)
     taken = sum(program_cache.unpack(request.cache, folder) for folder in request.earlier)
@@ -108,7 +108,7 @@ def _boot() -> str:
 
 
 def _pack(request: Request, before: dict[str, int]) -> None:
-    """After each group: a call that is ended from outside has left what was compiled."""
+    """Runs after each group: a call that is ended from outside has left its programs."""
     try:
         packed, left_out = program_cache.pack(request.cache, request.out, request.name, before)
     except OSError as error:

@@ -84,7 +84,7 @@ TUNING = (
     xla("no choice by measurement: 5 to 20 % slower", xla_gpu_autotune_level=0),
     xla("more tilings are tried: 0 to 5 % faster, compiles for minutes", xla_gpu_exhaustive_tiling_search=True),
 )
-"""What the section `autotuning` tries, the longest last."""
+"""Variants of the section `autotuning`, the longest last."""
 LIMIT_SECONDS = 75.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import zipfile
 
@@ -15,7 +16,7 @@ CHOICE = f"{cache.AUTOTUNED}/choice_1-2=.textproto"
 
 @pytest.fixture
 def live(tmp_path):
-    """A folder as JAX and XLA leave it, with what they were writing when they were killed."""
+    """A folder as JAX and XLA leave it, with files that were being written when the process was killed."""
     folder = tmp_path / "live"
     (folder / cache.AUTOTUNED / "tmp").mkdir(parents=True)
     (folder / CHOICE).write_bytes(b"choice")
@@ -95,7 +96,6 @@ def test_archives_of_an_earlier_pack_are_replaced(live, out):
         f"{cache.AUTOTUNED}/tmp/half",
         "..",
         ".hidden",
-        "",
         "a\\b",
         "a\nb",
         "x" * 300,
@@ -172,3 +172,21 @@ def test_jax_is_told_where(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = cache.environment(cache.LIVE)
     assert told["JAX_COMPILATION_CACHE_DIR"] == os.path.join(tmp_path, cache.LIVE)
+
+
+def test_damaged_archives_are_taken_or_ignored(live, out, tmp_path):
+    """Never an error, and never a file of another name."""
+    cache.pack(live, out, "call-1")
+    file, rng = out / "call-1-programs-1.zip", random.Random(0)
+    good, names = file.read_bytes(), set(cache.entries(live))
+    for i in range(300):
+        damaged = bytearray(good[: rng.choice([len(good), rng.randrange(len(good))])])
+        for _ in range(rng.randrange(4)):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        new = tmp_path / str(i)
+        new.mkdir()
+        cache.unpack(new, out)
+        assert all(cache.ENTRY_NAME.fullmatch(name) for name in files(new)) and len(files(new)) <= len(names)
+        assert not list(tmp_path.glob("outside*"))

@@ -1,4 +1,4 @@
-"""The three calls of the device benchmark: what the plan holds, that they end in time, and what bad input is told."""
+"""The three calls of the device benchmark: plan, ends in time, reports, bad input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.device import __main__ as command
-from benchmarks.device import calls, gpu, processes, runner, supervisor
+from benchmarks.device import calls, processes, runner, supervisor
 from benchmarks.device.compilation import Compilation
 from benchmarks.device.report import Case, Report
 from benchmarks.device.scale import FULL, SMALL
@@ -83,7 +83,7 @@ def test_a_group_may_use_what_earlier_ones_left():
     assert shorter.groups[-1][1] == 1080.0
 
 
-# -- what ends in time --------------------------------------------------------------------------------------------------
+# -- ends in time -------------------------------------------------------------------------------------------------------
 
 
 def test_a_case_that_hangs_costs_its_own_limit(out, monkeypatch):
@@ -194,9 +194,6 @@ def test_after_a_program_that_hung_only_the_rest_is_compiled(out):
     assert compiled == ["a", "b"]  # one by one, in order
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_call_replaces_its_own_report_and_no_other(out, monkeypatch):
     with_worker(monkeypatch, "report.end(section, f'start {start}', [])")
     (out / "call-2.json").write_text("another's")
@@ -206,121 +203,6 @@ def test_a_call_replaces_its_own_report_and_no_other(out, monkeypatch):
     assert list(Report(out, "call-1").content["sections"]["decode"]) == ["start 2"]
     assert (out / "call-2.json").read_text() == "another's"
     assert not (out / "call-1-programs-3.zip").exists()
-
-
-def test_a_report_is_not_complete_before_its_call_ends(out):
-    report = Report(out, "call-1")
-    report.update(planned=["decode"])
-    report.expect("decode", ["a", "b"])
-    report.end("decode", "a", [])
-    assert json.loads((out / "call-1.json").read_text())["complete"] is False
-    assert "missing: decode: b" in (out / "call-1.md").read_text()
-    report.end("decode", "b", [])
-    report.close(1.0)
-    assert Report(out, "call-1").content["complete"] is True
-
-
-@pytest.mark.parametrize("boot", ["this", "another"])
-def test_figures_of_an_earlier_call_on_the_same_machine(out, boot):
-    earlier = Report(out, "call-1")
-    earlier.update(boot="this", ceilings={"copy": 1.0, "matrix": 2.0, "link": 3.0})
-    earlier.end("decode", "a", [{"ms": 1.0}])
-    (out / "call-9.json").write_text("{ half")
-    later = Report(out, "call-2")
-    later.update(boot=boot)
-    later.adopt_ceilings()
-    assert (later.ceilings is not None) == (boot == "this")
-    assert later.rows("decode") == [{"ms": 1.0}] * (boot == "this")
-    assert later.content["sections"] == {}
-    assert (later.content.get("ceilings from") == "call-1.json") == (boot == "this")
-
-
-def test_tables_have_predictions_beside_measurements(out):
-    from benchmarks.device import predictions
-
-    report = Report(out)
-    for kind, ms in ((predictions.H100, 8.9), (predictions.H200, 6.4), ("NVIDIA A100", None)):
-        assert predictions.decode_ms(kind, 32, 512, "base") == ms
-    assert predictions.decode_ms(predictions.H100, 32, 2048, "base") is None
-    assert predictions.prefill_ms(predictions.H100, "1 prompt of 2048", "base") == 48.0
-    report.end("decode", "a", [{"ms": 8.9, **predictions.beside(8.9, 8.9)}, {"ms": 17.8, **predictions.beside(8.9, 17.8)}])
-    report.end("decode", "b", [{"ms": 5.0, **predictions.beside(None, 5.0)}])
-    assert "2 steps: 100.0 to 200.0 % of the predicted time, median 150.0 %" in report.text().split("## decode")[0]
-    assert "| 5.0 |  |  |" in report.text()
-
-
-def test_predictions_are_for_rows_that_are_measured():
-    from benchmarks.device import predictions
-
-    mixes = {mix.name for mix in FULL.mixes}
-    for device in predictions.DECODE_MS.values():
-        assert all(rows in FULL.rows and mix in mixes for rows, mix in device)
-    assert predictions.CONTEXT in FULL.contexts and FULL.prompt_tokens == predictions.PREFILL_TOKENS
-
-
-# -- bad input ----------------------------------------------------------------------------------------------------------
-
-BAD = {
-    "--call 4 --out {new}": "--call is 4; allowed: 1 to 3",
-    "--call 0 --out {new}": "--call is 0; allowed: 1 to 3",
-    "--call one --out {new}": "argument --call: invalid int value: 'one'",
-    "--call 1": "--out is missing",
-    "--sections decode": "--out is missing",
-    "--call 1 --out {file}": "--out cannot be made",
-    "--call 1 --out {file}/below": "--out cannot be made",
-    "--call 1 --out {new} --cache {file}": "which is not a folder",
-    "--call 1 --out {new} --cache {absent}": "which is not a folder",
-    "--call 1 --sections decode --out {new}": "exclude each other",
-    "--sections decode,nonsense --out {new}": "--sections has nonsense; allowed: smoke",
-    "--call 1 --out {new} --budget 1": "--budget is 1; allowed: more than 20 seconds",
-    "--call 1 --out {new} --budget nan": "--budget is nan; allowed",
-    "--call 1 --out {new} --nonsense": "unrecognized arguments: --nonsense",
-}
-
-
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, words):
-    (tmp_path / "file").write_text("a file")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "is_there", lambda: False)
-    monkeypatch.setattr(supervisor, "supervise", lambda request: pytest.fail("it was run"))
-    paths = {name: tmp_path / name for name in ("file", "new", "absent")}
-    monkeypatch.setattr(sys, "argv", ["device", *words.format(**paths).split()])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and told.count("\n") == 1 and BAD[words] in told
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(("free_mib", "small", "starts"), [(24_000, False, False), (24_000, True, True), (81_000, False, True)])
-def test_a_gpu_with_too_little_memory(tmp_path, monkeypatch, capsys, free_mib, small, starts):
-    driver = tmp_path / "bin" / "nvidia-smi"
-    driver.parent.mkdir()
-    driver.write_text(f'#!/bin/sh\ncase "$*" in *memory.free*) echo {free_mib};; *) echo "NVIDIA X, 1.0";; esac\n')
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "argv", ["device", "--call", "1", "--out", str(tmp_path / "new"), *["--small"] * small])
-    monkeypatch.setattr(supervisor, "supervise", lambda request: 7)
-    if starts:
-        assert command.main() == 7
-        return
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and told.count("\n") == 1
-    assert "has 23.4 GiB free" in told and "12.6 for weights" in told
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch, tmp_path):
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\nexec sleep 600\n")
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("benchmarks.machine.DRIVER_SECONDS", 0.2)
-    monkeypatch.setattr(gpu, "SECONDS", 0.2)
-    assert gpu.gpu_name() is None and gpu.free_bytes() is None
 
 
 # -- all of it ----------------------------------------------------------------------------------------------------------
