@@ -136,23 +136,28 @@ class WholeStep:
         runs = [("float32", "reference"), ("float32", self._backend), ("bfloat16", self._backend)]
         self._programs: dict[tuple[str, str, bool], Any] = {}
         jobs = {
-            f"whole step, {dtype}, {backend}, {'decode' if decode else 'prompts'}": functools.partial(
-                self._program, dtype, backend, decode
-            )
-            for dtype, backend in runs
+            program_name(*run, decode): functools.partial(self._program, *run, decode)
+            for run in runs
             for decode in (False, True)
         }
-        self.compilation = Compilation(report, "correctness", jobs, lambda: self._model)
+        self.compilation = Compilation(report, "correctness", jobs, lambda: self._parts)
 
     @functools.cached_property
     def _model(self) -> Any:
         return random_weights(self._scale.config, jnp.dtype("bfloat16"))
 
+    @functools.cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        """Graph and parameters, taken apart once for all threads."""
+        return nnx.split(self._model)
+
     def _program(self, dtype: str, backend: str, decode: bool) -> Any:
         """Compiled where it is not there yet: this process may have followed on another that compiled it."""
         key = (dtype, backend, decode)
+        if self.compilation.failed(program_name(*key)):
+            raise RuntimeError(f"{program_name(*key)}: it does not compile")
         if key not in self._programs:
-            graph, params = nnx.split(self._model)
+            graph, params = self._parts
             self._programs[key] = self._sequences.compile(graph, params, *key)
         return self._programs[key]
 
@@ -164,7 +169,7 @@ class WholeStep:
 
     def _wide(self) -> tuple[Any, jax.Array]:
         """Weights and output matrix in float32."""
-        graph, params = nnx.split(self._model)
+        graph, params = self._parts
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
         return wide, nnx.merge(graph, wide).output_matrix
 
@@ -181,8 +186,8 @@ class WholeStep:
     def in_bfloat16(self) -> list[Row]:
         reference = self._reference
         gc.collect()
-        run = self._run(self._backend, nnx.split(self._model)[1], self._model.output_matrix, "bfloat16", reference)
-        self.__dict__.pop("_model")
+        run = self._run(self._backend, self._parts[1], self._model.output_matrix, "bfloat16", reference)
+        del self._model, self._parts
         self._programs = {}
         gc.collect()
         return self._compare(run, "bfloat16", BFLOAT16_LIMIT)
@@ -209,6 +214,10 @@ class WholeStep:
                 }
             )
         return rows
+
+
+def program_name(dtype: str, backend: str, decode: bool) -> str:
+    return f"whole step, {dtype}, {backend}, {'decode' if decode else 'prompts'}"
 
 
 def cases(scale: Scale, report: Report) -> list[Case]:
