@@ -139,7 +139,7 @@ class LoweredPrograms(Programs):
 def start_up_row(model: Model) -> dict[str, Any]:
     """Processor time to trace and lower all programs of a server of 128 requests."""
     pieces = PieceSizes.fit(model.layout.page_bytes(2), model.buckets.max_adapter_pages)
-    head = jax.ShapeDtypeStruct((model.config.vocab_size, model.config.hidden_size), jnp.bfloat16)
+    head: Any = jax.ShapeDtypeStruct((model.config.vocab_size, model.config.hidden_size), jnp.bfloat16)
     dtype = jnp.dtype("bfloat16")
     made = LoweredPrograms(model.graph, model.params, head, model.layout, model.buckets, pieces, dtype, "triton")
     made.num_pages = model.pages[0].shape[0]

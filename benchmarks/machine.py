@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+DRIVER_SECONDS = 60.0
+"""A driver that does not answer for so long has no GPU to offer."""
+
 
 def describe(command: str) -> dict[str, Any]:
     """Machine, date, versions, command."""
@@ -38,7 +41,10 @@ def gpu_name() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=DRIVER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     return "; ".join(listed.stdout.split("\n")[:-1]) if listed.returncode == 0 else None
 
 

@@ -16,7 +16,9 @@ from flax import nnx
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.programs import Programs
 from chameleon_jax.models.step_inputs import Draw, Segment, pack_step
+from chameleon_jax.models.steps import StepBuckets
 
 SCALE_OF_ROWS = 0.02
 """Standard deviation of what the pool holds, as KV and as LoRA rows: adapters then change what a layer gives by as much as it
@@ -48,6 +50,11 @@ class BenchEngine(DeviceEngine):
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             list(threads.map(self.programs.forward.__getitem__, keys))
         return len(keys), time.perf_counter() - begin
+
+    def compile(self, batch: Batch, buckets: StepBuckets | None = None, programs: Programs | None = None) -> None:
+        """Compiles a step's forward program, among other `programs` if any. Thread-safe where programs differ."""
+        program = pack_step(batch.segments, batch.draws, buckets or self.buckets).program
+        (programs or self.programs).forward[program]
 
     def fill(self, seed: int = 0) -> None:
         """Random numbers in all pages; pages that are far from one another are copies."""

@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import gc
 import itertools
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.device.bench_engine import SCALE_OF_ROWS, random_weights
+from benchmarks.device.compilation import Compilation
 from benchmarks.device.correct_ops import worst
-from benchmarks.device.report import Case, Row
+from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Scale, on_gpu
 from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
@@ -43,9 +43,13 @@ class Run:
 
 
 class Sequences:
-    """Prompts with adapters of mixed ranks on all targets, one without, and what they hold of the pool."""
+    """Prompts with adapters of mixed ranks on all targets, one without, and their pages of the pool.
 
-    def __init__(self, scale: Scale):
+    Args:
+        adapted: False gives no prompt an adapter.
+    """
+
+    def __init__(self, scale: Scale, adapted: bool = True):
         rng = np.random.default_rng(5)
         self.layout = layout = PageLayout.for_model(scale.config)
         tile = scale.prefill_tile
@@ -56,10 +60,8 @@ class Sequences:
         self.num_pages = 1 + len(lengths) * width + sum(p.num_pages for p in placements)
         deal = iter((1 + rng.permutation(self.num_pages - 1)).tolist())
         self.tables = [tuple(itertools.islice(deal, width)) for _ in lengths]
-        self.adapters: list[PlacedAdapter | None] = [
-            PlacedAdapter(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements
-        ]
-        self.adapters.append(None)
+        placed = [PlacedAdapter(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements]
+        self.adapters: list[PlacedAdapter | None] = [*placed, None] if adapted else [None] * len(lengths)
         tiles = sum(-(-n // tile) for n in lengths) + 1  # and padding
         self.buckets = steps.StepBuckets(
             max_num_seqs=len(lengths) + 2,
@@ -82,24 +84,33 @@ class Sequences:
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):  # a thread's own setting
             return jax.jit(forward, donate_argnums=1).lower(wide, pool, slots, packed).compile()
 
-    def run(self, programs: dict[bool, Any], params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
-        """Prompts, then DECODE_STEPS steps; with `given` each is fed that run's tokens and not its own.
+    def run(
+        self,
+        programs: dict[bool, Any],
+        params: Any,
+        head: jax.Array,
+        dtype: str,
+        given: Run | None,
+        which: Sequence[int] = range(1 + DECODE_STEPS),
+    ) -> Run:
+        """Prompts (step 0), then decode steps; with `given` each is fed that run's tokens and not its own.
 
         Args:
             programs: for decode or not.
+            which: steps that are run. A decode step without the prompts finds random numbers as its KV.
         """
         keys = jax.random.split(jax.random.key(9), self.layout.config.num_layers)
         pages = [self._page(key, dtype) for key in keys]
         slots = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
         hiddens: list[np.ndarray] = []
         tokens: list[np.ndarray] = []
-        for step in range(1 + DECODE_STEPS):
+        for i, step in enumerate(which):
             packed, _, last, _ = pack_step(self._segments(step), {}, self.buckets)
             hidden, _, pages = programs[step > 0](params, pages, slots, packed)
             hidden = hidden[np.array(last)]
             hiddens.append(np.asarray(hidden, np.float32))
             tokens.append(np.asarray(logits(hidden, head).argmax(-1)))
-            fed = (given.tokens if given else tokens)[step]
+            fed = (given.tokens if given else tokens)[i]
             slots = slots.at[np.arange(len(fed))].set(fed)
         return Run(hiddens, tokens)
 
@@ -119,50 +130,74 @@ class Sequences:
 class WholeStep:
     """Runs that are compared with one another."""
 
-    def __init__(self, scale: Scale):
+    def __init__(self, scale: Scale, report: Report):
         self._scale = scale
         self._backend = "triton" if on_gpu() else "blocked"
         self._sequences = Sequences(scale)
-        self._model: Any = None
-        self._programs: Any = None
-        self._reference: Run | None = None
-
-    def compile(self) -> list[Row]:
-        """All programs side by side."""
-        begin = time.perf_counter()
-        self._model = random_weights(self._scale.config, jnp.dtype("bfloat16"))
-        graph, params = nnx.split(self._model)
         runs = [("float32", "reference"), ("float32", self._backend), ("bfloat16", self._backend)]
-        jobs = [(*run, decode) for run in runs for decode in (False, True)]
-        with ThreadPoolExecutor(len(jobs)) as threads:
-            compiled = threads.map(lambda job: self._sequences.compile(graph, params, *job), jobs)
-            self._programs = dict(zip(jobs, compiled))
-        return [{"whole model": "programs", "compiled": len(jobs), "seconds": round(time.perf_counter() - begin, 1)}]
+        self._programs: dict[tuple[str, str, bool], Any] = {}
+        jobs = {
+            program_name(*run, decode): functools.partial(self._program, *run, decode)
+            for run in runs
+            for decode in (False, True)
+        }
+        self.compilation = Compilation(report, "correctness", jobs, lambda: self._parts)
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        return random_weights(self._scale.config, jnp.dtype("bfloat16"))
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        """Graph and parameters, taken apart once for all threads."""
+        return nnx.split(self._model)
+
+    def _program(self, dtype: str, backend: str, decode: bool) -> Any:
+        """Compiled where it is not there yet: this process may have followed on another that compiled it."""
+        key = (dtype, backend, decode)
+        if self.compilation.failed(program_name(*key)):
+            raise RuntimeError(f"{program_name(*key)}: it does not compile")
+        if key not in self._programs:
+            graph, params = self._parts
+            self._programs[key] = self._sequences.compile(graph, params, *key)
+        return self._programs[key]
+
+    @functools.cached_property
+    def _reference(self) -> Run:
+        wide, head = self._wide()
+        with jax.default_matmul_precision("highest"):
+            return self._run("reference", wide, head, "float32", None)
+
+    def _wide(self) -> tuple[Any, jax.Array]:
+        """Weights and output matrix in float32."""
+        graph, params = self._parts
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+        return wide, nnx.merge(graph, wide).output_matrix
 
     def in_float32(self) -> list[Row]:
-        graph, params = nnx.split(self._model)
-        wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
-        head = nnx.merge(graph, wide).output_matrix
+        reference = self._reference
+        gc.collect()
+        wide, head = self._wide()
         with jax.default_matmul_precision("highest"):
-            self._reference = self._run("reference", wide, head, "float32")
-            run = self._run(self._backend, wide, head, "float32")
+            run = self._run(self._backend, wide, head, "float32", reference)
         del wide, head
         gc.collect()
         return self._compare(run, "float32", STEP_LIMIT)
 
     def in_bfloat16(self) -> list[Row]:
-        run = self._run(self._backend, nnx.split(self._model)[1], self._model.output_matrix, "bfloat16")
-        self._model = self._programs = None
+        reference = self._reference
+        gc.collect()
+        run = self._run(self._backend, self._parts[1], self._model.output_matrix, "bfloat16", reference)
+        del self._model, self._parts
+        self._programs = {}
         gc.collect()
         return self._compare(run, "bfloat16", BFLOAT16_LIMIT)
 
-    def _run(self, backend: str, params: Any, head: jax.Array, dtype: str) -> Run:
-        programs = {decode: self._programs[dtype, backend, decode] for decode in (False, True)}
-        return self._sequences.run(programs, params, head, dtype, self._reference)
+    def _run(self, backend: str, params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
+        programs = {decode: self._program(dtype, backend, decode) for decode in (False, True)}
+        return self._sequences.run(programs, params, head, dtype, given)
 
     def _compare(self, run: Run, dtype: str, limit: float) -> list[Row]:
-        if self._reference is None:
-            raise RuntimeError("the reference did not run")
         rows: list[Row] = []
         for step, (out, right) in enumerate(zip(run.hidden, self._reference.hidden)):
             whole = float(np.linalg.norm(out - right) / np.linalg.norm(right))
@@ -182,10 +217,14 @@ class WholeStep:
         return rows
 
 
-def cases(scale: Scale) -> list[Case]:
-    whole = WholeStep(scale)
+def program_name(dtype: str, backend: str, decode: bool) -> str:
+    return f"whole step, {dtype}, {backend}, {'decode' if decode else 'prompts'}"
+
+
+def cases(scale: Scale, report: Report) -> list[Case]:
+    whole = WholeStep(scale, report)
     return [
-        Case("whole step, compile", whole.compile),
+        *whole.compilation.cases,
         Case("whole step, float32", whole.in_float32),
         Case("whole step, bfloat16", whole.in_bfloat16),
     ]

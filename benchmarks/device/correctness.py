@@ -8,4 +8,4 @@ from benchmarks.device.scale import Scale
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
-    return [*correct_ops.cases(scale), *correct_steps.cases(scale)]
+    return [*correct_ops.cases(scale), *correct_steps.cases(scale, report)]

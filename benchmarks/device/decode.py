@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import time
 
-from benchmarks.device.machine import ceilings
+from benchmarks.device import predictions
+from benchmarks.device.compilation import Compilation
+from benchmarks.device.machine import ceilings, device_kind
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.timing import Timing, time_calls
@@ -13,27 +16,47 @@ from benchmarks.device.workbench import Workbench, shared
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     bench = shared(scale)
+    programs = programs_of(bench, report)
 
-    def compile_programs() -> list[Row]:
-        engine = bench.engine
-        steps = [bench.decode(rows, scale.contexts[0], mix) for rows in reversed(scale.rows) for mix in scale.mixes]
-        programs, seconds = engine.prepare(step for step in steps if not isinstance(step, str))
-        facts = {
-            "forward programs": programs,
-            "seconds to compile": round(seconds, 1),
-            "pages of the pool": engine.num_pages,
-            "tokens of KV that they hold": engine.num_pages * bench.layout.page_tokens,
-            "MiB of scratch": round(scratch_bytes(bench) / 2**20, 1),
-        }
-        return [facts]
+    def build() -> list[Row]:
+        begin = time.perf_counter()
+        pages = bench.engine.num_pages
+        seconds = round(time.perf_counter() - begin, 1)
+        tokens = pages * bench.layout.page_tokens
+        return [{"pages of the pool": pages, "tokens of KV that they hold": tokens, "s to build": seconds}]
 
-    found = [Case("compile", compile_programs)]
+    def scratch() -> list[Row]:
+        return [{"programs": len(bench.engine.programs.forward), "MiB of scratch": round(scratch_bytes(bench) / 2**20, 1)}]
+
+    found = [Case("engine", build, 90.0), *programs.cases, Case("scratch", scratch, 60.0)]
     for context in scale.contexts:
         for rows in scale.rows:
             for mix in scale.mixes:
                 name = f"{rows} rows, {context} tokens, {mix.name}"
-                found.append(Case(name, functools.partial(measure, bench, report, rows, context, mix)))
+                found.append(Case(name, functools.partial(measure, bench, report, programs, rows, context, mix), 60.0))
     return found
+
+
+def programs_of(bench: Workbench, report: Report) -> Compilation:
+    """A program for each number of rows and of adapted targets."""
+    scale = bench.scale
+
+    def compile_step(rows: int, mix: Mix) -> None:
+        batch = bench.decode(rows, scale.contexts[0], mix)
+        if not isinstance(batch, str):
+            bench.engine.compile(batch)
+
+    jobs = {
+        program_name(rows, mix): functools.partial(compile_step, rows, mix)
+        for rows in reversed(scale.rows)
+        for mix in scale.mixes
+    }
+    return Compilation(report, "decode", jobs, lambda: bench.engine)
+
+
+def program_name(rows: int, mix: Mix) -> str:
+    """Mixes of the same targets share a program."""
+    return f"{rows} rows, {len(mix.targets) if mix.ranks else 'no'} adapted targets"
 
 
 def scratch_bytes(bench: Workbench) -> int:
@@ -42,25 +65,30 @@ def scratch_bytes(bench: Workbench) -> int:
     return max((a.temp_size_in_bytes for a in analyses if a is not None), default=0)
 
 
-def measure(bench: Workbench, report: Report, rows: int, context: int, mix: Mix) -> list[Row]:
+def measure(bench: Workbench, report: Report, programs: Compilation, rows: int, context: int, mix: Mix) -> list[Row]:
     """`ms` is what serving would see; `device ms` is without the host's part, which may be longer than the step."""
     row: Row = {"rows": rows, "context": context, "adapters": mix.name}
+    if programs.failed(program_name(rows, mix)):
+        return [{**row, "skipped": "its program does not compile"}]
     batch = bench.decode(rows, context, mix)
     if isinstance(batch, str):
         return [{**row, "skipped": batch}]
     floor = batch.floor_bytes / ceilings(bench.scale, report)["copy"]
     step = time_calls(bench.run(batch))
     device = time_calls(bench.engine.packed(batch))
+    predicted = predictions.beside(predictions.decode_ms(device_kind(), rows, context, mix.name), step.ms)
     base = next((r for r in report.rows("decode") if base_of(r, rows, context)), None)
     return [
         {
             **row,
+            "floor ms": round(floor * 1e3, 3),
+            "predicted ms": predicted["predicted ms"],
             "ms": round(step.ms, 3),
+            "% of floor": round(100 * floor / step.seconds, 1),
+            "% of predicted": predicted["% of predicted"],
             "spread %": round(100 * step.spread, 1),
             "device ms": round(device.ms, 3),
             "host ms": round(step.host_ms, 3),
-            "floor ms": round(floor * 1e3, 3),
-            "% of floor": round(100 * floor / step.seconds, 1),
             "ratio to base": round(step.ms / base["ms"], 3) if base else 1.0,
             "device ratio": round(device.ms / base["device ms"], 3) if base else 1.0,
             "note": "; ".join([batch.note] * bool(batch.note) + bound_by_host(step, device)),

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.device import predictions
 from benchmarks.device.bench_engine import SCALE_OF_ROWS
-from benchmarks.device.machine import ceilings
+from benchmarks.device.machine import ceilings, device_kind
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.workbench import Workbench, shared
@@ -24,6 +25,7 @@ STEPS = 150
 """Decode steps of which the 99th percentile is taken."""
 SECONDS = 3.0
 """Fewer steps where they take longer than that."""
+IDLE = "idle link"
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
@@ -125,7 +127,7 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
         return tokens
 
     result = []
-    for name, between in (("idle link", lambda: None), (f"loading rank {rank}, all seven", load)):
+    for name, between in ((IDLE, lambda: None), (f"loading rank {rank}, all seven", load)):
         sent, begin = loads.counters.bytes, time.perf_counter()
         gaps = token_gaps(step, between, STEPS, SECONDS)
         seconds = time.perf_counter() - begin
@@ -138,6 +140,7 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
                 "P50 ms": round(float(np.percentile(gaps, 50)) * 1e3, 3),
                 "P99 ms": round(float(np.percentile(gaps, 99)) * 1e3, 3),
                 "most ms": round(max(gaps) * 1e3, 3),
+                "predicted GB/s": (predictions.loaded_gb_per_s(device_kind(), rows) or "") if name != IDLE else "",
                 "loaded GB/s": round(rate / 1e9, 2),
                 "% of the link": round(100 * rate / ceilings(scale, report)["link"], 1),
             }

@@ -45,8 +45,19 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     return [Case("device", describe_device), Case("memory", memory), Case("matrices", products), Case("link", link)]
 
 
+def ceilings_case(scale: Scale, report: Report) -> Case | None:
+    """Measures what the section did not; None: nothing is missing."""
+    if {"copy", "matrix", "link"} <= set(report.ceilings or {}):
+        return None
+
+    def measure() -> list[Row]:
+        return [{"ceiling": name, "G/s": round(rate / 1e9, 1)} for name, rate in ceilings(scale, report).items()]
+
+    return Case("ceilings", measure)
+
+
 def ceilings(scale: Scale, report: Report) -> dict[str, float]:
-    """What the section measured; measured now where it was not run."""
+    """Measurements of the section, in bytes and operations a second; taken now where it was not run."""
     if not {"copy", "matrix", "link"} <= set(report.ceilings or {}):
         for case in cases(scale, report, 0.0)[1:]:
             case.run()
@@ -54,10 +65,14 @@ def ceilings(scale: Scale, report: Report) -> dict[str, float]:
     return report.ceilings
 
 
+def device_kind() -> str:
+    return jax.devices()[0].device_kind
+
+
 def describe_device() -> list[Row]:
     device = jax.devices()[0]
     facts: dict[str, Any] = {
-        "device": device.device_kind,
+        "device": device_kind(),
         "platform": " ".join(device.client.platform_version.split()),
         "memories": ", ".join(memory.kind for memory in device.addressable_memories()),
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+from benchmarks.device import predictions
 from benchmarks.device.bench_engine import Batch
-from benchmarks.device.machine import ceilings
+from benchmarks.device.compilation import Compilation
+from benchmarks.device.machine import ceilings, device_kind
 from benchmarks.device.report import Case, Report, Row
-from benchmarks.device.scale import Mix, Scale
+from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench, shared
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
@@ -27,11 +29,12 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
         f"4 prompts of {tokens // 4}": (4, tokens // 4, 0),
         f"{tokens} more at position {tokens}": (1, tokens, tokens),
     }
-    return [
-        Case(f"{name}, {mix.name}", functools.partial(prompts.measure, name, shape, mix))
+    found = [
+        Case(f"{name}, {mix.name}", functools.partial(prompts.measure, name, shape, mix), 60.0)
         for name, shape in shapes.items()
         for mix in mixes
     ]
+    return [*prompts.compilation.cases, *found]
 
 
 def operations(bench: Workbench, count: int, tokens: int, start: int) -> float:
@@ -47,14 +50,31 @@ class Prompts:
 
     def __init__(self, bench: Workbench, report: Report):
         self._bench, self._report = bench, report
-        self._buckets = bench.buckets(2 * bench.scale.prompt_tokens)
-        self._programs: Programs | None = None
+        tokens = bench.scale.prompt_tokens
+        jobs = {
+            program_name(start, mix): functools.partial(self._compile, (1, tokens, start), mix)
+            for start in (0, tokens)
+            for mix in (Mix("base"), Mix("one", (16,)))
+        }
+        self.compilation = Compilation(report, "prefill", jobs, lambda: self._far)
+
+    @functools.cached_property
+    def _far(self) -> tuple[ChosenBuckets, Programs]:
+        """Shapes and programs for prompts that do not begin at position 0."""
+        buckets = self._bench.buckets(2 * self._bench.scale.prompt_tokens)
+        return buckets, self._bench.programs(buckets)
+
+    def _compile(self, shape: tuple[int, int, int], mix: Mix) -> None:
+        batch = self._bench.prompts(*shape, mix)
+        if not isinstance(batch, str):
+            self._bench.engine.compile(batch, *(self._far if shape[2] else ()))
 
     def measure(self, name: str, shape: tuple[int, int, int], mix: Mix) -> list[Row]:
         """`shape`: prompts, tokens of each that are computed, position of the first."""
+        if self.compilation.failed(program_name(shape[2], mix)):
+            return [{"prompts": name, "adapters": mix.name, "skipped": "its program does not compile"}]
         if shape[2]:
-            self._programs = self._programs or self._bench.programs(self._buckets)
-            with self._bench.using(self._buckets, self._programs):
+            with self._bench.using(*self._far):
                 return self._measure(name, shape, mix)
         return self._measure(name, shape, mix)
 
@@ -63,20 +83,36 @@ class Prompts:
         row: Row = {"prompts": name, "adapters": mix.name}
         if isinstance(batch, str):
             return [{**row, "skipped": batch}]
-        return [row | _timed(self._bench, self._report, name, shape, batch)]
+        return [row | _timed(self._bench, self._report, row, shape, batch)]
 
 
-def _timed(bench: Workbench, report: Report, name: str, shape: tuple[int, int, int], batch: Batch) -> Row:
+def program_name(start: int, mix: Mix) -> str:
+    """A prompt's program adapts all targets or none."""
+    return f"from position {start}, {'adapters' if mix.ranks else 'base'}"
+
+
+def _timed(bench: Workbench, report: Report, row: Row, shape: tuple[int, int, int], batch: Batch) -> Row:
     step = time_calls(bench.run(batch))
     device = time_calls(bench.engine.packed(batch))
-    rate = operations(bench, *shape) / device.seconds
-    base = next((r for r in report.rows("prefill") if r["prompts"] == name and r["adapters"] == "base" and "ms" in r), None)
+    work, ceiling = operations(bench, *shape), ceilings(bench.scale, report)
+    floor = max(work / ceiling["matrix"], batch.floor_bytes / ceiling["copy"])
+    predicted = predictions.beside(predictions.prefill_ms(device_kind(), row["prompts"], row["adapters"]), step.ms)
+    base = next((r for r in report.rows("prefill") if base_of(r, row["prompts"])), None)
     return {
+        "floor ms": round(floor * 1e3, 3),
+        "predicted ms": predicted["predicted ms"],
         "ms": round(step.ms, 3),
+        "% of floor": round(100 * floor / step.seconds, 1),
+        "% of predicted": predicted["% of predicted"],
         "spread %": round(100 * step.spread, 1),
         "device ms": round(device.ms, 3),
         "host ms": round(step.host_ms, 3),
-        "TFLOP/s": round(rate / 1e12, 2),
-        "% of the matrix rate": round(100 * rate / ceilings(bench.scale, report)["matrix"], 1),
+        "TFLOP/s": round(work / device.seconds / 1e12, 2),
+        "% of the matrix rate": round(100 * work / device.seconds / ceiling["matrix"], 1),
         "ratio to base": round(step.ms / base["ms"], 3) if base else 1.0,
     }
+
+
+def base_of(row: Row, prompts: str) -> bool:
+    """Whether a row of the table is the one without adapters that others are compared with."""
+    return row.get("prompts") == prompts and row["adapters"] == "base" and "ms" in row

@@ -1,64 +1,116 @@
-"""What was found so far, as device.json and device.md in one folder."""
+"""Results so far, as NAME.json and NAME.md in one folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device import predictions
+
 Row = dict[str, Any]
 """Column -> value. `ok` False marks a check that failed."""
+TIME_WAS_UP = "the time was up"
+HIDDEN = ("sections", "doing", "ceilings", "expected", "planned", "boot")
+"""Fields that the Markdown leaves out, or tells in its own way."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing that is checked or measured; `run` returns its rows."""
+    """One check or measurement.
+
+    Attributes:
+        run: returns its rows; each is written when it comes, so a generator keeps its rows.
+        limit_s: seconds after which the case is taken for hanging, and its process killed.
+    """
 
     name: str
-    run: Callable[[], list[Row]]
+    run: Callable[[], Iterable[Row]]
+    limit_s: float = 120.0
 
 
 class Report:
-    """The folder's two files. Processes take turns: each reads what the one before wrote."""
+    """The folder's two files. Processes take turns: each reads the file that the one before wrote.
 
-    def __init__(self, folder: Path):
+    Args:
+        name: of the files, without their endings.
+    """
+
+    def __init__(self, folder: Path, name: str = "device"):
         self._folder = folder
-        self._json = folder / "device.json"
-        self.content: dict[str, Any] = {"sections": {}}
-        if self._json.is_file():
-            self.content = json.loads(self._json.read_text())
+        self._json = folder / f"{name}.json"
+        self.content: dict[str, Any] = _read(self._json) or {"complete": False, "sections": {}}
+
+    @functools.cached_property
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        """Reports of other calls in this folder, from the same machine since it was started, by file name."""
+        files = [file for pattern in ("call-*.json", "device.json") for file in sorted(self._folder.glob(pattern))]
+        found = {file.name: _read(file) for file in files if file != self._json}
+        boot = self.content.get("boot")
+        return {name: content for name, content in found.items() if content and boot and content.get("boot") == boot}
 
     @property
-    def doing(self) -> tuple[str, str] | None:
-        """Section and case that were begun and did not end."""
+    def doing(self) -> tuple[str, str, float, float] | None:
+        """Section and case that were begun and did not end, when they were begun (`time.time()`), and limit in seconds."""
         doing = self.content.get("doing")
-        return None if doing is None else (doing[0], doing[1])
+        return None if doing is None else (doing[0], doing[1], doing[2], doing[3])
 
     @property
     def ceilings(self) -> dict[str, float] | None:
-        """What the section `machine` measured, in bytes and operations a second."""
+        """Measurements of the section `machine`, in bytes and operations a second."""
         return self.content.get("ceilings")
 
+    def adopt_ceilings(self) -> None:
+        """Takes them from an earlier call on the same machine, and says from which."""
+        for name, content in self._earlier.items():
+            if {"copy", "matrix", "link"} <= set(content.get("ceilings") or {}):
+                self.update(ceilings=content["ceilings"], **{"ceilings from": name})
+                return
+
     def rows(self, section: str) -> list[Row]:
-        """Of all cases that ended."""
-        return [row for case in self._cases(section).values() for row in case.get("rows", [])]
+        """Rows of all cases so far. Those of an earlier call on the same machine where this one has none of the section."""
+        for content in (self.content, *self._earlier.values()):
+            if section in content["sections"]:
+                return [row for case in content["sections"][section].values() for row in case.get("rows", [])]
+        return []
 
     def has(self, section: str, case: str) -> bool:
-        return case in self._cases(section)
+        """Whether the case has come to an end."""
+        return case in self._cases(section) and (self.doing or ())[:2] != (section, case)
+
+    def failed(self, section: str, case: str) -> bool:
+        return "error" in self._cases(section).get(case, {})
 
     def update(self, **fields: Any) -> None:
         self.content |= fields
         self._write()
 
-    def begin(self, section: str, case: str) -> None:
-        self.update(doing=[section, case, time.time()])
+    def expect(self, section: str, cases: Iterable[str]) -> None:
+        """Writes down the cases of a section, so that those which never come are known."""
+        self.update(expected=self.content.get("expected", {}) | {section: list(cases)})
 
-    def end(self, section: str, case: str, rows: list[Row]) -> None:
-        self._record(section, case, {"rows": rows})
+    def begin(self, section: str, case: str, limit_s: float) -> None:
+        self.update(doing=[section, case, time.time(), limit_s])
+
+    def idle(self) -> None:
+        """Nothing is being done."""
+        self.content.pop("doing", None)
+        self._write()
+
+    def add(self, section: str, case: str, row: Row) -> None:
+        """A row of a case that goes on."""
+        cases = self.content["sections"].setdefault(section, {})
+        cases.setdefault(case, {}).setdefault("rows", []).append(row)
+        self._write()
+
+    def end(self, section: str, case: str, rows: Iterable[Row] = ()) -> None:
+        """Rows beside those that were added."""
+        self._record(section, case, {"rows": [*self._cases(section).get(case, {}).get("rows", []), *rows]})
 
     def fail(self, section: str, case: str, error: str) -> None:
         self._record(section, case, {"error": error})
@@ -68,7 +120,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Cases that raised, and checks that did not hold."""
+        """Cases that raised or hung, and checks that did not hold."""
         found = []
         for section, cases in self.content["sections"].items():
             for name, case in cases.items():
@@ -76,18 +128,42 @@ class Report:
                     found.append(f"{section}: {name}")
         return found
 
+    @property
+    def missing(self) -> list[str]:
+        """Planned sections, and cases of sections that were begun, without a result."""
+        found = []
+        expected = self.content.get("expected", {})
+        for section in self.content.get("planned", []):
+            if section not in expected:
+                found.append(f"{section}: all")
+                continue
+            for case in expected[section]:
+                if not self.has(section, case) or self._cases(section)[case].get("skipped") == TIME_WAS_UP:
+                    found.append(f"{section}: {case}")
+        return found
+
+    def close(self, seconds: float) -> None:
+        """The call has ended; it is complete where nothing is missing."""
+        self.content.pop("doing", None)
+        self.update(seconds=round(seconds, 1), complete=not self.missing)
+        self._json.with_suffix(".partial").unlink(missing_ok=True)
+
     def _cases(self, section: str) -> dict[str, Any]:
-        return self.content["sections"].setdefault(section, {})
+        return self.content["sections"].get(section, {})
 
     def _record(self, section: str, case: str, result: dict[str, Any]) -> None:
         doing = self.content.pop("doing", None)
         seconds = {} if doing is None else {"seconds": round(time.time() - doing[2], 2)}
-        self._cases(section)[case] = result | seconds
+        cases = self.content["sections"].setdefault(section, {})
+        cases[case] = cases.get(case, {}) | result | seconds
         self._write()
 
     def _write(self) -> None:
         """Each file at once or not at all."""
-        for file, text in ((self._json, json.dumps(self.content, indent=1) + "\n"), (self._folder / "device.md", self.text())):
+        for file, text in (
+            (self._json, json.dumps(self.content, indent=1) + "\n"),
+            (self._json.with_suffix(".md"), self.text()),
+        ):
             partial = file.with_suffix(".partial")
             partial.write_text(text)
             os.replace(partial, file)
@@ -95,7 +171,9 @@ class Report:
     def text(self) -> str:
         """All of it in Markdown."""
         lines = ["# Measured on the device", ""]
-        lines += [f"- {key}: {value}" for key, value in self.content.items() if key not in ("sections", "doing", "ceilings")]
+        lines += [f"- {line}" for line in predictions.summary(self.content["sections"])]
+        lines += [f"- {key}: {value}" for key, value in self.content.items() if key not in HIDDEN]
+        lines += [f"- missing: {line}" for line in _by_section(self.missing)]
         lines += [f"- not in order: {failure}" for failure in self.failures]
         for section, cases in self.content["sections"].items():
             seconds = sum(case.get("seconds", 0.0) for case in cases.values())
@@ -103,8 +181,31 @@ class Report:
             lines += _tables([row for case in cases.values() for row in case.get("rows", [])])
             for name, case in cases.items():
                 for word in set(case) & {"error", "skipped"}:
-                    lines.append(f"- {name}: {word}: {case[word].strip().splitlines()[-1][:300]}")
+                    lines.append(f"- {name}: {word}: {last_line(case[word])}")
         return "\n".join(lines) + "\n"
+
+
+def last_line(error: str) -> str:
+    """The line of a traceback that has the message."""
+    return (error.strip().splitlines() or [""])[-1][:300]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A report's content; None: there is none, or it is something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("sections"), dict) else None
+
+
+def _by_section(missing: list[str]) -> list[str]:
+    """A line a section, long lists cut."""
+    cases: dict[str, list[str]] = {}
+    for line in missing:
+        section, case = line.split(": ", 1)
+        cases.setdefault(section, []).append(case)
+    return [f"{section}: {'; '.join(c[:3])}" + f" and {len(c) - 3} more" * (len(c) > 3) for section, c in cases.items()]
 
 
 def _tables(rows: list[Row]) -> list[str]:

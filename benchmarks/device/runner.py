@@ -7,20 +7,15 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.device.report import Case, Report
+from benchmarks.device.report import TIME_WAS_UP, Case, Report, last_line
 from benchmarks.device.scale import Scale
 
-GROUPS = (
-    ("machine", "correctness"),
-    ("decode", "ops", "prefill", "loads", "host"),
-    ("variants",),
-    ("startup",),
-    ("peers",),
-)
-"""Sections that share a process, and with it an engine."""
-SECTIONS = tuple(section for group in GROUPS for section in group)
-OTHERS_DEVICE = ("startup", "peers")
+OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
 """Sections where JAX in this process must not take the device: processes of their own do, or torch."""
+NEED_CEILINGS = ("decode", "prefill", "loads", "ops")
+START = "start"
+START_SECONDS = 90.0
+"""Limit for importing a section and listing its cases."""
 
 
 class DeviceLost(Exception):
@@ -34,13 +29,18 @@ def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline
         DeviceLost: with the case that lost it recorded.
     """
     for section in sections:
+        if report.failed(section, START):  # in the process before this one, which that may have ended
+            continue
         try:
-            report.begin(section, "start")
+            report.begin(section, START, START_SECONDS)
             cases = cases_of(section, scale, report, deadline)
         except Exception:
-            report.fail(section, "start", _short(traceback.format_exc()))
+            report.fail(section, START, _short(traceback.format_exc()))
             continue
-        report.update(doing=None)
+        report.expect(section, [case.name for case in cases])
+        report.idle()
+        if section in NEED_CEILINGS:
+            _measure_ceilings(scale, report, deadline)
         for case in cases:
             if not report.has(section, case.name):
                 _run(section, case, report, deadline)
@@ -50,19 +50,30 @@ def cases_of(section: str, scale: Scale, report: Report, deadline: float) -> lis
     return importlib.import_module(f"benchmarks.device.{section}").cases(scale, report, deadline)
 
 
+def _measure_ceilings(scale: Scale, report: Report, deadline: float) -> None:
+    """Where neither the section `machine` nor an earlier call on the same machine did."""
+    from benchmarks.device import machine
+
+    case = machine.ceilings_case(scale, report)
+    if case is not None and not report.has("machine", case.name):
+        _run("machine", case, report, deadline)
+
+
 def _run(section: str, case: Case, report: Report, deadline: float) -> None:
     if time.time() > deadline:
-        report.skip(section, case.name, "the time was up")
+        report.skip(section, case.name, TIME_WAS_UP)
         return
     print(f"{section}: {case.name}", flush=True)
-    report.begin(section, case.name)
+    report.begin(section, case.name, case.limit_s)
     try:
-        report.end(section, case.name, case.run())
+        for row in case.run():
+            report.add(section, case.name, row)
+        report.end(section, case.name)
         return
     except Exception:  # whatever it is, it belongs to the case
         error = _short(traceback.format_exc())
     report.fail(section, case.name, error)
-    print(f"  {error.strip().splitlines()[-1][:300]}", flush=True)
+    print(f"  FAILED {section}: {case.name}: {last_line(error)}", flush=True)
     if section not in OTHERS_DEVICE and not _device_works():
         raise DeviceLost(f"{section}: {case.name}")
 

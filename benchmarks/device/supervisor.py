@@ -1,105 +1,171 @@
-"""Starts a process for each group of sections, and another when one dies or hangs, which goes on with the next case."""
+"""Runs a call: a process for each group of sections, and another when one dies or hangs, which goes on with the next case."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.device.report import Report
-from benchmarks.device.runner import GROUPS
-from benchmarks.machine import describe, gpu_name
+from benchmarks.device import processes, program_cache
+from benchmarks.device.calls import CALL_SECONDS, CALLS, GROUPS, PACK_SECONDS, Group, deadlines
+from benchmarks.device.report import TIME_WAS_UP, Report, last_line
+from benchmarks.device.runner import START_SECONDS
+from benchmarks.machine import describe
 
-STALL_SECONDS = 200.0
-"""A case that takes longer hangs."""
-GRACE_SECONDS = 30.0
-"""What a case that runs when the budget ends may still take."""
 DEVICE_LOST = 3
 """Exit code of a process whose device computes nothing any more."""
+PROCESS = "process"
+"""The case of a process that has begun none of its own."""
 MAX_RESTARTS = 8
-"""Of a group: more, and something is wrong with all of it."""
+"""More restarts of a group than this, and something is wrong with all of it."""
+OWN_CACHE = ("startup",)
+"""Sections that time compiling, each start in a cache of its own."""
 
 
-def supervise(sections: Sequence[str], out: Path, small: bool, budget: float) -> int:
-    """Runs the sections and says what came of it; 1 where anything failed."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Sections to run, where, and for how long.
+
+    Attributes:
+        name: of the report's files, without their endings.
+        groups: in order, each with the time (`time.time()`) at which it is cut off.
+        end: time at which everything has ended.
+        earlier: folders with archives of programs.
+    """
+
+    name: str
+    command: str
+    groups: tuple[tuple[Group, float], ...]
+    end: float
+    out: Path
+    small: bool = False
+    cache: Path = program_cache.LIVE
+    earlier: tuple[Path, ...] = ()
+
+
+def call_of(number: int, out: Path, begin: float, small: bool = False, seconds: float = CALL_SECONDS) -> Request:
+    """One of the plan's calls, for fewer seconds where that is asked for."""
+    last = begin + seconds - PACK_SECONDS
+    groups = tuple((group, min(end, last)) for group, end in zip(CALLS[number - 1], deadlines(CALLS[number - 1], begin)))
+    command = f"python -m benchmarks.device --call {number}" + " --small" * small
+    return Request(f"call-{number}", command, groups, begin + seconds, out, small)
+
+
+def sections_of(sections: Sequence[str], out: Path, begin: float, small: bool, seconds: float) -> Request:
+    """Chosen sections, in the plan's order and groups; each may take all that is left."""
+    last = begin + max(seconds - PACK_SECONDS, seconds / 2)
+    chosen = [tuple(section for section in group.sections if section in sections) for group in GROUPS]
+    groups = tuple((Group(names, 0.0, seconds), last) for names in chosen if names)
+    command = f"python -m benchmarks.device --sections {','.join(sections)} --budget {seconds:g}" + " --small" * small
+    return Request("device", command, groups, begin + seconds, out, small)
+
+
+def with_programs_of(request: Request, folders: Sequence[Path]) -> Request:
+    """The same with the archives in `folders` unpacked first."""
+    return dataclasses.replace(request, earlier=tuple(folders))
+
+
+def supervise(request: Request) -> int:
+    """Runs the groups and prints the report; returns 1 where anything failed."""
     begin = time.time()
-    for name in ("device.json", "device.md"):
-        (out / name).unlink(missing_ok=True)
-    small = small or not _gpu_is_there()
-    command = f"python -m benchmarks.device --sections {','.join(sections)} --budget {budget:g}" + " --small" * small
-    Report(out).update(**describe(command))
-    for group in GROUPS:
-        chosen = [section for section in group if section in sections]
-        if time.time() > begin + budget:
-            for section in chosen:
-                Report(out).skip(section, "all", "the time was up")
-        elif chosen:
-            _run_group(chosen, out, small, begin + budget)
-    report = Report(out)
-    report.update(seconds=round(time.time() - begin, 1))
+    request.cache.mkdir(parents=True, exist_ok=True)
+    taken = sum(program_cache.unpack(request.cache, folder) for folder in request.earlier)
+    before = program_cache.entries(request.cache)
+    _remove_old(request)
+    report = Report(request.out, request.name)
+    planned = [section for group, _ in request.groups for section in group.sections]
+    report.update(**describe(request.command), planned=planned, boot=_boot())
+    report.update(programs=f"{len(before)} were there, {taken} of them from archives")
+    report.adopt_ceilings()
+    for group, deadline in request.groups:
+        if time.time() < deadline:
+            _run_group(group.sections, request, deadline)
+            _tell_failures(request, group)
+        _pack(request, before)
+    report = Report(request.out, request.name)
+    report.close(time.time() - begin)
     print(report.text())
     return 1 if report.failures else 0
 
 
-def _gpu_is_there() -> bool:
-    """Without taking it."""
-    if gpu_name() is not None:
-        return True
-    probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    return "gpu" in subprocess.run(probe, capture_output=True, text=True, timeout=120).stdout
+def _remove_old(request: Request) -> None:
+    """An earlier report of the same call, and its archives, which were unpacked if they are to be used."""
+    old = [request.out / f"{request.name}.{ending}" for ending in ("json", "md", "partial")]
+    for file in [*old, *request.out.glob(f"{request.name}-programs-*.*")]:
+        file.unlink(missing_ok=True)
 
 
-def _run_group(sections: list[str], out: Path, small: bool, deadline: float) -> None:
-    for _ in range(MAX_RESTARTS):
-        ended = _run_process(sections, out, small, deadline)
-        if ended is None:
-            return
-        report = Report(out)
-        if report.doing is not None:
-            report.fail(*report.doing, ended)
-        elif not ended.endswith(
-            f"exit code {DEVICE_LOST}"
-        ):  # it ended between cases: nothing says that another would get further
-            report.fail(sections[0], "start", ended)
-            return
-    Report(out).fail(sections[0], "restarts", f"more than {MAX_RESTARTS}")
+def _boot() -> str:
+    """Names the machine since it was started: figures of another are not compared with this one's."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    told = file.read_text() if file.is_file() else str(os.uname())
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
-def _run_process(sections: list[str], out: Path, small: bool, deadline: float) -> str | None:
-    """How the process ended, if not well."""
-    command = [sys.executable, "-m", "benchmarks.device", "--out", str(out), "--sections", ",".join(sections)]
-    command += ["--worker", str(deadline)] + ["--small"] * small
-    with tempfile.TemporaryFile("w+") as errors:
-        # a session of its own: what it started ends with it
-        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
-        why = ""
-        try:
-            while process.poll() is None and not why:
-                time.sleep(0.2)
-                why = _overdue(out, deadline)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        errors.seek(0)
-        return None if code == 0 else f"{errors.read()[-1500:]}\n{why or f'exit code {code}'}"
-
-
-def _overdue(out: Path, deadline: float) -> str:
-    """Why the process must not go on; empty: it may."""
+def _pack(request: Request, before: dict[str, int]) -> None:
+    """Runs after each group: a call that is ended from outside has left its programs."""
     try:
-        doing = json.loads((out / "device.json").read_text()).get("doing")
+        packed, left_out = program_cache.pack(request.cache, request.out, request.name, before)
+    except OSError as error:
+        print(f"programs are not packed: {error}", file=sys.stderr, flush=True)
+        return
+    told = f"{packed} packed" + f", {left_out} left out for want of room" * (left_out > 0)
+    Report(request.out, request.name).update(**{"programs at the end": told})
+
+
+def _tell_failures(request: Request, group: Group) -> None:
+    report = Report(request.out, request.name)
+    for failure in report.failures:
+        if failure.split(":")[0] in group.sections:
+            print(f"NOT IN ORDER: {failure}", flush=True)
+
+
+def _run_group(sections: Sequence[str], request: Request, deadline: float) -> None:
+    for _ in range(MAX_RESTARTS):
+        ending, told = _run_process(sections, request, deadline)
+        if ending == processes.exit_code(0):
+            return
+        report = Report(request.out, request.name)
+        doing = report.doing
+        if ending == TIME_WAS_UP:
+            if doing is not None:
+                report.skip(doing[0], doing[1], TIME_WAS_UP)
+            return
+        told = f"{told} ({ending})" if told else ending
+        if doing is not None and doing[1] != PROCESS:
+            report.fail(doing[0], doing[1], told)
+            print(f"  FAILED {doing[0]}: {doing[1]}: {last_line(told)}", flush=True)
+        elif ending != processes.exit_code(DEVICE_LOST):  # nothing says that another process would get further
+            report.fail(sections[0], PROCESS, told)
+            return
+    Report(request.out, request.name).fail(sections[0], "restarts", f"more than {MAX_RESTARTS}")
+
+
+def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[str, str]:
+    """Its ending and its last words; see `processes.run`."""
+    kept = {} if set(sections) & set(OWN_CACHE) else program_cache.environment(request.cache)
+    Report(request.out, request.name).begin(sections[0], PROCESS, START_SECONDS)
+    command = worker_command(sections, request, deadline)
+    return processes.run(command, os.environ | kept, lambda: _overdue(request, deadline))
+
+
+def worker_command(sections: Sequence[str], request: Request, deadline: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.device", "--out", str(request.out), "--report", request.name]
+    return [*command, "--sections", ",".join(sections), "--worker", str(deadline), *["--small"] * request.small]
+
+
+def _overdue(request: Request, deadline: float) -> str:
+    """Why the process must not go on; empty: it may."""
+    now = time.time()
+    if now > deadline:
+        return TIME_WAS_UP
+    try:
+        doing = json.loads((request.out / f"{request.name}.json").read_text()).get("doing")
     except (OSError, ValueError):
         return ""
-    now = time.time()
-    if doing is not None and now - doing[2] > STALL_SECONDS:
-        return f"killed after {STALL_SECONDS:.0f} s"
-    if now > deadline + GRACE_SECONDS:
-        return "killed: the time was up"
-    return ""
+    return f"killed after {doing[3]:.0f} s" if doing is not None and now - doing[2] > doing[3] else ""

@@ -1,4 +1,4 @@
-"""Section `variants`: what a tuning run would try, each beside what it was expected to do.
+"""Section `variants`: options and constants that a tuning run would try, each beside its prediction.
 
 A model of few layers, so that its programs compile in seconds; the output matrix is in every figure. `as it is` comes first and
 last: what lies between the two is noise.
@@ -11,6 +11,8 @@ import dataclasses
 import functools
 from typing import Any
 from unittest import mock
+
+import jax
 
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale, on_gpu
@@ -25,21 +27,27 @@ POOL_BYTES = 16 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """XLA's options, or constants of a kernel's module; what is expected; which programs it may change."""
+    """XLA's options, or constants of a kernel's module, and what is expected of them.
+
+    Attributes:
+        since: version of jax that knows the options.
+    """
 
     name: str
     prediction: str
     options: tuple[tuple[str, Any], ...] = ()
     module: Any = None
     constants: tuple[tuple[str, Any], ...] = ()
+    since: tuple[int, ...] = ()
 
     @property
     def exists(self) -> bool:
-        return all(hasattr(self.module, name) for name, _ in self.constants)
+        return jax.__version_info__ >= self.since and all(hasattr(self.module, name) for name, _ in self.constants)
 
 
-def xla(prediction: str, **options: Any) -> Variant:
-    return Variant(", ".join(f"{k}={v!r}" for k, v in options.items()), prediction, options=tuple(options.items()))
+def xla(prediction: str, since: tuple[int, ...] = (), **options: Any) -> Variant:
+    name = ", ".join(f"{k}={v!r}" for k, v in options.items())
+    return Variant(name, prediction, options=tuple(options.items()), since=since)
 
 
 def constant(module: Any, prediction: str, **constants: Any) -> Variant:
@@ -50,11 +58,14 @@ def constant(module: Any, prediction: str, **constants: Any) -> Variant:
 
 AS_IT_IS = Variant("as it is", "")
 VARIANTS = (
+    xla(
+        "no update of a graph's nodes while no argument moves: the same, or up to 5 % faster at 1 row",
+        since=(0, 11),
+        xla_gpu_command_buffer_update_mode="SKIP_TEMP",
+    ),
+    xla("cuBLAS for all products: up to 10 % slower at 1 row, where Triton splits over d_in", xla_gpu_enable_triton_gemm=False),
     xla("slower at 1 row: a launch for each of some 12 kernels a layer, 2 to 4 us each", xla_gpu_enable_command_buffer=""),
     xla("the same by another way", xla_gpu_graph_min_graph_size=100_000),
-    xla("cuBLAS for all products: up to 10 % slower at 1 row, where Triton splits over d_in", xla_gpu_enable_triton_gemm=False),
-    xla("no choice by measurement: 5 to 20 % slower", xla_gpu_autotune_level=0),
-    xla("more tilings are tried: 0 to 5 % faster, compiles for longer", xla_gpu_exhaustive_tiling_search=True),
     constant(lora, "too few loads in flight for one row's adapter: slower at 1 row", SHRINK_PROGRAMS=66),
     constant(lora, "two programs a multiprocessor: faster at 32 rows, if any", SHRINK_PROGRAMS=264),
     constant(lora, "four: launching what has nothing to do costs more", SHRINK_PROGRAMS=528),
@@ -63,25 +74,51 @@ VARIANTS = (
     constant(lora, "more in flight at 1 row, more partial sums at 32", MAX_SPLITS=8, SPLIT_ELEMS=512),
     constant(lora, "twice the programs of expand: faster at 1 row", EXPAND_COLUMNS=64),
     constant(lora, "half of them: fewer reads of partial sums, faster at 32 rows if they are long", EXPAND_COLUMNS=256),
-    constant(attention, "half the splits: fewer merges, too few loads in flight at 1 row", DECODE_PROGRAMS=264),
-    constant(attention, "twice: faster at 1 row if latency binds", DECODE_PROGRAMS=1056),
+    constant(attention, "half the splits: fewer merges, too few loads in flight at 1 row", DECODE_PROGRAMS=132),
+    constant(attention, "twice: faster at 1 row if latency binds", DECODE_PROGRAMS=528),
     constant(attention, "shorter shares: evens out lengths, more merges", SHARE_TOKENS=512),
     constant(attention, "smaller blocks of keys: fewer registers, more programs at once", BLOCK_BYTES=64),
     constant(attention, "larger: more bytes in flight a program", BLOCK_BYTES=256),
 )
+TUNING = (
+    xla("no choice by measurement: 5 to 20 % slower", xla_gpu_autotune_level=0),
+    xla("more tilings are tried: 0 to 5 % faster, compiles for minutes", xla_gpu_exhaustive_tiling_search=True),
+)
+"""Variants of the section `autotuning`, the longest last."""
+LIMIT_SECONDS = 75.0
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
+    bench = workbench(scale)
+    again = dataclasses.replace(AS_IT_IS, name="as it is, again")
+    # without a GPU nothing of it changes anything
+    variants = (AS_IT_IS, *(v for v in VARIANTS if v.exists), again) if on_gpu() else (AS_IT_IS,)
+    return [Case(v.name, functools.partial(_row, bench, report, v), LIMIT_SECONDS) for v in variants]
+
+
+def workbench(scale: Scale) -> Workbench:
     config = dataclasses.replace(scale.config, num_layers=scale.variant_layers)
-    bench = Workbench(scale, config, None if scale.pool_bytes else POOL_BYTES)
-    variants = [v for v in VARIANTS if v.exists]
-    variants.append(dataclasses.replace(AS_IT_IS, name="as it is, again"))
-    if not on_gpu():  # where none of it changes anything
-        variants = variants[-2:-1]
-    return [Case(v.name, functools.partial(_measure, bench, report, v)) for v in (AS_IT_IS, *variants)]
+    return Workbench(scale, config, None if scale.pool_bytes else POOL_BYTES)
 
 
-def _measure(bench: Workbench, report: Report, variant: Variant) -> list[Row]:
+def _row(bench: Workbench, report: Report, variant: Variant) -> list[Row]:
+    before = next((row for row in report.rows("variants") if row["variant"] == AS_IT_IS.name), {})
+    return [beside(measure(bench, variant), before)]
+
+
+def beside(row: Row, before: Row) -> Row:
+    """The row with the ratio of each time to the one before, where there is one."""
+    result: Row = {}
+    for name, value in row.items():
+        result[name] = value
+        if name.endswith(": ms"):
+            base = before.get(name, value)
+            result[name.removesuffix("ms") + "ratio"] = round(value / base, 3) if value and base else ""
+    return result
+
+
+def measure(bench: Workbench, variant: Variant) -> Row:
+    """Milliseconds of decode steps: few rows with long contexts, and many with short ones."""
     scale = bench.scale
     few, many = scale.rows[0], scale.rows[len(scale.rows) // 2]
     mixes = [Mix("base"), Mix("mixed, q k v o", scale.ranks, ATTENTION_TARGETS)]
@@ -92,7 +129,6 @@ def _measure(bench: Workbench, report: Report, variant: Variant) -> list[Row]:
     buckets = bench.buckets()
     programs = bench.programs(buckets, dict(variant.options))
     row: Row = {"variant": variant.name, "prediction": variant.prediction}
-    before = next((r for r in report.rows("variants") if r["variant"] == AS_IT_IS.name), {})
     steps = {
         (rows, context, mix): bench.decode(rows, context, mix)
         for mix in mixes
@@ -102,12 +138,7 @@ def _measure(bench: Workbench, report: Report, variant: Variant) -> list[Row]:
     with bench.using(buckets, programs) as engine:
         with patch:
             _, seconds = engine.prepare(run.values())
-        for rows, context, mix in steps:
-            name = f"{rows} x {context}, {mix.name}"
-            row[f"{name}: ms"] = row[f"{name}: ratio"] = ""
-            if (rows, context, mix) in run:
-                ms = time_calls(engine.packed(run[rows, context, mix])).ms
-                row[f"{name}: ms"] = round(ms, 4)
-                row[f"{name}: ratio"] = round(ms / before.get(f"{name}: ms", ms), 3)
-    row["s to compile"] = round(seconds, 1)
-    return [row]
+        for key in steps:
+            ms = round(time_calls(engine.packed(run[key])).ms, 4) if key in run else ""
+            row[f"{key[0]} x {key[1]}, {key[2].name}: ms"] = ms
+    return {**row, "s to compile": round(seconds, 1)}

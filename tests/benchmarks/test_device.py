@@ -1,32 +1,26 @@
-"""The device benchmark in its small form: what it records, and that one case's trouble is its own."""
+"""The device benchmark in its small form: its records, and that one case's trouble is its own."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import time
 
+import jax
 import pytest
 
-from benchmarks.device import runner, supervisor
+from benchmarks.device import runner, supervisor, variants
 from benchmarks.device.report import Case, Report
-from benchmarks.device.scale import FULL, SMALL, Mix
+from benchmarks.device.scale import SMALL, Mix
 from benchmarks.device.workbench import shared
-
-CHEAP = {
-    "machine": ("device", "memory", "matrices", "link"),
-    "correctness": ("paged_attention, decode, heads grouped, float32", "write_kv, float32", "sampling, tokens"),
-    "decode": ("compile", "4 rows, 96 tokens, base", "4 rows, 96 tokens, mixed ranks, all seven"),
-    "ops": ("attention, 4 rows, 96 tokens", "adapters, 4 rows, mixed ranks, all seven", "write_kv"),
-    "prefill": ("4 prompts of 16, mixed ranks, all seven",),
-    "loads": ("rank 16", "steps of 4 rows meanwhile"),
-    "host": ("parts of a step, mixed ranks, q k v o", "the loop, mixed ranks, q k v o"),
-    "variants": ("as it is",),
-}
-"""Sections and those of their cases that take a second or a few."""
 
 
 @pytest.fixture
 def report(tmp_path):
-    return Report(tmp_path)
+    report = Report(tmp_path)
+    report.update(ceilings={"copy": 1.0, "matrix": 1.0, "link": 1.0})  # none is measured
+    return report
 
 
 def in_an_hour() -> float:
@@ -35,26 +29,6 @@ def in_an_hour() -> float:
 
 def with_cases(monkeypatch, *cases: Case) -> None:
     monkeypatch.setattr(runner, "cases_of", lambda section, scale, report, deadline: list(cases))
-
-
-@pytest.mark.parametrize("section", CHEAP)
-def test_sections_in_small(section, report, monkeypatch):
-    monkeypatch.setattr("benchmarks.device.timing.TARGET_SECONDS", 0.01)
-    monkeypatch.setattr("benchmarks.device.loads.STEPS", 20)
-    cases = {case.name: case for case in runner.cases_of(section, SMALL, report, in_an_hour())}
-    with_cases(monkeypatch, *(cases[name] for name in CHEAP[section]))
-    runner.run_sections([section], SMALL, report, in_an_hour())
-    assert not report.failures
-    assert all(report.has(section, name) for name in CHEAP[section])
-    assert report.rows(section) and not any("skipped" in row for row in report.rows(section))
-    assert f"## {section}" in report.text()
-
-
-def test_every_section_has_cases_with_names_of_their_own(report):
-    for section in runner.SECTIONS:
-        for scale in (SMALL, FULL):
-            names = [case.name for case in runner.cases_of(section, scale, report, 0.0)]
-            assert names and len(names) == len(set(names))
 
 
 def test_a_case_that_raises_is_recorded_and_the_rest_goes_on(report, monkeypatch, tmp_path):
@@ -83,24 +57,32 @@ def test_nothing_starts_after_the_deadline(report, monkeypatch):
     assert "late: skipped: the time was up" in report.text()
 
 
-def test_a_process_that_dies_costs_the_case_that_it_was_doing(tmp_path, monkeypatch):
-    ended = ["Segmentation fault\nexit code -11", None]
-
-    def process(sections, out, small, deadline):
-        if len(ended) == 2:
-            Report(out).begin("decode", "1 rows")
-        return ended.pop(0)
-
-    monkeypatch.setattr(supervisor, "_run_process", process)
-    supervisor._run_group(["decode"], tmp_path, True, in_an_hour())
-    assert not ended
-    assert Report(tmp_path).failures == ["decode: 1 rows"]
-
-
-def test_the_command_writes_both_files(tmp_path, capsys):
-    assert supervisor.supervise(["machine"], tmp_path, True, 60.0) == 0
-    assert Report(tmp_path).ceilings.keys() == {"copy", "read", "matrix", "link"}
+def test_the_command_writes_both_files(tmp_path):
+    """In processes, as it is used."""
+    request = supervisor.sections_of(["machine"], tmp_path, time.time(), True, 60.0)
+    assert supervisor.supervise(dataclasses.replace(request, cache=tmp_path / "live")) == 0
+    report = Report(tmp_path)
+    assert report.ceilings.keys() == {"copy", "read", "matrix", "link"} and report.content["complete"]
     assert "copy, bytes read and written" in (tmp_path / "device.md").read_text()
+    assert (tmp_path / "device-programs-1.zip").is_file()
+
+
+def test_no_variant_equals_the_code():
+    """Each option exists in this jaxlib where it can be asked, and each constant is read from its module and differs."""
+    assert len({v.name for v in (*variants.VARIANTS, *variants.TUNING)}) == len(variants.VARIANTS) + len(variants.TUNING)
+    for variant in (*variants.VARIANTS, *variants.TUNING):
+        assert variant.options or variant.constants
+        for name, value in variant.constants:
+            assert getattr(variant.module, name) != value, f"{variant.name} changes nothing"
+            uses = re.findall(rf"(?<![\w.]){name}(?!\w)", inspect.getsource(variant.module))
+            assert len(uses) > 1, f"{name} is not read"
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in (*variants.VARIANTS, *variants.TUNING) if v.options and v.exists], ids=lambda v: v.name
+)
+def test_options_are_known(variant):
+    jax.jit(lambda x: x + 1).lower(1.0).compile(dict(variant.options))
 
 
 def test_floor_counts_what_a_step_must_read():

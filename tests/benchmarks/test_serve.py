@@ -139,13 +139,11 @@ def test_a_system_that_bounds_stalls_may_take_longer_prompts():
 
 
 def test_a_curve_has_every_system_at_every_load(tmp_path, monkeypatch):
-    app = typer.Typer()
-    app.command()(serve_curve.main)
     sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
     traffic = "--rps 4 --rps 2 --duration 1.5 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
     out = tmp_path / "curve.json"
-    result = CliRunner().invoke(app, ["tiny", *sizes.split(), *traffic.split(), "--out", str(out)])
-    assert result.exit_code == 0, result.output
+    monkeypatch.setattr("sys.argv", ["serve_curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)])
+    serve_curve.main()
     table = json.loads(out.read_text())["table"]
     assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (2, 4) for s in ("fifo", "s-lora")]
     assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)

@@ -1,0 +1,86 @@
+"""The three calls of one half hour on a GPU: which sections each runs, in which order, and how long they may take.
+
+The most valuable sections run first. Seconds are predictions for an H100 with nothing compiled before; none was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+CALL_SECONDS = 560.0
+"""A call ends by itself within this."""
+PACK_SECONDS = 20.0
+"""The last of them, in which processes are killed and compiled programs are packed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Sections that share a process, and with it an engine.
+
+    Attributes:
+        expected_s: predicted seconds.
+        limit_s: seconds after which the group is cut off; seconds that groups before it left over are added.
+    """
+
+    sections: tuple[str, ...]
+    expected_s: float
+    limit_s: float
+
+
+CALLS: tuple[tuple[Group, ...], ...] = (
+    (
+        Group(("smoke",), 30, 60),
+        Group(("machine", "correctness"), 140, 160),
+        Group(("decode", "prefill"), 180, 215),
+        Group(("peers",), 90, 105),  # torch takes the device; beside the rows of decode and prefill
+    ),
+    (
+        Group(("loads", "host", "ops"), 150, 220),
+        Group(("serve_curve",), 270, 320),
+    ),
+    (
+        Group(("variants",), 165, 190),
+        Group(("startup",), 280, 300),
+        Group(("autotuning",), 50, 50),
+    ),
+)
+GROUPS = tuple(group for call in CALLS for group in call)
+SECTIONS = tuple(section for group in GROUPS for section in group.sections)
+
+
+def deadlines(groups: tuple[Group, ...], begin: float) -> list[float]:
+    """When each group of a call must have ended, for a call that begins at `begin` (seconds)."""
+    ends = []
+    for group in groups:
+        begin += group.limit_s
+        ends.append(begin)
+    return ends
+
+
+def plan() -> str:
+    """The calls as text: commands, sections in order, seconds."""
+    lines = [
+        f"Three calls of at most {CALL_SECONDS:.0f} s each. Seconds are predictions for an H100 with nothing compiled before; "
+        "none was measured."
+    ]
+    for number, groups in enumerate(CALLS, 1):
+        expected = sum(group.expected_s for group in groups)
+        lines += ["", f"call {number}: {expected:.0f} s expected", f"    {command(number)}"]
+        for group, end in zip(groups, deadlines(groups, 0.0)):
+            names = ", ".join(group.sections)
+            lines.append(f"  {names:<22} {group.expected_s:4.0f} s expected, cut off {end:.0f} s after the call began")
+        lines.append(f"  {'pack the programs':<22} {'':4}   done by {CALL_SECONDS:.0f} s")
+    return "\n".join([*lines, "", *NOTES])
+
+
+def command(number: int) -> str:
+    cache = " --cache results" if number > 1 else ""
+    return f"python -m benchmarks.device --call {number} --out results{cache}"
+
+
+NOTES = (
+    "Each call leaves call-N.json, call-N.md and call-N-programs-1.zip to -4.zip in its folder.",
+    "--cache DIR takes along the programs of an earlier call: DIR holds its archives. Repeat it for several folders.",
+    "On a machine that ran the call before, .cache/device-programs has them already and --cache changes nothing.",
+    "A call that was cut off is run again by the same command with --cache: its programs are not compiled again.",
+)

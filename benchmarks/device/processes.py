@@ -1,0 +1,113 @@
+"""Processes that end in time: killed with all their children, in whatever session those are."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.1
+KILL_SECONDS = 5.0
+"""A process that the kernel does not end within this is left alone."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], overdue: Callable[[], str]) -> tuple[str, str]:
+    """Runs a command until it ends or `overdue` says why it must not go on.
+
+    Returns:
+        The reason for which it was killed, or its exit code in words; and the end of its error output.
+    """
+    adopt_orphans()
+    others = _children()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stderr=errors, env=dict(environment), start_new_session=True)
+        why = ""
+        try:
+            while process.poll() is None and not why:
+                time.sleep(POLL_SECONDS)
+                why = overdue()
+        finally:
+            code = process.poll()
+            kill_descendants(process, others)
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 3000))
+        return (why if code is None else exit_code(code)), errors.read().decode(errors="replace")[-1500:].strip()
+
+
+def exit_code(code: int) -> str:
+    return f"exit code {code}"
+
+
+def run_json(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> tuple[str | None, list[str]]:
+    """Runs a command that prints lines, within the caller's own process group.
+
+    Returns:
+        Why it gave no result (None: it did), and the lines.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    try:
+        ran = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=max(1.0, limit_s))
+    except subprocess.TimeoutExpired as expired:
+        told = (expired.stdout or b"").decode().strip().splitlines()
+        return f"more than {limit_s:.0f} s; {told[-1] if told else 'nothing was printed'}", told
+    if ran.returncode:
+        raise RuntimeError(f"exit code {ran.returncode}\n{ran.stderr[-1200:]}")
+    return None, ran.stdout.strip().splitlines()
+
+
+def adopt_orphans() -> None:
+    """Children whose parents end become this process's own, so that they can be found and killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def kill_descendants(process: subprocess.Popen[bytes], others: frozenset[int]) -> None:
+    """Kills a process that was started in a session of its own, and everything that it started.
+
+    Args:
+        others: children of this process that are left alone.
+    """
+    end = time.monotonic() + KILL_SECONDS
+    known = {process.pid}
+    while time.monotonic() < end:
+        process.poll()
+        living = _living()
+        for pid, (parent, session) in living.items():
+            orphan = parent == os.getpid() and pid not in others
+            if session == process.pid or parent in known or orphan:
+                known.add(pid)
+        found = known & living.keys()
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in found - {process.pid}:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+
+
+def _children() -> frozenset[int]:
+    return frozenset(pid for pid, (parent, _) in _living().items() if parent == os.getpid())
+
+
+def _living() -> dict[int, tuple[int, int]]:
+    """Process -> (parent, session), zombies left out."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):
+                state, parent, _, session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+                if state != "Z":
+                    found[int(folder.name)] = (int(parent), int(session))
+    return found
