@@ -130,7 +130,7 @@ def kernels(compiled: Any) -> Counter[str]:
 
 
 class LoweredPrograms(Programs):
-    """The programs of an engine, traced and lowered for an H100 and not compiled: what a start costs the host beside XLA."""
+    """The programs of an engine, traced and lowered for an H100 and not compiled: a start's host cost without XLA."""
 
     def _compile(self, fn: Any, *arguments: Any, donated: int) -> Any:
         lower_for_h100(fn, *arguments, donate_argnums=donated)

@@ -157,8 +157,8 @@ def _needs(compiled: Any) -> int:
 
 
 def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    """Results of jobs that compile. The garbage collector waits: it would go through all that tracing keeps again and again, a
-    sixth of the time."""
+    """Results of jobs that compile. Meanwhile the process has no garbage collector: it would go through all that tracing keeps
+    again and again, a sixth of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:

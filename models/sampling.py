@@ -35,8 +35,8 @@ class SamplingMode(enum.Enum):
 
 
 DRAW_COLUMNS = 8 + MAX_BANNED
-"""Of a row of draws, int32: slot, position of the token to draw, seed (low word, high word), top_k (0: all), the bits of three
-float32 (temperature, 0: greedy; top_p; min_p), banned ids (-1: none)."""
+"""Columns of a row of draws, int32: slot, position of the token to draw, seed (low word, high word), top_k (0: all), the bits
+of three float32 (temperature, 0: greedy; top_p; min_p), banned ids (-1: none)."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,11 +100,10 @@ def _threshold(weights: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: 
         """The largest threshold at or above which weights that amount to at least `least` lie."""
         low = jnp.zeros(weights.shape[0])
         rounds = math.ceil(_THRESHOLD_BITS / math.log2(guesses + 1))
-        if guesses == 1:
-            return lax.fori_loop(0, rounds, lambda _, bounds: _narrow(weights, amount, least, *bounds, 1), (low, low + _ABOVE))[
-                0
-            ]
         high = low + _ABOVE
+        if guesses == 1:
+            low, _ = lax.fori_loop(0, rounds, lambda _, bounds: _narrow(weights, amount, least, *bounds, 1), (low, high))
+            return low
         for _ in range(rounds):  # a GPU would wait for the host in each round of a loop
             low, high = _narrow(weights, amount, least, low, high, guesses)
         return low

@@ -1,4 +1,4 @@
-"""Packs what one step needs into one fresh host array, padded to a bucket.
+"""Packs a step's inputs into one fresh host array, padded to a bucket.
 
 Fresh on purpose: a dispatched step may still be reading its argument when the next one is packed.
 """
@@ -14,6 +14,9 @@ from chameleon_jax.models.ops.batched_lora import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
 from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
 from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets
+
+TINY = float(np.finfo(np.float32).tiny)
+"""The least top_p: 0, as a smaller one would be rounded to, would keep no token."""
 
 
 class Segment(NamedTuple):
@@ -130,7 +133,7 @@ def pack_draws(draws: Mapping[int, Draw], rows: int, padding_slot: int) -> tuple
 
 
 def fill_draws(table: np.ndarray, draws: Mapping[int, Draw], padding_slot: int) -> SamplingMode:
-    """Writes `row -> Draw` into `table` `[rows, DRAW_COLUMNS]`, zeros; rows without one draw a token that nobody reads."""
+    """Writes `row -> Draw` into `table` `[rows, DRAW_COLUMNS]`, zeros; rows without one draw an unused token."""
     table[:, 0] = padding_slot
     table[:, 8:] = -1
     if not draws:
@@ -140,7 +143,7 @@ def fill_draws(table: np.ndarray, draws: Mapping[int, Draw], padding_slot: int) 
     seeds = np.array([d.seed & 0xFFFFFFFFFFFFFFFF for d in values], "<u8")
     table[rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
     table[rows, 4] = [max(d.top_k, 0) for d in values]
-    floats = np.array([(d.temperature, d.top_p, d.min_p) for d in values], np.float32)
+    floats = np.array([(d.temperature, max(d.top_p, TINY), d.min_p) for d in values], np.float32)
     table[rows, 5:8] = floats.view(np.int32)
     for row, draw in draws.items():
         if draw.banned:

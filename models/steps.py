@@ -51,8 +51,8 @@ class Program(NamedTuple):
 class StepInputs:
     """The parts of a step's one input array, as views (host) or slices (device); padding tiles come last and have count 0.
 
-    One array because every array that is sent waits for the program before it: on an H100 8 of them are predicted to cost 1 to
-    2 % of a decode step.
+    One array, as each one that is sent waits for the program before it: eight were predicted to cost an H100 1 to 2 % of a
+    decode step.
 
     Attributes:
         tokens: `[tiles * tile_tokens]` int32, or FROM_SLOT.
@@ -142,7 +142,7 @@ def write_adapter(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]`, all different, of every layer.
 
-    Besides the pool it returns a number that nobody needs: the pool is donated to the next program, so that only another
+    Besides the pool it returns an unused number: the pool is donated to the next program, so that only another
     output can tell when this one was executed.
     """
     return write_pages(pages, block, page_ids, backend=backend), page_ids[0]

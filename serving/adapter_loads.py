@@ -132,7 +132,7 @@ class AdapterLoads:
 
         Args:
             wait: Waits until at least one has, if there is any; the device is idle then.
-            idle: No step is dispatched, so that this sends what no step will.
+            idle: No step is in flight, so that pieces are sent from here.
         """
         self._advance(wait or idle)
         while wait and self._loads and not self._results:

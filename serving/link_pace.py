@@ -5,7 +5,7 @@ share the link with it. It gives pinned pieces streams of their own, of which in
 NumPy the stream of the inputs. So its source says; nothing here was measured on a GPU. Three things follow:
 
 - New pieces are sent behind a step's inputs, which would wait for them, and ahead of its programs, for which they would wait.
-- What is sent after one step keeps the link no longer than a step takes, or the inputs of the next one wait for the rest. At
+- Pieces sent beside one step keep the link no longer than a step takes, or the inputs of the next one wait for the rest. At
   25 GB/s a step of 8 ms hides 200 MB, one of 20 ms 500 MB.
 - A piece is seen to have arrived two steps after it was sent. It waits for the step that runs and travels beside the next one;
   then the host looks. Its write is executed a step later. The link is busy all the time if two steps' worth is on the way. A

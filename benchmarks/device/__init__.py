@@ -13,7 +13,7 @@ a GPU yet.
 | correctness | ops, then the whole 7B step, against the reference, in float32 and bfloat16 |
 | decode | a step of 1 to 128 rows: base, and mixes of adapters, beside its floor and its prediction |
 | prefill | a step of 2048 tokens: ms, operations a second |
-| peers | torch with CUDA graphs, and transformers + peft, at the same rows and contexts (one row where torch is missing) |
+| peers | torch with CUDA graphs, base and with batched LoRA, and transformers + peft, at the same rows and contexts |
 | loads | adapters from pinned memory into pages, and steps meanwhile |
 | host | host time of a step, busy share of the real loop |
 | ops | attention, adapters, matrices and sampling alone, ms a layer |

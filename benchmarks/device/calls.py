@@ -29,10 +29,10 @@ class Group:
 
 CALLS: tuple[tuple[Group, ...], ...] = (
     (
-        Group(("smoke",), 30, 60),
-        Group(("machine", "correctness"), 140, 160),
-        Group(("decode", "prefill"), 180, 215),
-        Group(("peers",), 90, 105),  # torch takes the device; beside the rows of decode and prefill
+        Group(("smoke",), 30, 50),
+        Group(("machine", "correctness"), 140, 155),
+        Group(("decode", "prefill"), 180, 205),
+        Group(("peers",), 110, 130),  # torch takes the device; beside the rows of decode and prefill
     ),
     (
         Group(("loads", "host", "ops"), 150, 220),

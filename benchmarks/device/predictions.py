@@ -36,8 +36,9 @@ DECODE_MS: dict[str, Mixes] = {
 """Steps of CONTEXT tokens a row, by rows and adapters."""
 PREFILL_MS = {"base": 48.0, "mixed ranks, all seven": 53.8}
 """One prompt of PREFILL_TOKENS, on both devices. With adapters on all seven: 10 to 14 % more, of which this is the middle."""
-LOADED_GB_PER_S = {32: 8.0, 128: 4.0}
-"""Adapters loaded beside decode steps, by the step's rows, on both devices."""
+LOADED_GB_PER_S = {32: 33.0, 128: 14.0}
+"""Adapters loaded beside decode steps with mixed ranks on q k v o, by the step's rows, on both devices where the link is not
+slower: 1 GiB in three steps of the H100's predicted length."""
 
 
 def decode_ms(device: str, rows: int, context: int, adapters: str) -> float | None:

@@ -1,8 +1,8 @@
-"""The part of Pallas Triton that the kernels use, in one place: it is deprecated, and what replaces it will replace this.
+"""The part of Pallas Triton that the kernels use, in one place: it is deprecated, and its successor needs a change here only.
 
 Kernels get whole arrays as refs, load by index arrays and mask what does not exist. All extents of a tile are powers of two.
 
-A kernel must not use the first extent of its arrays, which is what differs between the sizes of a batch. So one translation to
+A kernel must not use the first extent of its arrays, the one in which batches of different sizes differ. So one translation to
 Triton's code serves all of them: tracing and lowering a kernel takes 50 to 150 ms of processor time, and a server of a 7B has
 some 200 launches to compile that differ in nothing else.
 """
@@ -39,7 +39,7 @@ LARGE_BYTES = 1 << 31
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel, and all that its code depends on.
+    """A kernel, and all that its code depends on in a process that has one kind of GPU and one configuration of JAX.
 
     Attributes:
         function: takes the refs of arguments and results, and `static` as keywords.

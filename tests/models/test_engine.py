@@ -1,4 +1,4 @@
-"""The device's side of a step: what is compiled is used once, and nothing of that is left."""
+"""Each compiled program is used once and leaves no trace."""
 
 from __future__ import annotations
 

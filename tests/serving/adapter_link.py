@@ -85,7 +85,7 @@ class FakeDevice:
 
     @property
     def held(self) -> int:
-        """Bytes of pieces that were sent and whose write was not executed, whoever still wants them."""
+        """Bytes of pieces that were sent and whose write was not executed, cancelled loads included."""
         executed = sum(write.nbytes for write in self.writes if write.happened)
         return sum(event.nbytes for event in self.link) - executed
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets, gather_rows
+from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, gather_rows
 
 
 def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, names: tuple[str, ...]) -> jax.Array:
@@ -26,17 +26,16 @@ def _add_target(
     window_tokens, d_in = targets.window_tokens, x.shape[1]
 
     def one_block(block, y):
-        at = block * BLOCK_ROWS
-        addresses = lax.dynamic_slice_in_dim(targets.addresses[:, t], at, BLOCK_ROWS)
-        owner = lax.dynamic_slice_in_dim(targets.row_adapter[:, t], at, BLOCK_ROWS)
+        addresses = lax.dynamic_index_in_dim(targets.addresses[:, t], block, keepdims=False)
+        owner = lax.dynamic_index_in_dim(targets.row_adapter[:, t], block, keepdims=False)
         # the last window may have to slide back over tokens of the one before, which had this adapter's update already
         begin = targets.block_window[block, t] * window_tokens
         window = jnp.minimum(begin, x.shape[0] - window_tokens)
         mine = (window + jnp.arange(window_tokens) >= begin)[:, None]
         mine &= lax.dynamic_slice_in_dim(targets.token_adapter, window, window_tokens)[:, None] == owner
         tokens = lax.dynamic_slice_in_dim(x, window, window_tokens)
-        a = gather_rows(pages, addresses[:, 0], d_in)
-        b = gather_rows(pages, addresses[:, 1], d_out)
+        a = gather_rows(pages, addresses[0], d_in)
+        b = gather_rows(pages, addresses[1], d_out)
         low = jnp.einsum("nd,rd->nr", tokens, a, preferred_element_type=jnp.float32)
         low = jnp.where(mine, low, 0.0).astype(b.dtype)
         # rows that pad a block hold whatever the trash page does, even NaN, and 0 * NaN is NaN

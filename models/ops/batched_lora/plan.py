@@ -26,7 +26,7 @@ BLOCK_ROWS = 32
 DECODE_WINDOW = 8
 """Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
 NO_TOKEN = -3
-"""The adapter of what fills the last window."""
+"""Adapter of padding tokens."""
 TOKENS_ROUNDED_TO = 128
 """Tokens of a batch as kernels see it."""
 MAX_RANK = 256
@@ -36,7 +36,7 @@ MAX_RANK = 256
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraPlan:
-    """What the host sends of the adapters in a batch. Four arrays, so that a dispatch has few arguments.
+    """Adapters of a batch, as the host packs them.
 
     Attributes:
         adapters: `[tiles, 2 * len(TARGETS) + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
@@ -65,11 +65,12 @@ class LoraPlan:
 class LoraTargets:
     """A `LoraPlan` with addresses, resolved once a step and used by every layer.
 
-    What grows with the batch is the first axis of each array, so that a kernel's code does not depend on it.
+    The first axis of each array grows with the batch, and the others do not: a kernel's code does not depend on the batch. A
+    block's rows stand side by side.
 
     Attributes:
-        addresses: `[capacity, targets, 2, 2]` int32: page and offset of the row of A and of B.
-        row_adapter: `[capacity, targets]` int32, -2 where there is no row.
+        addresses: `[capacity / BLOCK_ROWS, targets, 2, BLOCK_ROWS, 2]` int32: page and offset of the rows of A and of B.
+        row_adapter: `[capacity / BLOCK_ROWS, targets, BLOCK_ROWS]` int32, -2 where there is no row.
         first_blocks: `[windows + 1, targets]` int32, as in the plan.
         block_window: `[capacity / BLOCK_ROWS, targets]` int32, the window that a block belongs to.
         token_adapter: `[tokens of all windows, rounded up]` int32, -1 for the base model, NO_TOKEN behind the last token.
@@ -204,14 +205,22 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     page = jnp.where(beyond < 0, page, page + 1 + lax.div(beyond, per_page))
     offset = jnp.where(beyond < 0, offset + row * width, lax.rem(beyond, per_page) * width)
     page = jnp.where(valid[:, :, None], _at(adapters, owner, 2 * len(TARGETS) + page), TRASH_PAGE)
-    block = jnp.arange(rank_rows.shape[0] // BLOCK_ROWS)[:, None, None]
+    blocks = rank_rows.shape[0] // BLOCK_ROWS
+    block = jnp.arange(blocks)[:, None, None]
+
+    def by_blocks(rows: jax.Array) -> jax.Array:
+        """`[capacity, ...]` as `[blocks, ..., BLOCK_ROWS]`, the page and the offset of an address behind it."""
+        last = min(3, rows.ndim)
+        return jnp.moveaxis(rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]), 1, last)
+
     tokens = plan.tile_adapter.shape[0] * tile_tokens
     window_tokens = plan.window_tiles * tile_tokens
-    whole = (first_blocks.shape[0] - 1) * window_tokens
-    padding = whole + -whole % TOKENS_ROUNDED_TO - tokens
+    # a kernel reads a tile from where the last window begins
+    tile = 1 << (max(TOKENS_ROUNDED_TO, window_tokens) - 1).bit_length()
+    padding = (first_blocks.shape[0] - 2) * window_tokens + tile - tokens
     return LoraTargets(
-        addresses=jnp.stack([page, jnp.where(valid[:, :, None], offset, 0)], -1),
-        row_adapter=jnp.where(valid, owner[:, :, 0], -2),
+        addresses=by_blocks(jnp.stack([page, jnp.where(valid[:, :, None], offset, 0)], -1)),
+        row_adapter=by_blocks(jnp.where(valid, owner[:, :, 0], -2)),
         first_blocks=first_blocks,
         block_window=jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32),
         token_adapter=jnp.pad(jnp.repeat(plan.tile_adapter, tile_tokens), (0, padding), constant_values=NO_TOKEN),

@@ -13,13 +13,13 @@ def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTarg
     updates = []
     for t, _, d_out in targets.columns(names):
         a, b = (
-            gather_rows(pages, targets.addresses[:, t, side], width).astype(jnp.float32)
+            gather_rows(pages, targets.addresses[:, t, side].reshape(-1, 2), width).astype(jnp.float32)
             for side, width in enumerate((x.shape[1], d_out))
         )
         row = jnp.arange(a.shape[0])
         window = targets.block_window[row // BLOCK_ROWS, t]
         token = jnp.arange(x.shape[0])[:, None]
-        mine = (targets.token_adapter[: x.shape[0], None] == targets.row_adapter[:, t]) & (
+        mine = (targets.token_adapter[: x.shape[0], None] == targets.row_adapter[:, t].ravel()) & (
             row < targets.num_blocks[t] * BLOCK_ROWS
         )
         mine &= token // targets.window_tokens == window

@@ -53,7 +53,8 @@ def batched_lora(
 def _tile(window_tokens: int) -> int:
     """Tokens of a window as a tile, a power of two that a tensor core takes: as a rule 16 in decode, 128 in prefill. A prompt
     of fewer tokens fits a smaller tile; that would be another kernel to compile and save nothing, as rank rows are the work."""
-    return 16 if window_tokens <= 16 else max(TOKENS_ROUNDED_TO, 1 << (window_tokens - 1).bit_length())
+    size = max(16, 1 << (window_tokens - 1).bit_length())
+    return size if size <= 32 else max(TOKENS_ROUNDED_TO, size)
 
 
 def _window_tokens(targets: LoraTargets) -> int:
@@ -127,10 +128,9 @@ def _shrink_kernel(
         t = pt.pick(numbers, place)
         block = number - pt.pick([0, *ends[:-1]], place)
         within = jnp.arange(SHRINK_ROWS) + part * SHRINK_ROWS
-        row = block * BLOCK_ROWS + within
-        owner = pt.load(row_adapter, (row, t))
-        page = pt.load(addresses, (row, t, 0, 0))
-        offset = pt.multiple_of(pt.load(addresses, (row, t, 0, 1)), unit)
+        owner = pt.load(row_adapter, (block, t, within))
+        page = pt.load(addresses, (block, t, 0, within, 0))
+        offset = pt.multiple_of(pt.load(addresses, (block, t, 0, within, 1)), unit)
         token = pt.load(block_window, (block, t)) * window_tokens + jnp.arange(tile)
         adapter = _adapter_of(token_adapter, token, window_tokens)
         live = adapter != NO_TOKEN
@@ -174,7 +174,7 @@ def _expand(
             "unit": targets.row_unit,
         },
         grid=(sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows),
-        num_warps=4 if tile <= 64 else 8,
+        num_warps=4 if tile <= 32 else 8,
         num_stages=3,
         aliases={0: 0},
         interpret=interpret,
@@ -213,10 +213,10 @@ def _expand_kernel(
     @pt.when(last > first)
     def add() -> None:
         def one_block(block, total):
-            row = block * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
-            owner = pt.load(row_adapter, (row, t))
-            page = pt.load(addresses, (row, t, 1, 0))
-            offset = pt.multiple_of(pt.load(addresses, (row, t, 1, 1)), unit)
+            row = jnp.arange(BLOCK_ROWS)
+            owner = pt.load(row_adapter, (block, t, row))
+            page = pt.load(addresses, (block, t, 1, row, 0))
+            offset = pt.multiple_of(pt.load(addresses, (block, t, 1, row, 1)), unit)
             # what pads a block lies on the trash page, which may hold NaN, and 0 * NaN is NaN
             b = pt.load(pages, (page[:, None], offset[:, None] + column[None, :]), (owner >= 0)[:, None] & inside, 0.0)
             tokens, rows = jnp.arange(tile)[:, None], jnp.arange(BLOCK_ROWS)[None, :]
