@@ -48,6 +48,10 @@ def test_top_p_keeps_the_smallest_set_that_has_the_mass(top_p):
     assert drawn <= set(kept.tolist()) and kept[0] in drawn
 
 
+def test_a_top_p_below_float32_keeps_the_best():
+    assert np.flatnonzero(counts(LOGITS[1], 500, top_p=1e-46)).tolist() == [int(LOGITS[1].argmax())]
+
+
 def test_min_p():
     p = np.asarray(jax.nn.softmax(LOGITS[2]))
     drawn = np.flatnonzero(counts(LOGITS[2], 5_000, min_p=0.3))

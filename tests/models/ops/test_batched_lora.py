@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
+from chameleon_jax.models.ops.batched_lora.plan import NO_TOKEN
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
@@ -147,3 +148,15 @@ def test_a_program_for_attention_alone_has_nothing_of_the_others(backend):
     got = [compiled(backend)(y, x, pool, resolve(p, LAYOUT, 1), GROUPS[0]) for p in (plan, whole)]
     np.testing.assert_array_equal(*got)
     assert np.abs(got[0]).sum() > 0
+
+
+@pytest.mark.parametrize(
+    "tiles,tile_tokens,window", [(1, 1, 8), (1, 320, 8), (20, 1, 16), (24, 1, 24), (300, 1, 300), (3, 64, 16)]
+)
+def test_padding_reaches_as_far_as_a_kernel_reads(tiles, tile_tokens, window):
+    plan = plan_batch([], tiles=tiles, tile_tokens=tile_tokens, max_rank=8, max_pages=MAX_PAGES, decode_window=window)
+    targets = resolve(plan, LAYOUT, tile_tokens)
+    windows = targets.first_blocks.shape[0] - 1
+    end = (windows - 1) * targets.window_tokens + triton._tile(targets.window_tokens)
+    assert targets.token_adapter.shape[0] >= end
+    assert (np.asarray(targets.token_adapter[tiles * tile_tokens :]) == NO_TOKEN).all()

@@ -1,0 +1,106 @@
+"""Host time to pack a decode step of Llama-7B: `python -m benchmarks.packing_cost`.
+
+`pack` is `models/step_inputs.py` alone, sampling parameters included; `dispatch` is `JaxExecutor.dispatch` over a device that
+does nothing. Every row draws at random; every row of a batch with adapters has another one, of ranks 8 to 128 in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe, publish
+from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
+from chameleon_jax.models.engine import DispatchedStep
+from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
+from chameleon_jax.models.step_inputs import PackedStep, pack_step
+from chameleon_jax.models.steps import StepBuckets, shapes_for
+from chameleon_jax.models.transfers import PieceSizes
+from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.serving.jax_executor import JaxExecutor
+
+RANKS = (8, 16, 32, 64, 128)
+MIXES: dict[str, tuple[str, ...]] = {"none": (), "q k v o": ATTENTION_TARGETS, "all seven": TARGETS}
+REPEATS = 200
+LAYOUT = PageLayout.for_model(PRESETS["llama-7b"])
+
+
+class PackingEngine:
+    """The part of `DeviceEngine` that a dispatch needs; packs and sends nothing."""
+
+    link_rate = 0.0
+
+    def __init__(self, buckets: StepBuckets):
+        self.buckets = buckets
+        self.pieces = PieceSizes.fit(LAYOUT.page_bytes(2), buckets.max_adapter_pages, 0)
+
+    def send(self, segments: Sequence[Any], draws: dict[int, Any]) -> PackedStep:
+        self.last = segments, draws
+        return pack_step(segments, draws, self.buckets)
+
+    def dispatch(self, sent: PackedStep) -> DispatchedStep:
+        done: Any = None
+        return DispatchedStep(None, sent.last, done)
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    samples = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin)
+    return round(statistics.median(samples) * 1e3, 3)
+
+
+def measure(rows: int, context: int, adapters: str) -> dict[str, Any]:
+    buckets = StepBuckets(
+        max_num_seqs=rows,
+        max_prefill_tokens=2048,
+        table_width=LAYOUT.pages_for_tokens(2048),
+        max_rank=max(RANKS),
+        max_adapter_pages=LAYOUT.place(dict.fromkeys(TARGETS, max(RANKS))).num_pages,
+        **shapes_for("triton"),
+    )
+    targets, pages = MIXES[adapters], itertools.count(1)
+    placements = {}
+    if targets:
+        placements = {str(i): LAYOUT.place(dict.fromkeys(targets, RANKS[i % len(RANKS)])) for i in range(rows)}
+    engine: Any = PackingEngine(buckets)
+    store: Any = None
+    executor = JaxExecutor(engine, store, placements)
+    for name, placement in placements.items():
+        executor._resident[name] = PlacedAdapter(placement, tuple(itertools.islice(pages, placement.num_pages)))
+    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, max_tokens=100)
+    requests = []
+    for i in range(rows):
+        request = Request(str(i), [1], params, 0.0, i, adapter=str(i) if targets else None)
+        request.slot, request.num_computed = i, context
+        request.pages = array("i", itertools.islice(pages, LAYOUT.pages_for_tokens(context)))
+        requests.append(request)
+
+    def dispatch() -> None:
+        executor.collect(executor.dispatch(StepPlan(decodes=requests)))
+
+    dispatch()
+    segments, draws = engine.last
+    packed = median_ms(lambda: pack_step(segments, draws, buckets))
+    return {"rows": rows, "context": context, "adapters": adapters, "pack ms": packed, "dispatch ms": median_ms(dispatch)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    args = parser.parse_args()
+    table = [measure(rows, context, adapters) for rows in (32, 128) for context in (512, 2048) for adapters in MIXES]
+    publish(describe("python -m benchmarks.packing_cost") | {"table": table}, args.out)
+
+
+if __name__ == "__main__":
+    main()
