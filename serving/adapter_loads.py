@@ -180,7 +180,7 @@ class AdapterLoads:
             self._on_the_way.remove(transfer)
 
     def _send(self, budget: int, window: int) -> None:
-        """Sends pieces, the oldest load first. A load whose block is still on disk holds nobody back.
+        """Sends pieces, the oldest load first. A load whose block is still on disk delays no other.
 
         Args:
             budget: Bytes to send, or one piece where that is more.

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,6 +16,7 @@ from chameleon_jax.models.llama import Llama, random_model
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.programs import STEPS_IN_FLIGHT, Programs
 from chameleon_jax.models.sampling import SamplingMode
+from chameleon_jax.models.step_inputs import Draw, Segment
 from chameleon_jax.models.steps import StepBuckets, shapes_for
 from chameleon_jax.models.transfers import PieceSizes
 
@@ -106,3 +108,22 @@ def test_the_pool_takes_what_is_left(monkeypatch):
         assert engine.num_pages == pages and pages % PAGES_ROUNDED_TO == 0
     with pytest.raises(ValueError, match=f"of {scratch} bytes weights take 1000000 and scratch {scratch}"):
         DeviceEngine(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=scratch, ahead=False)
+
+
+def test_using_every_program_changes_nothing():
+    engine = DeviceEngine(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, 40, DTYPE)
+    prompt = Segment([3, 1, 4, 1, 5], 0, 1, (7,), None)
+    draw = {0: Draw(1, 5, 0, 0.0, 0, 1.0, 0.0, (), False)}
+    first = int(engine.run([prompt], draw).sampled.tokens[0])
+    engine.reset()
+
+    used: list[str] = []
+    for kind in ("forward", "sample", "write"):
+        programs = getattr(engine.programs, kind)
+        for key, program in programs.items():
+            programs[key] = lambda *arguments, program=program, kind=kind: (used.append(kind), program(*arguments))[1]
+    engine.use_every_program()
+    counts = {kind: len(getattr(engine.programs, kind)) for kind in ("forward", "sample", "write")}
+    assert {kind: used.count(kind) for kind in counts} == counts and all(counts.values())
+    assert not any(np.any(engine.read_page(page)) for page in range(engine.num_pages))
+    assert int(engine.run([prompt], draw).sampled.tokens[0]) == first
