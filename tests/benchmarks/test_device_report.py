@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.device import predictions
+from benchmarks.device import loads, predictions
 from benchmarks.device.report import Report
 from benchmarks.device.scale import FULL
 
@@ -59,4 +59,5 @@ def test_predictions_are_for_rows_that_are_measured():
     mixes = {mix.name for mix in FULL.mixes}
     for device in predictions.DECODE_MS.values():
         assert all(rows in FULL.rows and mix in mixes for rows, mix in device)
+    assert set(predictions.LOADED_GB_PER_S) == {loads.rows_meanwhile(FULL)}
     assert predictions.CONTEXT in FULL.contexts and FULL.prompt_tokens == predictions.PREFILL_TOKENS
