@@ -43,6 +43,17 @@ def test_figures_of_an_earlier_call_on_the_same_machine(out, boot):
     assert (later.content.get("ceilings from") == "call-1.json") == (boot == "this")
 
 
+def test_figures_of_an_earlier_call_in_another_folder(out, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("earlier")
+    earlier = Report(elsewhere, "call-1")
+    earlier.update(boot="this", ceilings={"copy": 1.0, "matrix": 2.0, "link": 3.0})
+    earlier.end("decode", "a", [{"ms": 1.0}])
+    later = Report(out, "call-1", [elsewhere])
+    later.update(boot="this")
+    later.adopt_ceilings()
+    assert later.ceilings == earlier.ceilings and later.rows("decode") == [{"ms": 1.0}]
+
+
 def test_tables_have_predictions_beside_measurements(out):
     report = Report(out)
     for kind, ms in ((predictions.H100, 8.9), (predictions.H200, 6.4), ("NVIDIA A100", None)):
