@@ -26,3 +26,6 @@ A section is a list of cases (`report.Case`), each with a limit in seconds. The 
 starts a process for each group of sections, and another when one dies or hangs, which goes on with the next case. A kernel that
 poisons the device's state costs its own case and no other, and memory is free again between groups.
 """
+
+MEMORY_SHARE = 0.92
+"""Share of the device's memory that JAX takes: the driver and the libraries need the rest."""

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-# before jax is imported: all of the memory but what the driver and the libraries need
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-
 import benchmarks.device
-from benchmarks.device import gpu, runner, supervisor
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(benchmarks.device.MEMORY_SHARE))  # before jax is imported
+
+from benchmarks.device import gpu, program_cache, runner, supervisor
 from benchmarks.device.calls import CALL_SECONDS, CALLS, PACK_SECONDS, SECTIONS, plan
 from benchmarks.device.report import Report
 from benchmarks.device.scale import FULL, SMALL
@@ -64,7 +64,7 @@ def main() -> int:
     if args.out is None:
         parse.error("--out is missing; it names the folder for results")
     for folder in args.cache:
-        if not folder.is_dir():
+        if folder.exists() and not folder.is_dir():
             parse.error(f"--cache is {folder}, which is not a folder")
     if args.worker is not None:
         return _work(sections, args)
@@ -77,6 +77,9 @@ def main() -> int:
         parse.error(f"--out cannot be made: {error}")
     if not os.access(args.out, os.W_OK | os.X_OK):
         parse.error(f"--out is {args.out}, which cannot be written to")
+    for folder in args.cache:  # of little weight: what is missing is compiled
+        if not program_cache.archives(folder):
+            print(f"--cache {folder} has no archives of programs; they are compiled anew", file=sys.stderr, flush=True)
     if args.call is not None:
         request = supervisor.call_of(args.call, args.out, begin, small, min(seconds, CALL_SECONDS))
     else:
@@ -89,7 +92,10 @@ def main() -> int:
 def _work(sections: list[str], args: argparse.Namespace) -> int:
     scale = SMALL if args.small else FULL
     try:
-        runner.run_sections(sections, scale, Report(args.out, args.report), args.worker)
+        runner.run_sections(sections, scale, Report(args.out, args.report, args.cache), args.worker)
+    except runner.NoGpu as lack:
+        print(lack, file=sys.stderr, flush=True)
+        return supervisor.NO_GPU
     except runner.DeviceLost as lost:
         print(f"the device is lost after {lost}", flush=True)
         return supervisor.DEVICE_LOST

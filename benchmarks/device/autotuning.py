@@ -11,9 +11,10 @@ import functools
 import json
 import os
 import sys
-import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+from benchmarks.device import MEMORY_SHARE
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
 
 from benchmarks.device import processes
 from benchmarks.device.report import Case, Report, Row
@@ -34,7 +35,7 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
 def _apart(index: int, scale: Scale, report: Report, deadline: float) -> list[Row]:
     command = [sys.executable, "-m", "benchmarks.device.autotuning", str(index)] + ["--small"] * (scale != FULL)
     environment = os.environ | {"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
-    why, lines = processes.run_json(command, environment, min(LIMIT_SECONDS, deadline - time.time()))
+    why, lines = processes.run_json(command, environment, processes.seconds_until(deadline, LIMIT_SECONDS))
     if why is not None:
         return [{"variant": TUNING[index].name, "skipped": why}]
     before = next((row for row in report.rows("variants") if row["variant"] == AS_IT_IS.name), {})

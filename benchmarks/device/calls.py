@@ -74,13 +74,21 @@ def plan() -> str:
 
 
 def command(number: int) -> str:
-    cache = " --cache results" if number > 1 else ""
+    cache = " --cache results" if number in WITH_PROGRAMS else ""
     return f"python -m benchmarks.device --call {number} --out results{cache}"
 
 
+WITH_PROGRAMS = (2,)
+"""Calls that an earlier one's programs make faster. In the third all but a few are new."""
 NOTES = (
-    "Each call leaves call-N.json, call-N.md and call-N-programs-1.zip to -4.zip in its folder.",
-    "--cache DIR takes along the programs of an earlier call: DIR holds its archives. Repeat it for several folders.",
-    "On a machine that ran the call before, .cache/device-programs has them already and --cache changes nothing.",
-    "A call that was cut off is run again by the same command with --cache: its programs are not compiled again.",
+    "--out: the only folder with results: call-N.json, call-N.md and call-N-programs-1.zip to -4.zip (12 MiB each at most).",
+    "  Where a machine gives back one folder only, name that one.",
+    "--cache: takes along one earlier call's programs, up to 48 MiB, and compares with its report. Where a machine gets its",
+    "  files by copying, copy that call's zip and json files into a folder of the checkout that git ignores, and name it.",
+    "  A machine that ran the call before may have the programs in .cache/device-programs already. Call 3 needs none.",
+    f"Time: three calls of {CALL_SECONDS:.0f} s are {3 * CALL_SECONDS:.0f} s, and the machine's start comes on top.",
+    "  Give the last call what is left with --budget SECONDS: its first group is the most valuable one, and fits 210 s.",
+    "Remainder: run a call that was cut off again by the same command with --cache, or in part:",
+    "  python -m benchmarks.device --sections a,b --budget SECONDS --out DIR --cache DIR",
+    "Exit code: 0 where all was measured and no check failed.",
 )

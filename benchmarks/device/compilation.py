@@ -11,15 +11,17 @@ from typing import Any
 
 from benchmarks.device.report import Case, Report, Row
 
-LIMIT_SECONDS = 100.0
-"""Seconds for which a case waits. The first one waits longest, as all are compiled at the same time."""
+FIRST_SECONDS = 75.0
+"""Seconds for which the first case waits: all programs are compiled at the same time."""
+LIMIT_SECONDS = 50.0
+"""Seconds for which each of the others waits."""
 
 
 class Compilation:
     """Cases that compile before others measure.
 
     Args:
-        section: of the cases.
+        section: section to which the cases belong.
         jobs: name -> compiles a program; called on some thread.
         prepare: called once before all of them, on the thread that runs the cases.
     """
@@ -28,13 +30,24 @@ class Compilation:
         self._report, self._section, self._jobs, self._prepare = report, section, jobs, prepare
         self._running: dict[str, Future[float]] = {}
 
-    @property
-    def cases(self) -> list[Case]:
-        return [Case(_case(name), functools.partial(self._wait, name), LIMIT_SECONDS) for name in self._jobs]
+    def begin(self, name: str, priority: int = 0) -> Case:
+        """Begins to compile and does not wait. Without it, or in a process after the one that did it, the first wait begins."""
+        return Case(name, self._begin, 90.0, priority)
+
+    def cases(self, priority: int = 0) -> list[Case]:
+        """Waits for each program."""
+        limits = [FIRST_SECONDS, *[LIMIT_SECONDS] * len(self._jobs)]
+        return [
+            Case(_case(name), functools.partial(self._wait, name), limit, priority) for name, limit in zip(self._jobs, limits)
+        ]
 
     def failed(self, name: str) -> bool:
         """Whether the program is known not to compile. Nothing then asks for it again."""
         return self._report.failed(self._section, _case(name))
+
+    def _begin(self) -> list[Row]:
+        self._start()
+        return [{"programs asked for": len(self._running)}]
 
     def _wait(self, name: str) -> list[Row]:
         if not self._running:
@@ -44,9 +57,7 @@ class Compilation:
     def _start(self) -> None:
         self._prepare()
         missing = [name for name in self._jobs if not self._report.has(self._section, _case(name))]
-        # after one has hung the others go one by one: the next that hangs is then the one that is waited for
-        alone = any(self.failed(name) for name in self._jobs)
-        threads = ThreadPoolExecutor(1 if alone else min(16, os.cpu_count() or 1))
+        threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         self._running = {name: threads.submit(_timed, self._jobs[name]) for name in missing}
         threads.shutdown(wait=False)
 

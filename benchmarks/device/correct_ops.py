@@ -6,14 +6,13 @@ An error is the largest `||out - ref|| / ||ref||` of any token. References compu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device import correct_sampling
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -32,19 +31,20 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 """Targets that share an input, as the model adapts them."""
 
 
-def cases(scale: Scale) -> list[Case]:
+def cases(scale: Scale, checks: Sequence[tuple[str, str]]) -> list[Case]:
+    """Cases of some of the scale's checks."""
     configs = {"alike": scale.config, "grouped": scale.grouped}
     found = []
-    for dtype, heads in scale.checks:
+    for dtype, heads in checks:
         for tile_tokens in (1, scale.prefill_tile):
             kind = "decode" if tile_tokens == 1 else "prefill"
             for op, check in (("paged_attention", attention), ("batched_lora", lora)):
                 name = f"{op}, {kind}, heads {heads}, {dtype}"
                 found.append(Case(name, functools.partial(check, scale, configs[heads], tile_tokens, dtype, name)))
-    for dtype in dict.fromkeys(dtype for dtype, _ in scale.checks):
-        found.append(Case(f"linear, {dtype}", functools.partial(products, scale, dtype)))
-        found.append(Case(f"write_kv, {dtype}", functools.partial(writes, scale, dtype)))
-    return [*found, *correct_sampling.cases(scale)]
+        if heads == next(heads for other, heads in scale.checks if other == dtype):  # once: they have no heads
+            found.append(Case(f"linear, {dtype}", functools.partial(products, scale, dtype)))
+            found.append(Case(f"write_kv, {dtype}", functools.partial(writes, scale, dtype)))
+    return found
 
 
 def candidates(op: dict[str, Callable[..., Any]], kernel: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -134,7 +134,7 @@ class WholeStep:
         self._scale = scale
         self._backend = "triton" if on_gpu() else "blocked"
         self._sequences = Sequences(scale)
-        runs = [("float32", "reference"), ("float32", self._backend), ("bfloat16", self._backend)]
+        runs = [("float32", "reference"), ("bfloat16", self._backend), ("float32", self._backend)]
         self._programs: dict[tuple[str, str, bool], Any] = {}
         jobs = {
             program_name(*run, decode): functools.partial(self._program, *run, decode)
@@ -181,17 +181,20 @@ class WholeStep:
         with jax.default_matmul_precision("highest"):
             run = self._run(self._backend, wide, head, "float32", reference)
         del wide, head
-        gc.collect()
+        self._free()
         return self._compare(run, "float32", STEP_LIMIT)
 
     def in_bfloat16(self) -> list[Row]:
         reference = self._reference
         gc.collect()
         run = self._run(self._backend, self._parts[1], self._model.output_matrix, "bfloat16", reference)
+        return self._compare(run, "bfloat16", BFLOAT16_LIMIT)
+
+    def _free(self) -> None:
+        """After the last run."""
         del self._model, self._parts
         self._programs = {}
         gc.collect()
-        return self._compare(run, "bfloat16", BFLOAT16_LIMIT)
 
     def _run(self, backend: str, params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
         programs = {decode: self._program(dtype, backend, decode) for decode in (False, True)}
@@ -221,10 +224,12 @@ def program_name(dtype: str, backend: str, decode: bool) -> str:
     return f"whole step, {dtype}, {backend}, {'decode' if decode else 'prompts'}"
 
 
-def cases(scale: Scale, report: Report) -> list[Case]:
+def cases(scale: Scale, report: Report) -> tuple[Case, list[Case], list[Case]]:
+    """Begins to compile; then bfloat16; then float32, which frees the weights."""
     whole = WholeStep(scale, report)
-    return [
-        *whole.compilation.cases,
-        Case("whole step, float32", whole.in_float32),
-        Case("whole step, bfloat16", whole.in_bfloat16),
-    ]
+    begin, waits = whole.compilation.begin("begin to compile the whole step"), whole.compilation.cases()
+    return (
+        begin,
+        [*waits[:4], Case("whole step, bfloat16", whole.in_bfloat16)],
+        [*waits[4:], Case("whole step, float32", whole.in_float32)],
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import time
+from collections.abc import Sequence
 
 from benchmarks.device import predictions
 from benchmarks.device.compilation import Compilation
@@ -13,10 +15,33 @@ from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.timing import Timing, time_calls
 from benchmarks.device.workbench import Workbench, shared
 
+FIRST_ROWS = (32, 128, 1)
+"""The most valuable steps, which are predicted; their programs are compiled first."""
+
+
+class Order(enum.IntEnum):
+    """Priorities of the cases of decode and prefill, which share a process, by value.
+
+    Programs are compiled in two rounds, and nothing is measured meanwhile: XLA chooses kernels by their time on the device.
+    """
+
+    BEGIN = 0
+    COMPILE = 1
+    DECODE = 2
+    PREFILL = 3
+    BEGIN_MORE = 4
+    COMPILE_MORE = 5
+    DECODE_MORE = 6
+    LONG = 7
+    PREFILL_MORE = 8
+    REST = 9
+
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     bench = shared(scale)
-    programs = programs_of(bench, report)
+    first = [rows for rows in FIRST_ROWS if rows in scale.rows]
+    rest = [rows for rows in scale.rows if rows not in first]
+    programs, more = programs_of(bench, report, first), programs_of(bench, report, rest)
 
     def build() -> list[Row]:
         begin = time.perf_counter()
@@ -28,16 +53,27 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     def scratch() -> list[Row]:
         return [{"programs": len(bench.engine.programs.forward), "MiB of scratch": round(scratch_bytes(bench) / 2**20, 1)}]
 
-    found = [Case("engine", build, 90.0), *programs.cases, Case("scratch", scratch, 60.0)]
+    found = [
+        Case("engine", build, 90.0, Order.BEGIN),
+        programs.begin("begin to compile", Order.BEGIN),
+        *programs.cases(Order.COMPILE),
+        more.begin("begin to compile more", Order.BEGIN_MORE),
+        *more.cases(Order.COMPILE_MORE),
+        Case("scratch", scratch, 60.0, Order.REST),
+    ]
     for context in scale.contexts:
-        for rows in scale.rows:
+        for rows in (*first, *rest):
+            order = Order.DECODE if rows in first else Order.DECODE_MORE
+            if context != scale.contexts[0]:
+                order = Order.LONG
             for mix in scale.mixes:
                 name = f"{rows} rows, {context} tokens, {mix.name}"
-                found.append(Case(name, functools.partial(measure, bench, report, programs, rows, context, mix), 60.0))
+                run = functools.partial(measure, bench, report, programs if rows in first else more, rows, context, mix)
+                found.append(Case(name, run, 60.0, order))
     return found
 
 
-def programs_of(bench: Workbench, report: Report) -> Compilation:
+def programs_of(bench: Workbench, report: Report, sizes: Sequence[int]) -> Compilation:
     """A program for each number of rows and of adapted targets."""
     scale = bench.scale
 
@@ -46,11 +82,7 @@ def programs_of(bench: Workbench, report: Report) -> Compilation:
         if not isinstance(batch, str):
             bench.engine.compile(batch)
 
-    jobs = {
-        program_name(rows, mix): functools.partial(compile_step, rows, mix)
-        for rows in reversed(scale.rows)
-        for mix in scale.mixes
-    }
+    jobs = {program_name(rows, mix): functools.partial(compile_step, rows, mix) for rows in sizes for mix in scale.mixes}
     return Compilation(report, "decode", jobs, lambda: bench.engine)
 
 

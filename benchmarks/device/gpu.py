@@ -1,4 +1,4 @@
-"""The GPU as its driver tells of it: JAX is not asked, as it would take the device."""
+"""Facts of the GPU, asked of its driver: JAX would take the device."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 
+from benchmarks.device import MEMORY_SHARE
 from benchmarks.device.scale import Scale
 from benchmarks.machine import gpu_name
 from chameleon_jax.models.page_layout import PageLayout
 
 SECONDS = 60.0
 """Patience with the driver, and with JAX."""
-SHARE = 0.92
-"""Of the device's memory that JAX takes."""
+FREED_SECONDS = 15.0
+"""Patience until the memory of a process that has ended is free again."""
+SLACK_BYTES = 512 << 20
+"""Free memory differs by less than this while nothing uses the device."""
 
 
 def is_there() -> bool:
     if gpu_name() is not None:
         return True
+    return jax_has_it()
+
+
+def jax_has_it() -> bool:
+    """Whether JAX computes on a GPU, asked in a process of its own."""
     probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         return "gpu" in subprocess.run(probe, capture_output=True, text=True, timeout=SECONDS).stdout
@@ -39,6 +48,16 @@ def free_bytes() -> int | None:
     return None
 
 
+def wait_until_free(num_bytes: int | None) -> None:
+    """Waits until about `num_bytes` are free, but not for long; None: not at all."""
+    end = time.monotonic() + FREED_SECONDS
+    while num_bytes is not None and time.monotonic() < end:
+        free = free_bytes()
+        if free is None or free >= num_bytes - SLACK_BYTES:
+            return
+        time.sleep(0.3)
+
+
 def needed_bytes(scale: Scale) -> dict[str, int]:
     """Weights, scratch, and the least pool: one that holds the largest decode step at the shortest context."""
     itemsize = jnp.dtype(scale.dtype).itemsize
@@ -54,7 +73,7 @@ def needed_bytes(scale: Scale) -> dict[str, int]:
 def lack_of_memory(scale: Scale) -> str:
     """Why the scale does not fit the GPU; empty: it does, or the driver does not say."""
     free, needed = free_bytes(), needed_bytes(scale)
-    whole = sum(needed.values()) / SHARE
+    whole = sum(needed.values()) / MEMORY_SHARE
     if free is None or free >= whole:
         return ""
     parts = ", ".join(f"{size / 2**30:.1f} for {name}" for name, size in needed.items())

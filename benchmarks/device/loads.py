@@ -31,8 +31,13 @@ IDLE = "idle link"
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     bench = shared(scale)
     found = [Case(f"rank {rank}", functools.partial(one_by_one, bench, report, rank)) for rank in scale.load_ranks]
-    rows = scale.rows[len(scale.rows) // 2]
+    rows = rows_meanwhile(scale)
     return [*found, Case(f"steps of {rows} rows meanwhile", functools.partial(meanwhile, bench, report, rows))]
+
+
+def rows_meanwhile(scale: Scale) -> int:
+    """Rows of the decode steps that run beside loads."""
+    return scale.rows[len(scale.rows) // 2]
 
 
 class Store:
@@ -119,12 +124,13 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
         while len(loads) < 2:
             loads.begin(next(names), next(places))
 
-    run = bench.run(batch)
+    engine = bench.engine
 
     def step() -> Any:
-        tokens = run()
+        """In serving's order: pieces go behind the step's inputs and ahead of its programs."""
+        sent = engine.send(batch.segments, batch.draws)
         loads.send_beside_step()
-        return tokens
+        return engine.dispatch(sent).done
 
     result = []
     for name, between in ((IDLE, lambda: None), (f"loading rank {rank}, all seven", load)):

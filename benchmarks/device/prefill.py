@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.device import predictions
 from benchmarks.device.bench_engine import Batch
 from benchmarks.device.compilation import Compilation
+from benchmarks.device.decode import Order
 from benchmarks.device.machine import ceilings, device_kind
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
@@ -30,11 +33,16 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
         f"{tokens} more at position {tokens}": (1, tokens, tokens),
     }
     found = [
-        Case(f"{name}, {mix.name}", functools.partial(prompts.measure, name, shape, mix), 60.0)
-        for name, shape in shapes.items()
-        for mix in mixes
+        prompts.near.begin("begin to compile", Order.BEGIN),
+        *prompts.near.cases(Order.COMPILE),
+        prompts.far.begin("begin to compile more", Order.BEGIN_MORE),
+        *prompts.far.cases(Order.COMPILE_MORE),
     ]
-    return [*prompts.compilation.cases, *found]
+    for i, (name, shape) in enumerate(shapes.items()):
+        for mix in mixes:
+            run = functools.partial(prompts.measure, name, shape, mix)
+            found.append(Case(f"{name}, {mix.name}", run, 60.0, Order.PREFILL_MORE if i else Order.PREFILL))
+    return found
 
 
 def operations(bench: Workbench, count: int, tokens: int, start: int) -> float:
@@ -50,13 +58,17 @@ class Prompts:
 
     def __init__(self, bench: Workbench, report: Report):
         self._bench, self._report = bench, report
-        tokens = bench.scale.prompt_tokens
+        self.near = self._programs_from(0, lambda: bench.engine)
+        self.far = self._programs_from(bench.scale.prompt_tokens, lambda: self._far)
+
+    def _programs_from(self, start: int, prepare: Callable[[], Any]) -> Compilation:
+        """Programs for a prompt that begins at position `start`, without adapters and with them."""
+        tokens = self._bench.scale.prompt_tokens
         jobs = {
             program_name(start, mix): functools.partial(self._compile, (1, tokens, start), mix)
-            for start in (0, tokens)
             for mix in (Mix("base"), Mix("one", (16,)))
         }
-        self.compilation = Compilation(report, "prefill", jobs, lambda: self._far)
+        return Compilation(self._report, "prefill", jobs, prepare)
 
     @functools.cached_property
     def _far(self) -> tuple[ChosenBuckets, Programs]:
@@ -71,7 +83,7 @@ class Prompts:
 
     def measure(self, name: str, shape: tuple[int, int, int], mix: Mix) -> list[Row]:
         """`shape`: prompts, tokens of each that are computed, position of the first."""
-        if self.compilation.failed(program_name(shape[2], mix)):
+        if (self.far if shape[2] else self.near).failed(program_name(shape[2], mix)):
             return [{"prompts": name, "adapters": mix.name, "skipped": "its program does not compile"}]
         if shape[2]:
             with self._bench.using(*self._far):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 POLL_SECONDS = 0.1
+PARENT_SECONDS = 3.0
+"""A child ends this much before its parent's deadline."""
 KILL_SECONDS = 5.0
 """A process that the kernel does not end within this is left alone."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -64,6 +66,11 @@ def run_json(command: Sequence[str], environment: Mapping[str, str], limit_s: fl
     return None, ran.stdout.strip().splitlines()
 
 
+def seconds_until(deadline: float, limit_s: float) -> float:
+    """Limit of a child, so that its parent can still write before its own deadline (`time.time()`)."""
+    return min(limit_s, deadline - time.time() - PARENT_SECONDS)
+
+
 def adopt_orphans() -> None:
     """Children whose parents end become this process's own, so that they can be found and killed. Linux only."""
     if sys.platform == "linux":
@@ -79,16 +86,19 @@ def kill_descendants(process: subprocess.Popen[bytes], others: frozenset[int]) -
     end = time.monotonic() + KILL_SECONDS
     known = {process.pid}
     while time.monotonic() < end:
-        process.poll()
+        if process.poll() is None:  # not reaped: the number is still its own
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(process.pid, signal.SIGKILL)
         living = _living()
         for pid, (parent, session) in living.items():
             orphan = parent == os.getpid() and pid not in others
             if session == process.pid or parent in known or orphan:
                 known.add(pid)
         found = known & living.keys()
-        if not found:
+        if process.poll() is not None and not found - {process.pid}:
             return
-        for pid in found:
+        for pid in found - {process.pid}:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in found - {process.pid}:
@@ -102,12 +112,13 @@ def _children() -> frozenset[int]:
 
 
 def _living() -> dict[int, tuple[int, int]]:
-    """Process -> (parent, session), zombies left out."""
+    """Process -> (parent, session), without zombies. A process whose other threads outlive its first is shown as one."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError, ValueError):
-                state, parent, _, session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-                if state != "Z":
+                fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+                (state, parent, _, session), threads = fields[:4], int(fields[17])
+                if state != "Z" or threads > 1:
                     found[int(folder.name)] = (int(parent), int(session))
     return found

@@ -19,14 +19,14 @@ from pathlib import Path
 LIVE = Path(".cache/device-programs")
 """The folder, under the current directory."""
 AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"
-"""Subfolder of XLA's measured choices."""
+"""Subfolder in which XLA keeps its measured choices."""
 MAX_ARCHIVES = 4
 ARCHIVE_BYTES = 12 << 20
-"""Of one archive. Four of them travel with the repository in 64 MiB."""
+"""Limit of one archive. Four of them travel with the repository in 64 MiB."""
 ENTRY_OVERHEAD = 128
 """Bytes of an entry beside its content and twice its name; the archive's own end as well."""
 MAX_ENTRIES = 20_000
-ENTRY_NAME = re.compile(rf"(?:{AUTOTUNED}/)?[A-Za-z0-9_][A-Za-z0-9._=+-]{{0,199}}")
+ENTRY_NAME = re.compile(rf"(?:{AUTOTUNED}/)?[A-Za-z0-9_=+-][A-Za-z0-9._=+-]{{0,199}}")
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}-programs-[0-9]\.zip")
 
 
@@ -94,15 +94,26 @@ def _write(file: Path, folder: Path, chosen: list[str], sizes: dict[str, int]) -
         partial.unlink(missing_ok=True)
 
 
+def forget_since(folder: Path, since: float) -> None:
+    """Removes entries that were written since `since` (`time.time()`): a process that was killed may have left half of one."""
+    for entry in entries(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / entry).stat().st_mtime >= since:
+                (folder / entry).unlink()
+
+
+def archives(folder: Path) -> list[Path]:
+    """Files by names of archives; none where there is no folder."""
+    return sorted(file for file in folder.iterdir() if ARCHIVE_NAME.fullmatch(file.name)) if folder.is_dir() else []
+
+
 def unpack(folder: Path, earlier: Path) -> int:
     """Copies programs that `folder` lacks out of the archives in `earlier`; returns how many.
 
     An archive that is not as `pack` writes it is ignored as a whole, with a line on the error output.
     """
     count = 0
-    for file in sorted(earlier.iterdir()):
-        if not ARCHIVE_NAME.fullmatch(file.name):
-            continue
+    for file in archives(earlier):
         try:
             contents = _read(file)
         except Exception as error:  # zipfile has many for bytes that are no archive

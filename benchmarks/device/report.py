@@ -27,32 +27,36 @@ class Case:
     Attributes:
         run: returns its rows; each is written when it comes, so a generator keeps its rows.
         limit_s: seconds after which the case is taken for hanging, and its process killed.
+        priority: of the cases of sections that share a process those with the lowest number run first.
     """
 
     name: str
     run: Callable[[], Iterable[Row]]
     limit_s: float = 120.0
+    priority: int = 0
 
 
 class Report:
     """The folder's two files. Processes take turns: each reads the file that the one before wrote.
 
     Args:
-        name: of the files, without their endings.
+        name: file name without its ending.
+        earlier: further folders with reports of other calls.
     """
 
-    def __init__(self, folder: Path, name: str = "device"):
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = "device", earlier: Iterable[Path] = ()):
+        self._folders = [folder, *earlier]
         self._json = folder / f"{name}.json"
         self.content: dict[str, Any] = _read(self._json) or {"complete": False, "sections": {}}
 
     @functools.cached_property
-    def _earlier(self) -> dict[str, dict[str, Any]]:
-        """Reports of other calls in this folder, from the same machine since it was started, by file name."""
-        files = [file for pattern in ("call-*.json", "device.json") for file in sorted(self._folder.glob(pattern))]
-        found = {file.name: _read(file) for file in files if file != self._json}
+    def _earlier(self) -> list[tuple[str, dict[str, Any]]]:
+        """File name and content of other calls' reports, from the same machine since it was started."""
+        patterns = ("call-*.json", "device.json")
+        files = [file for folder in self._folders for pattern in patterns for file in sorted(folder.glob(pattern))]
+        found = [(file.name, _read(file)) for file in files if file.resolve() != self._json.resolve()]
         boot = self.content.get("boot")
-        return {name: content for name, content in found.items() if content and boot and content.get("boot") == boot}
+        return [(name, content) for name, content in found if content and boot and content.get("boot") == boot]
 
     @property
     def doing(self) -> tuple[str, str, float, float] | None:
@@ -67,14 +71,14 @@ class Report:
 
     def adopt_ceilings(self) -> None:
         """Takes them from an earlier call on the same machine, and says from which."""
-        for name, content in self._earlier.items():
+        for name, content in self._earlier:
             if {"copy", "matrix", "link"} <= set(content.get("ceilings") or {}):
                 self.update(ceilings=content["ceilings"], **{"ceilings from": name})
                 return
 
     def rows(self, section: str) -> list[Row]:
         """Rows of all cases so far. Those of an earlier call on the same machine where this one has none of the section."""
-        for content in (self.content, *self._earlier.values()):
+        for content in (self.content, *(content for _, content in self._earlier)):
             if section in content["sections"]:
                 return [row for case in content["sections"][section].values() for row in case.get("rows", [])]
         return []
@@ -127,6 +131,12 @@ class Report:
                 if "error" in case or any(row.get("ok") is False for row in case.get("rows", [])):
                     found.append(f"{section}: {name}")
         return found
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is any row that is not about something skipped."""
+        cases = [case for section in self.content["sections"].values() for case in section.values()]
+        return any("skipped" not in row for case in cases for row in case.get("rows", []))
 
     @property
     def missing(self) -> list[str]:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from benchmarks.device.report import TIME_WAS_UP, Case, Report, last_line
-from benchmarks.device.scale import Scale
+from benchmarks.device.scale import FULL, Scale
 
 OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
 """Sections where JAX in this process must not take the device: processes of their own do, or torch."""
@@ -16,6 +16,10 @@ NEED_CEILINGS = ("decode", "prefill", "loads", "ops")
 START = "start"
 START_SECONDS = 90.0
 """Limit for importing a section and listing its cases."""
+
+
+class NoGpu(Exception):
+    """JAX has no GPU where the full model is to run."""
 
 
 class DeviceLost(Exception):
@@ -26,8 +30,11 @@ def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline
     """Runs what the report does not have yet. Cases that would start after `deadline` (`time.time()`) are skipped.
 
     Raises:
+        NoGpu: before any case.
         DeviceLost: with the case that lost it recorded.
     """
+    require_gpu(sections, scale)
+    found = []
     for section in sections:
         if report.failed(section, START):  # in the process before this one, which that may have ended
             continue
@@ -39,11 +46,27 @@ def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline
             continue
         report.expect(section, [case.name for case in cases])
         report.idle()
+        found += [(section, case) for case in cases]
+    for section, case in sorted(found, key=lambda f: f[1].priority):
+        if report.has(section, case.name):
+            continue
         if section in NEED_CEILINGS:
             _measure_ceilings(scale, report, deadline)
-        for case in cases:
-            if not report.has(section, case.name):
-                _run(section, case, report, deadline)
+        _run(section, case, report, deadline)
+
+
+def require_gpu(sections: Sequence[str], scale: Scale) -> None:
+    """The full model on a CPU would take all of the call and measure nothing of use."""
+    if scale != FULL or set(sections) <= set(OTHERS_DEVICE):
+        return
+    import jax
+
+    try:
+        backend = jax.default_backend()
+    except Exception as error:
+        raise NoGpu(f"JAX has no GPU: {last_line(str(error))}") from None
+    if backend != "gpu":
+        raise NoGpu(f"JAX has no GPU: its backend is {backend!r}. --small runs a tiny model")
 
 
 def cases_of(section: str, scale: Scale, report: Report, deadline: float) -> list[Case]:

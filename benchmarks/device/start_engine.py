@@ -7,7 +7,9 @@ import json
 import os
 import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+from benchmarks.device import MEMORY_SHARE
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
 
 import jax
 import jax.numpy as jnp

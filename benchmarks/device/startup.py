@@ -37,7 +37,7 @@ def start(scale: Scale, cache: Path, name: str, deadline: float) -> list[Row]:
     environment = os.environ | program_cache.environment(cache)
     command = [sys.executable, "-m", "benchmarks.device.start_engine"] + ["--small"] * (scale != FULL)
     begin = time.perf_counter()
-    why, lines = processes.run_json(command, environment, min(LIMIT_SECONDS, deadline - time.time()))
+    why, lines = processes.run_json(command, environment, processes.seconds_until(deadline, LIMIT_SECONDS))
     if why is not None:
         return [{"start": name, "skipped": why}]
     seconds = round(time.perf_counter() - begin, 2)

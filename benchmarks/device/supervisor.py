@@ -11,14 +11,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.device import processes, program_cache
+from benchmarks.device import gpu, processes, program_cache
 from benchmarks.device.calls import CALL_SECONDS, CALLS, GROUPS, PACK_SECONDS, Group, deadlines
 from benchmarks.device.report import TIME_WAS_UP, Report, last_line
-from benchmarks.device.runner import START_SECONDS
+from benchmarks.device.runner import OTHERS_DEVICE, START_SECONDS
 from benchmarks.machine import describe
 
 DEVICE_LOST = 3
 """Exit code of a process whose device computes nothing any more."""
+NO_GPU = 4
+"""Exit code of a process that was to run the full model and whose JAX has no GPU."""
+RETRY_SECONDS = 3.0
+"""Pause after a process that died before its first case."""
+KILLED_SECONDS = 1.0
+"""Programs written this long before a process died are compiled again."""
 PROCESS = "process"
 """The case of a process that has begun none of its own."""
 MAX_RESTARTS = 8
@@ -32,10 +38,11 @@ class Request:
     """Sections to run, where, and for how long.
 
     Attributes:
-        name: of the report's files, without their endings.
+        name: file name of the report, without its ending.
         groups: in order, each with the time (`time.time()`) at which it is cut off.
         end: time at which everything has ended.
-        earlier: folders with archives of programs.
+        earlier: folders with archives of programs, and with reports.
+        free: free bytes of the GPU's memory when the call began; None: unknown.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Request:
     small: bool = False
     cache: Path = program_cache.LIVE
     earlier: tuple[Path, ...] = ()
+    free: int | None = None
 
 
 def call_of(number: int, out: Path, begin: float, small: bool = False, seconds: float = CALL_SECONDS) -> Request:
@@ -66,31 +74,47 @@ def sections_of(sections: Sequence[str], out: Path, begin: float, small: bool, s
 
 
 def with_programs_of(request: Request, folders: Sequence[Path]) -> Request:
-    """The same with the archives in `folders` unpacked first."""
+    """The same request with the archives in `folders` unpacked first."""
     return dataclasses.replace(request, earlier=tuple(folders))
 
 
 def supervise(request: Request) -> int:
-    """Runs the groups and prints the report; returns 1 where anything failed."""
+    """Runs the groups and prints the report; returns 1 where anything failed or is missing, or nothing was measured."""
     begin = time.time()
     request.cache.mkdir(parents=True, exist_ok=True)
     taken = sum(program_cache.unpack(request.cache, folder) for folder in request.earlier)
     before = program_cache.entries(request.cache)
     _remove_old(request)
-    report = Report(request.out, request.name)
+    report = Report(request.out, request.name, request.earlier)
     planned = [section for group, _ in request.groups for section in group.sections]
     report.update(**describe(request.command), planned=planned, boot=_boot())
     report.update(programs=f"{len(before)} were there, {taken} of them from archives")
     report.adopt_ceilings()
+    if not request.small:
+        request = dataclasses.replace(request, free=gpu.free_bytes())
+    goes_on = _has_gpu(request)
     for group, deadline in request.groups:
-        if time.time() < deadline:
-            _run_group(group.sections, request, deadline)
+        if goes_on and time.time() < deadline:
+            goes_on = _run_group(group.sections, request, deadline)
             _tell_failures(request, group)
         _pack(request, before)
+        if not goes_on:
+            break
     report = Report(request.out, request.name)
     report.close(time.time() - begin)
     print(report.text())
-    return 1 if report.failures else 0
+    return 0 if report.content["complete"] and report.measured and not report.failures else 1
+
+
+def _has_gpu(request: Request) -> bool:
+    """Asks for sections whose children take the device, unless sections come first that find out themselves."""
+    sections = request.groups[0][0].sections
+    if request.small or not set(sections) <= set(OTHERS_DEVICE) - {"peers"} or gpu.jax_has_it():
+        return True
+    told = "JAX has no GPU. --small runs a tiny model"
+    Report(request.out, request.name).fail(sections[0], PROCESS, told)
+    print(f"the call ends: {told}", file=sys.stderr, flush=True)
+    return False
 
 
 def _remove_old(request: Request) -> None:
@@ -125,37 +149,60 @@ def _tell_failures(request: Request, group: Group) -> None:
             print(f"NOT IN ORDER: {failure}", flush=True)
 
 
-def _run_group(sections: Sequence[str], request: Request, deadline: float) -> None:
+def _run_group(sections: Sequence[str], request: Request, deadline: float) -> bool:
+    """Returns whether the call goes on."""
+    retried = False
     for _ in range(MAX_RESTARTS):
         ending, told = _run_process(sections, request, deadline)
         if ending == processes.exit_code(0):
-            return
+            return True
         report = Report(request.out, request.name)
         doing = report.doing
         if ending == TIME_WAS_UP:
             if doing is not None:
                 report.skip(doing[0], doing[1], TIME_WAS_UP)
-            return
+            return True
+        if ending == processes.exit_code(NO_GPU):
+            report.fail(sections[0], PROCESS, told)
+            print(f"the call ends: {last_line(told)}", file=sys.stderr, flush=True)
+            return False
         told = f"{told} ({ending})" if told else ending
         if doing is not None and doing[1] != PROCESS:
             report.fail(doing[0], doing[1], told)
             print(f"  FAILED {doing[0]}: {doing[1]}: {last_line(told)}", flush=True)
-        elif ending != processes.exit_code(DEVICE_LOST):  # nothing says that another process would get further
-            report.fail(sections[0], PROCESS, told)
-            return
+        elif ending != processes.exit_code(DEVICE_LOST):
+            if retried or not ending.startswith("exit code"):  # nothing says that another process would get further
+                report.fail(sections[0], PROCESS, told)
+                return True
+            retried = True
+            print(f"again in {RETRY_SECONDS:.0f} s: {sections[0]}: {last_line(told)}", flush=True)
+            time.sleep(RETRY_SECONDS)
     Report(request.out, request.name).fail(sections[0], "restarts", f"more than {MAX_RESTARTS}")
+    return True
 
 
 def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[str, str]:
-    """Its ending and its last words; see `processes.run`."""
+    """Returns the process's ending and its last words; see `processes.run`."""
     kept = {} if set(sections) & set(OWN_CACHE) else program_cache.environment(request.cache)
+    gpu.wait_until_free(request.free)
     Report(request.out, request.name).begin(sections[0], PROCESS, START_SECONDS)
     command = worker_command(sections, request, deadline)
-    return processes.run(command, os.environ | kept, lambda: _overdue(request, deadline))
+    noticed: list[float] = []
+
+    def overdue() -> str:
+        if why := _overdue(request, deadline):
+            noticed.append(time.time())
+        return why
+
+    ending, told = processes.run(command, os.environ | kept, overdue)
+    if ending not in (processes.exit_code(0), processes.exit_code(DEVICE_LOST)):
+        program_cache.forget_since(request.cache, (noticed or [time.time()])[0] - KILLED_SECONDS)
+    return ending, told
 
 
 def worker_command(sections: Sequence[str], request: Request, deadline: float) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.device", "--out", str(request.out), "--report", request.name]
+    command += [word for folder in request.earlier for word in ("--cache", str(folder))]
     return [*command, "--sections", ",".join(sections), "--worker", str(deadline), *["--small"] * request.small]
 
 

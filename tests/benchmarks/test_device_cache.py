@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.device import program_cache as cache
 
-CHOICE = f"{cache.AUTOTUNED}/choice_1-2=.textproto"
+CHOICE = f"{cache.AUTOTUNED}/-+choice_1-2=.textproto"
 
 
 @pytest.fixture
@@ -53,6 +53,13 @@ def test_programs_and_choices_come_back(live, out, tmp_path):
     assert cache.unpack(new, out) == 3
     assert files(new) == {name: (live / name).read_bytes() for name in (CHOICE, "jit_fn-1-cache", "jit_fn-2-cache")}
     assert cache.unpack(new, out) == 0
+
+
+def test_programs_of_the_last_second_are_forgotten(live):
+    os.utime(live / "jit_fn-1-cache", (1000.0, 1000.0))
+    os.utime(live / CHOICE, (1000.0, 1000.0))
+    cache.forget_since(live, 2000.0)
+    assert set(cache.entries(live)) == {CHOICE, "jit_fn-1-cache"}
 
 
 def test_a_program_that_is_there_is_kept(live, out):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.device import __main__ as command
-from benchmarks.device import calls, processes, runner, supervisor
+from benchmarks.device import calls, gpu, processes, runner, supervisor
 from benchmarks.device.compilation import Compilation
 from benchmarks.device.report import Case, Report
 from benchmarks.device.scale import FULL, SMALL
@@ -121,11 +123,44 @@ report.end(section, "good", [{"x": 1}])
 
 
 def test_a_process_that_dies_before_its_first_case_is_told_and_others_go_on(out, monkeypatch):
+    monkeypatch.setattr(supervisor, "RETRY_SECONDS", 0.0)
     with_worker(monkeypatch, "if section == 'decode':\n    sys.exit('no such module')\nreport.end(section, 'good', [])")
     assert supervisor.supervise(request_of(out, "decode", "prefill")) == 1
     report = Report(out, "call-1")
     assert report.failures == ["decode: process"] and report.has("prefill", "good")
     assert "no such module (exit code 1)" in report.text()
+    assert (out / "decode.starts").read_text() == "xx"
+
+
+def test_a_process_that_dies_once_before_its_first_case_costs_nothing(out, monkeypatch):
+    monkeypatch.setattr(supervisor, "RETRY_SECONDS", 0.0)
+    with_worker(
+        monkeypatch, "if start == 1:\n    os.abort()\nreport.end(section, 'a', [{'x': 1}])\nreport.expect(section, 'a')"
+    )
+    assert supervisor.supervise(request_of(out, "decode")) == 0
+
+
+def test_a_call_ends_where_jax_has_no_gpu(out, monkeypatch, capsys):
+    """The full model, and JAX on a CPU: in processes, as it is used."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    request = dataclasses.replace(request_of(out, "decode", "prefill", seconds=5 * MINUTE), small=False)
+    begin = time.monotonic()
+    assert supervisor.supervise(request) == 1
+    assert time.monotonic() - begin < MINUTE
+    report = Report(out, "call-1")
+    assert report.failures == ["decode: process"] and "prefill: all" in report.missing
+    assert capsys.readouterr().err == "the call ends: JAX has no GPU: its backend is 'cpu'. --small runs a tiny model\n"
+
+
+def test_children_that_take_the_device_are_not_run_without_one(out, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_process", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr("benchmarks.device.gpu.jax_has_it", lambda: False)
+    assert supervisor.supervise(dataclasses.replace(request_of(out, "startup"), small=False)) == 1
+
+
+def test_a_call_that_measured_nothing_fails(out, monkeypatch):
+    with_worker(monkeypatch, "report.expect(section, ['a'])\nreport.end(section, 'a', [{'skipped': 'no torch'}])")
+    assert supervisor.supervise(request_of(out, "peers")) == 1
 
 
 def test_the_deadline_leaves_a_valid_report(out, monkeypatch):
@@ -138,7 +173,7 @@ time.sleep(600)
 """
     with_worker(monkeypatch, script)
     begin = time.monotonic()
-    assert supervisor.supervise(request_of(out, "decode", "prefill", seconds=3.0)) == 0
+    assert supervisor.supervise(request_of(out, "decode", "prefill", seconds=3.0)) == 1
     assert time.monotonic() - begin < MINUTE  # and not ten minutes
     content = json.loads((out / "call-1.json").read_text())
     report = Report(out, "call-1")
@@ -172,11 +207,50 @@ time.sleep(600)
         assert not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
+def test_a_process_whose_first_thread_has_ended_is_killed():
+    """It is shown as a zombie, and its other thread holds the device."""
+    script = """
+import ctypes, threading, time
+threading.Thread(target=lambda: time.sleep(600)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    stat, end = Path(f"/proc/{process.pid}/stat"), time.monotonic() + MINUTE
+    while ") Z " not in stat.read_text():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    processes.kill_descendants(process, processes._children() - {process.pid})
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_memory_of_the_process_before_is_waited_for(monkeypatch):
+    free = iter([1 << 30, 1 << 30, 70 << 30])
+    monkeypatch.setattr(gpu, "free_bytes", lambda: next(free))
+    gpu.wait_until_free(70 << 30)
+    assert next(free, None) is None
+    gpu.wait_until_free(None)
+
+
+def test_the_most_valuable_steps_come_first(out, monkeypatch):
+    """Decode and prefill share a process. Programs are compiled in two rounds, and nothing is measured meanwhile."""
+    report, order = Report(out), []
+    report.update(ceilings={"copy": 1.0, "matrix": 1.0, "link": 1.0})
+    monkeypatch.setattr(runner, "require_gpu", lambda *_: None)
+    monkeypatch.setattr(runner, "_run", lambda section, case, *_: order.append(case.name))
+    runner.run_sections(["decode", "prefill"], FULL, report, time.time() + MINUTE)
+    firsts = [order.index(f"{rows} rows, 512 tokens, base") for rows in (32, 128, 1)]
+    prompt = order.index("1 prompt of 2048, base")
+    assert firsts == sorted(firsts) and firsts[-1] < prompt < order.index("8 rows, 512 tokens, base")
+    assert order.index("64 rows, 512 tokens, base") < order.index("32 rows, 2048 tokens, base")
+    rounds = ["c" if "ompile" in name else "m" for name in order[1:]]
+    assert "".join(rounds).count("cm") == 2
+
+
 def test_a_program_that_does_not_compile_costs_its_own_case(out, monkeypatch):
     report, threads = Report(out), []
     jobs = {"bad": lambda: 1 / 0, "good": lambda: None}
     compilation = Compilation(report, "decode", jobs, lambda: threads.append(threading.current_thread()))
-    monkeypatch.setattr(runner, "cases_of", lambda *_: compilation.cases)
+    monkeypatch.setattr(runner, "cases_of", lambda *_: compilation.cases())
     report.update(ceilings={"copy": 1.0, "matrix": 1.0, "link": 1.0})
     runner.run_sections(["decode"], SMALL, report, time.time() + MINUTE)
     assert compilation.failed("bad") and not compilation.failed("good")
@@ -189,9 +263,9 @@ def test_after_a_program_that_hung_only_the_rest_is_compiled(out):
     report.fail("decode", "compile, hung", "killed after 100 s")
     jobs = {name: lambda name=name: compiled.append(name) for name in ("hung", "a", "b")}
     compilation = Compilation(report, "decode", jobs, lambda: None)
-    for case in compilation.cases[1:]:
+    for case in compilation.cases()[1:]:
         list(case.run())
-    assert compiled == ["a", "b"]  # one by one, in order
+    assert sorted(compiled) == ["a", "b"]
 
 
 def test_a_call_replaces_its_own_report_and_no_other(out, monkeypatch):

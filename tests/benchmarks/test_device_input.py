@@ -19,7 +19,6 @@ BAD = {
     "--call 1 --out {file}": "--out cannot be made",
     "--call 1 --out {file}/below": "--out cannot be made",
     "--call 1 --out {new} --cache {file}": "which is not a folder",
-    "--call 1 --out {new} --cache {absent}": "which is not a folder",
     "--call 1 --sections decode --out {new}": "exclude each other",
     "--sections decode,nonsense --out {new}": "--sections has nonsense; allowed: smoke",
     "--call 1 --out {new} --budget 1": "--budget is 1; allowed: more than 20 seconds",
@@ -34,13 +33,24 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "is_there", lambda: False)
     monkeypatch.setattr(supervisor, "supervise", lambda request: pytest.fail("it was run"))
-    paths = {name: tmp_path / name for name in ("file", "new", "absent")}
+    paths = {name: tmp_path / name for name in ("file", "new")}
     monkeypatch.setattr(sys, "argv", ["device", *words.format(**paths).split()])
     with pytest.raises(SystemExit) as ended:
         command.main()
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.count("\n") == 1 and BAD[words] in told
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["empty", "absent"])
+def test_a_cache_without_archives_is_a_warning(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(gpu, "is_there", lambda: False)
+    monkeypatch.setattr(supervisor, "supervise", lambda request: 7)
+    monkeypatch.setattr(sys, "argv", ["device", "--call", "2", "--out", str(tmp_path / "new"), "--cache", str(tmp_path / name)])
+    assert command.main() == 7
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "has no archives of programs" in told
 
 
 @pytest.mark.parametrize(("free_mib", "small", "starts"), [(24_000, False, False), (24_000, True, True), (81_000, False, True)])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.device import predictions
+from benchmarks.device import loads, predictions
 from benchmarks.device.report import Report
 from benchmarks.device.scale import FULL
 
@@ -43,6 +43,17 @@ def test_figures_of_an_earlier_call_on_the_same_machine(out, boot):
     assert (later.content.get("ceilings from") == "call-1.json") == (boot == "this")
 
 
+def test_figures_of_an_earlier_call_in_another_folder(out, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("earlier")
+    earlier = Report(elsewhere, "call-1")
+    earlier.update(boot="this", ceilings={"copy": 1.0, "matrix": 2.0, "link": 3.0})
+    earlier.end("decode", "a", [{"ms": 1.0}])
+    later = Report(out, "call-1", [elsewhere])
+    later.update(boot="this")
+    later.adopt_ceilings()
+    assert later.ceilings == earlier.ceilings and later.rows("decode") == [{"ms": 1.0}]
+
+
 def test_tables_have_predictions_beside_measurements(out):
     report = Report(out)
     for kind, ms in ((predictions.H100, 8.9), (predictions.H200, 6.4), ("NVIDIA A100", None)):
@@ -59,4 +70,5 @@ def test_predictions_are_for_rows_that_are_measured():
     mixes = {mix.name for mix in FULL.mixes}
     for device in predictions.DECODE_MS.values():
         assert all(rows in FULL.rows and mix in mixes for rows, mix in device)
+    assert set(predictions.LOADED_GB_PER_S) == {loads.rows_meanwhile(FULL)}
     assert predictions.CONTEXT in FULL.contexts and FULL.prompt_tokens == predictions.PREFILL_TOKENS

@@ -97,8 +97,8 @@ class AdapterStack:
     """Adapters of some ranks in device memory, largest padded rank first.
 
     Args:
-        ranks: of each adapter.
-        targets: of all adapters. Targets that share an input come together or not at all.
+        ranks: rank of each adapter.
+        targets: targets of every adapter. Those that share an input come together or not at all.
 
     Attributes:
         starts: rank rows of the stack before each adapter.
