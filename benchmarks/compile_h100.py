@@ -42,7 +42,7 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
 
 
 LAYER_BYTES = 512 << 20
-"""Of the pool: 16 GiB over Llama-7B's layers."""
+"""Bytes of a layer's pool: 16 GiB over Llama-7B's layers."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from chameleon_jax.models.step_inputs import Segment, pack_step
 
 DECODE_STEPS = 4
 STEP_LIMIT = 1e-3
-"""Of float32 after all layers, whose roundings add up."""
+"""Largest error of float32 after all layers, whose roundings add up."""
 BFLOAT16_LIMIT = 5e-2
 
 

@@ -57,7 +57,7 @@ class Store:
         return self._blocks[rank]
 
     def fetch(self, content_hash: str) -> Future[PinnedBlock]:
-        """Of `name/rank`."""
+        """The block of `name/rank`."""
         future: Future[PinnedBlock] = Future()
         future.set_result(self.block(int(content_hash.split("/")[1])))
         return future

@@ -114,7 +114,7 @@ class Alone:
         return rows + self._adapters_of(batch, tokens, tile, f"prompt of {tokens}, rank 16")
 
     def sampling(self, rows: int) -> list[Row]:
-        """Of a step's last hidden states: the product with the output matrix, and the choice."""
+        """Head and sampling of a step's last hidden states: the product with the output matrix, and the choice."""
         engine, result = self._bench.engine, []
         hidden = self._normal(0, (rows, self._config.hidden_size))
         for mode, temperature in ((SamplingMode.GREEDY, 0.0), (SamplingMode.RANDOM, 0.8)):

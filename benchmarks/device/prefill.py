@@ -46,7 +46,7 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
 
 
 def operations(bench: Workbench, count: int, tokens: int, start: int) -> float:
-    """Of the layers' matrices, and of causal attention: the head is for one token a prompt."""
+    """Operations of the layers' matrices and of causal attention: the head is for one token a prompt."""
     config = bench.config
     weights = config.num_layers * sum(i * o for i, o in map(config.target_shape, TARGETS))
     pairs = count * (tokens * start + tokens * (tokens + 1) // 2)

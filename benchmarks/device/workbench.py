@@ -59,7 +59,7 @@ class Workbench:
         return self._engine
 
     def buckets(self, max_tokens: int | None = None) -> ChosenBuckets:
-        """Of sequences of up to `max_tokens`, other than the scale's."""
+        """Buckets for sequences of up to `max_tokens`, other than the scale's."""
         scale = self.scale
         return ChosenBuckets(
             max_num_seqs=max(scale.rows),
@@ -167,7 +167,7 @@ class Workbench:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.config.num_layers * self.dtype.itemsize
 
     def adapter_bytes(self, adapters: Sequence[PlacedAdapter]) -> int:
-        """Of true rank rows: each adapter's once, however many rows of the batch use it."""
+        """Bytes of true rank rows: each adapter's once, however many rows of the batch use it."""
         elems = sum(r * sum(self.config.target_shape(t)) for a in adapters for t, r in a.placement.ranks.items())
         return elems * self.config.num_layers * self.dtype.itemsize
 

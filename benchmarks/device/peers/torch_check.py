@@ -33,7 +33,7 @@ def largest_error(
     build: Build | None = None,
     owners: Owners = (None,) * ROWS,
 ) -> float:
-    """Of logits after a prompt and after some decode steps, as a share of the largest logit of the float32 reference.
+    """Error of logits after a prompt and after some decode steps, as a share of the largest logit of the float32 reference.
 
     On a GPU each step is captured and replayed, as it is when it is timed.
 

@@ -23,7 +23,7 @@ GPU_ATTENTION = ("flash", "cudnn", "efficient")
 COMPILE_SECONDS = 60.0
 """What torch.compile may take in all."""
 SPARE_BYTES = 3 << 29
-"""Of the device's memory, beside weights and KV cache."""
+"""Device memory to spare beside weights and KV cache."""
 SCALE_OF_KV = 0.02
 
 
