@@ -8,7 +8,7 @@ PLUGIN = jax-cuda$(if $(JAX),13,12)
 # hides the packages that the GPU machine lacks from a command and the processes it starts
 GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-.PHONY: demo serve test test-ops check parity paper h100 device-plan soak fuzz proto format clean
+.PHONY: demo serve test test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
@@ -19,8 +19,8 @@ serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and 
 test: $(VENV)/installed-test ## the test suite
 	$(BIN)/python -m pytest
 
-test-ops: $(VENV)/installed-test-models ## the tests of the device ops, with only the packages that the GPU machine has
-	$(GPU_MACHINE) $(BIN)/python -m pytest tests/models/ops
+test-models: $(VENV)/installed-test-models ## the tests of the model and its device ops, with only the packages that the GPU machine has
+	$(GPU_MACHINE) $(BIN)/python -m pytest tests/models
 
 check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -77,7 +77,7 @@ def test_serve_curve(tmp_path):
 
 
 def test_tests_of_the_model():
-    """Collect all of tests/models and run two cheap files. Running all of it again would add four minutes to the suite."""
+    """Collect all of tests/models and run two cheap files. All of it takes minutes: `make test-models` runs that in CI."""
     printed = run_python("-m", "pytest", "tests/models", "-k", "page_layout or step_inputs")
     assert " passed" in printed
 
