@@ -124,5 +124,5 @@ def test_triton_kernels_compile_for_an_h100_with_16_byte_copies():
             {(i,): constants[name] for i, name in enumerate(names) if name in constants},
             {(i,): divisible for i, name in enumerate(names) if name not in any_number},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
         assert "cp.async.cg.shared.global" in compiled.asm["ptx"]  # the only width that it has is 16 bytes
