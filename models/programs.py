@@ -158,7 +158,7 @@ def _needs(compiled: Any) -> int:
 
 def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
     """Results of jobs that compile. Meanwhile the process has no garbage collector: it would go through all that tracing keeps
-    again and again, a sixth of the time."""
+    again and again, a fifth of the time (docs/experiments.md)."""
     collects = gc.isenabled()
     gc.disable()
     try:
