@@ -27,7 +27,7 @@ COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Not by typer, which needs packages that a GPU machine may lack."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serve_curve", description="Serve rising loads with several systems."
     )

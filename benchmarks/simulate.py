@@ -6,7 +6,6 @@ model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import typer
 
 from benchmarks.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostModel, Profile, stall_seconds
 from benchmarks.machine import describe, publish
@@ -31,9 +31,6 @@ from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.serving.executor import LoadResult, SampledToken
 from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import System, get_system
-
-with contextlib.suppress(ImportError):  # the command line needs it, and it needs packages that a GPU machine may lack
-    import typer
 
 TOKEN, STOP = 1, 2
 SAMPLE_S = 1.0

@@ -13,7 +13,6 @@ whatever the rate, and a change of locality leaves arrivals and lengths alone.
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import gzip
@@ -22,13 +21,11 @@ from statistics import NormalDist
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from chameleon_jax.checks import require
-
-with contextlib.suppress(ImportError):  # the command line needs it, and it needs packages that a GPU machine may lack
-    import typer
 
 ARRIVALS = ("poisson", "gamma", "trace")
 SHAPES = ("flat", "diurnal", "spike")

@@ -87,7 +87,8 @@ class DeviceEngine:
         self.dtype = dtype
         graph, params = nnx.split(model)
         self._head = model.output_matrix
-        stats = self._head.devices().pop().memory_stats() or {}
+        device = self._head.devices().pop()
+        stats = device.memory_stats() or {}
         self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages, stats.get("bytes_limit", 0))
         self.programs = Programs(
             graph,
@@ -109,7 +110,7 @@ class DeviceEngine:
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
         self.link_rate = self._measure_link()
-        if ahead and self._head.devices().pop().platform != "cpu":
+        if ahead and device.platform != "cpu":
             self.use_every_program()
 
     def reset(self) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.ops.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -128,7 +129,7 @@ class Llama(nnx.Module):
         Returns:
             Hidden states after the final norm, `[..., hidden]`, and the layers' extras as `attend` left them.
         """
-        x = self.embed[...].at[tokens].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        x = self.embed[...].at[tokens].get(**INSIDE)
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         rope = (jnp.cos(angles), jnp.sin(angles))
 

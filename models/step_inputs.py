@@ -13,7 +13,7 @@ import numpy as np
 from chameleon_jax.models.ops.batched_lora import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
 from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
-from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets
+from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
 
 TINY = float(np.finfo(np.float32).tiny)
 """The least top_p: 0, as a smaller one would be rounded to, would keep no token."""
@@ -84,9 +84,7 @@ def pack_step(segments: Sequence[Segment], draws: Mapping[int, Draw], buckets: S
         tile_tokens=size,
         adapted=min(n for n in buckets.adapted(size) if n >= needed) if needed else 0,
     )
-    packed = np.zeros(buckets.packed_size(program), np.int32)
-    inputs = buckets.view(packed, program)
-    inputs.tiles[:, 2] = buckets.max_num_seqs  # padding's slot
+    packed, inputs = _empty_step(program, buckets)
     if decode:
         rows = len(segments)
         inputs.tokens[:rows] = FROM_SLOT
@@ -106,13 +104,19 @@ def pack_step(segments: Sequence[Segment], draws: Mapping[int, Draw], buckets: S
 
 def pack_padding(program: Program, buckets: StepBuckets) -> np.ndarray:
     """The inputs of a step of padding, which changes nothing."""
-    packed = np.zeros(buckets.packed_size(program), np.int32)
-    inputs = buckets.view(packed, program)
-    inputs.tiles[:, 2] = buckets.max_num_seqs
+    packed, inputs = _empty_step(program, buckets)
     fill_draws(inputs.draws, {}, buckets.max_num_seqs)
     if inputs.lora is not None:
         fill_plan(inputs.lora, [])
     return packed
+
+
+def _empty_step(program: Program, buckets: StepBuckets) -> tuple[np.ndarray, StepInputs]:
+    """A step's array, and its parts: all tiles are padding, draws and adapters are still to be filled in."""
+    packed = np.zeros(buckets.packed_size(program), np.int32)
+    inputs = buckets.view(packed, program)
+    inputs.tiles[:, 2] = buckets.max_num_seqs  # padding's slot
+    return packed, inputs
 
 
 def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, segment: Segment, size: int) -> None:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
+from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_shapes, resolve, window_tiles
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
@@ -27,8 +28,6 @@ from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, s
 from chameleon_jax.scheduler.running import PREFILL_TILE
 
 DECODE_TILE = 1
-INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
-"""How an array is read at indices that need no check."""
 FROM_SLOT = -1
 """A token id that says: take the token that was last sampled for this slot."""
 

@@ -20,9 +20,9 @@ is 2 to 6 % of this one, and a piece is written by one launch whatever its size 
 MIN_TRANSFER_BYTES = 128 << 20
 MAX_TRANSFER_BYTES = 1 << 30
 TRANSFER_SHARE = 1 / 64
-"""Device memory for pieces that were sent and are not yet written to their pages is this share of what JAX may use, within
-those bounds. A piece is held for three steps (`serving/link_pace.py`): at 8 ms a step and 40 GB/s that is 1 GB, so 1 GiB of an
-80 GB card. A 24 GB card gives 345 MB."""
+"""Share of JAX's device memory for pieces that were sent and are not yet written to their pages, within those bounds. A piece
+is held for three steps (`serving/link_pace.py`): at 8 ms a step and 40 GB/s that is 1 GB, so 1 GiB of an 80 GB card. A 24 GB card
+gives 345 MB."""
 
 
 def transfer_bytes(device_memory: int) -> int:

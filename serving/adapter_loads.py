@@ -210,7 +210,7 @@ class AdapterLoads:
         """Whether a piece may be sent. One that is larger than all bounds may when it is alone.
 
         One bound covers what is on the way and what waits to be executed, as a piece keeps its memory from the one to the
-        other. With a bound for each, half of what is reserved would idle most of the time.
+        other. With a bound for each, half of the reserved memory would idle most of the time.
         """
         on_the_way, on_device = self.bytes_on_the_way, self.bytes_on_device
         if on_the_way and on_the_way + size > window:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 BACKENDS = ("reference", "blocked", "triton")
 """`reference`: the oracle. `blocked`: plain XLA, for CPUs. `triton`: kernels for NVIDIA GPUs."""
 
+INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+"""Keywords of `array.at[...].get` for indices that need no check."""
+
 
 def default_backend() -> str:
-    """What the platform runs fastest."""
+    """The platform's fastest backend."""
     return "triton" if jax.default_backend() == "gpu" else "blocked"

@@ -1,4 +1,4 @@
-"""What is sent beside steps follows the link's rate and the steps' length, stays in bounds and comes behind a step's inputs."""
+"""Pieces sent beside steps follow the link's rate and the steps' length, stay in bounds and come behind a step's inputs."""
 
 from __future__ import annotations
 

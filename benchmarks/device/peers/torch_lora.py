@@ -193,7 +193,7 @@ class BmmAdapters:
     def _expansions(
         group: Group, cls: RankClass, low: torch.Tensor, b: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Columns of y, and the two factors of what is added there.
+        """Columns of y, and the two factors of the update there.
 
         One product serves all targets of a decode step where they have the same width.
 
@@ -212,7 +212,7 @@ class BmmAdapters:
 
 
 def _take(x: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
-    """A view, or copies of what an index names."""
+    """A view, or copies of the indexed adapters."""
     return x[where] if isinstance(where, slice) else x.index_select(0, where)
 
 

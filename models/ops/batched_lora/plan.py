@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.models.config import TARGETS
+from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
 
 BLOCK_ROWS = 32
@@ -199,12 +200,12 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     widths = np.array([layout.config.target_shape(t) for t in TARGETS[: plan.num_targets]], np.int32)
     shape = (rank_rows.shape[0], *widths.shape)
     width, per_page = (jnp.broadcast_to(x, shape) for x in (widths, layout.page_elems // widths))
-    start = _at(adapters, owner, np.arange(widths.size, dtype=np.int32).reshape(widths.shape))
+    start = adapters.at[owner, np.arange(widths.size, dtype=np.int32).reshape(widths.shape)].get(**INSIDE)
     page, offset = lax.div(start, layout.page_elems), lax.rem(start, layout.page_elems)
     beyond = row - lax.div(layout.page_elems - offset, width)
     page = jnp.where(beyond < 0, page, page + 1 + lax.div(beyond, per_page))
     offset = jnp.where(beyond < 0, offset + row * width, lax.rem(beyond, per_page) * width)
-    page = jnp.where(valid[:, :, None], _at(adapters, owner, 2 * len(TARGETS) + page), TRASH_PAGE)
+    page = jnp.where(valid[:, :, None], adapters.at[owner, 2 * len(TARGETS) + page].get(**INSIDE), TRASH_PAGE)
     blocks = rank_rows.shape[0] // BLOCK_ROWS
     block = jnp.arange(blocks)[:, None, None]
 
@@ -228,11 +229,6 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
         d_out=tuple(layout.config.target_shape(t)[1] for t in TARGETS),
         row_unit=layout.row_unit,
     )
-
-
-def _at(table: jax.Array, row: jax.Array, column: jax.Array | np.ndarray) -> jax.Array:
-    """Elements of a table at indices that are inside it."""
-    return table.at[row, column].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def gather_rows(pages: jax.Array, addresses: jax.Array, width: int) -> jax.Array:
