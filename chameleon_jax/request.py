@@ -29,8 +29,9 @@ class SamplingParams:
         seed: the same seed gives the same text however the request was batched; None: the engine draws one.
         max_tokens: output tokens at most.
         min_tokens: stop ids cannot be drawn before that many.
-        stop: strings that end the output; they are not part of it.
+        stop: strings that end the output, the first to be complete; they are not part of it.
         stop_token_ids: ids that end the output, beside the model's own.
+        include_stop_str_in_output: keep the stop string, or the text of the id, that ends the output.
         ignore_eos: go on past the model's end-of-sequence ids.
         logprobs: how many alternatives to report for each token, 0 to 20; None reports none.
         skip_special_tokens: leave special tokens out of the text.
@@ -45,6 +46,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -105,10 +107,16 @@ class FinishReason(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """Log-probability of a token (natural logarithm, before temperature) and its text."""
+    """Log-probability of a token (natural logarithm, before temperature), and the token.
+
+    Attributes:
+        decoded_token: its text where it stands; `bytes:\\xe2\\x82` where it is part of a character; a special token's name.
+        token_bytes: what it adds to the text's UTF-8 bytes; nothing where the text leaves it out.
+    """
 
     logprob: float
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 @dataclasses.dataclass

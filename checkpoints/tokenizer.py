@@ -12,44 +12,7 @@ import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-class DetokenizerStream:
-    """Text of one request, token by token: `append` returns what became final, never half a character.
-
-    A token is decoded after those of the piece before it, since what it reads as depends on them. `DecodeStream` of
-    tokenizers does the same, but raises where a byte-fallback tokenizer's bytes are not UTF-8, which a model may produce.
-    """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []
-        self._context = 0  # where the last piece's tokens start
-        self._final = 0  # and where they end
-        self._emitted = 0  # characters
-
-    def append(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        before = self._decode(self._ids[self._context : self._final])
-        text = self._decode(self._ids[self._context :])
-        if len(text) <= len(before) or text.endswith("\ufffd"):  # a special token, or the start of a character
-            return ""
-        self._context, self._final = self._final, len(self._ids)
-        self._emitted += len(text) - len(before)
-        return text[len(before) :]
-
-    def flush(self) -> str:
-        """What is left at the end.
-
-        All pieces together are the text of all ids; only where a byte-fallback tokenizer's bytes are not UTF-8 may the
-        characters that stand for them differ.
-        """
-        rest = self._decode(self._ids)[self._emitted :]
-        self._emitted += len(rest)
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+from chameleon_jax.checkpoints.detokenizer import DetokenizerStream, TokenBytes
 
 
 class Tokenizer:
@@ -57,10 +20,14 @@ class Tokenizer:
 
     Args:
         settings: what `tokenizer_config.json` says (bos_token, eos_token, chat_template, ...).
+
+    Attributes:
+        token_bytes: bytes that each token adds to a text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_token_ids: Sequence[int] = ()):
         self.backend = backend
+        self.token_bytes = TokenBytes(backend)
         self.settings = dict(settings)
         self.bos_token_id = self._id("bos_token")
         eos = self._id("eos_token")
@@ -75,8 +42,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True) -> DetokenizerStream:
-        return DetokenizerStream(self.backend, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> DetokenizerStream:
+        return DetokenizerStream(self.token_bytes, skip_special_tokens, prompt_token_ids)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The conversation as the text the model was trained on.

@@ -256,7 +256,7 @@ class Engine:
             stop_ids=stop_ids,
             adapter=adapter,
             adapter_name=lora.name if lora is not None else None,
-            stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens),
+            stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
         return request

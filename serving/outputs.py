@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
+from chameleon_jax.checkpoints.detokenizer import shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput
 from chameleon_jax.serving.stop_strings import certain_text
@@ -50,16 +52,25 @@ class Delta:
 
 
 def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]] | None:
-    """Those of output tokens `begin` to `end`, with the tokens' texts; None where the request has none."""
+    """Those of output tokens `begin` to `end`, with the tokens as they stand in the text; None where the request has none."""
     if request.params.logprobs is None:
         return None
-    return [
-        {
-            t: Logprob(max(LEAST_LOGPROB, value), None if tokenizer is None else tokenizer.decode([t]))
-            for t, value in position.items()
-        }
-        for position in request.logprobs[begin:end]
-    ]
+    positions = request.logprobs[begin:end]
+    if tokenizer is None:
+        return [{t: Logprob(max(LEAST_LOGPROB, value)) for t, value in position.items()} for position in positions]
+    tokens, left_out = tokenizer.token_bytes, tokenizer.token_bytes.left_out(request.params.skip_special_tokens)
+    before = itertools.chain(reversed(request.prompt_token_ids), itertools.islice(request.output_token_ids, begin))
+    has_begun = tokens.have_text(before, left_out)
+    found = []
+    for token_id, position in zip(request.output_token_ids[begin:end], positions):
+        bytes_of = tokens.inside if has_begun else tokens.at_start
+        found.append({t: _logprob(value, bytes_of(t), t in left_out) for t, value in position.items()})
+        has_begun = has_begun or tokens.have_text([token_id], left_out)
+    return found
+
+
+def _logprob(value: float, data: bytes, is_left_out: bool) -> Logprob:
+    return Logprob(max(LEAST_LOGPROB, value), shown(data), b"" if is_left_out else data)
 
 
 def make_delta(update: Update, before: Update | None, tokenizer: Tokenizer | None) -> Delta:

@@ -120,5 +120,4 @@ def _logprobs(positions: list[dict[int, Logprob]] | None, num_top: int | None) -
 
 
 def _entry(logprob: Logprob) -> dict[str, Any]:
-    token = logprob.decoded_token or ""
-    return {"token": token, "logprob": logprob.logprob, "bytes": list(token.encode())}
+    return {"token": logprob.decoded_token or "", "logprob": logprob.logprob, "bytes": list(logprob.token_bytes or b"")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.request import Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.errors import ApiError, answered
@@ -24,16 +26,22 @@ from chameleon_jax.serving.http.streams import (
     usage_so_far,
 )
 from chameleon_jax.serving.outputs import Delta
-from chameleon_jax.serving.service import Service
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=KeyedRoute)
 
 
 class _Choice:
-    """What is said of one choice so far. `offset`: characters of the tokens before."""
+    """What is said of one choice so far.
 
-    def __init__(self, echo: str):
-        self.echo, self.offset = echo, len(echo)
+    Args:
+        pending: bytes of a character that the prompt ends inside of.
+    """
+
+    def __init__(self, echo: str, pending: bytes):
+        self.echo = echo
+        self._length = len(echo)  # characters of the tokens so far
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8.decode(pending)
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         text, self.echo = self.echo + delta.text, ""
@@ -48,14 +56,25 @@ class _Choice:
     def _logprobs(self, logprobs: list[dict[int, Logprob]]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for position in logprobs:
+            top: dict[str, float] = {}
+            for token_id, logprob in position.items():
+                token = logprob.decoded_token
+                top[f"token_id:{token_id}" if token is None or token in top else token] = logprob.logprob
             chosen = next(iter(position.values()))
-            token = chosen.decoded_token or ""
-            out["tokens"].append(token)
+            out["tokens"].append(next(iter(top)))
             out["token_logprobs"].append(chosen.logprob)
-            out["top_logprobs"].append({p.decoded_token or "": p.logprob for p in position.values()})
-            out["text_offset"].append(self.offset)
-            self.offset += len(token)
+            out["top_logprobs"].append(top)
+            out["text_offset"].append(self._offset(chosen.token_bytes or b""))
         return out
+
+    def _offset(self, data: bytes) -> int:
+        """The character of the text in which the next token begins."""
+        if not data:
+            return self._length
+        self._length += len(self._utf8.decode(data[:1]))
+        offset = self._length - 1 + bool(self._utf8.getstate()[0])
+        self._length += len(self._utf8.decode(data[1:]))
+        return offset
 
 
 @router.post(
@@ -79,8 +98,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         streams = await service.llm.open_all(asked, params, lora, request_id, deadline)
     model = body.model or service.model_name
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])
-    echoes = [_echo(service, body, prompt) for prompt in prompts for _ in params]
-    choices = [_Choice(echo) for echo in echoes]
+    begins = [_begin(service.llm.tokenizer, body, prompt) for prompt in prompts]
+    choices = [_Choice(*begin) for begin in begins for _ in params]
     completion_tokens = 0
 
     def head(**rest: Any) -> dict[str, Any]:
@@ -122,13 +141,14 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
             stream.close()
 
 
-def _echo(service: Service, body: CompletionRequest, prompt: str | list[int]) -> str:
+def _begin(tokenizer: Tokenizer | None, body: CompletionRequest, prompt: str | list[int]) -> tuple[str, bytes]:
+    """The prompt's text where it is wanted, and the bytes of a character that it ends inside of: the completion has that."""
+    if isinstance(prompt, str) or tokenizer is None:
+        return prompt if body.echo and isinstance(prompt, str) else "", b""
     if not body.echo:
-        return ""
-    if isinstance(prompt, str):
-        return prompt
-    tokenizer = service.llm.tokenizer
-    return "" if tokenizer is None else tokenizer.decode(prompt)
+        return "", tokenizer.stream(body.skip_special_tokens, prompt).pending
+    stream = tokenizer.stream(body.skip_special_tokens)
+    return "".join(map(stream.append, prompt)), stream.pending
 
 
 def _joined(before: dict[str, Any], chunk: dict[str, Any]) -> dict[str, Any]:

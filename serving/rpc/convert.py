@@ -16,28 +16,30 @@ FINISH_REASONS = {
 FINISH_REASON_NAMES = {value: name for name, value in FINISH_REASONS.items()}
 
 _OPTIONAL = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "skip_special_tokens")
+_ALWAYS = ("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
 
 
 def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
     """Raises ValueError where a seed is no signed 64-bit integer."""
     given = {name: getattr(params, name) for name in _OPTIONAL if getattr(params, name) is not None}
-    return messages.SamplingParams(
-        **given, stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
-    )
+    always = {name: getattr(params, name) for name in _ALWAYS}
+    return messages.SamplingParams(**given, **always)
 
 
 def sampling_from_message(message: messages.SamplingParams) -> SamplingParams:
     """Raises ValueError, naming the field."""
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
-    stop, stop_token_ids = list(message.stop), list(message.stop_token_ids)
-    return SamplingParams(**given, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=message.ignore_eos)
+    always = {name: getattr(message, name) for name in _ALWAYS}
+    return SamplingParams(**given, **always)
 
 
 def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> list[messages.TokenLogprobs]:
     return [
         messages.TokenLogprobs(
             alternatives=[
-                messages.Alternative(token_id=token, logprob=p.logprob, text=p.decoded_token or "")
+                messages.Alternative(
+                    token_id=token, logprob=p.logprob, text=p.decoded_token or "", token_bytes=p.token_bytes or b""
+                )
                 for token, p in position.items()
             ]
         )
@@ -49,7 +51,7 @@ def logprobs_from_messages(positions: Sequence[messages.TokenLogprobs]) -> list[
     """None where there are none: they were not asked for."""
     if not positions:
         return None
-    return [{a.token_id: Logprob(a.logprob, a.text) for a in position.alternatives} for position in positions]
+    return [{a.token_id: Logprob(a.logprob, a.text, a.token_bytes) for a in position.alternatives} for position in positions]
 
 
 def stop_reason_to_message(reason: str | int | None) -> messages.StopReason | None:

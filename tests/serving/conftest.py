@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import openai
 import pytest
 
 from chameleon_jax.serving.async_llm import AsyncLLM
+from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.server_config import ServerConfig
 from chameleon_jax.serving.service import Service
 from tests import reference_models as reference
+from tests import text_models
 from tests.serving.async_calls import run, settled
-from tests.serving.running import Running, running
+from tests.serving.running import TIMEOUT, Running, running
 
 CONFIG = reference.CONFIGS["gqa"]
 SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64)
@@ -70,6 +74,25 @@ def server(shared_llm: AsyncLLM, adapter_dir: Path) -> Iterator[Running]:
     """Both protocols, without keys."""
     with running(shared_llm, ServerConfig(adapter_dirs=(str(adapter_dir),), port=0, grpc_port=0)) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def llama2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer in which a word's space is part of its first token."""
+    return text_models.save_model(tmp_path_factory.mktemp("llama2-model") / "llama2", text_models.VARIANTS["llama2"])
+
+
+@pytest.fixture(scope="session")
+def served(llama2_model: Path) -> Iterator[SimpleNamespace]:
+    """Every way to ask one engine with that model: `llm`, `openai`, `rpc`."""
+    llm = AsyncLLM(str(llama2_model), progress=lambda done, total: None, **(SETTINGS | {"num_pages": 300}))
+    with (
+        running(llm, ServerConfig(port=0, grpc_port=0)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT) as client,
+        Client(server.target) as rpc,
+    ):
+        yield SimpleNamespace(llm=llm, openai=client, rpc=rpc)
+    llm.close()
 
 
 def make_service(llm: AsyncLLM, adapter_dir: Path, **settings: object) -> Service:

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from chameleon_jax import SamplingParams
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.cli.serve import _greet
 from chameleon_jax.serving.server_config import ServerConfig
 from tests import reference_models as reference
+from tests.serving import text_calls
+from tests.text_models import PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,13 @@ def test_an_adapter_may_be_called_what_looks_like_markup(text_model, adapter_dir
     result = run("generate", text_model, "--prompt", "x", "--lora-modules", f"[/x]={adapter_dir}/a0", "--max-tokens", 2)
     assert result.exit_code == 0, result.output
     assert "[/x]" in result.output.splitlines()
+
+
+def test_generate_goes_on_from_its_prompt(llama2_model, served):
+    expected = text_calls.ask(served, PROMPT, SamplingParams(temperature=0, max_tokens=9))[-1].outputs[0].text
+    result = run("generate", llama2_model, "--prompt", PROMPT, "--max-tokens", 9)
+    assert result.exit_code == 0 and expected.startswith(" ")
+    assert result.stdout.endswith(f"\n{expected}\n") or result.stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])

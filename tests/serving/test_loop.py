@@ -11,6 +11,7 @@ from chameleon_jax.request import FinishReason, RequestState
 from chameleon_jax.serving.errors import QueueFull
 from chameleon_jax.systems import SYSTEMS
 from tests.serving.loop_traffic import adapter, expected, make_loop, make_request, run
+from tests.text_models import VARIANTS
 
 TRAFFIC = st.lists(
     st.tuples(
@@ -152,6 +153,21 @@ def test_stop_strings_are_cut_off_even_across_tokens():
         run(loop)
         assert request.text == plain.text[:at]
         assert request.stop_reason == (stop if at is not None else None)
+
+
+def test_a_text_goes_on_after_a_recomputation():
+    loop, executor, _ = make_loop(26)
+    tokenizer = VARIANTS["llama2"]
+    executor.vocab = tokenizer.vocab_size
+    requests = [make_request(i, 6, 30) for i in range(6)]
+    for request in requests:
+        request.stream = tokenizer.stream(prompt_token_ids=request.prompt_token_ids)
+        loop.submit(request)
+    run(loop)
+    assert loop.scheduler.num_squashes > 0
+    for request in requests:
+        stream = tokenizer.stream(prompt_token_ids=request.prompt_token_ids)
+        assert request.text == "".join(map(stream.append, expected(executor, request))) + stream.flush()
 
 
 def test_an_interrupt_while_waiting_for_the_device_loses_nothing():

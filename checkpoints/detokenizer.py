@@ -1,0 +1,132 @@
+"""Token ids to text, one token at a time.
+
+A tokenizer's decoder takes a whole list of tokens: it takes away the space that a text begins with, and puts U+FFFD for a part
+of a character. Here each token stands for its bytes, which are found once; the bytes of all tokens joined are the text's.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_NO_CHARACTER = "\ufffd"
+_LONGEST_PART = 3
+"""Bytes of a character that is not complete, at most."""
+
+
+class TokenBytes:
+    """Bytes that a token adds to a text.
+
+    Attributes:
+        special_ids: tokens that a text may leave out.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._added = backend.get_added_tokens_decoder()
+        self._inside: dict[int, bytes] = {}
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+
+    def inside(self, token_id: int) -> bytes:
+        """Bytes of a token that follows others; none where no token has the id."""
+        found = self._inside.get(token_id)
+        if found is None:
+            found = self._inside[token_id] = self._find(token_id, [] if self._word is None else [self._word])
+        return found
+
+    def at_start(self, token_id: int) -> bytes:
+        """Bytes of the first token of a text: many tokenizers take its space away."""
+        return self._find(token_id, [])
+
+    def left_out(self, skip_special_tokens: bool) -> frozenset[int]:
+        return self.special_ids if skip_special_tokens else frozenset()
+
+    def have_text(self, ids: Iterable[int], left_out: frozenset[int]) -> bool:
+        """Whether a text has begun after these tokens."""
+        return any(i not in left_out and self.inside(i) for i in ids)
+
+    @functools.cached_property
+    def _word(self) -> int | None:
+        """A token after which others decode as they do inside a text."""
+        for i in range(self._backend.get_vocab_size()):
+            if i not in self._added and self._decode([i]).isalnum() and not _BYTE_TOKEN.fullmatch(self._token(i)):
+                return i
+        return None
+
+    def _token(self, token_id: int) -> str:
+        return self._backend.id_to_token(token_id) or ""
+
+    def _find(self, token_id: int, before: list[int]) -> bytes:
+        prefix, text = self._decode(before), self._decode([*before, token_id])
+        if text.startswith(prefix) and _NO_CHARACTER not in text:
+            return text[len(prefix) :].encode()
+        token = self._token(token_id)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        if token_id not in self._added and all(character in _gpt2_bytes() for character in token):
+            return bytes(_gpt2_bytes()[character] for character in token)
+        return (text[len(prefix) :] if _NO_CHARACTER in token else token).encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+class DetokenizerStream:
+    """Text of one request, token by token: `append` returns what became final, never part of a character.
+
+    Args:
+        prompt_token_ids: tokens before the first. A text that goes on keeps the space it goes on with, and completes the
+            character that the prompt ends inside of.
+
+    Attributes:
+        pending: bytes of a character that is not complete.
+    """
+
+    def __init__(self, tokens: TokenBytes, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()):
+        self._tokens = tokens
+        self._left_out = tokens.left_out(skip_special_tokens)
+        before = (tokens.inside(i) for i in reversed(prompt_token_ids) if i not in self._left_out)
+        end = list(itertools.islice(filter(None, before), _LONGEST_PART))
+        self.pending = b""
+        self._begun = bool(end)
+        self._decode(b"".join(reversed(end)))
+
+    def append(self, token_id: int) -> str:
+        if token_id in self._left_out:
+            return ""
+        data = self._tokens.inside(token_id)
+        if not self._begun:
+            self._begun, data = bool(data), self._tokens.at_start(token_id)
+        return self._decode(data)
+
+    def flush(self) -> str:
+        """The rest at the end: U+FFFD for a character that was not completed."""
+        return self._decode(b"", final=True)
+
+    def _decode(self, data: bytes, final: bool = False) -> str:
+        data = self.pending + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self.pending = data[used:]
+        return text
+
+
+def shown(data: bytes) -> str:
+    """Bytes of a token as text; those of part of a character in OpenAI's form, which keeps different tokens apart."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + data.decode(errors="backslashreplace")
+
+
+@functools.cache
+def _gpt2_bytes() -> dict[str, int]:
+    """The byte for which each character of a byte-level token stands: its own where it is printable, else they are in order."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    rest = (byte for byte in range(256) if chr(byte) not in alphabet)
+    return {character: ord(character) if ord(character) < 256 else next(rest) for character in alphabet}
