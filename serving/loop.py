@@ -311,15 +311,15 @@ class ServingLoop:
         request.output_token_ids.append(token)
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
-        if token in request.stop_ids:
-            self._finish(request, FinishReason.STOP, token if token in params.stop_token_ids else None)
-            return
-        if request.stream is not None:
+        stops = token in request.stop_ids
+        if request.stream is not None and (not stops or params.include_stop_str_in_output):
             searched = len(request.text)
             request.text += request.stream.append(token)
             if self._cut_at_stop(request, searched):
                 return
-        if len(request.output_token_ids) >= params.max_tokens:
+        if stops:
+            self._finish(request, FinishReason.STOP, token if token in params.stop_token_ids else None)
+        elif len(request.output_token_ids) >= params.max_tokens:
             self._finish(request, FinishReason.LENGTH, None)
 
     def _cut_at_stop(self, request: Request, searched: int) -> bool:

@@ -6,24 +6,30 @@ from chameleon_jax.request import Request
 
 
 def cut_at_stop(request: Request, searched: int) -> str | None:
-    """Cuts the text before the stop string that what follows `searched` completes, and returns it.
+    """Cuts the text at the stop string that what follows `searched` completes, and returns it.
 
-    Stop strings count from the first token after min_tokens on, as in vLLM.
+    Of several it is the one that is complete first, so that it does not matter how the text came in tokens; of those that end
+    at one place, the longest. Stop strings count from the first token after min_tokens on, as in vLLM.
     """
-    if request.params.min_tokens and len(request.output_token_ids) <= request.params.min_tokens:
+    params, text = request.params, request.text
+    if not params.stop or 0 < params.min_tokens >= len(request.output_token_ids):
         return None
-    for stop in request.params.stop:
-        at = request.text.find(stop, max(0, searched - len(stop) + 1))
+    found = []
+    for stop in params.stop:
+        at = text.find(stop, max(0, searched - len(stop) + 1))
         if at >= 0:
-            request.text = request.text[:at]
-            return stop
-    return None
+            found.append((at + len(stop), at, stop))
+    if not found:
+        return None
+    end, begin, stop = min(found)
+    request.text = text[: end if params.include_stop_str_in_output else begin]
+    return stop
 
 
 def certain_text(request: Request) -> str:
     """The text that no stop string can take back: without an end that may become one, until the request has ended."""
     text = request.text
-    if request.finish_reason is not None:
+    if request.finish_reason is not None or request.params.include_stop_str_in_output:
         return text
     end = len(text)
     for stop in request.params.stop:

@@ -60,6 +60,7 @@ class Sampling(Body):
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = None
+    include_stop_str_in_output: StrictBool | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool = False
     skip_special_tokens: StrictBool = True
@@ -78,7 +79,6 @@ class Sampling(Body):
     repetition_penalty: Any = None
     logit_bias: Any = None
     response_format: Any = None
-    include_stop_str_in_output: Any = None
     spaces_between_special_tokens: Any = None
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -88,7 +88,6 @@ class Sampling(Body):
         "repetition_penalty": (1,),
         "logit_bias": ({},),
         "response_format": ({"type": "text"},),
-        "include_stop_str_in_output": (False,),
         "spaces_between_special_tokens": (True,),
     }
 
@@ -116,6 +115,7 @@ class Sampling(Body):
             "min_tokens": self.min_tokens,
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
             "max_tokens": max_tokens,
         }
         given = {name: value for name, value in fields.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,25 +30,56 @@ def test_certain_text(text, stops):
     assert certain_text(request) == text
 
 
-@settings(max_examples=500, derandomize=True, deadline=None)
-@given(pieces=st.lists(TEXT, max_size=5), stops=STOPS)
-def test_cut_at_stop(pieces, stops):
-    """The text that comes piece by piece is cut where a stop string is first complete."""
-    request = make("", stops)
+def ended(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The text up to the stop string that is complete first, read letter by letter, and that string."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)], stop
+    return text, None
+
+
+@settings(max_examples=1000, derandomize=True, deadline=None)
+@given(pieces=st.lists(TEXT, max_size=5), stops=STOPS, include=st.booleans())
+def test_cut_at_stop(pieces, stops, include):
+    """However the text comes in pieces, it ends where a stop string is first complete; no letter is shown and taken back."""
+    request = make("", stops, include_stop_str_in_output=include)
     shown, cut = "", None
     for piece in pieces:
         searched = len(request.text)
         request.text += piece
         cut = cut_at_stop(request, searched)
         if cut is not None:
+            request.finish_reason = FinishReason.STOP
             break
         assert certain_text(request).startswith(shown)
         shown = certain_text(request)
-    whole = "".join(pieces)
-    assert (cut is not None) == any(stop in whole for stop in stops)
+    text, stop = ended("".join(pieces), stops)
+    assert cut == stop
+    assert request.text == (text + stop if include and stop is not None else text)
     assert request.text.startswith(shown)
-    if cut is not None:
-        assert whole.startswith(request.text + cut)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "rest", "stop"),
+    [
+        ("one. two\nthree", ["\n", "."], "one", "."),  # the first in the text, not in the list
+        ("a with b", [" with"], "a", " with"),
+        (" with b", [" with", "with"], "", " with"),  # both end at one place: the longest
+        ("xabcy", ["abcy", "bc"], "xa", "bc"),  # complete first, as if it had come letter by letter
+        ("xab", ["ab", "xab"], "", "xab"),
+    ],
+)
+def test_of_several_in_one_token_the_first_that_is_complete_ends_the_text(text, stops, rest, stop):
+    for order in (stops, stops[::-1]):
+        for include in (False, True):
+            request = make(text, order, include_stop_str_in_output=include)
+            assert cut_at_stop(request, 0) == stop
+            assert request.text == (rest + stop if include else rest)
+
+
+def test_nothing_is_held_back_where_the_stop_string_stays():
+    assert certain_text(make("aa", ["ab"], include_stop_str_in_output=True)) == "aa"
 
 
 def test_stop_strings_count_after_min_tokens():

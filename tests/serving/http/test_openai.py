@@ -202,6 +202,7 @@ def test_logprobs_of_chat(client, stream, num_top):
         ("top_logprobs", 5),
         ("echo", True),
         ("add_special_tokens", True),
+        ("include_stop_str_in_output", "yes"),
         ("add_generation_prompt", False),
         ("spaces_between_special_tokens", False),
     ],
