@@ -31,10 +31,10 @@ class SamplingParams:
         min_tokens: stop ids cannot be drawn before that many.
         stop: strings that end the output, the first to be complete; they are not part of it.
         stop_token_ids: ids that end the output, beside the model's own.
-        include_stop_str_in_output: keep the stop string, or the text of the id, that ends the output.
         ignore_eos: go on past the model's end-of-sequence ids.
         logprobs: how many alternatives to report for each token, 0 to 20; None reports none.
         skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop string, or the text of the id, that ends the output.
     """
 
     temperature: float = 1.0
@@ -46,10 +46,10 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
-    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, allowed: str) -> None:

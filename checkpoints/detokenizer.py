@@ -18,6 +18,8 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _NO_CHARACTER = "\ufffd"
 _LONGEST_PART = 3
 """Bytes of a character that is not complete, at most."""
+_CONTEXT = 256
+"""Tokens of a prompt that are looked at, at most: chat templates end with a few special tokens, not with hundreds."""
 
 
 class TokenBytes:
@@ -45,11 +47,17 @@ class TokenBytes:
         return self._find(token_id, [])
 
     def left_out(self, skip_special_tokens: bool) -> frozenset[int]:
+        """Ids that a text leaves out."""
         return self.special_ids if skip_special_tokens else frozenset()
 
     def have_text(self, ids: Iterable[int], left_out: frozenset[int]) -> bool:
-        """Whether a text has begun after these tokens."""
         return any(i not in left_out and self.inside(i) for i in ids)
+
+    def end_of(self, prompt_token_ids: Sequence[int], left_out: frozenset[int]) -> bytes:
+        """The last bytes of a prompt, all of a character that it ends inside of among them; none where it has no text."""
+        last = itertools.islice(reversed(prompt_token_ids), _CONTEXT)
+        data = filter(None, (self.inside(i) for i in last if i not in left_out))
+        return b"".join(reversed(list(itertools.islice(data, _LONGEST_PART))))
 
     @functools.cached_property
     def _word(self) -> int | None:
@@ -91,11 +99,9 @@ class DetokenizerStream:
     def __init__(self, tokens: TokenBytes, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()):
         self._tokens = tokens
         self._left_out = tokens.left_out(skip_special_tokens)
-        before = (tokens.inside(i) for i in reversed(prompt_token_ids) if i not in self._left_out)
-        end = list(itertools.islice(filter(None, before), _LONGEST_PART))
-        self.pending = b""
-        self._begun = bool(end)
-        self._decode(b"".join(reversed(end)))
+        self.pending = tokens.end_of(prompt_token_ids, self._left_out)
+        self._begun = bool(self.pending)
+        self._decode(b"")
 
     def append(self, token_id: int) -> str:
         if token_id in self._left_out:

@@ -59,8 +59,9 @@ def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | N
     if tokenizer is None:
         return [{t: Logprob(max(LEAST_LOGPROB, value)) for t, value in position.items()} for position in positions]
     tokens, left_out = tokenizer.token_bytes, tokenizer.token_bytes.left_out(request.params.skip_special_tokens)
-    before = itertools.chain(reversed(request.prompt_token_ids), itertools.islice(request.output_token_ids, begin))
-    has_begun = tokens.have_text(before, left_out)
+    has_begun = bool(tokens.end_of(request.prompt_token_ids, left_out)) or tokens.have_text(
+        itertools.islice(request.output_token_ids, begin), left_out
+    )
     found = []
     for token_id, position in zip(request.output_token_ids[begin:end], positions):
         bytes_of = tokens.inside if has_begun else tokens.at_start

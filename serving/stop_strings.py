@@ -12,7 +12,7 @@ def cut_at_stop(request: Request, searched: int) -> str | None:
     at one place, the longest. Stop strings count from the first token after min_tokens on, as in vLLM.
     """
     params, text = request.params, request.text
-    if not params.stop or 0 < params.min_tokens >= len(request.output_token_ids):
+    if not params.stop or (params.min_tokens and len(request.output_token_ids) <= params.min_tokens):
         return None
     found = []
     for stop in params.stop:

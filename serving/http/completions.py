@@ -143,8 +143,10 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
 
 def _begin(tokenizer: Tokenizer | None, body: CompletionRequest, prompt: str | list[int]) -> tuple[str, bytes]:
     """The prompt's text where it is wanted, and the bytes of a character that it ends inside of: the completion has that."""
-    if isinstance(prompt, str) or tokenizer is None:
-        return prompt if body.echo and isinstance(prompt, str) else "", b""
+    if isinstance(prompt, str):
+        return prompt if body.echo else "", b""
+    if tokenizer is None:
+        return "", b""
     if not body.echo:
         return "", tokenizer.stream(body.skip_special_tokens, prompt).pending
     stream = tokenizer.stream(body.skip_special_tokens)

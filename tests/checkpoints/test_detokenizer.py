@@ -96,6 +96,9 @@ def test_the_context_is_a_few_tokens_of_any_prompt():
     word = llama2.backend.token_to_id("▁with")
     assert llama2.stream(prompt_token_ids=Prompt([word] * 100_000)).append(word) == " with"
     assert len(read) <= 4
+    read.clear()
+    assert llama2.stream(prompt_token_ids=Prompt([1] * 100_000)).append(word) == "with"
+    assert len(read) <= 256
 
 
 def test_tokens_stand_for_bytes():
