@@ -128,7 +128,7 @@ class Tokenizer:
         """Writes what `from_directory` and transformers' AutoTokenizer read."""
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _id(self, field: str) -> int | None:
         token = token_text(self.settings.get(field))

@@ -39,6 +39,10 @@ class Body(BaseModel):
         return given
 
 
+EMPTY: tuple[Any, ...] = (False, "", [], {})
+"""What says nothing, where an empty value is not a wish of its own, as the schema `{}` is."""
+
+
 def only(*values: Any) -> AfterValidator:
     """Of a field that is not supported: the values that change nothing, beside null."""
     allowed = " or ".join(["null", *map(repr, values)])
@@ -97,33 +101,33 @@ class Sampling(Body):
     repetition_penalty: Annotated[Any, only(1)] = None
     length_penalty: Annotated[Any, only(1)] = None
     use_beam_search: Annotated[Any, only(False)] = None
-    logit_bias: Annotated[Any, only({}, [])] = None
-    logits_processors: Annotated[Any, only([])] = None
-    allowed_token_ids: Annotated[Any, only([])] = None
-    bad_words: Annotated[Any, only([])] = None
-    response_format: Annotated[Any, only({"type": "text"}, {})] = None
-    structured_outputs: Annotated[Any, only({})] = None
-    structural_tag: Annotated[Any, only("")] = None
+    logit_bias: Annotated[Any, only(*EMPTY)] = None
+    logits_processors: Annotated[Any, only(*EMPTY)] = None
+    allowed_token_ids: Annotated[Any, only(*EMPTY)] = None
+    bad_words: Annotated[Any, only(*EMPTY)] = None
+    response_format: Annotated[Any, only({"type": "text"}, *EMPTY)] = None
+    structured_outputs: Annotated[Any, only(*EMPTY)] = None
+    structural_tag: Annotated[Any, only(*EMPTY)] = None
     guided_json: Annotated[Any, only("")] = None
-    guided_regex: Annotated[Any, only("")] = None
-    guided_choice: Annotated[Any, only([])] = None
-    guided_grammar: Annotated[Any, only("")] = None
-    guided_decoding_backend: Annotated[Any, only("")] = None
-    guided_whitespace_pattern: Annotated[Any, only("")] = None
+    guided_regex: Annotated[Any, only(*EMPTY)] = None
+    guided_choice: Annotated[Any, only(*EMPTY)] = None
+    guided_grammar: Annotated[Any, only(*EMPTY)] = None
+    guided_decoding_backend: Annotated[Any, only(*EMPTY)] = None
+    guided_whitespace_pattern: Annotated[Any, only(*EMPTY)] = None
     include_stop_str_in_output: Annotated[Any, only(False)] = None
     spaces_between_special_tokens: Annotated[Any, only(True)] = None
     detokenize: Annotated[Any, only(True)] = None
     truncate_prompt_tokens: Annotated[Any, only()] = None
     truncation_side: Annotated[Any, only("left", "right", "")] = None
     prompt_logprobs: Annotated[Any, only()] = None
-    logprob_token_ids: Annotated[Any, only([])] = None
+    logprob_token_ids: Annotated[Any, only(*EMPTY)] = None
     return_token_ids: Annotated[Any, only(False)] = None
     return_tokens_as_token_ids: Annotated[Any, only(False)] = None
     thinking_token_budget: Annotated[Any, only(-1)] = None
     priority: Annotated[Any, only(0)] = None
     request_id: Annotated[Any, only("")] = None
-    kv_transfer_params: Annotated[Any, only({})] = None
-    vllm_xargs: Annotated[Any, only({})] = None
+    kv_transfer_params: Annotated[Any, only(*EMPTY)] = None
+    vllm_xargs: Annotated[Any, only(*EMPTY)] = None
 
     def check_together(self) -> None:
         """Raises ApiError where fields do not go together."""
@@ -182,8 +186,8 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[Annotated[StrictInt, Field(ge=0, le=20)] | None, BeforeValidator(_none_of_false)] = None
     echo: StrictBool | None = False
 
-    suffix: Annotated[Any, only("")] = None
-    prompt_embeds: Annotated[Any, only("", [])] = None
+    suffix: Annotated[Any, only(*EMPTY)] = None
+    prompt_embeds: Annotated[Any, only(*EMPTY)] = None
     add_special_tokens: Annotated[Any, only(True)] = None
 
     def check_together(self) -> None:
@@ -241,9 +245,9 @@ class Message(Body):
     annotations: Any = None
     cache_control: Any = None
 
-    tool_calls: Annotated[Any, only([])] = None
-    function_call: Annotated[Any, only({}, "")] = None
-    audio: Annotated[Any, only({})] = None
+    tool_calls: Annotated[Any, only(*EMPTY)] = None
+    function_call: Annotated[Any, only(*EMPTY)] = None
+    audio: Annotated[Any, only(*EMPTY)] = None
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates know it."""
@@ -254,11 +258,11 @@ class Message(Body):
         return message | {name: value for name in optional if (value := getattr(self, name)) is not None}
 
 
-TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+_TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 
 
 def _variables(given: dict[str, Any]) -> dict[str, Any]:
-    if fields := sorted(given.keys() & TEMPLATE_FIELDS):
+    if fields := sorted(given.keys() & _TEMPLATE_FIELDS):
         raise ValueError(f"allowed: not {fields[0]}, which is a field of the request")
     return given
 
@@ -280,19 +284,19 @@ class ChatRequest(Sampling):
     include_reasoning: Annotated[Any, only(True, False)] = None  # there is no such text beside the content
     reasoning_effort: Annotated[Any, only("none", "")] = None
     verbosity: Annotated[Any, only("medium", "")] = None
-    tools: Annotated[Any, only([])] = None
-    tool_choice: Annotated[Any, only("none", "")] = None
-    functions: Annotated[Any, only([])] = None
-    function_call: Annotated[Any, only("none", "")] = None
+    tools: Annotated[Any, only(*EMPTY)] = None
+    tool_choice: Annotated[Any, only("none", *EMPTY)] = None
+    functions: Annotated[Any, only(*EMPTY)] = None
+    function_call: Annotated[Any, only("none", *EMPTY)] = None
     parallel_tool_calls: Annotated[Any, only(True, False)] = None
-    modalities: Annotated[Any, only(["text"], [])] = None
+    modalities: Annotated[Any, only(["text"], *EMPTY)] = None
     audio: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
     prediction: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None  # an empty one asks for a search
-    documents: Annotated[Any, only([])] = None
-    chat_template: Annotated[Any, only("")] = None
-    mm_processor_kwargs: Annotated[Any, only({})] = None
+    documents: Annotated[Any, only(*EMPTY)] = None
+    chat_template: Annotated[Any, only(*EMPTY)] = None
+    mm_processor_kwargs: Annotated[Any, only(*EMPTY)] = None
     echo: Annotated[Any, only(False)] = None
     add_special_tokens: Annotated[Any, only(False)] = None  # as in vLLM: the template has them
 

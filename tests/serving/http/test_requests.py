@@ -103,6 +103,11 @@ def test_a_field_that_is_null_says_nothing(kind):
 
 
 NOTHING = [
+    *[
+        (field, empty)
+        for field in ("logit_bias", "response_format", "guided_regex", "bad_words")
+        for empty in (False, "", [], {})
+    ],
     ("best_of", 1),
     ("bad_words", []),
     ("allowed_token_ids", []),
@@ -146,6 +151,7 @@ NOTHING = [
     ("vllm_xargs", {}),
 ]
 NOTHING_CHAT = [
+    *[(field, empty) for field in ("tools", "functions", "tool_choice", "documents") for empty in (False, "", [], {})],
     ("add_generation_prompt", True),
     ("chat_template", ""),
     ("chat_template_kwargs", {}),
@@ -196,6 +202,7 @@ CHANGES = [
     ("guided_choice", ["a"]),
     ("guided_grammar", "x"),
     ("guided_json", {}),  # any JSON
+    ("guided_json", {"type": "object"}),
     ("guided_regex", "x"),
     ("kv_transfer_params", {"a": 1}),
     ("length_penalty", 2),
