@@ -196,4 +196,4 @@ def _tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokeniz
         )
     if template := get("tokenizer.chat_template", ""):
         settings["chat_template"] = template
-    return Tokenizer(backend, settings, eos_token_ids)
+    return Tokenizer(backend, settings, eos_token_ids, "tokenizer.chat_template")

@@ -1,17 +1,15 @@
-"""Text to token ids and back, by the `tokenizers` library; chat templates by a sandboxed jinja2."""
+"""Text to token ids and back, by the `tokenizers` library."""
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, read_chat_template, read_json, special_tokens, token_text
 from chameleon_jax.checkpoints.detokenizer import DetokenizerStream, TokenBytes
 
 
@@ -20,15 +18,23 @@ class Tokenizer:
 
     Args:
         settings: what `tokenizer_config.json` says (bos_token, eos_token, chat_template, ...).
+        template_place: file or field of the chat template, for errors.
 
     Attributes:
         token_bytes: bytes that each token adds to a text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_token_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        eos_token_ids: Sequence[int] = (),
+        template_place: str = "chat_template",
+    ):
         self.backend = backend
         self.token_bytes = TokenBytes(backend)
         self.settings = dict(settings)
+        self.chat_template = ChatTemplate(settings.get("chat_template"), special_tokens(settings), template_place)
         self.bos_token_id = self._id("bos_token")
         eos = self._id("eos_token")
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
@@ -45,34 +51,28 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> DetokenizerStream:
         return DetokenizerStream(self.token_bytes, skip_special_tokens, prompt_token_ids)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The conversation as the text the model was trained on.
+
+        Args:
+            continue_final_message: Ends the text where the last message's text ends.
+            variables: More variables of the template.
 
         Raises:
             ValueError: the tokenizer has no template, or the template refuses the messages.
         """
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if not template:
-            raise ValueError("the tokenizer has no chat_template")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        special = {k: _text(v) for k, v in self.settings.items() if k.endswith("_token") and v is not None}
-        try:
-            return environment.from_string(template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special
-            )
-        except Exception as error:  # a template is a program: on messages it does not expect it may raise anything
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+        return self.chat_template.render(messages, add_generation_prompt, continue_final_message, variables)
 
     @classmethod
     def from_directory(cls, directory: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer | None:
-        """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; None where there is no tokenizer.
+        """Reads `tokenizer.json`, `tokenizer_config.json` and the chat template; None where there is no tokenizer.
 
         Raises:
             ValueError: one of the files is broken; names it.
@@ -80,33 +80,22 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             return None
-        settings_file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        try:
-            settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{settings_file} is not JSON: {error}") from error
-        if template.is_file():
-            settings["chat_template"] = template.read_text()
+        settings = read_json(directory / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:  # older checkpoints have their special tokens in a file of their own
+            settings |= read_json(directory / "special_tokens_map.json")
+        settings["chat_template"], place = read_chat_template(directory, settings)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} cannot be read: {error}") from error
-        return cls(backend, settings, eos_token_ids)
+        return cls(backend, settings, eos_token_ids, place)
 
     def save(self, directory: Path) -> None:
         """Writes what `from_directory` and transformers' AutoTokenizer read."""
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _id(self, field: str) -> int | None:
-        token = self.settings.get(field)
-        return None if token is None else self.backend.token_to_id(_text(token))
-
-
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+        token = token_text(self.settings.get(field))
+        return None if token is None else self.backend.token_to_id(token)

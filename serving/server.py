@@ -126,6 +126,8 @@ class Server:
 
     async def start(self) -> None:
         """Returns once both protocols answer. Raises OSError where a port cannot be had."""
+        if (error := self._service.chat_error) is not None:
+            logger.warning("conversations are refused, completions are not: %s", error)
         if self._rpc is not None:
             await self._rpc.start()
         self._serving = asyncio.create_task(self._http.serve([self._listener]))

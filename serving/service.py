@@ -9,6 +9,7 @@ import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from chameleon_jax.request import LoRARequest
 from chameleon_jax.serving.adapter_sources import AdapterSources
@@ -70,12 +71,20 @@ class Service:
         most = self.config.request_timeout
         return Deadline(most if timeout is None else min(timeout, most))
 
-    async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation as the token ids of a prompt. Raises ValueError."""
+    @property
+    def chat_error(self) -> str | None:
+        """Why conversations are refused; None where they are not."""
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
-            raise ValueError("messages: the model has no tokenizer (load_format='dummy'), so it cannot chat")
-        text = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
+            return "the model has no tokenizer (load_format='dummy'), so it cannot chat"
+        return tokenizer.chat_template.error
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, str]], /, **options: Any) -> list[int]:
+        """A conversation as the token ids of a prompt. Args: options: of `apply_chat_template`. Raises ValueError."""
+        tokenizer = self.llm.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"messages: {self.chat_error}")
+        text = await asyncio.to_thread(tokenizer.apply_chat_template, messages, **options)
         return await self.llm.prompts.read(text, add_special_tokens=False)
 
     # -- adapters -------------------------------------------------------------------------------------------------------

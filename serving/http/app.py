@@ -10,6 +10,7 @@ import chameleon_jax
 from chameleon_jax.serving.http import chat, completions, health, models
 from chameleon_jax.serving.http.edge import Edge
 from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
+from chameleon_jax.serving.http.head import HeadAsGet
 from chameleon_jax.serving.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -30,5 +31,6 @@ def make_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     for module in (models, completions, chat, health):
         app.include_router(module.router, responses=ERRORS)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Edge, max_body_bytes=service.config.max_body_bytes)
     return app

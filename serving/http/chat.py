@@ -44,7 +44,8 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         body.sampling_params(1, logprobs, most)  # what is wrong with it is said before anything is computed
         deadline = service.deadline(timeout_of(request))
         async with deadline.kept():
-            token_ids = await service.chat_tokens([message.for_template() for message in body.messages])
+            messages = [message.for_template() for message in body.messages]
+            token_ids = await service.chat_tokens(messages, **body.template_variables())
         room = max(1, service.llm.max_model_len - len(token_ids))
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         params = body.sampling_params(room if wanted is None else wanted, logprobs, most)

@@ -106,7 +106,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
+        if isinstance(error.body, bytes):  # FastAPI has not read it as JSON
+            return _other_type(request.headers.get("content-type"))
+        found = max(error.errors(), key=lambda found: len(found["loc"]))  # where several types were tried, the closest
         path = [str(part) for part in found["loc"] if not _PLACES.fullmatch(str(part))]
         unknown = found["type"] == "extra_forbidden"
         field = ".".join([*path, found["ctx"]["field"]] if unknown else path)[:200] or "the body"
@@ -115,10 +117,16 @@ def add_error_handlers(app: FastAPI) -> None:
         elif found["type"] == "json_invalid":
             message = f"the body is not JSON: {found.get('ctx', {}).get('error', '')}"
         elif found["type"] == "missing":
-            message = f"{field} is missing"
+            message = f"{field} is missing or null"
         else:
             message = f"{field} is {reprlib.repr(found.get('input'))}; {found['msg'].removeprefix('Value error, ')}"
         return error_response(400, error_body(400, message[:1000], param=field))
+
+
+def _other_type(content_type: str | None) -> Response:
+    given = "missing" if content_type is None else f"{content_type[:100]!r}"
+    message = f"content-type is {given}; allowed: application/json (curl: -H 'content-type: application/json')"
+    return error_response(415, error_body(415, message, param="content-type"))
 
 
 def _headers(status: int) -> dict[str, str] | None:

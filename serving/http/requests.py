@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from chameleon_jax.request import MAX_STOP_IDS, MAX_STOPS, SamplingParams
@@ -22,32 +21,49 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 
 
 class Body(BaseModel):
-    """An object of which every field is known."""
+    """An object of which every field is known. Fields that are null say nothing, known or not."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        unknown = next((name for name in data if name not in cls.model_fields), None) if isinstance(data, dict) else None
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        unknown = next((name for name in given if name not in cls.model_fields), None)
         if unknown is not None:
             raise PydanticCustomError(
                 "extra_forbidden", "unknown field", {"field": unknown[:200].encode(errors="replace").decode()}
             )
-        return data
+        return given
+
+
+EMPTY: tuple[Any, ...] = (False, "", [], {})
+"""What says nothing, where an empty value is not a wish of its own, as the schema `{}` is."""
+
+
+def only(*values: Any) -> AfterValidator:
+    """Of a field that is not supported: the values that change nothing, beside null."""
+    allowed = " or ".join(["null", *map(repr, values)])
+
+    def check(value: Any) -> Any:
+        said = {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, dict) else value
+        if said not in values:
+            raise ValueError(f"it is not supported, allowed: {allowed}")
+        return value
+
+    return AfterValidator(check)
 
 
 class StreamOptions(Body):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Usage so far in every event, as in vLLM.")
+    include_obfuscation: StrictBool = Field(default=False, description="Taken, and not used.")
 
 
 class Sampling(Body):
-    """Fields of both kinds of completions.
-
-    Those that are typed `Any` would change the answer and are not supported: values that change nothing are taken (see
-    `check_neutral`). The five after `stream_options` are taken and not used.
-    """
+    """Fields of both kinds of completions."""
 
     model: Annotated[str, Field(max_length=256)] | None = Field(
         default=None, description="The base model or an adapter; left out: the base model."
@@ -67,46 +83,66 @@ class Sampling(Body):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
 
+    # taken and not used: they change no answer
     user: Any = None
     metadata: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    cache_salt: Any = None
+    session_id: Any = None
 
-    store: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    response_format: Any = None
-    spaces_between_special_tokens: Any = None
+    # not supported: only values that change nothing are taken
+    best_of: Any = Field(default=None, description="Only the value of n.")
+    store: Annotated[Any, only(False)] = None
+    presence_penalty: Annotated[Any, only(0)] = None
+    frequency_penalty: Annotated[Any, only(0)] = None
+    repetition_penalty: Annotated[Any, only(1)] = None
+    length_penalty: Annotated[Any, only(1)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    logit_bias: Annotated[Any, only(*EMPTY)] = None
+    logits_processors: Annotated[Any, only(*EMPTY)] = None
+    allowed_token_ids: Annotated[Any, only(*EMPTY)] = None
+    bad_words: Annotated[Any, only(*EMPTY)] = None
+    response_format: Annotated[Any, only({"type": "text"}, *EMPTY)] = None
+    structured_outputs: Annotated[Any, only(*EMPTY)] = None
+    structural_tag: Annotated[Any, only(*EMPTY)] = None
+    guided_json: Annotated[Any, only("")] = None
+    guided_regex: Annotated[Any, only(*EMPTY)] = None
+    guided_choice: Annotated[Any, only(*EMPTY)] = None
+    guided_grammar: Annotated[Any, only(*EMPTY)] = None
+    guided_decoding_backend: Annotated[Any, only(*EMPTY)] = None
+    guided_whitespace_pattern: Annotated[Any, only(*EMPTY)] = None
+    spaces_between_special_tokens: Annotated[Any, only(True)] = None
+    detokenize: Annotated[Any, only(True)] = None
+    truncate_prompt_tokens: Annotated[Any, only()] = None
+    truncation_side: Annotated[Any, only("left", "right", "")] = None
+    prompt_logprobs: Annotated[Any, only()] = None
+    logprob_token_ids: Annotated[Any, only(*EMPTY)] = None
+    return_token_ids: Annotated[Any, only(False)] = None
+    return_tokens_as_token_ids: Annotated[Any, only(False)] = None
+    thinking_token_budget: Annotated[Any, only(-1)] = None
+    priority: Annotated[Any, only(0)] = None
+    request_id: Annotated[Any, only("")] = None
+    kv_transfer_params: Annotated[Any, only(*EMPTY)] = None
+    vllm_xargs: Annotated[Any, only(*EMPTY)] = None
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (False,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "repetition_penalty": (1,),
-        "logit_bias": ({},),
-        "response_format": ({"type": "text"},),
-        "spaces_between_special_tokens": (True,),
-    }
-
-    def check_neutral(self) -> None:
-        """Raises ApiError where a field that is not supported would change the answer."""
-        for field, values in self.NEUTRAL.items():
-            value = getattr(self, field)
-            if value is not None and value not in values:
-                allowed = " or ".join(["null", *map(repr, values)])
-                raise ApiError(400, f"{field} is {reprlib.repr(value)}; it is not supported, allowed: {allowed}", param=field)
+    def check_together(self) -> None:
+        """Raises ApiError where fields do not go together."""
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(400, f"best_of is {self.best_of!r:.40}; it is not supported, allowed: null or n", param="best_of")
+        asked = [name for name, value in self.stream_options or () if value]
+        if asked and not self.stream:
+            raise ApiError(400, f"stream_options has {asked[0]}; allowed: only together with stream", param="stream_options")
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None, max_choices: int) -> list[SamplingParams]:
         """One for each of `n`. Raises ValueError or ApiError."""
-        self.check_neutral()
+        self.check_together()
         n = self.n or 1
         if n > max_choices:
             raise ApiError(400, f"n is {n}; allowed: 1 to {max_choices}", param="n")
-        if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options is set; allowed: only together with stream", param="stream_options")
         fields: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -136,6 +172,10 @@ def _wrapped(seed: int, i: int) -> int:
     return seed + i if i == 0 or not -(2**63) <= seed < 2**63 else (seed + i + 2**63) % 2**64 - 2**63
 
 
+def _none_of_false(value: Any) -> Any:
+    return None if value is False else value
+
+
 class CompletionRequest(Sampling):
     prompt: (
         str
@@ -144,27 +184,15 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: StrictInt | None = Field(default=None, description="16 where it is left out.")
-    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Annotated[StrictInt, Field(ge=0, le=20)] | None, BeforeValidator(_none_of_false)] = None
     echo: StrictBool | None = False
 
-    suffix: Any = None
-    best_of: Any = None
-    use_beam_search: Any = None
-    length_penalty: Any = None
-    add_special_tokens: Any = None
+    suffix: Annotated[Any, only(*EMPTY)] = None
+    prompt_embeds: Annotated[Any, only(*EMPTY)] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
-        "suffix": ("",),
-        "use_beam_search": (False,),
-        "length_penalty": (1,),
-        "add_special_tokens": (True,),
-    }
-
-    def check_neutral(self) -> None:
-        super().check_neutral()
-        if self.best_of not in (None, self.n or 1):
-            best_of = reprlib.repr(self.best_of)
-            raise ApiError(400, f"best_of is {best_of}; it is not supported, allowed: null or n", param="best_of")
+    def check_together(self) -> None:
+        super().check_together()
         if self.echo and self.logprobs is not None:
             raise ApiError(400, "echo is set; allowed: not together with logprobs", param="echo")
 
@@ -175,29 +203,69 @@ class CompletionRequest(Sampling):
         return prompt
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
+class Part(Body):
+    """Of a message: text, or a refusal that a model gave."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    # taken and not used: prompts are not cached
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_first(cls, data: Any) -> Any:
+        """Has another type named, and not the fields that come with it."""
+        if isinstance(data, dict) and data.get("type") not in (None, "text", "refusal"):
+            return {"type": data["type"]}
+        return data
+
+    @model_validator(mode="after")
+    def _complete(self) -> Part:
+        if self.said is None:
+            raise ValueError(f"allowed: with {self.type}")
+        return self
+
+    @property
+    def said(self) -> str | None:
+        return self.text if self.type == "text" else self.refusal
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    refusal: str | None = Field(default=None, description="The text of a message without content.")
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = None
-    tool_calls: Any = None
-    function_call: Any = None
-    audio: Any = None
+    reasoning_content: str | None = Field(default=None, description="As `reasoning`, for the chat template.")
+    reasoning: str | None = None
+
+    # taken and not used: no template has them
+    annotations: Any = None
+    cache_control: Any = None
+
+    tool_calls: Annotated[Any, only(*EMPTY)] = None
+    function_call: Annotated[Any, only(*EMPTY)] = None
+    audio: Annotated[Any, only(*EMPTY)] = None
 
     def for_template(self) -> dict[str, str]:
-        """What chat templates know. Raises ApiError where the message is more than text."""
-        for field in ("tool_calls", "function_call", "audio"):
-            if getattr(self, field):
-                raise ApiError(400, f"messages: {field} is set; it is not supported, allowed: text", param=f"messages.{field}")
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        """The message as chat templates know it."""
+        content = self.content or self.refusal or ""
+        text = content if isinstance(content, str) else "".join(part.said or "" for part in content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        optional = ("name", "tool_call_id", "reasoning_content", "reasoning")
+        return message | {name: value for name in optional if (value := getattr(self, name)) is not None}
+
+
+_TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+
+
+def _variables(given: dict[str, Any]) -> dict[str, Any]:
+    if fields := sorted(given.keys() & _TEMPLATE_FIELDS):
+        raise ValueError(f"allowed: not {fields[0]}, which is a field of the request")
+    return given
 
 
 class ChatRequest(Sampling):
@@ -206,38 +274,41 @@ class ChatRequest(Sampling):
     max_completion_tokens: StrictInt | None = Field(default=None, description="Left out: what the context has room for.")
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = Field(
+        default=False, description="Go on with the last message; only with add_generation_prompt false."
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] = Field(
+        default_factory=dict, description="More variables of the chat template."
+    )
 
-    reasoning_effort: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    parallel_tool_calls: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    web_search_options: Any = None
-    echo: Any = None
-    add_generation_prompt: Any = None
-    add_special_tokens: Any = None
+    include_reasoning: Annotated[Any, only(True, False)] = None  # there is no such text beside the content
+    reasoning_effort: Annotated[Any, only("none", "")] = None
+    verbosity: Annotated[Any, only("medium", "")] = None
+    tools: Annotated[Any, only(*EMPTY)] = None
+    tool_choice: Annotated[Any, only("none", *EMPTY)] = None
+    functions: Annotated[Any, only(*EMPTY)] = None
+    function_call: Annotated[Any, only("none", *EMPTY)] = None
+    parallel_tool_calls: Annotated[Any, only(True, False)] = None
+    modalities: Annotated[Any, only(["text"], *EMPTY)] = None
+    audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None  # an empty one asks for a search
+    documents: Annotated[Any, only(*EMPTY)] = None
+    chat_template: Annotated[Any, only(*EMPTY)] = None
+    mm_processor_kwargs: Annotated[Any, only(*EMPTY)] = None
+    echo: Annotated[Any, only(False)] = None
+    add_special_tokens: Annotated[Any, only(False)] = None  # as in vLLM: the template has them
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
-        "reasoning_effort": ("none",),
-        "tools": ([],),
-        "tool_choice": ("none",),
-        "functions": ([],),
-        "function_call": ("none",),
-        "parallel_tool_calls": (True, False),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "web_search_options": (),
-        "echo": (False,),
-        "add_generation_prompt": (True,),
-        "add_special_tokens": (False,),  # as in vLLM: the template has them
-    }
-
-    def check_neutral(self) -> None:
-        super().check_neutral()
-        if self.top_logprobs is not None and not self.logprobs:
+    def check_together(self) -> None:
+        super().check_together()
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is set; allowed: only together with logprobs", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message is set; allowed: only with add_generation_prompt false"
+            raise ApiError(400, message, param="continue_final_message")
+
+    def template_variables(self) -> dict[str, Any]:
+        fields = {"add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message}
+        return self.chat_template_kwargs | fields

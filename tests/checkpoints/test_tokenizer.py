@@ -78,38 +78,6 @@ def test_chat_template(tokenizer):
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=False) == "<user>hi"
 
 
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        ("{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}", "x\n"),  # trim_blocks, lstrip_blocks
-        ("{{ bos_token }}{{ messages | tojson }}", '<s>[{"role": "user", "content": "hi"}]'),
-        ("{% for m in messages %}{% break %}{% endfor %}{{ tools is none }}{{ documents is none }}", "TrueTrue"),
-        ("{{ strftime_now('%Y') | length }}", "4"),
-        ([{"name": "other", "template": "no"}, {"name": "default", "template": "yes"}], "yes"),
-    ],
-)
-def test_chat_template_has_what_transformers_gives_it(template, text):
-    tokenizer = Tokenizer(TOKENIZERS["byte_level"].backend, {"chat_template": template, "bos_token": "<s>"})
-    assert tokenizer.apply_chat_template(MESSAGES) == text
-
-
-@pytest.mark.parametrize(
-    ("template", "error"),
-    [
-        (None, "no chat_template"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0]['content'] + 1 }}", "messages"),
-        ("{{ messages.append(1) }}", "messages"),  # the sandbox keeps what it is given unchanged
-        ("{{ ''.__class__.__mro__ }}", "messages"),
-        ("{% for", "messages"),
-    ],
-)
-def test_chat_template_refuses(template, error):
-    tokenizer = Tokenizer(TOKENIZERS["byte_level"].backend, {"chat_template": template})
-    with pytest.raises(ValueError, match=error):
-        tokenizer.apply_chat_template(MESSAGES)
-
-
 def test_directory_round_trip(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = Tokenizer.from_directory(tmp_path, [5])

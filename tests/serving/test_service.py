@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from chameleon_jax.checkpoints import host_store, peft
+from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.request import LoRARequest, SamplingParams
 from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
 from tests import reference_models as reference
@@ -87,6 +88,26 @@ def test_what_the_operator_names_must_be_there(service):
 def test_names_that_no_adapter_may_have(service, name):
     with pytest.raises(ValueError, match="lora_name"):
         asyncio.run(service.load_lora(name, "a0"))
+
+
+@pytest.mark.parametrize(
+    ("template", "error"), [(None, "no chat_template"), ("{%", "cannot be compiled: here, line 1"), ("fine", None)]
+)
+def test_conversations_that_no_template_can_render(service, shared_llm, monkeypatch, template, error):
+    monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate(template, {}, "here"))
+    chat = service.chat_tokens([{"role": "user", "content": "x"}])
+    if error is None:
+        assert service.chat_error is None and asyncio.run(chat) == shared_llm.tokenizer.encode("fine")
+    else:
+        assert error in service.chat_error
+        with pytest.raises(ValueError, match=f"messages: .*{error}"):
+            asyncio.run(chat)
+
+
+def test_variables_of_a_chat_template_may_have_any_name(service, shared_llm, monkeypatch):
+    monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate("{{ func }}{{ messages[0].content }}", {}))
+    tokens = asyncio.run(service.chat_tokens([{"content": "x"}], **{"self": 0, "func": 1, "messages": 2, "template": 3}))
+    assert shared_llm.tokenizer.decode(tokens) == "1x"
 
 
 def damage(folder, how: str) -> None:

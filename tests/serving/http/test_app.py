@@ -12,6 +12,7 @@ import time
 import httpx
 import pytest
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.serving.errors import EngineDead, QueueFull
 from chameleon_jax.serving.server_config import ServerConfig
 from tests.serving.running import TIMEOUT, running
@@ -35,6 +36,73 @@ def settled(llm) -> None:
 
 def test_health_and_version(http):
     assert [http.get(path).status_code for path in ("/health", "/health/live", "/health/ready", "/version")] == [200] * 4
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/version",
+        "/metrics",
+        "/v1/models",
+        "/v1/models/a1",
+        "/",
+        "/status.json",
+        "/docs",
+    ],
+)
+def test_head_is_get_without_the_body(http, path):
+    got, head = http.get(path), http.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b"" and got.content
+    assert head.headers["content-type"] == got.headers["content-type"]
+    if path not in ("/metrics", "/status.json"):  # which change
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nothing", 404), ("/v1/completions", 405), ("/v1/models/a9", 404)])
+def test_head_of_errors(http, path, status):
+    head, got = http.head(path), http.get(path)
+    assert head.status_code == got.status_code == status and head.content == b""
+    assert head.headers.get("allow") == got.headers.get("allow")
+
+
+def test_head_says_whether_the_server_takes_requests(http, shared_llm, monkeypatch):
+    monkeypatch.setattr(shared_llm, "_draining", True)
+    assert (http.head("/health").status_code, http.head("/health/live").status_code) == (503, 200)
+
+
+def test_a_connection_goes_on_after_head(server):
+    """No byte of a body is sent, which a client would take for the next answer."""
+    with socket.create_connection(("127.0.0.1", server.server.port), timeout=TIMEOUT) as connection:
+        paths = ["/health", "/metrics", "/nothing", "/v1/models", "/docs"]
+        asked = "".join(f"HEAD {path} HTTP/1.1\r\nhost: a\r\n\r\n" for path in paths)
+        connection.sendall(f"{asked}GET /version HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode())
+        *heads, body = b"".join(iter(lambda: connection.recv(65536), b"")).decode().split("\r\n\r\n")
+    statuses = [head.split(" ", 2)[1] for head in heads]
+    assert statuses == ["200", "200", "404", "200", "200", "200"] and all(head.startswith("HTTP/1.1 ") for head in heads)
+    assert all("content-length: " in head for head in heads) and json.loads(body)["version"]
+
+
+def test_the_access_log_says_head(http, caplog):
+    caplog.set_level(logging.INFO, "chameleon_jax.access")
+    http.head("/health", headers={"x-request-id": "head"})
+    deadline = time.monotonic() + TIMEOUT
+    while not (found := [r for r in caplog.records if getattr(r, "request_id", "") == "head"]):
+        assert time.monotonic() < deadline
+    assert (found[0].method, found[0].path, found[0].status) == ("HEAD", "/health", 200)
+
+
+def test_a_server_without_a_chat_template_says_so_at_the_start(shared_llm, monkeypatch, caplog):
+    broken = ChatTemplate("a\n{% for", {}, "chat_template.jinja")
+    monkeypatch.setattr(shared_llm.tokenizer, "chat_template", broken)
+    with running(shared_llm, ServerConfig(port=0, grpc_port=None)) as server:
+        assert "conversations are refused" in caplog.text and "chat_template.jinja, line 2" in caplog.text
+        with httpx.Client(base_url=server.url, timeout=TIMEOUT) as http:
+            assert http.post("/v1/completions", json=BODY).status_code == 200
+            response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
+            assert response.status_code == 400 and "chat_template.jinja, line 2" in error_of(response)["message"]
 
 
 def test_the_document_is_complete(http):
@@ -93,6 +161,44 @@ def test_bodies_that_are_wrong(http, content, match):
 def test_routes_that_are_not_there(http, method, path, status):
     response = http.request(method, path)
     assert response.status_code == status and error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "named"),
+    [
+        (None, "content-type is missing"),
+        ("", "content-type is ''"),
+        ("application/x-www-form-urlencoded", "content-type is 'application/x-www-form-urlencoded'"),  # curl -d
+        ("text/plain; charset=utf-8", "content-type is 'text/plain; charset=utf-8'"),
+        ("multipart/form-data; boundary=x", "multipart/form-data"),
+        ("application/jsonl", "application/jsonl"),
+        ("x" * 1000, "content-type is 'xxx"),
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+)
+def test_bodies_of_another_type(http, path, content_type, named):
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = http.post(path, content=json.dumps(BODY), headers=headers)
+    error = error_of(response)
+    assert response.status_code == 415 and error["param"] == "content-type" and len(response.content) < 500
+    assert named in error["message"] and "allowed: application/json" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-8",
+        'application/json;charset="UTF-8"',
+        "application/x+json",
+    ],
+)
+def test_types_of_bodies_that_are_json(http, content_type):
+    response = http.post("/v1/completions", content=json.dumps(BODY), headers={"content-type": content_type})
+    assert response.status_code == 200
 
 
 def test_large_bodies(http, server):

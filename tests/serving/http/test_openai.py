@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from typing import Any
 
 import openai
 import pytest
 
 from chameleon_jax import LoRARequest, SamplingParams
+from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.checkpoints.detokenizer import shown
 
 PROMPT = "love is"
@@ -158,6 +161,87 @@ def test_chat(client, shared_llm):
     assert rest.usage.total_tokens == 128  # what the context has room for
 
 
+def accumulated(chunks) -> dict[str, Any]:
+    """A message put together from a stream, as clients do it: text joined, everything else as it came last."""
+    message: dict[str, Any] = {}
+    for chunk in chunks:
+        for name, value in chunk.choices[0].delta.model_dump().items():
+            message[name] = (
+                message[name] + value if isinstance(value, str) and message.get(name) else value or message.get(name)
+            )
+    return message
+
+
+def as_raw_json(client, **asked) -> dict[str, Any]:
+    return json.loads(client.chat.completions.with_raw_response.create(**asked).text)["choices"][0]["message"]
+
+
+KEPT = {
+    "message": lambda client, **asked: client.chat.completions.create(**asked).choices[0].message,
+    "model_dump": lambda client, **asked: client.chat.completions.create(**asked).choices[0].message.model_dump(),
+    "to_dict": lambda client, **asked: client.chat.completions.create(**asked).choices[0].message.to_dict(),
+    "without nulls": lambda client, **asked: (
+        client.chat.completions.create(**asked).choices[0].message.model_dump(exclude_none=True)
+    ),
+    "raw JSON": as_raw_json,
+    "stream": lambda client, **asked: accumulated(client.chat.completions.create(stream=True, **asked)),
+    "of other servers": lambda client, **asked: {
+        "role": "assistant",
+        "content": client.chat.completions.create(**asked).choices[0].message.content,
+        **dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content")),
+        "provider_specific_fields": None,
+    },
+}
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_conversation_that_keeps_the_answers(client, shared_llm, keep):
+    """Each turn sees the whole text of those before."""
+    messages: list[Any] = []
+    text = ""
+    for turn in ("hi", "so"):
+        messages.append({"role": "user", "content": turn})
+        text += f"user: {turn}\nassistant:"
+        expected = offline(shared_llm, text, 6, "a1").text
+        message = KEPT[keep](client, model="a1", messages=messages, max_tokens=6, temperature=0)
+        content = message["content"] if isinstance(message, dict) else message.content
+        assert content == expected
+        messages.append(message)
+        text = text.removesuffix("assistant:") + f"assistant: {expected}\n"
+
+
+def test_variables_of_the_chat_template(client, shared_llm, monkeypatch):
+    template = (
+        "{{ enable_thinking }} {% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}{{ add_generation_prompt }}"
+    )
+    monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate(template, {}))
+    asked = dict(model="gqa", messages=[{"role": "user", "content": "hi", "name": "ann"}], max_tokens=1)
+    answer = client.chat.completions.create(**asked, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert answer.usage.prompt_tokens == len("False ann: hiTrue")
+    answer = client.chat.completions.create(
+        **asked, extra_body={"add_generation_prompt": False, "continue_final_message": True}
+    )
+    assert answer.usage.prompt_tokens == len(" ann: hi")
+
+
+def test_parts_that_are_no_text_are_named(client):
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1\.content\.1\.type is 'image_url'"):
+        client.chat.completions.create(
+            model="gqa", messages=[{"role": "user", "content": "hi"}, {"role": "user", "content": parts}]
+        )
+
+
+@pytest.mark.parametrize("obfuscation", [False, True])
+def test_obfuscation_is_taken_and_not_used(client, obfuscation):
+    options = {"include_usage": True, "include_obfuscation": obfuscation}
+    chat = client.chat.completions.create(
+        model="gqa", messages=[{"role": "user", "content": "hi"}], max_tokens=3, stream=True, stream_options=options
+    )
+    *chunks, last = chat
+    assert last.usage.completion_tokens == 3 and not any(getattr(chunk, "obfuscation", None) for chunk in chunks)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_top", [None, 0, 3])
 def test_logprobs_of_chat(client, stream, num_top):
@@ -203,7 +287,8 @@ def test_logprobs_of_chat(client, stream, num_top):
         ("echo", True),
         ("add_special_tokens", True),
         ("include_stop_str_in_output", "yes"),
-        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("chat_template", "x"),
         ("spaces_between_special_tokens", False),
     ],
 )

@@ -1,0 +1,225 @@
+"""Chat templates of checkpoints: found, compiled once, and rendered in a sandbox that has what transformers gives templates."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+
+_END = "END-OF-THE-FINAL-MESSAGE "
+"""Marks the end of a message that is continued; the space shows whether the template trims messages."""
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; templates read the first, those of gpt-oss the second."""
+
+
+class ChatTemplate:
+    """A conversation as the text that the model was trained on.
+
+    Args:
+        source: The template, or several by name, of which "default" is taken. None or empty: there is none.
+        special_tokens: Variables of the template.
+        place: The source's file or field, for errors.
+
+    Attributes:
+        error: Why no conversation can be rendered; None where one can.
+    """
+
+    def __init__(self, source: Any, special_tokens: Mapping[str, str], place: str = "chat_template"):
+        self._special_tokens = dict(special_tokens)
+        self._template: jinja2.Template | None = None
+        self.error: str | None = None
+        try:
+            self._template = _compiled(source, place)
+        except ValueError as error:
+            self.error = str(error)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Raises ValueError where there is no template, or it refuses the messages."""
+        if self._template is None:
+            raise ValueError(f"messages: {self.error}")
+        chat = [_plain(message) for message in messages]
+        final = _mark_end(chat) if continue_final_message else ""
+        given = {"messages": chat, "add_generation_prompt": add_generation_prompt}
+        try:
+            text = self._template.render({"tools": None, "documents": None} | self._special_tokens | dict(variables) | given)
+        except Exception as error:  # a template is a program: on messages it does not expect it may raise anything
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+        return _cut_at_end(text, final) if continue_final_message else text
+
+
+def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Any, str]:
+    """The template of a checkpoint, and its place. A file of its own comes before the one in `tokenizer_config.json`.
+
+    Raises:
+        ValueError: a file is broken; names it.
+    """
+    for file in (directory / "additional_chat_templates" / "default.jinja", directory / "chat_template.jinja"):
+        if file.is_file():
+            return _read_text(file), str(file)
+    if settings.get("chat_template"):
+        return settings["chat_template"], f"chat_template of {directory / 'tokenizer_config.json'}"
+    file = directory / "chat_template.json"  # of processors, which text models rarely have
+    return read_json(file).get("chat_template"), str(file)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no such file. Raises ValueError, naming the file."""
+    if not file.is_file():
+        return {}
+    text = _read_text(file)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return value
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name: those of `tokenizer_config.json` that end in `_token`, and a model's own."""
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    for field in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(settings.get(field), Mapping):
+            named |= settings[field]
+    return {name: text for name, token in named.items() if (text := token_text(token)) is not None}
+
+
+def token_text(token: Any) -> str | None:
+    """Text of a special token, which may be written with its options; None where it is neither (`add_bos_token` is a flag)."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _compiled(source: Any, place: str) -> jinja2.Template:
+    """Raises ValueError."""
+    if not source:
+        raise ValueError("the tokenizer has no chat_template")
+    try:
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}
+        if not isinstance(source, Mapping):
+            return _ENVIRONMENT.from_string(source)
+        if "default" in source:
+            return _ENVIRONMENT.from_string(source["default"])
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template cannot be compiled: {place}, line {error.lineno}: {error.message}") from error
+    except Exception as error:  # it is no text, or Python's compiler refuses it
+        raise ValueError(f"the chat template cannot be compiled: {place}: {error!r}") from error
+    raise ValueError(f"{place} has the chat templates {', '.join(sorted(source))}; allowed: default among them")
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without fields that are None, for which templates do not look."""
+    plain = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning} | plain | {"reasoning_content": reasoning}
+
+
+def _mark_end(chat: list[dict[str, Any]]) -> str:
+    """Marks the end of the last message's text, which is returned. Raises ValueError where it has none."""
+    final = chat[-1].get("content") if chat else None
+    if not isinstance(final, str):
+        raise ValueError("continue_final_message is set; allowed: only where the last message has text")
+    chat[-1]["content"] = final + _END
+    return final
+
+
+def _cut_at_end(text: str, final: str) -> str:
+    end = text.rfind(_END.strip())
+    if end < 0 or final.strip() not in text[:end]:
+        raise ValueError("continue_final_message is set, but the chat template does not keep the last message as it is")
+    return text[:end] if text.startswith(_END, end) else text[:end].rstrip()
+
+
+# -- the environment of templates -------------------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks text of the model, for training."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja reads it of the class)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(Namespace):
+    """`namespace` without names that begin with an underscore, since Python gives some of them a meaning."""
+
+    def __init__(self, /, *args: Any, **attributes: Any):
+        attributes = dict(*args, **attributes)
+        for name in attributes:
+            _check_name(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace has no attribute {name!r}: it begins with an underscore")
+
+
+class _Dict:
+    """`dict` without the methods that change one: called as `dict.update(message, ...)` the sandbox would not see them."""
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+)
+_ENVIRONMENT.filters["tojson"] = _tojson
+_ENVIRONMENT.globals |= {
+    "raise_exception": _raise_exception,
+    "strftime_now": _strftime_now,
+    "namespace": _Namespace,
+    "dict": _Dict(),
+}
