@@ -15,13 +15,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checkpoints import patterns
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_RANK = 256
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 """What a file of weights may take beside the weights: safetensors' header with names and metadata."""

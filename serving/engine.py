@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.adapters import AdapterInfo, AdapterRegistry
+from chameleon_jax.adapters import MAX_RANK, AdapterInfo, AdapterRegistry
 from chameleon_jax.checkpoints import length_proxy, peft
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
@@ -152,7 +152,8 @@ class Engine:
         weights.check(self.model_config)
         rank = max(weights.ranks.values())
         if rank > self.config.max_lora_rank:
-            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: at most {self.config.max_lora_rank} (max_lora_rank)")
+            allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
+            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: {allowed}")
         placement = self.layout.place(weights.ranks)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")

@@ -161,6 +161,12 @@ def test_a_damaged_adapter_is_refused_and_the_name_keeps_its_content(shared_llm,
     asyncio.run(main())
 
 
+def test_a_rank_above_the_servers_is_refused_with_the_flag_that_allows_it(shared_llm, tmp_path):
+    reference.save_adapter(tmp_path / "x", CONFIG, 300)
+    with pytest.raises(ValueError, match=r"rank is 300; allowed: 1 to 256 \(max_lora_rank; the server's --max-lora-rank"):
+        asyncio.run(make_service(shared_llm, tmp_path).load_lora("x", "x"))
+
+
 def test_files_that_vanish_during_the_load(shared_llm, tmp_path, monkeypatch):
     reference.save_adapter(tmp_path / "x", CONFIG, 8)
     service = make_service(shared_llm, tmp_path)
