@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.safetensors_file import SafetensorsMapping
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
-
-
-class SafetensorsMapping(Mapping[str, np.ndarray]):
-    """Tensors of several safetensors files, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._files: dict[str, Path] = {}
-        self._handles = {}
-        for file in files:
-            try:
-                self._handles[file] = safetensors.safe_open(str(file), framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(self._handles[file].keys(), file))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handles[self._files[name]].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 def load(path_or_id: str | Path) -> Checkpoint:

@@ -7,11 +7,13 @@ import errno
 import json
 import shutil
 
+import ml_dtypes
 import pytest
+import safetensors.numpy
 
 from chameleon_jax.checkpoints import host_store, peft
 from chameleon_jax.request import LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
+from chameleon_jax.serving.errors import Draining, Forbidden, RequestFailed, Unauthenticated
 from tests import reference_models as reference
 from tests.serving.conftest import CONFIG, make_service
 
@@ -61,6 +63,26 @@ def test_names(service):
             service.lora_named(name)
 
 
+def test_float8_adapters_are_served(shared_llm, tmp_path):
+    reference.save_adapter(tmp_path / "wide", CONFIG, 8, seed=3)
+    wide = safetensors.numpy.load_file(tmp_path / "wide" / peft.WEIGHTS_FILE)
+    narrow = {name: tensor.astype(ml_dtypes.float8_e4m3fn) for name, tensor in wide.items()}
+    shutil.copytree(tmp_path / "wide", tmp_path / "narrow")
+    safetensors.numpy.save_file(narrow, tmp_path / "narrow" / peft.WEIGHTS_FILE)
+    rounded = {name: tensor.astype("float32") for name, tensor in narrow.items()}
+    safetensors.numpy.save_file(rounded, tmp_path / "wide" / peft.WEIGHTS_FILE)
+    service = make_service(shared_llm, tmp_path)
+
+    async def main():
+        await service.load_named({})
+        hashes = {shared_llm.engine.registry.get(name).content_hash for name in ("wide", "narrow")}
+        assert len(hashes) == 1
+        for name in ("wide", "narrow"):
+            await service.unload_lora(name)
+
+    asyncio.run(main())
+
+
 def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_path, caplog):
     for i in range(3):
         reference.save_adapter(tmp_path / f"d{i}", CONFIG, 2, seed=i)
@@ -76,6 +98,38 @@ def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_p
 
     asyncio.run(main())
     assert "'d1'" in caplog.text and "'gqa'" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), TypeError("odd"), RuntimeError("device")])
+def test_whatever_fails_for_one_adapter_leaves_the_others(shared_llm, tmp_path, caplog, monkeypatch, error):
+    for i in range(3):
+        reference.save_adapter(tmp_path / f"e{i}", CONFIG, 2, seed=i)
+    service = make_service(shared_llm, tmp_path)
+    pack = shared_llm.engine.layout.pack
+    packed = []
+
+    def fail_second(*args):
+        packed.append(args)
+        if len(packed) == 2:
+            raise error
+        return pack(*args)
+
+    monkeypatch.setattr(type(shared_llm.engine.layout), "pack", lambda layout, *args: fail_second(*args))
+
+    async def main():
+        await service.load_named({})
+        assert {"e0", "e2"} <= set(await shared_llm.list_loras()) and "e1" not in await shared_llm.list_loras()
+        for name in ("e0", "e2"):
+            await service.unload_lora(name)
+
+    asyncio.run(main())
+    assert "'e1'" in caplog.text and str(error) in caplog.text
+    packed[:] = [()]
+    with pytest.raises(RequestFailed, match=rf"'e1' cannot be loaded: {type(error).__name__}"):
+        asyncio.run(service.load_lora("e1", "e1"))
+    packed[:] = [()]
+    with pytest.raises(ValueError, match=rf"adapter 'e1', .*{type(error).__name__}"):
+        asyncio.run(service.load_named({"e1": str(tmp_path / "e1")}))
 
 
 def test_what_the_operator_names_must_be_there(service):
@@ -118,6 +172,12 @@ def damage(folder, how: str) -> None:
         weights.unlink()
     elif how == "pickled":
         weights.rename(folder / "adapter_model.bin")
+    elif how == "other dtype":
+        tensors = {name: t.astype(ml_dtypes.float8_e8m0fnu) for name, t in safetensors.numpy.load_file(weights).items()}
+        safetensors.numpy.save_file(tensors, weights)
+    elif how == "directory":
+        weights.unlink()
+        weights.mkdir()
     elif how == "not UTF-8":
         config.write_bytes(b"\xff\xfe{}")
 
@@ -135,6 +195,8 @@ DAMAGES = [
     "large config",
     "no weights",
     "pickled",
+    "other dtype",
+    "directory",
     "not UTF-8",
 ]
 
