@@ -127,7 +127,12 @@ def load(path: str | Path) -> Checkpoint:
         return value
 
     config = _config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
-    tokenizer = _tokenizer(get, config.eos_token_ids)
+    try:
+        tokenizer = _tokenizer(get, config.eos_token_ids)
+    except ValueError:
+        raise
+    except Exception as error:  # of the library, or a field of another type
+        raise ValueError(f"{path}: no tokenizer can be made of its tokenizer.ggml fields: {error}") from error
     return Checkpoint(config, ModelTensors(config, GgufMapping(reader, config)), tokenizer)
 
 

@@ -228,6 +228,8 @@ REFUSALS = {
     "window": ({"llama__attention__sliding_window": 64}, "sliding_window is 64"),
     "split": ({"split__count": 2}, "split.count is 2"),
     "spm": ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+    "merges": ({"tokenizer__ggml__merges": ["he"]}, "no tokenizer can be made"),
+    "tokens": ({"tokenizer__ggml__tokens": 7}, "no tokenizer can be made"),
     "pre": ({"tokenizer__ggml__pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'"),
     "bos": ({"tokenizer__ggml__bos_token_id": 999}, "bos_token_id is 999"),
     "no embedding": ({"tensors": {"output_norm.weight": np.ones(256, np.float32)}}, "token_embd.weight"),

@@ -7,15 +7,19 @@ import errno
 import json
 import shutil
 
+import httpx
 import ml_dtypes
 import pytest
 import safetensors.numpy
 
 from chameleon_jax.checkpoints import host_store, peft
 from chameleon_jax.request import LoRARequest, SamplingParams
+from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.errors import Draining, Forbidden, RequestFailed, Unauthenticated
+from chameleon_jax.serving.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving.conftest import CONFIG, make_service
+from tests.serving.running import running
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -98,6 +102,19 @@ def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_p
 
     asyncio.run(main())
     assert "'d1'" in caplog.text and "'gqa'" in caplog.text
+
+
+def test_a_dtype_that_is_not_served_is_the_clients_error_over_both_protocols(shared_llm, tmp_path):
+    for name in ("good", "bad"):
+        reference.save_adapter(tmp_path / name, CONFIG, 2)
+    damage(tmp_path / "bad", "other dtype")
+    with running(shared_llm, ServerConfig(adapter_dirs=(str(tmp_path),), port=0, grpc_port=0)) as server:  # it starts
+        response = httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
+        assert response.status_code == 400 and "dtype F8_E8M0; allowed: F16" in response.json()["error"]["message"]
+        with Client(server.target) as client, pytest.raises(ValueError, match="dtype F8_E8M0; allowed: F16"):
+            client.load_lora("x", "bad")
+        assert "good" in {model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]}
+        httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "good"}).raise_for_status()
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), TypeError("odd"), RuntimeError("device")])
