@@ -57,7 +57,7 @@ class Model:
     pages: list[jax.ShapeDtypeStruct]
 
     @classmethod
-    def of(cls, preset: str, num_layers: int | None = None, head_dim: int | None = None) -> Model:
+    def of(cls, preset: str, num_layers: int | None = None, head_dim: int | None = None, max_rank: int = 128) -> Model:
         config = PRESETS[preset]
         config = dataclasses.replace(config, num_layers=num_layers or config.num_layers, head_dim=head_dim or config.head_dim)
         layout = PageLayout.for_model(config)
@@ -65,8 +65,8 @@ class Model:
             max_num_seqs=128,
             max_prefill_tokens=2048,
             table_width=layout.pages_for_tokens(2048),
-            max_rank=128,
-            max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
+            max_rank=max_rank,
+            max_adapter_pages=layout.place({t: max_rank for t in TARGETS}).num_pages,
             **steps.shapes_for("triton"),
         )
         graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype("bfloat16"), nnx.Rngs(0))))

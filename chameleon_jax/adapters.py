@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+MAX_RANK = 512
+"""Largest rank of an adapter that is read, trained or compiled for. `EngineConfig.max_lora_rank` may allow less."""
+
 
 class AdapterTier(enum.Enum):
     """HOST -> LOADING -> RESIDENT -> HOST. A load that was given up goes LOADING -> HOST."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checks import require
 from chameleon_jax.systems import System, get_system
 
@@ -19,7 +20,7 @@ class EngineConfig:
         max_model_len: longest sequence, prompt and output, in tokens; None: what the model allows, at most 2048.
         max_num_seqs: requests that run at once.
         max_num_batched_tokens: prompt tokens of one prefill step; longer prompts are cut into chunks.
-        max_lora_rank: largest rank that is served, 1 to 256.
+        max_lora_rank: largest rank that is served, 1 to 512.
         lora_host_bytes: bytes that packed adapters may take in host memory; the rest waits on disk.
         num_pages: pages of the device pool; None: what gpu_memory_utilization leaves, or on CPU enough for every running
             request at full length and for adapters half as much again, or the largest one; 2 GiB at most.
@@ -63,7 +64,7 @@ class EngineConfig:
         require(1 <= self.max_num_seqs <= 1024, "max_num_seqs", self.max_num_seqs, "1 to 1024")
         tokens = self.max_num_batched_tokens
         require(tokens >= 32 and tokens % 32 == 0, "max_num_batched_tokens", tokens, "a multiple of 32")
-        require(1 <= self.max_lora_rank <= 256, "max_lora_rank", self.max_lora_rank, "1 to 256")
+        require(1 <= self.max_lora_rank <= MAX_RANK, "max_lora_rank", self.max_lora_rank, f"1 to {MAX_RANK}")
         require(self.lora_host_bytes >= 0, "lora_host_bytes", self.lora_host_bytes, "0 or more")
         require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "2 or more")
         share = self.gpu_memory_utilization

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.models import llama
@@ -32,7 +33,7 @@ class FinetuneConfig:
     """How an adapter is trained.
 
     Attributes:
-        rank: of every adapted matrix, 1 to 256.
+        rank: of every adapted matrix, 1 to 512.
         alpha: updates are scaled by alpha / rank.
         targets: which matrices are adapted.
         steps: optimiser steps; the learning rate warms up over a tenth of them and falls to zero along a cosine.
@@ -51,8 +52,8 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= peft.MAX_RANK:
-            raise ValueError(f"rank is {self.rank}; allowed: 1 to {peft.MAX_RANK}")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank is {self.rank}; allowed: 1 to {MAX_RANK}")
         if not self.targets or set(self.targets) - set(TARGETS):
             raise ValueError(f"targets is {list(self.targets)}; allowed: some of {', '.join(TARGETS)}")
         for field in ("steps", "batch_size", "sequence_len"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.model_tensors import ModelTensors, tensor_shapes
 
 SUPPORTED = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
 _CONTROL, _USER_DEFINED = 3, 4  # token types
@@ -36,6 +38,25 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "llama.rope.scaling.type": ("none",),
+    "llama.rope.scaling.factor": (0.0, 1.0),
+    "llama.rope.scale_linear": (0.0, 1.0),
+    "llama.attention.scale": (0.0,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attention.sliding_window": (0,),
+    "llama.attention.causal": (True,),
+    "llama.attn_logit_softcapping": (0.0,),
+    "llama.final_logit_softcapping": (0.0,),
+    "llama.embedding_scale": (0.0, 1.0),
+    "llama.residual_scale": (0.0, 1.0),
+    "llama.logit_scale": (0.0, 1.0),
+    "llama.use_parallel_residual": (False,),
+    "llama.expert_count": (0,),
+    "split.count": (0, 1),
+}
+"""Fields that change the answer, or say that part of the model is elsewhere, unless they have one of these values."""
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +77,7 @@ class GgufMapping(Mapping[str, np.ndarray]):
 
     def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
         self._config = config
+        self._shapes = tensor_shapes(config)
         self._tensors: dict[str, Any] = {}
         for tensor in reader.tensors:
             if tensor.name == "rope_freqs.weight":
@@ -70,7 +92,7 @@ class GgufMapping(Mapping[str, np.ndarray]):
         shape = tuple(int(n) for n in reversed(tensor.shape))
         array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
         for target, heads in (("q_proj", self._config.num_heads), ("k_proj", self._config.num_kv_heads)):
-            if name.endswith(f"{target}.weight"):
+            if name.endswith(f"{target}.weight") and shape == self._shapes.get(name):
                 # GGUF interleaves the two halves that rotary embedding pairs; Hugging Face keeps them apart
                 array = array.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
         return array
@@ -93,19 +115,25 @@ def load(path: str | Path) -> Checkpoint:
     except Exception as error:  # whatever a broken file leads the reader to
         raise ValueError(f"{path} cannot be read: {error}") from error
 
-    def get(name: str, default: Any = None) -> Any:
+    def get(name: str, default: Any = None, kind: Any = None) -> Any:
+        """A field's value, of `kind` or of its default's."""
         if name not in reader.fields:
             if default is None:
                 raise ValueError(f"{path} has no field {name}")
             return default
         value = reader.fields[name].contents()
-        if isinstance(default, int | float) and not isinstance(value, int | float):
-            raise ValueError(f"{name} is {value!r}; allowed: one number")
+        if (kind or type(default)) in (int, float) and not isinstance(value, int | float):
+            raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: one number")
         return value
 
     config = _config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
-    tokenizer = _tokenizer(get, config.eos_token_ids)
-    return Checkpoint(config, GgufMapping(reader, config), tokenizer)
+    try:
+        tokenizer = _tokenizer(get, config.eos_token_ids)
+    except ValueError:
+        raise
+    except Exception as error:  # of the library, or a field of another type
+        raise ValueError(f"{path}: no tokenizer can be made of its tokenizer.ggml fields: {error}") from error
+    return Checkpoint(config, ModelTensors(config, GgufMapping(reader, config)), tokenizer)
 
 
 def _config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
@@ -115,26 +143,31 @@ def _config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"general.architecture is {architecture!r}; allowed: llama")
     if "token_embd.weight" not in shapes:
         raise ValueError("the file has no tensor token_embd.weight")
-    if (scaling := get("llama.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"llama.rope.scaling.type is {scaling!r}; allowed: none")
-    heads, hidden = int(get("llama.attention.head_count")), int(get("llama.embedding_length"))
-    head_dim = int(get("llama.attention.key_length", hidden // heads))
+    for field, neutral in _NEUTRAL.items():
+        if (value := get(field, neutral[0])) not in neutral:
+            raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {' or '.join(map(str, neutral))}")
+
+    def size(field: str, default: int | None = None) -> int:
+        return int(get(field, default, int))
+
+    heads, hidden = size("llama.attention.head_count"), size("llama.embedding_length")
+    head_dim = size("llama.attention.key_length", hidden // max(1, heads))
     for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if (dim := get(field, head_dim)) != head_dim:
+        if (dim := size(field, head_dim)) != head_dim:
             raise ValueError(f"{field} is {dim}; allowed: the head's {head_dim}")
-    bos = int(get("tokenizer.ggml.bos_token_id", -1))
-    ends = [int(get(f"tokenizer.ggml.{kind}_token_id", -1)) for kind in ("eos", "eot")]  # of the text, of a chat's turn
+    bos = size("tokenizer.ggml.bos_token_id", -1)
+    ends = [size(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot")]  # of the text, of a chat's turn
     return LlamaConfig(
         vocab_size=int(shapes["token_embd.weight"][1]),
         hidden_size=hidden,
-        intermediate_size=int(get("llama.feed_forward_length")),
-        num_layers=int(get("llama.block_count")),
+        intermediate_size=size("llama.feed_forward_length"),
+        num_layers=size("llama.block_count"),
         num_heads=heads,
-        num_kv_heads=int(get("llama.attention.head_count_kv", heads)),
+        num_kv_heads=size("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
         rope_theta=float(get("llama.rope.freq_base", 10_000.0)),
-        rms_norm_eps=float(get("llama.attention.layer_norm_rms_epsilon")),
-        max_position_embeddings=int(get("llama.context_length")),
+        rms_norm_eps=float(get("llama.attention.layer_norm_rms_epsilon", kind=float)),
+        max_position_embeddings=size("llama.context_length"),
         tie_word_embeddings="output.weight" not in shapes,
         bos_token_id=bos if bos >= 0 else None,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end >= 0)),

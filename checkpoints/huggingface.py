@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.safetensors_file import SafetensorsMapping
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
-
-
-class SafetensorsMapping(Mapping[str, np.ndarray]):
-    """Tensors of several safetensors files, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._files: dict[str, Path] = {}
-        self._handles = {}
-        for file in files:
-            try:
-                self._handles[file] = safetensors.safe_open(str(file), framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(self._handles[file].keys(), file))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._handles[self._files[name]].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+from chameleon_jax.models.model_tensors import ModelTensors
 
 
 def load(path_or_id: str | Path) -> Checkpoint:
@@ -53,22 +30,27 @@ def load(path_or_id: str | Path) -> Checkpoint:
             directory = Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
         except Exception as error:
             raise ValueError(f"model is {str(path_or_id)!r}: no directory, and the hub did not give it: {error}") from error
-    config_file = directory / "config.json"
-    if not config_file.is_file():
+    config = read_config(directory)
+    tensors = ModelTensors(config, SafetensorsMapping(_weight_files(directory)))
+    return Checkpoint(config, tensors, Tokenizer.from_directory(directory, config.eos_token_ids))
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """Reads config.json and generation_config.json. Raises ValueError."""
+    file = directory / "config.json"
+    if not file.is_file():
         raise ValueError(f"{directory} has no config.json")
-    hf = _read_json(config_file)
+    hf = _read_json(file)
     generation = directory / "generation_config.json"
     if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
         hf["eos_token_id"] = eos  # chat models often name their end-of-turn token only here
-    config = LlamaConfig.from_hf(hf)
-    files = _weight_files(directory)
-    return Checkpoint(config, SafetensorsMapping(files), Tokenizer.from_directory(directory, config.eos_token_ids))
+    return LlamaConfig.from_hf(hf)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; allowed: an object")
@@ -104,7 +86,8 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> None:
     """Writes a directory that transformers reads: safetensors in the tensors' own dtypes, config, tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}
+    checked = ModelTensors(checkpoint.config, checkpoint.tensors)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checked.items()}
     safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     hf = checkpoint.config.to_hf() | {"torch_dtype": str(next(iter(tensors.values())).dtype)}
     (directory / "config.json").write_text(json.dumps(hf, indent=2))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from chameleon_jax.checkpoints import huggingface
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.model_tensors import ModelTensors
 
 _WEIGHTS = "orbax_weights"
 
@@ -18,12 +19,11 @@ def is_checkpoint(directory: Path) -> bool:
 
 def save(checkpoint: Checkpoint, directory: str | Path) -> None:
     """Writes a directory that `load` reads; an earlier one's weights are replaced."""
-    import numpy as np
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(tensor) for name, tensor in checkpoint.tensors.items()}
+    tensors = dict(ModelTensors(checkpoint.config, checkpoint.tensors))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / _WEIGHTS, tensors, force=True)
     (directory / "config.json").write_text(json.dumps(checkpoint.config.to_hf(), indent=2))
@@ -32,19 +32,21 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Reads what `save` wrote. Raises ValueError where the directory is no such checkpoint."""
+    """Reads what `save` wrote. Raises ValueError where the directory is no such checkpoint, or not to be served."""
+    import jax
+    import numpy as np
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
     if not is_checkpoint(directory):
         raise ValueError(f"{directory} has no {_WEIGHTS}: not a converted checkpoint")
-    config = LlamaConfig.from_hf(json.loads((directory / "config.json").read_text()))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory / _WEIGHTS)
-        tree = getattr(metadata, "item_metadata", metadata)
-        import jax
-        import numpy as np
-
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(tree))
-        tensors = checkpointer.restore(directory / _WEIGHTS, restore_args=args)
-    return Checkpoint(config, tensors, Tokenizer.from_directory(directory, config.eos_token_ids))
+    config = huggingface.read_config(directory)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(directory / _WEIGHTS)
+            tree = dict(getattr(metadata, "item_metadata", metadata))
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            tensors = checkpointer.restore(directory / _WEIGHTS, restore_args=args)
+    except Exception as error:  # the library documents no narrower type
+        raise ValueError(f"{directory / _WEIGHTS} cannot be read: {error}") from error
+    return Checkpoint(config, ModelTensors(config, tensors), Tokenizer.from_directory(directory, config.eos_token_ids))

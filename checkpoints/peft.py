@@ -2,168 +2,95 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from chameleon_jax.checkpoints import patterns
+from chameleon_jax.adapters import MAX_RANK
+from chameleon_jax.checkpoints import safetensors_file
+from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, PeftConfig, read_config
 from chameleon_jax.models.adapter_weights import AdapterWeights
-from chameleon_jax.models.config import TARGETS, LlamaConfig
+from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS, LlamaConfig
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_RANK = 256
-MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 """What a file of weights may take beside the weights: safetensors' header with names and metadata."""
 
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(model\.layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
 )
-_PARENT = {t: "self_attn" if t in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp" for t in TARGETS}
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(.*)")
+_PARENT = {t: "self_attn" if t in ATTENTION_TARGETS else "mlp" for t in TARGETS}
 
-
-class AdapterError(ValueError):
-    """An adapter that cannot be served; the text says what and why."""
-
-
-_REFUSED = {
-    "use_dora": "DoRA rescales the base weights, which requests share",
-    "lora_bias": "biases are not served",
-    "modules_to_save": "it replaces whole modules, which requests share",
-    "trainable_token_indices": "it replaces embeddings, which requests share",
-    "fan_in_fan_out": "the base model's matrices are not transposed",
-    "layer_replication": "it changes the base model's layers",
-    "target_parameters": "only linear layers are adapted",
-    "alora_invocation_tokens": "an activated LoRA changes only what follows certain tokens",
-    "use_qalora": "its A works on pooled inputs",
-    "use_bdlora": "its matrices are block-diagonal",
-    "arrow_config": "it mixes several adapters",
-    "kasa_config": "it truncates the base weights, which requests share",
-    "monteclora_config": "it draws its weights at random",
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class PeftConfig:
-    """What of adapter_config.json decides the weights' meaning."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    target_modules: str | Sequence[str] | None = None
-    layers_to_transform: Sequence[int] = ()
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PeftConfig:
-        """Raises AdapterError, naming the field, where the adapter is not a plain LoRA."""
-        kind = str(data.get("peft_type", "LORA")).upper()
-        if kind != "LORA":
-            raise AdapterError(f"peft_type is {kind!r}; allowed: LORA")
-        for field, why in _REFUSED.items():
-            if data.get(field):
-                raise AdapterError(f"{field} is {data[field]!r}: {why}")
-        if data.get("bias", "none") != "none":
-            raise AdapterError(f"bias is {data['bias']!r}; allowed: 'none'")
-        if str(initial := data.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
-            raise AdapterError(
-                f"init_lora_weights is {initial!r}: it changes the base weights, which requests share; "
-                "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
-            )
-        targets = data.get("target_modules")
-        named = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
-        if not (targets is None or isinstance(targets, str) or named):
-            raise AdapterError(f"target_modules is {targets!r}; allowed: a list of names, a pattern or 'all-linear'")
-        layers = data.get("layers_to_transform")
-        layers = [layers] if isinstance(layers, int) else layers or []
-        if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-            raise AdapterError(f"layers_to_transform is {layers!r}; allowed: a layer's number or a list of them")
-        return cls(
-            r=_rank("r", data.get("r")),
-            lora_alpha=_alpha("lora_alpha", data.get("lora_alpha", 8)),
-            use_rslora=bool(data.get("use_rslora", False)),
-            rank_pattern={p: _rank(f"rank_pattern of {p}", r) for p, r in _patterns(data, "rank_pattern").items()},
-            alpha_pattern={p: _alpha(f"alpha_pattern of {p}", a) for p, a in _patterns(data, "alpha_pattern").items()},
-            target_modules=targets,
-            layers_to_transform=layers,
-        )
-
-    def ranks(self, modules: Sequence[str]) -> dict[str, int]:
-        """Of each module. Raises AdapterError where a pattern is none, or takes too long."""
-        rank_of = _first_match("rank_pattern", self.rank_pattern, self.r, modules)
-        return {module: int(rank_of(module)) for module in modules}
-
-    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Of each module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732). Raises as `ranks`."""
-        alpha_of = _first_match("alpha_pattern", self.alpha_pattern, self.lora_alpha, list(ranks))
-        return {m: float(alpha_of(m)) / (math.sqrt(r) if self.use_rslora else r) for m, r in ranks.items()}
-
-    def targeted(self, modules: Sequence[str]) -> frozenset[str]:
-        """Those that target_modules names, as peft matches them. Raises as `ranks`."""
-        wanted = self.target_modules
-        if wanted is None or wanted == "all-linear":
-            return frozenset(modules)
-        if isinstance(wanted, str):
-            return _matches("target_modules", [wanted], modules, "%s")[wanted]
-        endings = {"." + name for name in wanted}
-        return frozenset(m for m in modules if m in wanted or any(m.endswith(ending) for ending in endings))
-
-
-def _rank(field: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise AdapterError(f"{field} is {value!r}; allowed: 1 to {MAX_RANK}")
-    return value
-
-
-def _alpha(field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise AdapterError(f"{field} is {value!r}; allowed: a finite number")
-    return float(value)
-
-
-def _patterns(data: dict[str, Any], field: str) -> dict[str, Any]:
-    values = data.get(field) or {}
-    if not isinstance(values, dict):
-        raise AdapterError(f"{field} is {values!r}; allowed: an object")
-    return values
-
-
-def _first_match(field: str, values: Mapping[str, Any], default: Any, modules: Sequence[str]) -> Callable[[str], Any]:
-    """The value of the first pattern that matches a module. peft's rule: from a dot of its name to the end."""
-    found = _matches(field, list(values), modules, r"(.*\.)?(%s)$")
-    return lambda module: next((value for pattern, value in values.items() if module in found[pattern]), default)
-
-
-def _matches(field: str, named: list[str], modules: Sequence[str], form: str) -> dict[str, frozenset[str]]:
-    try:
-        return patterns.matches(named, modules, form)
-    except ValueError as error:
-        raise AdapterError(f"{field}: {error}") from error
+Pair = dict[str, np.ndarray]
+"""A and B of a matrix, by these letters."""
 
 
 def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
     """Reads an adapter for a base model, its scale folded into B.
 
     Raises:
-        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit.
+        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit. Nothing
+            else, however odd the files are: it is that adapter's fault alone.
     """
     directory = Path(directory)
-    settings = read_config(directory)
-    tensors = _read_tensors(directory, config)
-    pairs: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    try:
+        settings = read_config(directory)
+        tensors = _read_tensors(directory, config)
+        _check_embeddings(tensors, config)
+        adapter = AdapterWeights(_scaled(settings, *_by_module(tensors)))
+    except AdapterError:
+        raise
+    except Exception as error:  # of a library, of the file system, or for want of memory
+        raise AdapterError(f"{directory.name} cannot be read: {error!r}") from error
+    try:
+        adapter.check(config)
+    except ValueError as error:
+        raise AdapterError(f"{directory.name} does not fit the base model: {error}") from error
+    return adapter
+
+
+def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        hint = ": adapter_model.bin is pickled and is never opened, convert it to safetensors" if pickled else ""
+        raise AdapterError(f"{directory.name} has no {WEIGHTS_FILE}{hint}")
+    widths = sum(sum(config.target_shape(target)) for target in TARGETS)
+    try:  # the largest that fits, in float64
+        return safetensors_file.read_file(file, config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file.name} cannot be read: {error}") from error
+
+
+def _check_embeddings(tensors: Mapping[str, np.ndarray], config: LlamaConfig) -> None:
+    """Raises AdapterError where an adapter has embeddings of its own or adapts them, as one of a resized vocabulary does."""
+    found = [(name, match[1], tensor.shape) for name, tensor in tensors.items() if (match := _EMBEDDING.search(name))]
+    if not found:
+        return
+    whole = [(name, shape) for name, part, shape in found if "lora_" not in part]
+    sizes = [s[1] for _, part, s in found if "lora_embedding_A" in part and len(s) == 2]
+    sizes += [s[0] for _, part, s in found if part in ("weight", "lora_B.weight", "base_layer.weight") and len(s) == 2]
+    vocab = f"for a vocabulary of {sizes[0]}; the base model has {config.vocab_size}" if sizes else "which are not served"
+    name, does = (whole[0][0], "has embeddings of its own") if whole else (found[0][0], "adapts embeddings")
+    hint = ""
+    if whole and sizes and sizes[0] == config.vocab_size:
+        hint = ", or save the adapter without them if they were not trained (peft's save_embedding_layers=False)"
+    raise AdapterError(
+        f"tensor {name}: the adapter {does}, {vocab}. Requests share the base model's embeddings: "
+        f"merge the adapter into its base model and serve that{hint}"
+    )
+
+
+def _by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
+    """A and B of each layer and target, and the module's name. Raises AdapterError, naming a tensor that is neither."""
+    pairs: dict[tuple[int, str], Pair] = {}
     modules: dict[tuple[int, str], str] = {}
     for name, tensor in tensors.items():
         match = _KEY.match(name)
@@ -172,10 +99,15 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
         where = (int(match[2]), match[3])
         if f".{_PARENT[match[3]]}." not in match[1] or match[4] in pairs.get(where, {}):
             raise AdapterError(f"tensor {name} is in the wrong place, or there twice")
-        if tensor.dtype.name not in _FLOATS:
-            raise AdapterError(f"tensor {name} is of dtype {tensor.dtype}; allowed: {', '.join(_FLOATS)}")
         pairs.setdefault(where, {})[match[4]] = tensor
         modules[where] = match[1]
+    return pairs, modules
+
+
+def _scaled(
+    settings: PeftConfig, pairs: Mapping[tuple[int, str], Pair], modules: Mapping[tuple[int, str], str]
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """The matrices in float32, as the config says they are to be applied. Raises AdapterError where it does not fit them."""
     names = list(modules.values())
     ranks, targeted = settings.ranks(names), settings.targeted(names)
     scales = settings.scales(ranks)
@@ -186,55 +118,17 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
             raise AdapterError(f"{module} has no lora_{missing.pop()}")
         layers = settings.layers_to_transform
         if module not in targeted or (layers and where[0] not in layers):
-            named = f"target_modules ({settings.target_modules!r}) and layers_to_transform ({settings.layers_to_transform!r})"
-            raise AdapterError(f"{module} has weights, but {named} do not name it")
-        with np.errstate(over="ignore"):  # the check below finds what is not finite
+            fields = ("target_modules", "exclude_modules", "layers_to_transform")
+            given = ", ".join(f"{f} ({reprlib.repr(v)})" for f in fields if (v := getattr(settings, f)))
+            raise AdapterError(f"{module} has weights, but by {given} it is not adapted")
+        with np.errstate(over="ignore"):  # `AdapterWeights.check` finds what is not finite
             a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
         rank = ranks[module]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise AdapterError(f"{module}: A is {list(a.shape)}, B {list(b.shape)}; the config says rank {rank}")
         with np.errstate(over="ignore", invalid="ignore"):
             weights[where] = (a, b * np.float32(scales[module]))
-    adapter = AdapterWeights(weights)
-    try:
-        adapter.check(config)
-    except ValueError as error:
-        raise AdapterError(f"{directory.name} does not fit the base model: {error}") from error
-    return adapter
-
-
-def read_config(directory: Path) -> PeftConfig:
-    """Reads and checks adapter_config.json. Raises AdapterError."""
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterError(f"{directory.name} has no {CONFIG_FILE}")
-    try:
-        _check_size(file, MAX_CONFIG_BYTES)
-        data = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file.name} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{file.name} holds a {type(data).__name__}; allowed: an object")
-    return PeftConfig.from_json(data)
-
-
-def _check_size(file: Path, most: int) -> None:
-    if (size := file.stat().st_size) > most:
-        raise ValueError(f"it has {size} bytes; allowed: {most}")
-
-
-def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
-    file = directory / WEIGHTS_FILE
-    if not file.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
-        hint = ": adapter_model.bin is pickled and is never opened, convert it to safetensors" if pickled else ""
-        raise AdapterError(f"{directory.name} has no {WEIGHTS_FILE}{hint}")
-    widths = sum(sum(config.target_shape(target)) for target in TARGETS)
-    try:
-        _check_size(file, config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES)  # the largest that fits, in float64
-        return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{file.name} cannot be read: {error}") from error
+    return weights
 
 
 def save(

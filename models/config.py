@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from chameleon_jax.models import hf_fields
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a layer that a LoRA adapter may change, in the order their rows are packed."""
@@ -19,6 +22,12 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor}; allowed: above low_freq_factor ({self.low_freq_factor})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,50 +93,26 @@ class LlamaConfig:
         """Reads a Hugging Face `config.json`.
 
         Raises:
-            ValueError: naming the field, where the model is not Llama-shaped.
+            ValueError: naming the field, where the model is not Llama-shaped, is quantised, or computes what is not served.
         """
-        architecture = (hf.get("architectures") or [None])[0]
-        if architecture not in (None, "LlamaForCausalLM", "MistralForCausalLM"):
-            raise ValueError(f"architectures is {architecture!r}; allowed: LlamaForCausalLM, MistralForCausalLM")
-        for field, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if hf.get(field, allowed) != allowed:
-                raise ValueError(f"{field} is {hf[field]!r}; allowed: {allowed!r}")
-        max_position = int(hf.get("max_position_embeddings", 2048))
-        window = hf.get("sliding_window")
-        if window is not None and window < max_position:
-            raise ValueError(f"sliding_window is {window}; allowed: null, or at least max_position_embeddings ({max_position})")
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if field not in hf:
-                raise ValueError(f"config.json has no field {field}")
-        # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        scaling = None
-        if kind == "llama3":
-            scaling = Llama3RopeScaling(
-                float(rope["factor"]),
-                float(rope["low_freq_factor"]),
-                float(rope["high_freq_factor"]),
-                int(rope["original_max_position_embeddings"]),
-            )
-        elif kind != "default":
-            raise ValueError(f"rope_scaling type is {kind!r}; allowed: default, llama3")
-        eos = hf.get("eos_token_id")
+        hf = hf_fields.checked(hf)
+        rope = hf_fields.rope(hf)
+        heads, hidden = hf_fields.integer(hf, "num_attention_heads"), hf_fields.integer(hf, "hidden_size")
         return cls(
-            vocab_size=int(hf["vocab_size"]),
-            hidden_size=int(hf["hidden_size"]),
-            intermediate_size=int(hf["intermediate_size"]),
-            num_layers=int(hf["num_hidden_layers"]),
-            num_heads=int(hf["num_attention_heads"]),
-            num_kv_heads=int(hf.get("num_key_value_heads") or hf["num_attention_heads"]),
-            head_dim=int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]),
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-            rope_scaling=scaling,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=max_position,
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            vocab_size=hf_fields.integer(hf, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=hf_fields.integer(hf, "intermediate_size"),
+            num_layers=hf_fields.integer(hf, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=hf_fields.integer(hf, "num_key_value_heads", heads),
+            head_dim=hf_fields.integer(hf, "head_dim", hidden // heads),
+            rope_theta=rope["rope_theta"],
+            rope_scaling=_rope_scaling(rope),
+            rms_norm_eps=hf_fields.number(hf, "rms_norm_eps", 1e-6),
+            max_position_embeddings=hf_fields.integer(hf, "max_position_embeddings", 2048),
+            tie_word_embeddings=hf_fields.flag(hf, "tie_word_embeddings"),
+            bos_token_id=next(iter(hf_fields.token_ids(hf, "bos_token_id")), None),
+            eos_token_ids=hf_fields.token_ids(hf, "eos_token_id"),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -155,6 +140,13 @@ class LlamaConfig:
         if self.rope_scaling is not None:
             hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
         return hf
+
+
+def _rope_scaling(rope: Mapping[str, float]) -> Llama3RopeScaling | None:
+    if "factor" not in rope:
+        return None
+    factor, low, high, original = (rope[field] for field in hf_fields.LLAMA3_SCALING)
+    return Llama3RopeScaling(factor, low, high, int(original))
 
 
 _LLAMA1: dict[str, Any] = dict(vocab_size=32_000, head_dim=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_ids=(2,))

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.model_tensors import EMBEDDING, HEAD, ModelTensors
 from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.ops.linear import linear
 
@@ -175,35 +176,25 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
         tensors: by Hugging Face name, matrices `[d_out, d_in]`.
 
     Raises:
-        ValueError: naming a tensor that is missing or whose shape is not what the config says.
+        ValueError: see `ModelTensors`.
     """
-
-    def take(name: str, *shape: int) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}")
-        tensor = np.asarray(tensors[name])
-        if tensor.shape != shape:
-            raise ValueError(f"tensor {name} is {list(tensor.shape)}; the config says {list(shape)}")
-        return tensor
+    checked = ModelTensors(config, tensors)
 
     def matrix(prefix: str, *targets: str) -> jax.Array:
-        shapes = [config.target_shape(t) for t in targets]
-        matrices = [take(f"{prefix}.{t}.weight", d_out, d_in) for t, (d_in, d_out) in zip(targets, shapes)]
-        return jnp.asarray(np.concatenate(matrices), dtype)
+        return jnp.asarray(np.concatenate([checked[f"{prefix}.{t}.weight"] for t in targets]), dtype)
 
-    def vector(name: str) -> jax.Array:
-        return jnp.asarray(take(name, config.hidden_size), dtype)
+    def one(name: str) -> jax.Array:
+        return jnp.asarray(checked[name], dtype)
 
-    d, vocab = config.hidden_size, config.vocab_size
     model = nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0)))
-    model.embed.set_value(jnp.asarray(take("model.embed_tokens.weight", vocab, d), dtype))
-    model.norm.scale.set_value(vector("model.norm.weight"))
+    model.embed.set_value(one(EMBEDDING))
+    model.norm.scale.set_value(one("model.norm.weight"))
     if model.head is not None:
-        model.head.weight.set_value(jnp.asarray(take("lm_head.weight", vocab, d), dtype))
+        model.head.weight.set_value(one(HEAD))
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
-        layer.attention_norm.scale.set_value(vector(f"{prefix}.input_layernorm.weight"))
-        layer.mlp_norm.scale.set_value(vector(f"{prefix}.post_attention_layernorm.weight"))
+        layer.attention_norm.scale.set_value(one(f"{prefix}.input_layernorm.weight"))
+        layer.mlp_norm.scale.set_value(one(f"{prefix}.post_attention_layernorm.weight"))
         layer.qkv.weight.set_value(matrix(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"))
         layer.o.weight.set_value(matrix(f"{prefix}.self_attn", "o_proj"))
         layer.gate_up.weight.set_value(matrix(f"{prefix}.mlp", "gate_proj", "up_proj"))

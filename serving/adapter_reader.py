@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from chameleon_jax.serving.engine import Engine, PackedAdapter
-from chameleon_jax.serving.errors import QueueFull
+from chameleon_jax.serving.errors import QueueFull, RequestFailed
 
 
 class AdapterReader:
@@ -29,13 +29,18 @@ class AdapterReader:
         return len(self._reads)
 
     async def read(self, name: str, path: str | Path) -> PackedAdapter:
-        """Raises ValueError where it cannot be served, QueueFull where too many wait."""
+        """Raises ValueError where it cannot be served, QueueFull where too many wait, RequestFailed where this server fails."""
         if len(self) >= self._most:
             raise QueueFull(f"{len(self)} adapters are being loaded (max_lora_queue)")
         reading = self._threads.submit(self._engine.read_lora, name, path)
         self._reads.add(reading)
         reading.add_done_callback(self._reads.discard)  # also where whoever wanted it has left
-        return await asyncio.wrap_future(reading)
+        try:
+            return await asyncio.wrap_future(reading)
+        except ValueError:
+            raise
+        except Exception as error:  # no memory to pack it in, say
+            raise RequestFailed(f"adapter {name!r} cannot be loaded: {error!r}") from error
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)

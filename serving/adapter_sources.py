@@ -24,7 +24,7 @@ class AdapterSources:
         adapters: dict[str, Path] = {}
         for root in self._roots:
             for directory in sorted(root.iterdir()):
-                if (directory / peft.CONFIG_FILE).is_file():
+                if _may_be_adapter(directory):
                     adapters.setdefault(directory.name, directory)
         return adapters
 
@@ -49,11 +49,20 @@ class AdapterSources:
             try:
                 directory = (root / source).resolve(strict=True)
                 files = [(directory / name).resolve(strict=True) for name in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)]
-            except (OSError, RuntimeError, ValueError):  # not there, a loop of links, or no path at all
+                are_files = all(file.is_file() for file in files)
+            except (OSError, RuntimeError, ValueError):  # not there, not ours to read, a loop of links, or no path at all
                 continue
-            if all(path.is_relative_to(root) for path in (directory, *files)) and all(file.is_file() for file in files):
+            if are_files and all(path.is_relative_to(root) for path in (directory, *files)):
                 return directory
         raise refused
+
+
+def _may_be_adapter(directory: Path) -> bool:
+    """Whether it is one, or may not be looked into, so that the log names it as left out."""
+    try:
+        return (directory / peft.CONFIG_FILE).is_file()
+    except OSError:
+        return True
 
 
 def download(hub_id: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.adapters import AdapterInfo, AdapterRegistry
-from chameleon_jax.checkpoints import length_proxy, peft
+from chameleon_jax.adapters import MAX_RANK, AdapterInfo, AdapterRegistry
+from chameleon_jax.checkpoints import huggingface, length_proxy, peft
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
@@ -152,7 +151,8 @@ class Engine:
         weights.check(self.model_config)
         rank = max(weights.ranks.values())
         if rank > self.config.max_lora_rank:
-            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: at most {self.config.max_lora_rank} (max_lora_rank)")
+            allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
+            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: {allowed}")
         placement = self.layout.place(weights.ranks)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
@@ -293,9 +293,8 @@ def _preset_or_config(model: str) -> LlamaConfig:
     """For dummy weights: a preset's name, or a directory with a config.json."""
     if model in PRESETS:
         return PRESETS[model]
-    file = Path(model) / "config.json"
-    if not file.is_file():
+    if not (Path(model) / "config.json").is_file():
         raise ValueError(
             f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json"
         )
-    return LlamaConfig.from_hf(json.loads(file.read_text()))
+    return huggingface.read_config(Path(model))

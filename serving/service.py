@@ -15,7 +15,7 @@ from chameleon_jax.request import LoRARequest
 from chameleon_jax.serving.adapter_sources import AdapterSources
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
+from chameleon_jax.serving.errors import Draining, Forbidden, RequestFailed, Unauthenticated
 from chameleon_jax.serving.server_config import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ class Service:
 
     async def load_named(self, adapters: dict[str, str]) -> None:
         """What the operator named, and what is in the adapter directories. Raises ValueError for the former; what cannot be
-        served of the latter is logged."""
+        served of the latter is logged, whatever the reason, unless the engine is dead."""
         for name, path in adapters.items():
             try:
                 self._check_name(name)
                 await self.llm.add_lora(name, path)
-            except ValueError as error:
+            except (ValueError, RequestFailed) as error:
                 raise ValueError(f"adapter {name!r}, {path}: {error}") from error
         for name, directory in self.sources.found().items():
             if name in adapters:
@@ -104,7 +104,7 @@ class Service:
             try:
                 self._check_name(name)
                 await self.llm.add_lora(name, self.sources.resolve(str(directory)))
-            except ValueError as error:
+            except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r of an adapter directory is left out: %s", name, error)
 
     async def load_lora(self, name: str, source: str, pinned: bool = False) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli.options import (
     DEFAULT_SYSTEM,
@@ -60,7 +61,7 @@ def serve(
         int, typer.Option(help="Prompt tokens of one prefill step.")
     ] = ENGINE.max_num_batched_tokens,
     max_queue_len: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 1000,
-    max_lora_rank: Annotated[int, typer.Option(help="Largest rank that is served.")] = ENGINE.max_lora_rank,
+    max_lora_rank: Annotated[int, typer.Option(help=f"Largest rank that is served, 1 to {MAX_RANK}.")] = ENGINE.max_lora_rank,
     lora_host_bytes: Annotated[int, typer.Option(help="Of adapters in host memory.")] = ENGINE.lora_host_bytes,
     enable_lora: Annotated[bool, typer.Option(help="Without, adapters are refused and nothing is compiled for them.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.serving.cli.options import Model, console, errors
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def finetune(
     model: Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file to learn from.")],
     output: Annotated[Path, typer.Option(help="Directory for the adapter, in PEFT's format.")],
-    rank: int = 8,
+    rank: Annotated[int, typer.Option(help=f"Of every adapted matrix, 1 to {MAX_RANK}.")] = 8,
     alpha: float = 16.0,
     targets: Annotated[str, typer.Option(help="Matrices, comma-separated.")] = "q_proj,k_proj,v_proj,o_proj",
     steps: int = 100,

@@ -50,7 +50,7 @@ def test_errors_show_little_of_what_is_large():
         ("max_model_len", 0),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", 33),
-        ("max_lora_rank", 257),
+        ("max_lora_rank", 513),
         ("lora_host_bytes", -1),
         ("num_pages", 1),
         ("gpu_memory_utilization", 0),

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.models.config import TARGETS
@@ -14,6 +16,27 @@ from tests import reference_models as reference
 CONFIG = reference.CONFIGS["gqa"]  # 3 layers
 PREFIX = "base_model.model.model.layers"
 Q0 = f"{PREFIX}.0.self_attn.q_proj"
+
+
+NULLS = (
+    "bias",
+    "lora_bias",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "init_lora_weights",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+    "target_parameters",
+    "loftq_config",
+    "task_type",
+)
+"""Fields that peft writes as null, or takes as null for their default."""
 
 
 def matrices(rank=4, targets=("q_proj", "down_proj"), layers=range(3), seed=0):
@@ -55,6 +78,16 @@ def test_round_trip_folds_the_scale_into_b(dtype, tmp_path):
         assert loaded[where][1].dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8_is_widened(dtype, tmp_path):
+    tensors = matrices()
+    peft.save(tmp_path, tensors, alpha=4, base_model="base", dtype=getattr(ml_dtypes, dtype))
+    loaded = peft.load(tmp_path, CONFIG).tensors
+    for where, (a, b) in tensors.items():
+        for got, matrix in zip(loaded[where], (a, b)):
+            np.testing.assert_array_equal(got, matrix.astype(dtype).astype(np.float32))
+
+
 def test_save_wants_one_rank(tmp_path):
     with pytest.raises(ValueError, match=r"\[2, 4\]"):
         peft.save(tmp_path, matrices(4, layers=[0]) | matrices(2, layers=[1]), alpha=8, base_model="base")
@@ -81,6 +114,8 @@ def test_save_wants_one_rank(tmp_path):
         ({"target_modules": ["mlp.down_proj", "self_attn.q_proj"]}, 2.0),
         ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, 2.0),
         ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, 2.0),
+        ({"exclude_modules": ["lm_head", "v_proj"]}, 2.0),
+        ({field: None for field in NULLS}, 2.0),
     ],
 )
 def test_scale_of_the_first_query_matrix(settings, scale, tmp_path):
@@ -135,11 +170,11 @@ def test_layers_to_transform(layers, tmp_path):
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"r": 0}, "r is 0"),
-        ({"r": 257}, "r is 257"),
+        ({"r": 513}, "r is 513; allowed: 1 to 512"),
         ({"r": "4"}, "r is '4'"),
         ({"r": True}, "r is True"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-        ({"rank_pattern": {"q_proj": 300}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 513}}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": "many"}}, "rank_pattern"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern"),
@@ -160,6 +195,14 @@ def test_layers_to_transform(layers, tmp_path):
         ({"target_modules": [7]}, "target_modules"),
         ({"layers_to_transform": [0, 1]}, "layers.2.*has weights"),
         ({"layers_to_transform": "all"}, "layers_to_transform"),
+        ({"layers_to_transform": True}, "layers_to_transform is True"),
+        ({"exclude_modules": ["down_proj"]}, r"down_proj has weights, but .*exclude_modules \(\['down_proj'\]\)"),
+        ({"exclude_modules": r".*\.0\..*"}, "layers.0.*exclude_modules"),
+        ({"exclude_modules": 7}, "exclude_modules is 7"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; allowed: true or false"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"r": None}, "r is None; allowed: 1 to 512"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
     ],
 )
 def test_configs_that_are_refused(settings, error, tmp_path):
@@ -190,7 +233,27 @@ TENSOR_REFUSALS = {
     "not a matrix": (_set(f"{Q0}.lora_A.weight", np.zeros(4, np.float32)), "rank 4"),
     "no number": (_set(f"{Q0}.lora_A.weight", np.full((4, 64), np.nan, np.float32)), "NaN"),
     "infinity": (_set(f"{Q0}.lora_B.weight", np.full((64, 4), np.inf, np.float16)), "infinity"),
-    "integers": (_set(f"{Q0}.lora_A.weight", np.zeros((4, 64), np.int8)), "int8"),
+    "integers": (_set(f"{Q0}.lora_A.weight", np.zeros((4, 64), np.int8)), "dtype I8; allowed: F16, BF16, F32"),
+    "booleans": (_set(f"{Q0}.lora_A.weight", np.zeros((4, 64), bool)), "dtype BOOL"),
+    "complex": (_set(f"{Q0}.lora_A.weight", np.zeros((4, 64), np.complex64)), "dtype C64"),
+    "scales of float8": (_set(f"{Q0}.lora_A.weight", np.zeros((4, 64), ml_dtypes.float8_e8m0fnu)), "dtype F8_E8M0"),
+    "NaN in float8": (_set(f"{Q0}.lora_A.weight", np.full((4, 64), np.nan, ml_dtypes.float8_e5m2)), "NaN"),
+    "resized head": (
+        _set("base_model.model.lm_head.weight", np.zeros((300, 64), np.float16)),
+        "of 300; the base model has 256",
+    ),
+    "resized embedding": (
+        _set("base_model.model.model.embed_tokens.base_layer.weight", np.zeros((300, 64), np.float16)),
+        "embed_tokens.*of its own, for a vocabulary of 300; the base model has 256.*merge the adapter",
+    ),
+    "resized vocabulary, adapted": (
+        _set("base_model.model.model.embed_tokens.lora_embedding_A", np.zeros((4, 300), np.float32)),
+        "adapts embeddings, for a vocabulary of 300; the base model has 256",
+    ),
+    "embedding of the base model's size": (
+        _set("base_model.model.model.embed_tokens.weight", np.zeros((256, 64), np.float32)),
+        "for a vocabulary of 256; .*save_embedding_layers=False",
+    ),
     "layer": (
         lambda tensors: [tensors.__setitem__(n.replace("layers.2", "layers.3"), tensors.pop(n)) for n in list(tensors)],
         "layers 0 to 2",
@@ -204,6 +267,114 @@ def test_tensors_that_are_refused(name, tmp_path):
     change_tensors(write(tmp_path), change)
     with pytest.raises(peft.AdapterError, match=error):
         peft.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "U8", "C64", "F1"])
+def test_dtypes_that_numpy_may_not_know_are_refused(dtype, tmp_path):
+    write(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    bits = {"F4": 4, "U8": 8, "C64": 64}.get(dtype, 6)
+    size = 64 * 4 * bits // 8
+    header = {f"{Q0}.lora_A.weight": {"dtype": dtype, "shape": [4, 64], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(peft.AdapterError, match=dtype):
+        peft.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("none left"), TypeError("odd"), KeyError("F9"), OverflowError("large"), PermissionError(13, "denied")]
+)
+@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_by_module"])
+def test_whatever_fails_is_the_adapters_fault(step, error, tmp_path, monkeypatch):
+    write(tmp_path)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(peft, step, fail)
+    with pytest.raises(peft.AdapterError, match=rf"{tmp_path.name} cannot be read: {type(error).__name__}"):
+        peft.load(tmp_path, CONFIG)
+
+
+def test_long_names_do_not_make_long_errors(tmp_path):
+    change_tensors(write(tmp_path), _set("x" * 100_000, ZEROS))
+    with pytest.raises(peft.AdapterError) as error:
+        peft.load(tmp_path, CONFIG)
+    assert len(str(error.value)) < 1000
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=12)), min_size=1, max_size=3)
+FIELDS = [*NULLS, "r", "lora_alpha", "peft_type", "layers_pattern"]
+
+
+def damaged(data: bytes, changes) -> bytes:
+    for at, piece in changes:
+        at %= len(data)
+        data = data[:at] + piece + data[at + len(piece) :]
+    return data
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An adapter, its config's and its weights' bytes."""
+    directory = write(tmp_path_factory.mktemp("whole"), matrices(2, layers=[0]))
+    return directory, *((directory / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def load_or_refuse(directory, config: bytes, weights: bytes) -> None:
+    (directory / "adapter_config.json").write_bytes(config)
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    try:
+        assert peft.load(directory, CONFIG).tensors
+    except peft.AdapterError as error:
+        assert 0 < len(str(error)) < 1000
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), changes=st.none() | CHANGES)
+def test_any_config_loads_or_is_refused(whole, fields, changes):
+    directory, config, weights = whole
+    config = json.dumps(json.loads(config) | fields).encode()
+    load_or_refuse(directory, config if changes is None else damaged(config, changes), weights)
+
+
+BITS = {"F4": 4, "F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "BOOL": 8, "BF16": 16, "I32": 32, "F64": 64, "C64": 64}
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F4", "F8_E4M3", "F8_E8M0", "BF16", "F32", "F64", "I8", "BOOL", "C64", "X"]) | VALUES,
+        "shape": st.lists(st.integers(0, 2**64), max_size=3) | VALUES,
+        "data_offsets": st.lists(st.integers(0, 10**5), min_size=2, max_size=2) | VALUES,
+    },
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    bits=st.dictionaries(st.integers(1, 4), st.sampled_from(list(BITS)), max_size=2),
+    entries=st.dictionaries(st.integers(0, 4), ENTRIES, max_size=2),
+    changes=CHANGES | st.none(),
+    length=st.integers(0, 2**64 - 1) | st.none(),
+)
+def test_any_header_loads_or_is_refused(whole, bits, entries, changes, length):
+    directory, config, weights = whole
+    size = int.from_bytes(weights[:8], "little")
+    header, data = json.loads(weights[8 : 8 + size]), weights[8 + size :]
+    names = sorted(header)  # the first is __metadata__
+    for number, dtype in bits.items():  # the same bytes as numbers of another kind
+        rows, columns = header[names[number]]["shape"]
+        header[names[number]] |= {"dtype": dtype, "shape": [rows, columns * 32 // BITS[dtype]]}
+    for number, entry in entries.items():
+        header[names[number]] |= entry
+    text = json.dumps(header).encode()
+    text = text if changes is None else damaged(text, changes)
+    load_or_refuse(directory, config, (len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
@@ -66,6 +67,15 @@ def test_a_step(preset, num_layers, tiles, tile_tokens, adapted):
     found = kernels(compiled)
     assert sum(n for name, n in found.items() if "attention" in name) >= num_layers
     assert [found["lora_shrink"], found["lora_expand"]] == [{0: 0, 4: 2, 7: 4}[adapted] * num_layers] * 2
+
+
+@pytest.mark.parametrize("tiles,tile_tokens", [(4, 1), (4, 64), (128, 1)])
+def test_the_largest_rank_fits_the_device(tiles, tile_tokens):
+    of = model("llama-7b", 1, max_rank=MAX_RANK)
+    compiled = of.compile_step(tiles, tile_tokens, 7)
+    assert compiled.memory_analysis().temp_size_in_bytes <= scratch_bound(of, tiles, tile_tokens, True)
+    found = kernels(compiled)
+    assert [found["lora_shrink"], found["lora_expand"]] == [4, 4]
 
 
 @pytest.mark.parametrize("mode", list(SamplingMode))

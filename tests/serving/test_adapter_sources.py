@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import pytest
 
@@ -96,6 +97,21 @@ def test_found(root):
     found = AdapterSources([str(root), str(other)], []).found()
     assert sorted(found) == ["a", "b", "d", "half", "link-in", "link-out", "pipe", "whole"]  # `resolve` refuses some
     assert found["a"] == root / "a" and found["d"] == other / "d"
+
+
+def test_directories_that_may_not_be_read_are_found_and_refused(root, monkeypatch):
+    is_file = pathlib.Path.is_file
+
+    def denied(path):
+        if path.parent.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(pathlib.Path, "is_file", denied)
+    sources = AdapterSources([str(root)], [])
+    assert {"a", "b"} <= sources.found().keys()
+    with pytest.raises(ValueError, match="may be loaded"):
+        sources.resolve("b")
 
 
 def test_a_root_must_be_there(root):

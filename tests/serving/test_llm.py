@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -238,6 +239,13 @@ def test_logprobs(llm):
         assert next(iter(position)) == token and values[0] == max(values) and all(v <= 0 for v in values)
     [none] = llm.generate([reference.prompt(9)], GREEDY)
     assert none.outputs[0].logprobs is None and none.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_dummy_weights_of_a_quantised_model_are_refused(tmp_path):
+    hf = reference.CONFIGS["gqa"].to_hf() | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match="quantization_config .*awq"):
+        make_llm(tmp_path, load_format="dummy")
 
 
 def test_dummy_weights(tmp_path):

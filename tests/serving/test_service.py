@@ -7,14 +7,20 @@ import errno
 import json
 import shutil
 
+import httpx
+import ml_dtypes
 import pytest
+import safetensors.numpy
 
 from chameleon_jax.checkpoints import host_store, peft
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.request import LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import Draining, Forbidden, Unauthenticated
+from chameleon_jax.serving.client import Client
+from chameleon_jax.serving.errors import Draining, Forbidden, RequestFailed, Unauthenticated
+from chameleon_jax.serving.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving.conftest import CONFIG, make_service
+from tests.serving.running import running
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -62,6 +68,26 @@ def test_names(service):
             service.lora_named(name)
 
 
+def test_float8_adapters_are_served(shared_llm, tmp_path):
+    reference.save_adapter(tmp_path / "wide", CONFIG, 8, seed=3)
+    wide = safetensors.numpy.load_file(tmp_path / "wide" / peft.WEIGHTS_FILE)
+    narrow = {name: tensor.astype(ml_dtypes.float8_e4m3fn) for name, tensor in wide.items()}
+    shutil.copytree(tmp_path / "wide", tmp_path / "narrow")
+    safetensors.numpy.save_file(narrow, tmp_path / "narrow" / peft.WEIGHTS_FILE)
+    rounded = {name: tensor.astype("float32") for name, tensor in narrow.items()}
+    safetensors.numpy.save_file(rounded, tmp_path / "wide" / peft.WEIGHTS_FILE)
+    service = make_service(shared_llm, tmp_path)
+
+    async def main():
+        await service.load_named({})
+        hashes = {shared_llm.engine.registry.get(name).content_hash for name in ("wide", "narrow")}
+        assert len(hashes) == 1
+        for name in ("wide", "narrow"):
+            await service.unload_lora(name)
+
+    asyncio.run(main())
+
+
 def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_path, caplog):
     for i in range(3):
         reference.save_adapter(tmp_path / f"d{i}", CONFIG, 2, seed=i)
@@ -77,6 +103,51 @@ def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_p
 
     asyncio.run(main())
     assert "'d1'" in caplog.text and "'gqa'" in caplog.text
+
+
+def test_a_dtype_that_is_not_served_is_the_clients_error_over_both_protocols(shared_llm, tmp_path):
+    for name in ("good", "bad"):
+        reference.save_adapter(tmp_path / name, CONFIG, 2)
+    damage(tmp_path / "bad", "other dtype")
+    with running(shared_llm, ServerConfig(adapter_dirs=(str(tmp_path),), port=0, grpc_port=0)) as server:  # it starts
+        response = httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
+        assert response.status_code == 400 and "dtype F8_E8M0; allowed: F16" in response.json()["error"]["message"]
+        with Client(server.target) as client, pytest.raises(ValueError, match="dtype F8_E8M0; allowed: F16"):
+            client.load_lora("x", "bad")
+        assert "good" in {model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]}
+        httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "good"}).raise_for_status()
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), TypeError("odd"), RuntimeError("device")])
+def test_whatever_fails_for_one_adapter_leaves_the_others(shared_llm, tmp_path, caplog, monkeypatch, error):
+    for i in range(3):
+        reference.save_adapter(tmp_path / f"e{i}", CONFIG, 2, seed=i)
+    service = make_service(shared_llm, tmp_path)
+    pack = shared_llm.engine.layout.pack
+    packed = []
+
+    def fail_second(*args):
+        packed.append(args)
+        if len(packed) == 2:
+            raise error
+        return pack(*args)
+
+    monkeypatch.setattr(type(shared_llm.engine.layout), "pack", lambda layout, *args: fail_second(*args))
+
+    async def main():
+        await service.load_named({})
+        assert {"e0", "e2"} <= set(await shared_llm.list_loras()) and "e1" not in await shared_llm.list_loras()
+        for name in ("e0", "e2"):
+            await service.unload_lora(name)
+
+    asyncio.run(main())
+    assert "'e1'" in caplog.text and str(error) in caplog.text
+    packed[:] = [()]
+    with pytest.raises(RequestFailed, match=rf"'e1' cannot be loaded: {type(error).__name__}"):
+        asyncio.run(service.load_lora("e1", "e1"))
+    packed[:] = [()]
+    with pytest.raises(ValueError, match=rf"adapter 'e1', .*{type(error).__name__}"):
+        asyncio.run(service.load_named({"e1": str(tmp_path / "e1")}))
 
 
 def test_what_the_operator_names_must_be_there(service):
@@ -139,6 +210,12 @@ def damage(folder, how: str) -> None:
         weights.unlink()
     elif how == "pickled":
         weights.rename(folder / "adapter_model.bin")
+    elif how == "other dtype":
+        tensors = {name: t.astype(ml_dtypes.float8_e8m0fnu) for name, t in safetensors.numpy.load_file(weights).items()}
+        safetensors.numpy.save_file(tensors, weights)
+    elif how == "directory":
+        weights.unlink()
+        weights.mkdir()
     elif how == "not UTF-8":
         config.write_bytes(b"\xff\xfe{}")
 
@@ -156,6 +233,8 @@ DAMAGES = [
     "large config",
     "no weights",
     "pickled",
+    "other dtype",
+    "directory",
     "not UTF-8",
 ]
 
@@ -180,6 +259,12 @@ def test_a_damaged_adapter_is_refused_and_the_name_keeps_its_content(shared_llm,
         await service.unload_lora("x")
 
     asyncio.run(main())
+
+
+def test_a_rank_above_the_servers_is_refused_with_the_flag_that_allows_it(shared_llm, tmp_path):
+    reference.save_adapter(tmp_path / "x", CONFIG, 300)
+    with pytest.raises(ValueError, match=r"rank is 300; allowed: 1 to 256 \(max_lora_rank; the server's --max-lora-rank"):
+        asyncio.run(make_service(shared_llm, tmp_path).load_lora("x", "x"))
 
 
 def test_files_that_vanish_during_the_load(shared_llm, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
@@ -30,8 +31,6 @@ NO_TOKEN = -3
 """Adapter of padding tokens."""
 TOKENS_ROUNDED_TO = 128
 """Tokens of a batch as kernels see it."""
-MAX_RANK = 256
-"""A rank row is coded as adapter * MAX_RANK + row."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +41,7 @@ class LoraPlan:
     Attributes:
         adapters: `[tiles, 2 * len(TARGETS) + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
             (`PageLayout.place`), then its pages.
-        rank_rows: `[targets, capacity]` int32 codes, -1 where a block is not full.
+        rank_rows: `[targets, capacity]` int32 codes, adapter * MAX_RANK + row; -1 where a block is not full.
         first_blocks: `[targets, windows + 1]` int32, blocks of all windows before each one; the last is their number.
         tile_adapter: `[tiles]` int32, the batch's index of each tile's adapter, -1 for the base model.
         window_tiles: tiles of a window (static).

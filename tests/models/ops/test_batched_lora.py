@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.models.adapter_weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
@@ -62,9 +63,14 @@ def compiled(backend: str):
     return jax.jit(functools.partial(BACKENDS[backend], **kwargs), static_argnums=4)
 
 
-def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8) -> None:
+def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8, max_rank: int = 256) -> None:
     plan = plan_batch(
-        tile_adapters, tiles=tiles, tile_tokens=tile_tokens, max_rank=256, max_pages=MAX_PAGES, decode_window=window
+        tile_adapters,
+        tiles=tiles,
+        tile_tokens=tile_tokens,
+        max_rank=max_rank,
+        max_pages=LAYOUT.place({t: max_rank for t in TARGETS}).num_pages,
+        decode_window=window,
     )
     targets = resolve(plan, LAYOUT, tile_tokens)
     rng = np.random.default_rng(1)
@@ -96,6 +102,15 @@ def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
     if backend == "reference":
         pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore what is in foreign pages
     check(backend, pool, tile_adapters, tiles, tile_tokens, window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tile_tokens", [1, 32])
+def test_the_largest_ranks(backend, tile_tokens):
+    pool, adapters = make_pool([{t: r for t in TARGETS} for r in (384, 8, MAX_RANK)])
+    if backend == "reference":
+        pool = jnp.nan_to_num(pool)
+    check(backend, pool, [adapters[0], None, *adapters], 5, tile_tokens, max_rank=MAX_RANK)
 
 
 @pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])

@@ -1,0 +1,183 @@
+"""adapter_config.json of a LoRA adapter in PEFT's format: read, and checked for what is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chameleon_jax.adapters import MAX_RANK
+from chameleon_jax.checkpoints import patterns
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_ERROR_LEN = 800
+"""Characters of an error's text, which may quote names and values of the adapter's."""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served; the text says what and why."""
+
+    def __init__(self, text: str):
+        super().__init__(text if len(text) <= MAX_ERROR_LEN else text[:MAX_ERROR_LEN] + "…")
+
+
+_MERGE = "merge the adapter into its base model and serve that"
+_REFUSED = {
+    "use_dora": "DoRA rescales the base weights, which requests share",
+    "lora_bias": "biases are not served",
+    "modules_to_save": f"it replaces whole modules, which requests share; {_MERGE}",
+    "trainable_token_indices": f"it replaces embeddings, which requests share; {_MERGE}",
+    "fan_in_fan_out": "the base model's matrices are not transposed",
+    "layer_replication": "it changes the base model's layers",
+    "target_parameters": "only linear layers are adapted",
+    "alora_invocation_tokens": "an activated LoRA changes only what follows certain tokens",
+    "use_qalora": "its A works on pooled inputs",
+    "use_bdlora": "its matrices are block-diagonal",
+    "arrow_config": "it mixes several adapters",
+    "kasa_config": "it truncates the base weights, which requests share",
+    "monteclora_config": "it draws its weights at random",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The fields that decide the weights' meaning. As for peft, null is a field's default, but for r and lora_alpha."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: Sequence[int] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PeftConfig:
+        """Raises AdapterError, naming the field, where the adapter is not a plain LoRA."""
+        kind = data.get("peft_type", "LORA")
+        if str(kind).upper() != "LORA":
+            raise _error("peft_type", kind, "LORA")
+        for field, why in _REFUSED.items():
+            if data.get(field):
+                raise AdapterError(f"{field} is {reprlib.repr(data[field])}: {why}")
+        if data.get("bias") not in (None, "none"):
+            raise _error("bias", data["bias"], "'none'")
+        if str(initial := data.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+            raise AdapterError(
+                f"init_lora_weights is {reprlib.repr(initial)}: it changes the base weights, which requests share; "
+                "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
+            )
+        rslora = data.get("use_rslora")
+        if rslora is not None and type(rslora) is not bool:
+            raise _error("use_rslora", rslora, "true or false")
+        return cls(
+            r=_rank("r", data.get("r")),
+            lora_alpha=_alpha("lora_alpha", data.get("lora_alpha", 8)),
+            use_rslora=bool(rslora),
+            rank_pattern={p: _rank(f"rank_pattern of {p!r}", r) for p, r in _patterns(data, "rank_pattern")},
+            alpha_pattern={p: _alpha(f"alpha_pattern of {p!r}", a) for p, a in _patterns(data, "alpha_pattern")},
+            target_modules=_modules(data, "target_modules", ", or 'all-linear'"),
+            exclude_modules=_modules(data, "exclude_modules"),
+            layers_to_transform=_layers(data),
+        )
+
+    def ranks(self, modules: Sequence[str]) -> dict[str, int]:
+        """Of each module. Raises AdapterError where a pattern is none, or takes too long."""
+        rank_of = _first_match("rank_pattern", self.rank_pattern, self.r, modules)
+        return {module: int(rank_of(module)) for module in modules}
+
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Of each module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732). Raises as `ranks`."""
+        alpha_of = _first_match("alpha_pattern", self.alpha_pattern, self.lora_alpha, list(ranks))
+        return {m: float(alpha_of(m)) / (math.sqrt(r) if self.use_rslora else r) for m, r in ranks.items()}
+
+    def targeted(self, modules: Sequence[str]) -> frozenset[str]:
+        """Those that target_modules names and exclude_modules does not, as peft matches them. Raises as `ranks`."""
+        wanted, excluded = self.target_modules, self.exclude_modules
+        every = wanted is None or wanted == "all-linear"
+        found = frozenset(modules) if every else _named("target_modules", wanted, modules)
+        return found - _named("exclude_modules", excluded, modules) if excluded else found
+
+
+def read_config(directory: Path) -> PeftConfig:
+    """Reads and checks adapter_config.json. Raises AdapterError."""
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(f"{directory.name} has no {CONFIG_FILE}")
+    try:
+        if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size} bytes; allowed: {MAX_CONFIG_BYTES}")
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise AdapterError(f"{file.name} holds a {type(data).__name__}; allowed: an object")
+    return PeftConfig.from_json(data)
+
+
+def _error(field: str, value: Any, allowed: str) -> AdapterError:
+    return AdapterError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
+
+
+def _rank(field: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise _error(field, value, f"1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(field: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise _error(field, value, "a finite number")
+    return float(value)
+
+
+def _patterns(data: dict[str, Any], field: str) -> Iterable[tuple[str, Any]]:
+    values = data.get(field) or {}
+    if not isinstance(values, dict):
+        raise _error(field, values, "an object")
+    return values.items()
+
+
+def _modules(data: dict[str, Any], field: str, more: str = "") -> str | list[str] | None:
+    value = data.get(field)
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not (value is None or isinstance(value, str) or listed):
+        raise _error(field, value, f"a list of names, a pattern{more}")
+    return value
+
+
+def _layers(data: dict[str, Any]) -> list[int]:
+    value = data.get("layers_to_transform")
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers):
+        raise _error("layers_to_transform", value, "a layer's number or a list of them")
+    return layers
+
+
+def _named(field: str, wanted: str | Sequence[str] | None, modules: Sequence[str]) -> frozenset[str]:
+    if isinstance(wanted, str):
+        return _matches(field, [wanted], modules, "%s")[wanted]
+    names = frozenset(wanted or ())
+    endings = tuple("." + name for name in names)
+    return frozenset(m for m in modules if m in names or m.endswith(endings))
+
+
+def _first_match(field: str, values: Mapping[str, Any], default: Any, modules: Sequence[str]) -> Callable[[str], Any]:
+    """The value of the first pattern that matches a module. peft's rule: from a dot of its name to the end."""
+    found = _matches(field, list(values), modules, r"(.*\.)?(%s)$")
+    return lambda module: next((value for pattern, value in values.items() if module in found[pattern]), default)
+
+
+def _matches(field: str, named: list[str], modules: Sequence[str], form: str) -> dict[str, frozenset[str]]:
+    try:
+        return patterns.matches(named, modules, form)
+    except ValueError as error:
+        raise AdapterError(f"{field}: {error}") from error

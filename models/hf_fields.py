@@ -1,0 +1,160 @@
+"""Fields of a Hugging Face config.json: read with their types, and refused where they would change the answer unheard."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Fields = Mapping[str, Any]
+
+_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+_MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+"""Where transformers has another default for a Mistral than for a Llama."""
+
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+_NEUTRAL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_out_bias": False,
+    "qkv_bias": False,
+    "mlp_bias": False,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 1.0,
+    "rotary_pct": 1.0,
+    "rope_interleaved": False,
+    "no_rope_layers": None,
+    "alibi": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "query_pre_attn_scalar": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "scale_emb": 1.0,
+    "scale_depth": None,
+    "dim_model_base": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "clip_qkv": None,
+    "attn_temperature_tuning": False,
+    "attention_chunk_size": None,
+    "is_causal": True,
+    "use_bidirectional_attention": False,
+    "use_parallel_residual": False,
+    "parallel_attn": False,
+    "num_experts": None,
+    "num_local_experts": None,
+}
+"""The one value of each field, beside null, that means what the layers here do."""
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_SCALING)
+
+
+def checked(hf: Fields) -> dict[str, Any]:
+    """The fields with their family's defaults. Raises ValueError, naming the field, where the model is not Llama-shaped."""
+    architectures = hf.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [architectures]
+    if any(name not in list(_ARCHITECTURES) for name in names):
+        raise _error("architectures", architectures, ", ".join(_ARCHITECTURES))
+    family = hf.get("model_type") or (_ARCHITECTURES[names[0]] if names else "llama")
+    if family not in list(_ARCHITECTURES.values()):
+        raise _error("model_type", family, ", ".join(_ARCHITECTURES.values()))
+    for field, method in _quantised(hf):
+        raise ValueError(
+            f"{field} says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not served; "
+            "allowed: weights in float16, bfloat16, float32 or float64, or a GGUF file"
+        )
+    for field, neutral in _NEUTRAL.items():
+        if hf.get(field) is not None and hf[field] != neutral:
+            raise _error(field, hf[field], "null" if neutral is None else repr(neutral))
+    layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise _error("layer_types", layer_types, "full_attention for each layer")
+    hf = {**(_MISTRAL if family == "mistral" else {}), **hf}
+    window, longest = hf.get("sliding_window"), integer(hf, "max_position_embeddings", 2048)
+    if window is not None and integer(hf, "sliding_window") < longest:
+        raise _error("sliding_window", window, f"null, or at least max_position_embeddings ({longest})")
+    return hf
+
+
+def rope(hf: Fields) -> dict[str, float]:
+    """Fields of the rotary embedding: rope_theta, and LLAMA3_SCALING where it is scaled. Raises ValueError."""
+    # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
+    given = {name: _one_rope(name, hf[name]) for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
+    scalings = [{field: rope.get(field) for field in ("rope_type", *LLAMA3_SCALING)} for rope in given.values()]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise ValueError("rope_parameters and rope_scaling differ; allowed: one of them, or both alike")
+    fields = {"rope_theta": hf.get("rope_theta")}
+    for rope in given.values():
+        fields |= {field: value for field, value in rope.items() if value is not None}
+    scaling = LLAMA3_SCALING if fields.get("rope_type") == "llama3" else ()
+    return {"rope_theta": number(fields, "rope_theta", 10_000.0)} | {field: number(fields, field) for field in scaling}
+
+
+def _one_rope(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _error(name, value, "an object")
+    if unknown := sorted(map(str, value.keys() - set(_ROPE))):
+        raise ValueError(f"{name} has the field {reprlib.repr(unknown[0])}; allowed: {', '.join(_ROPE)}")
+    kinds = sorted({str(value[field]) for field in ("rope_type", "type") if value.get(field) is not None}) or ["default"]
+    if kinds not in (["default"], ["llama3"]):
+        raise ValueError(f"{name} type is {', '.join(map(reprlib.repr, kinds))}; allowed: default, llama3")
+    if value.get("partial_rotary_factor") not in (None, 1):
+        raise _error("partial_rotary_factor", value["partial_rotary_factor"], "1.0")
+    return {**value, "rope_type": kinds[0]}
+
+
+def integer(hf: Fields, field: str, default: int | None = None) -> int:
+    """An integer from 1. Raises ValueError where it is none, or missing without a default."""
+    value = _value(hf, field, default)
+    if type(value) is not int or value < 1:
+        raise _error(field, value, "an integer from 1")
+    return value
+
+
+def number(hf: Fields, field: str, default: float | None = None) -> float:
+    """A finite number above 0. Raises as `integer`."""
+    value = _value(hf, field, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise _error(field, value, "a finite number above 0")
+    return float(value)
+
+
+def flag(hf: Fields, field: str) -> bool:
+    """False where it is missing. Raises ValueError."""
+    value = _value(hf, field, False)
+    if type(value) is not bool:
+        raise _error(field, value, "true or false")
+    return value
+
+
+def token_ids(hf: Fields, field: str) -> tuple[int, ...]:
+    """One, several or none. Raises ValueError."""
+    value = hf.get(field)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise _error(field, value, "a token id, a list of them, or null")
+    return tuple(ids)
+
+
+def _value(hf: Fields, field: str, default: Any) -> Any:
+    value = hf.get(field)
+    if value is None and default is None:
+        raise ValueError(f"config.json has no field {field}")
+    return default if value is None else value
+
+
+def _quantised(hf: Fields) -> Iterator[tuple[str, Any]]:
+    """Fields that say how the weights were quantised, with the method; also one level deeper, as in text_config."""
+    parts = [("", hf), *((f"{name}.", part) for name, part in hf.items() if isinstance(part, dict))]
+    for path, part in parts:
+        for field in _QUANTISED:
+            if value := part.get(field):
+                yield path + field, value.get("quant_method") if isinstance(value, dict) else value
+
+
+def _error(field: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
