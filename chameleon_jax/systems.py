@@ -17,7 +17,8 @@ class System:
 
     Attributes:
         order: who starts next: "fifo"; "sjf", shortest predicted output first; "multilevel", the paper's queues with quotas;
-            "boost", ours: first come first served with a head start that is larger the less work a request is.
+            "boost", ours: first come first served with a head start that is larger the less work a request is and the longer
+            others have waited.
         size: what the queues sort by: "wrs", the paper's weighted request size, or "output", the predicted output alone.
         equal_levels: four queues of equal width and quota instead of clustered ones.
         drift_test: recompute queues and quotas as soon as the mix has visibly shifted, not only every five minutes.
@@ -28,8 +29,8 @@ class System:
             and the load for the step before it, as where adapters are copied on the stream that computes.
         whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
         bound_stalls: while requests decode, a step takes as much of the prompts as keeps it within the target for the time
-            between tokens, by what steps of that size and rank have taken so far; else max_num_batched_tokens, whatever their
-            ranks.
+            between tokens, by what steps of that size and rank have taken so far, and more where the target is out of the
+            device's reach (`scheduler.step_budget`); else max_num_batched_tokens, whatever their ranks.
         reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.
         admission_interval: steps between admissions while requests run.
         transfers_per_load: times an adapter is copied to the device for one load.
@@ -63,7 +64,7 @@ _S_LORA = System(order="fifo", eviction="lru", keep_idle=False)
 
 SYSTEMS: dict[str, System] = {
     "chameleon": _CHAMELEON,
-    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, bound_stalls=True),
+    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, whole_prompts=False, bound_stalls=True),
     "s-lora": _S_LORA,
     "s-lora-published": dataclasses.replace(_S_LORA, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2),
     "sjf": dataclasses.replace(_S_LORA, order="sjf"),

@@ -13,10 +13,13 @@ PASS_DEPTH = 32
 """Requests whose adapters load that the ones behind them may pass."""
 
 BOOST_TAIL = 0.01
-"""Share of requests that may miss the TTFT target: with the target it sets how fast the tail of waiting times should fall."""
+"""Share of requests that may miss the TTFT target: with the target it sets how slowly the tail of waiting times may fall."""
 
 MAX_BOOST = 1.0
 """Of the TTFT target."""
+
+WAIT_WEIGHT = 0.02
+"""Weight of the newest waiting time in their mean."""
 
 PagesOf = Callable[[Request], int]
 """KV pages with which a request starts."""
@@ -30,9 +33,15 @@ class SingleQueue:
     ever given memory that it waits for. With another key it can wait for ever (the paper's point about SJF).
     """
 
-    def __init__(self, pages_of: PagesOf, key: Callable[[Request], float]):
+    def __init__(
+        self,
+        pages_of: PagesOf,
+        key: Callable[[Request], float],
+        waited: Callable[[float], None] = lambda seconds: None,
+    ):
         self._pages_of = pages_of
         self._key = key
+        self._waited = waited
         self._queue = RequestQueue()
         self._keys: dict[str, float] = {}
 
@@ -52,6 +61,8 @@ class SingleQueue:
             verdict = batch.offer(request, self._pages_of(request))
             if verdict is Verdict.STARTS:
                 self.remove(request)
+                if request.metrics.first_scheduled_time is None:
+                    self._waited(now - request.arrival_time)
             elif verdict is Verdict.WAITS:
                 passed += 1
             else:
@@ -76,22 +87,35 @@ def shortest_first(pages_of: PagesOf) -> SingleQueue:
     return SingleQueue(pages_of, lambda request: float(request.predicted_output_len))
 
 
-def boosted(pages_of: PagesOf, work_of: Callable[[Request], float], slo: float) -> SingleQueue:
-    """By arrival time less a boost that is larger the less work a request is: (1 / gamma) ln(1 / (1 - exp(-gamma work))).
+class Boost:
+    """Arrival time less a boost that is larger the less work a request is: (1 / gamma) ln(1 / (1 - exp(-gamma work))).
 
-    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue.
-    gamma is the rate at which the tail is to fall: BOOST_TAIL of the requests beyond `slo`. A boost is at most MAX_BOOST: a
-    request can only be passed by those that come within that time after it, so it starts at most as long after it came as
-    first come first served would start the last of these.
+    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue, if
+    gamma is the rate at which that tail falls. Long waits are nearly exponential (Kingman), so the rate is 1 over the mean of
+    the waits so far, but never less than what keeps BOOST_TAIL of the requests beyond `slo`: while waits are short, the order
+    is nearly first come first served. A boost is at most MAX_BOOST: a request can only be passed by those that come within
+    that time after it, so it starts at most as long after it came as first come first served would start the last of these.
 
     Args:
-        work_of: seconds of prefill.
+        work_of: seconds for which a request keeps others waiting.
         slo: target for time to first token, seconds.
     """
-    gamma = -math.log(BOOST_TAIL) / slo
 
-    def key(request: Request) -> float:
-        boost = -math.log1p(-math.exp(-gamma * max(work_of(request), 1e-6))) / gamma
-        return request.arrival_time - min(boost, MAX_BOOST * slo)
+    def __init__(self, work_of: Callable[[Request], float], slo: float):
+        self._work_of = work_of
+        self._slo = slo
+        self._mean_wait = 0.0
 
-    return SingleQueue(pages_of, key)
+    def waited(self, seconds: float) -> None:
+        self._mean_wait += WAIT_WEIGHT * (seconds - self._mean_wait)
+
+    def __call__(self, request: Request) -> float:
+        gamma = max(-math.log(BOOST_TAIL) / self._slo, 1.0 / max(self._mean_wait, 1e-3))
+        boost = -math.log1p(-math.exp(-gamma * max(self._work_of(request), 1e-6))) / gamma
+        return request.arrival_time - min(boost, MAX_BOOST * self._slo)
+
+
+def boosted(pages_of: PagesOf, work_of: Callable[[Request], float], slo: float) -> SingleQueue:
+    """By `Boost`."""
+    boost = Boost(work_of, slo)
+    return SingleQueue(pages_of, boost, boost.waited)

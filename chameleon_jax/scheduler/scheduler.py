@@ -12,8 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
-
 from chameleon_jax.adapter_cache import AdapterCache
 from chameleon_jax.adapters import AdapterTier
 from chameleon_jax.config import EngineConfig
@@ -27,11 +25,8 @@ from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefetcher import Prefetcher
 from chameleon_jax.scheduler.request_size import RequestSizer
 from chameleon_jax.scheduler.running import PREFILL_TILE, RunningSet
-from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
+from chameleon_jax.scheduler.step_budget import StepBudget
 from chameleon_jax.systems import System, get_system
-
-GUESSED_TOKEN_S = 1e-3
-"""Seconds of a prompt token before enough steps were timed; high, so that the first steps stall nobody."""
 
 
 @dataclasses.dataclass
@@ -64,9 +59,8 @@ class Scheduler:
         self._cache = cache
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
-        self._cost = StepCost()
-        self._learns = self.system.bound_stalls or self.system.order == "boost"
-        self._tbt_slo = config.tbt_slo
+        bound, learns = self.system.bound_stalls, self.system.bound_stalls or self.system.order == "boost"
+        self._budget = StepBudget(config.tbt_slo if bound else None, learns, config.max_num_seqs, self._rank)
         self._order = self._make_order(config)
         self._running = RunningSet(page_tokens, config.max_num_batched_tokens, prefill_tile, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -81,7 +75,7 @@ class Scheduler:
         if self.system.order == "sjf":
             return shortest_first(self._first_pages)
         if self.system.order == "boost":
-            return boosted(self._first_pages, self._prefill_work, config.ttft_slo)
+            return boosted(self._first_pages, self._budget.work, config.ttft_slo)
         return MultiLevelQueue(
             self._pool.capacity,
             self._first_pages,
@@ -191,40 +185,19 @@ class Scheduler:
             self._cache.evict_idle(keep=self._wanted)
         self._make_way(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
-        if self._learns:
-            plan.features = self._cost.features((), plan.decodes, self._rank)
-        budget = self._prefill_budget(plan)
+        budget = self._budget.decodes_planned(plan)
         if self._admit(plan, budget, now):
             self._prefetcher.load_ahead(plan, self._order, len(self._running), now)
-        self._running.plan_prefills(plan, budget, self._prefill_seconds)
-        if plan.features is not None:
-            plan.features += self._cost.features(plan.prefills, (), self._rank)
+        self._running.plan_prefills(plan, budget, self._budget.prefill_seconds)
+        self._budget.prefills_planned(plan)
         return plan
-
-    def _prefill_budget(self, plan: StepPlan) -> float:
-        """Seconds that prompts may take in a step with these decodes: what the target for the time between tokens leaves."""
-        if not (self.system.bound_stalls and plan.decodes):
-            return float("inf")
-        if not self._cost.known or plan.features is None:
-            return self._tbt_slo
-        prefill = np.zeros_like(plan.features)
-        prefill[PREFILL] = 1.0
-        return self._tbt_slo - self._cost.seconds(plan.features + prefill)
 
     def ran(self, plan: StepPlan, seconds: float) -> None:
         """A step took that long."""
-        if plan.features is not None:
-            self._cost.observe(plan.features, seconds)
+        self._budget.ran(plan, seconds)
 
     def _rank(self, request: Request) -> int:
         return 0 if request.adapter is None else self._cache.entry(request.adapter).info.rank
-
-    def _prefill_seconds(self, request: Request, tokens: int) -> float:
-        """Until steps have been seen, a guess."""
-        return self._cost.prefill_seconds(tokens, self._rank(request)) if self._cost.known else tokens * GUESSED_TOKEN_S
-
-    def _prefill_work(self, request: Request) -> float:
-        return self._prefill_seconds(request, request.num_known)
 
     def _measure_anew(self, now: float) -> None:
         for request, tokens in self._predictor.updates():
@@ -251,9 +224,8 @@ class Scheduler:
     def _new_batch(self, budget: float) -> Batch:
         """Takes as many prompts as the steps until the next admission can prefill: tokens, or time where that is bounded."""
         if budget < float("inf"):
-            # one may always start when no started prompt is left, as one tile is always computed
-            room = max(budget, 1e-9) - self._running.prompts_left(self._prefill_seconds)
-            prompt_of = self._prefill_work
+            room = budget - self._running.prompts_left(self._budget.prefill_seconds)
+            prompt_of = self._budget.prompt_seconds
         else:
             room = self._running.step_tokens * self.system.admission_interval
             room -= self._running.prompts_left(lambda request, tokens: tokens)

@@ -76,3 +76,9 @@ class StepCost:
     def prefill_seconds(self, tokens: int, rank: int) -> float:
         """Of that many prompt tokens in a step that prefills anyway."""
         return tokens * (self._per_token + rank * self._per_token_rank)
+
+    def output_seconds(self, rows: int) -> float:
+        """Of one token of output in a step of that many rows, context not counted."""
+        x = np.zeros(FEATURES)
+        x[DECODE], x[ROWS] = 1.0, rows
+        return self.seconds(x) / rows

@@ -1,0 +1,88 @@
+"""How long prompts may take of a step that also decodes, by what steps have cost so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from chameleon_jax.request import Request
+from chameleon_jax.scheduler.plan import StepPlan
+from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
+
+GUESSED_TOKEN_S = 1e-3
+"""Seconds of a prompt token before enough steps were timed; high, so that the first steps stall nobody."""
+
+
+class StepBudget:
+    """Seconds of prompts, of requests and of steps.
+
+    **The share of prompts.** Let F be what a step costs beside its prompts: its decodes, and its fixed part. To end within
+    the target, prompts may take target - F, a share of 1 - F / target. That share falls to nothing as F nears the target,
+    while prompts wait and the throughput that the fixed parts cost is lost. So from F = target / 2 on, the share is F / target
+    instead: half of the step where the target is half used up, all of it once the target is out of reach, where no step could
+    meet it anyway. A target that the device cannot meet then costs no throughput.
+
+    Args:
+        target: seconds between tokens; None: prompts take what they like.
+        learns: whether steps are timed.
+        slots: requests that run at once, at most.
+        rank_of: rank of a request's adapter, 0 without one.
+    """
+
+    def __init__(self, target: float | None, learns: bool, slots: int, rank_of: Callable[[Request], int]):
+        self._target = target
+        self._learns = learns
+        self._slots = slots
+        self._rank_of = rank_of
+        self._cost = StepCost()
+
+    # -- requests -------------------------------------------------------------------------------------------------------
+
+    def prefill_seconds(self, request: Request, tokens: int) -> float:
+        """Seconds of that many prompt tokens. Until steps have been seen, a guess."""
+        if not self._cost.known:
+            return tokens * GUESSED_TOKEN_S
+        return self._cost.prefill_seconds(tokens, self._rank_of(request))
+
+    def prompt_seconds(self, request: Request) -> float:
+        """Seconds of the whole prompt, and of the output that has to be computed again."""
+        return self.prefill_seconds(request, request.num_known)
+
+    def work(self, request: Request) -> float:
+        """Seconds of the device for which others wait: the prompt, and its share of full steps for every token of output."""
+        output = max(request.predicted_output_len - len(request.output_token_ids), 0)
+        return self.prompt_seconds(request) + output * self._cost.output_seconds(self._slots)
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
+
+    def decodes_planned(self, plan: StepPlan) -> float:
+        """Returns seconds that prompts may take beside the plan's decodes."""
+        if self._learns:
+            plan.features = self._cost.features((), plan.decodes, self._rank_of)
+        if self._target is None or not plan.decodes or plan.features is None:
+            return math.inf
+        if not self._cost.known:
+            return self._target
+        prefill = np.zeros_like(plan.features)
+        prefill[PREFILL] = 1.0
+        return prompt_share(self._cost.seconds(plan.features + prefill), self._target)
+
+    def prefills_planned(self, plan: StepPlan) -> None:
+        """Notes the plan's prompts, for `ran`."""
+        if plan.features is not None:
+            plan.features += self._cost.features(plan.prefills, (), self._rank_of)
+
+    def ran(self, plan: StepPlan, seconds: float) -> None:
+        """Learns from a step that took that long."""
+        if plan.features is not None:
+            self._cost.observe(plan.features, seconds)
+
+
+def prompt_share(fixed: float, target: float) -> float:
+    """Seconds of prompts in a step with `fixed` seconds of other work; see `StepBudget`."""
+    left = target - fixed
+    if left <= 0:
+        return math.inf
+    return max(left, fixed * fixed / left)  # as shares of the step: max(1 - fixed / target, fixed / target)

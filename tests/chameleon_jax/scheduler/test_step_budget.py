@@ -1,0 +1,93 @@
+"""Seconds of prompts beside decodes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
+from chameleon_jax.scheduler.step_budget import GUESSED_TOKEN_S, StepBudget, prompt_share
+from chameleon_jax.scheduler.step_cost import StepCost
+
+PREFILL_S, TOKEN_S, DECODE_S, ROW_S = 0.01, 1e-3, 0.02, 1e-3
+
+
+def request(number: int, prompt: int = 10, output: int = 10) -> Request:
+    made = Request(f"r{number}", [1] * prompt, SamplingParams(max_tokens=output), 0.0, seed=0, order=number)
+    made.predicted_output_len = output
+    return made
+
+
+def planned(budget: StepBudget, prompts: int, rows: int) -> tuple[float, StepPlan]:
+    """Seconds for prompts of a step with that many decodes, and the step with that many prompt tokens in it."""
+    plan = StepPlan(decodes=[request(i) for i in range(rows)])
+    seconds = budget.decodes_planned(plan)
+    if prompts:
+        plan.prefills = [PrefillChunk(request(99), 0, prompts, samples=True)]
+    budget.prefills_planned(plan)
+    return seconds, plan
+
+
+def taught(target: float | None, slots: int = 8, slowness: float = 1.0) -> StepBudget:
+    """Knows a device on which steps cost what the constants above say, times `slowness`."""
+    budget = StepBudget(target, True, slots, lambda request: 0)
+    for i in range(3 * StepCost.ENOUGH):
+        prompts, rows = (i * 37) % 200, i % 7
+        seconds = bool(prompts) * PREFILL_S + prompts * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
+        budget.ran(planned(budget, prompts, rows)[1], slowness * seconds)
+    return budget
+
+
+@given(target=st.floats(1e-6, 1e3), fixed=st.floats(0, 2e3))
+def test_prompts_get_the_rest_of_the_target_while_that_is_half_of_it_and_no_smaller_share_ever(target, fixed):
+    seconds = prompt_share(fixed, target)
+    if fixed <= target / 2:
+        assert seconds == pytest.approx(target - fixed)
+    elif fixed >= target:
+        assert seconds == math.inf
+    else:
+        assert seconds == math.inf or seconds / (seconds + fixed) == pytest.approx(fixed / target, rel=1e-6)
+
+
+@given(target=st.floats(1e-3, 1e3), shares=st.tuples(st.floats(0.5, 1.5), st.floats(0.5, 1.5)))
+def test_the_further_the_target_is_out_of_reach_the_more_of_a_step_is_prompts(target, shares):
+    low, high = sorted(shares)
+    assert prompt_share(low * target, target) <= prompt_share(high * target, target) * (1 + 1e-9)
+
+
+def test_a_target_that_can_be_met_bounds_the_step():
+    seconds, _ = planned(taught(target=0.2), 0, rows=5)
+    assert seconds == pytest.approx(0.2 - PREFILL_S - DECODE_S - 5 * ROW_S, rel=0.02)
+
+
+@pytest.mark.parametrize("slowness", [1.0, 4.0, 16.0])
+def test_a_target_that_cannot_be_met_bounds_nothing(slowness):
+    fixed = PREFILL_S + DECODE_S + 5 * ROW_S
+    assert planned(taught(fixed * 0.98, slowness=slowness), 0, rows=5)[0] == math.inf
+
+
+def test_without_decodes_or_a_target_nothing_is_bounded():
+    assert planned(taught(target=1e-3), 0, rows=0)[0] == math.inf
+    assert planned(taught(target=None), 0, rows=5)[0] == math.inf
+
+
+def test_before_enough_steps_were_timed_prompts_may_take_the_target_by_a_guess():
+    budget = StepBudget(0.1, True, 8, lambda request: 0)
+    assert planned(budget, 0, rows=5)[0] == 0.1
+    assert budget.prefill_seconds(request(0), 7) == 7 * GUESSED_TOKEN_S
+
+
+@pytest.mark.parametrize("slots", [1, 8, 64])
+def test_work_is_the_prompt_and_the_outputs_share_of_full_steps(slots):
+    budget = taught(target=1.0, slots=slots)
+    made = request(0, prompt=100, output=20)
+    per_token = DECODE_S / slots + ROW_S
+    assert budget.work(made) == pytest.approx(100 * TOKEN_S + 20 * per_token, rel=0.02)
+    made.output_token_ids += [1] * 5  # squashed: it recomputes what it had, and goes on from there
+    assert budget.work(made) == pytest.approx(105 * TOKEN_S + 15 * per_token, rel=0.02)
+    made.output_token_ids += [1] * 30  # more than predicted
+    assert budget.work(made) == pytest.approx(135 * TOKEN_S, rel=0.02)
