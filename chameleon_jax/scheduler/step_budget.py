@@ -12,7 +12,7 @@ from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 
 GUESSED_TOKEN_S = 1e-3
-"""Seconds of a prompt token before enough steps were timed; high, so that the first steps stall nobody."""
+"""Seconds of a prompt token before enough steps were timed."""
 
 
 class StepBudget:
@@ -61,10 +61,8 @@ class StepBudget:
         """Returns seconds that prompts may take beside the plan's decodes."""
         if self._learns:
             plan.features = self._cost.features((), plan.decodes, self._rank_of)
-        if self._target is None or not plan.decodes or plan.features is None:
+        if self._target is None or not plan.decodes or plan.features is None or not self._cost.known:
             return math.inf
-        if not self._cost.known:
-            return self._target
         prefill = np.zeros_like(plan.features)
         prefill[PREFILL] = 1.0
         return prompt_share(self._cost.seconds(plan.features + prefill), self._target)

@@ -44,7 +44,7 @@ def test_the_longer_others_wait_the_larger_is_the_head_start_up_to_what_the_targ
     assert keys == sorted(keys, reverse=True) and keys[0] > -0.02
     slowest = -math.log(BOOST_TAIL) / SLO
     expected = math.log1p(-math.exp(-slowest * 0.1)) / slowest
-    for wait in (2.0, 100.0):
+    for wait in (2.5, 100.0):
         assert boost([wait] * 1000)(request(0.1)) == pytest.approx(expected)
 
 

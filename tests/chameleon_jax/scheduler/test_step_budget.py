@@ -75,9 +75,9 @@ def test_without_decodes_or_a_target_nothing_is_bounded():
     assert planned(taught(target=None), 0, rows=5)[0] == math.inf
 
 
-def test_before_enough_steps_were_timed_prompts_may_take_the_target_by_a_guess():
+def test_before_enough_steps_were_timed_nothing_is_bounded_and_a_token_is_a_guess():
     budget = StepBudget(0.1, True, 8, lambda request: 0)
-    assert planned(budget, 0, rows=5)[0] == 0.1
+    assert planned(budget, 0, rows=5)[0] == math.inf
     assert budget.prefill_seconds(request(0), 7) == 7 * GUESSED_TOKEN_S
 
 
