@@ -22,13 +22,13 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Names and defaults are vLLM's.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is a value below 1.2e-38, by which float32 cannot divide. No other is changed.
         top_p: share of the probability mass that is kept, in (0, 1].
-        top_k: tokens that are kept; 0 or -1 keeps all.
+        top_k: tokens that are kept; 0 or -1 keeps all, 1 is greedy.
         min_p: least probability, relative to the best token's, that is kept.
         seed: the same seed gives the same text however the request was batched; None: the engine draws one.
         max_tokens: output tokens at most.
-        min_tokens: stop ids cannot be drawn before that many.
+        min_tokens: stop ids cannot be drawn before that many, unless there is nothing else.
         stop: strings that end the output; they are not part of it.
         stop_token_ids: ids that end the output, beside the model's own.
         ignore_eos: go on past the model's end-of-sequence ids.
