@@ -80,10 +80,16 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class LoRARequest:
-    """Names an adapter; `path` is a PEFT directory, needed only the first time the name is used (or to replace it)."""
+    """Names an adapter.
+
+    Attributes:
+        path: PEFT directory, needed only the first time the name is used, or to replace it.
+        load_inplace: read `path` also where the name was read from it before: its files may have changed.
+    """
 
     name: str
     path: str | None = None
+    load_inplace: bool = False
 
 
 class RequestState(enum.Enum):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -52,7 +53,8 @@ _REFUSED = {
     "monteclora_config": "it draws its weights at random",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_INTEGERS = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +174,6 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
         where = (int(match[2]), match[3])
         if f".{_PARENT[match[3]]}." not in match[1] or match[4] in pairs.get(where, {}):
             raise AdapterError(f"tensor {name} is in the wrong place, or there twice")
-        if tensor.dtype.name not in _FLOATS:
-            raise AdapterError(f"tensor {name} is of dtype {tensor.dtype}; allowed: {', '.join(_FLOATS)}")
         pairs.setdefault(where, {})[match[4]] = tensor
         modules[where] = match[1]
     names = list(modules.values())
@@ -232,9 +232,18 @@ def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]
     widths = sum(sum(config.target_shape(target)) for target in TARGETS)
     try:
         _check_size(file, config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES)  # the largest that fits, in float64
-        return safetensors.numpy.load_file(file)
+        # not mapped: a training loop may write the file anew meanwhile, and what is cut off would end the process
+        tensors = safetensors.deserialize(file.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{file.name} cannot be read: {error}") from error
+    return {name: _array(name, tensor) for name, tensor in tensors}
+
+
+def _array(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
+    dtype = tensor["dtype"]
+    if dtype not in _FLOATS:
+        raise AdapterError(f"tensor {name} is of dtype {_INTEGERS.get(dtype, dtype)}; allowed: {', '.join(_FLOATS.values())}")
+    return np.frombuffer(tensor["data"], jnp.dtype(_FLOATS[dtype])).reshape(tensor["shape"])
 
 
 def save(

@@ -51,9 +51,13 @@ class LLM:
             raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
         return self.engine.tokenizer
 
-    def add_lora(self, name: str, path: str | Path) -> None:
-        """Reads an adapter ahead of the first request for it. Raises ValueError where it cannot be served."""
-        self.engine.add_lora(name, path)
+    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:
+        """Reads an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
+
+        Args:
+            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+        """
+        self.engine.add_lora(name, path, pinned)
 
     def remove_lora(self, name: str) -> None:
         self.engine.remove_lora(name)
@@ -79,9 +83,12 @@ class LLM:
         params = _one_each(sampling_params or SamplingParams(), len(many), "sampling_params")
         loras = _one_each(lora_request, len(many), "lora_request")
         requests: list[Request] = []
+        read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora in zip(many, params, loras):
-                requests.append(self.engine.submit(tokens_of(prompt, self.engine.tokenizer), param, lora))
+                known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
+                requests.append(self.engine.submit(tokens_of(prompt, self.engine.tokenizer), param, known))
+                read.add(lora)
             while self.engine.loop.has_unfinished:
                 self.engine.loop.step()
         except BaseException:

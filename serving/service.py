@@ -98,13 +98,13 @@ class Service:
             except ValueError as error:
                 logger.warning("adapter %r of an adapter directory is left out: %s", name, error)
 
-    async def load_lora(self, name: str, source: str, pinned: bool = False) -> bool:
+    async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         """Loads what a client named. Returns whether the name had that very content already. Raises as `AsyncLLM.add_lora`."""
         self._check_name(name)
         if self.llm.draining:
             raise Draining("the server is about to stop")
         path = await asyncio.to_thread(self.sources.resolve, source)
-        loaded = await self.llm.add_lora(name, path, pinned)
+        loaded = await self.llm.add_lora(name, path, pinned, load_inplace=load_inplace)
         logger.info("adapter %r is loaded", name)
         return loaded
 

@@ -251,3 +251,20 @@ def test_dummy_weights(tmp_path):
             llm.generate("text")
         with pytest.raises(ValueError, match="enable_lora is False"):
             llm.add_lora("x", reference.save_adapter(tmp_path, PRESETS["tiny"], 2))
+
+
+def test_a_request_that_loads_in_place_reads_its_path_once_a_call(model, tmp_path, monkeypatch):
+    path = reference.save_adapter(tmp_path / "policy", CONFIG, 8, seed=1)
+    with make_llm(model) as llm:
+        reads = []
+        read = llm.engine.read_lora
+        monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (reads.append(args), read(*args))[1])
+        ask = LoRARequest("x", str(path), load_inplace=True)
+        prompts = [reference.prompt(1)] * 3
+        first = tokens(llm.generate(prompts, GREEDY, lora_request=ask))
+        reference.save_adapter(path, CONFIG, 8, seed=2)
+        second = tokens(llm.generate(prompts, GREEDY, lora_request=ask))
+        assert first[0] == first[2] != second[0] == second[2] and len(reads) == 2
+        llm.add_lora("x", path, pinned=True)
+        llm.add_lora("x", reference.save_adapter(tmp_path / "other", CONFIG, 4))
+        assert llm.engine.loop.cache.entry(llm.engine.registry.get("x").content_hash).pinned
