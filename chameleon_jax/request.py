@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import numbers
 import reprlib
 from array import array
@@ -64,7 +63,7 @@ class SamplingParams:
             object.__setattr__(self, field, value if value is None else int(value))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
+        require(0 <= self.temperature <= 100, "temperature", "0 to 100")
         require(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
         require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (all), or 1 and more")
         require(0 <= self.min_p <= 1, "min_p", "0 to 1")

@@ -16,6 +16,8 @@ from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
 
+GENERATION_FILE = "generation_config.json"
+
 
 class SafetensorsMapping(Mapping[str, np.ndarray]):
     """Tensors of several safetensors files, each read when it is asked for."""
@@ -56,16 +58,24 @@ def load(path_or_id: str | Path) -> Checkpoint:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{directory} has no config.json")
-    hf = _read_json(config_file)
-    generation = directory / "generation_config.json"
-    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+    hf = read_json(config_file)
+    generation = generation_file(directory)
+    if generation is not None and (eos := read_json(generation).get("eos_token_id")) is not None:
         hf["eos_token_id"] = eos  # chat models often name their end-of-turn token only here
     config = LlamaConfig.from_hf(hf)
     files = _weight_files(directory)
-    return Checkpoint(config, SafetensorsMapping(files), Tokenizer.from_directory(directory, config.eos_token_ids))
+    tokenizer = Tokenizer.from_directory(directory, config.eos_token_ids)
+    return Checkpoint(config, SafetensorsMapping(files), tokenizer, generation)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def generation_file(directory: Path) -> Path | None:
+    """The directory's generation_config.json, where it has one."""
+    file = directory / GENERATION_FILE
+    return file if file.is_file() else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is not a JSON object."""
     try:
         data = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -82,7 +92,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
@@ -109,6 +119,6 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> None:
     hf = checkpoint.config.to_hf() | {"torch_dtype": str(next(iter(tensors.values())).dtype)}
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
     generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
-    (directory / "generation_config.json").write_text(json.dumps(generation))
+    (directory / GENERATION_FILE).write_text(json.dumps(generation))
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save(directory)

@@ -26,6 +26,7 @@ from chameleon_jax.serving.observers import Observers
 from chameleon_jax.serving.outputs import Update
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 from chameleon_jax.serving.stats import EngineStats, take_stats
 from chameleon_jax.serving.turns import Turns
 
@@ -96,6 +97,7 @@ class AsyncLLM:
         """Completes one prompt; yields all of it so far whenever there is more. Leaving the iteration aborts the request.
 
         Args:
+            sampling_params: None: the model's defaults, with as many tokens as there is room for at most.
             timeout: seconds from now within which the last token must come.
 
         Raises:
@@ -118,8 +120,8 @@ class AsyncLLM:
 
         Raises as `generate` does what is wrong before the first token.
         """
-        params = [sampling_params or SamplingParams()]
-        (stream,) = await self.open_all([prompt], params, lora_request, request_id, Deadline(timeout))
+        params, fit = sampling_params or self.get_default_sampling_params(), sampling_params is None
+        (stream,) = await self.open_all([prompt], [params], lora_request, request_id, Deadline(timeout), fit=fit)
         return stream
 
     async def open_all(
@@ -129,22 +131,26 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         request_id: str | None = None,
         deadline: Deadline | None = None,
+        *,
+        fit: bool = False,
     ) -> list[RequestStream]:
         """`open` of every prompt with each of `params`, prompt by prompt. All get in, with one content of the adapter, or none.
 
         Args:
             request_id: of the only request; of several, each adds its number.
+            fit: cut max_tokens to what there is room for behind each prompt: where nobody has asked for them.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
         lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
         streams: list[RequestStream] = []
+        wanted: list[SamplingParams] = []  # of each stream
 
         def submit(engine: Engine) -> None:
             taken: list[str] = []
             try:
-                for stream, param in zip(streams, itertools.cycle(params)):
+                for stream, param in zip(streams, wanted):
                     stream.request = engine.submit(stream.prompt_token_ids, param, lora, stream.request_id, arrival)
                     taken.append(stream.request_id)
             except BaseException:
@@ -159,6 +165,7 @@ class AsyncLLM:
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
                 text = prompt if isinstance(prompt, str) else None
+                wanted += [fit_max_tokens(p, len(token_ids), self.max_model_len) for p in params] if fit else params
                 for _ in params:
                     own = f"{name}-{len(streams)}" if several else name
                     streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
@@ -177,6 +184,10 @@ class AsyncLLM:
         for stream in streams:
             stream.abort_at(deadline)
         return streams
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's, as its generation_config.json has them."""
+        return self.engine.sampling_defaults.params()
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason "abort"; whether there was one."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.adapters import AdapterInfo
-from chameleon_jax.checkpoints import length_proxy, peft
+from chameleon_jax.checkpoints import huggingface, length_proxy, peft
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ from chameleon_jax.serving.jax_executor import JaxExecutor
 from chameleon_jax.serving.jax_setup import enable_compilation_cache, take_device_memory
 from chameleon_jax.serving.length_predictor import ProxyPredictor
 from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
@@ -70,6 +71,7 @@ class Engine:
         progress: Progress = lambda done, total: None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        defaults_file = generation_file(config.generation_config)
         enable_compilation_cache()
         take_device_memory(config.gpu_memory_utilization)
         self.config = config
@@ -79,11 +81,16 @@ class Engine:
         if config.load_format == "dummy":
             self.model_config = _preset_or_config(model)
             weights = llama.random_model(self.model_config, self.dtype, config.seed)
+            own_defaults = huggingface.generation_file(Path(model))
         else:
             checkpoint = load_checkpoint(model)
             self.model_config = checkpoint.config
             self.tokenizer = checkpoint.tokenizer
             weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
+            own_defaults = checkpoint.generation_config
+        if config.generation_config not in NO_DEFAULTS:
+            defaults_file = defaults_file or own_defaults
+        self.sampling_defaults = SamplingDefaults({}) if defaults_file is None else SamplingDefaults.read(defaults_file)
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
         self.max_model_len = config.max_model_len or min(self.model_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
         if self.max_model_len > self.model_config.max_position_embeddings:

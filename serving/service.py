@@ -28,6 +28,7 @@ class Service:
     Attributes:
         model_name: what requests call the base model.
         created: Unix time of the start, seconds.
+        sampling_defaults: values of fields of `SamplingParams` that requests leave out.
     """
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
@@ -35,6 +36,7 @@ class Service:
         self.config = config
         self.model_name = config.served_model_name or Path(llm.engine.model_name).name
         self.created = int(time.time())
+        self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
 
     # -- access ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
@@ -52,7 +52,7 @@ class Sampling(Body):
     model: Annotated[str, Field(max_length=256)] | None = Field(
         default=None, description="The base model or an adapter; left out: the base model."
     )
-    temperature: Number | None = None
+    temperature: Number | None = Field(default=None, description="Left out, as others: the model's default.")
     top_p: Number | None = None
     top_k: StrictInt | None = None
     min_p: Number | None = None
@@ -100,8 +100,14 @@ class Sampling(Body):
                 allowed = " or ".join(["null", *map(repr, values)])
                 raise ApiError(400, f"{field} is {reprlib.repr(value)}; it is not supported, allowed: {allowed}", param=field)
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None, max_choices: int) -> list[SamplingParams]:
-        """One for each of `n`. Raises ValueError or ApiError."""
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
+    ) -> list[SamplingParams]:
+        """One for each of `n`. Raises ValueError or ApiError.
+
+        Args:
+            defaults: values of the fields that are left out.
+        """
         self.check_neutral()
         n = self.n or 1
         if n > max_choices:
@@ -118,7 +124,7 @@ class Sampling(Body):
             "stop_token_ids": self.stop_token_ids,
             "max_tokens": max_tokens,
         }
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
         return [
             SamplingParams(
                 **given,
@@ -143,7 +149,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: StrictInt | None = Field(default=None, description="16 where it is left out.")
+    max_tokens: StrictInt | None = Field(
+        default=None, description="Left out: the model's default, else 16, within the context."
+    )
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = False
 
@@ -203,7 +211,9 @@ class Message(Body):
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = Field(default=None, description="Left out: what the context has room for.")
+    max_completion_tokens: StrictInt | None = Field(
+        default=None, description="Left out: the model's default, within the context."
+    )
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
 

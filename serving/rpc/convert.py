@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from chameleon_jax.request import Logprob, SamplingParams
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
@@ -26,11 +27,15 @@ def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
     )
 
 
-def sampling_from_message(message: messages.SamplingParams) -> SamplingParams:
-    """Raises ValueError, naming the field."""
+def sampling_from_message(message: messages.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Raises ValueError, naming the field.
+
+    Args:
+        defaults: values of the fields that are left out.
+    """
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     stop, stop_token_ids = list(message.stop), list(message.stop_token_ids)
-    return SamplingParams(**given, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=message.ignore_eos)
+    return SamplingParams(**{**defaults, **given}, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=message.ignore_eos)
 
 
 def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> list[messages.TokenLogprobs]:
