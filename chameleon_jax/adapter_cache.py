@@ -96,9 +96,9 @@ class AdapterCache:
         (self._pinned.add if pinned else self._pinned.discard)(content_hash)
         self._count_idle(entry)
 
-    def pinned_pages(self, besides: str | None = None) -> int:
-        """Pages that pinned adapters take, or will, one of them excepted."""
-        return sum(self._entries[name].info.num_pages for name in self._pinned if name != besides)
+    def pinned_pages(self, *besides: str | None) -> int:
+        """Pages that pinned adapters take, or will, `besides` excepted."""
+        return sum(self._entries[name].info.num_pages for name in self._pinned if name not in besides)
 
     def hold(self, content_hash: str) -> None:
         """A request that will need the adapter was submitted."""
@@ -227,6 +227,7 @@ class AdapterCache:
             self._to_host(entry)
         del self._entries[entry.info.content_hash]
         self._removed.discard(entry.info.content_hash)
+        self.loads_by_adapter.pop(entry.info.content_hash, None)
         return [entry.info.content_hash]
 
     def sweep(self) -> list[str]:

@@ -17,6 +17,8 @@ class EngineConfig:
     Attributes:
         dtype: of weights and pool; "auto" is float32 on CPU and bfloat16 elsewhere.
         load_format: "auto" reads the checkpoint, "dummy" draws random weights on the device.
+        generation_config: where sampling parameters come from that a request leaves out: "auto" is the model's
+            generation_config.json, "none" (or vLLM's word "vllm") is no file, else a directory with a file of that name.
         max_model_len: longest sequence, prompt and output, in tokens; None: what the model allows, at most 2048.
         max_num_seqs: requests that run at once.
         max_num_batched_tokens: prompt tokens of one prefill step; longer prompts are cut into chunks.
@@ -39,6 +41,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     load_format: str = "auto"
+    generation_config: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512

@@ -23,6 +23,9 @@ class LengthPredictor(Protocol):
     def observe(self, request: Request) -> None:
         """The request ended with len(request.output_token_ids) output tokens."""
 
+    def forget(self, content_hash: str) -> None:
+        """An adapter is not known any more."""
+
 
 def _clip(tokens: float, request: Request) -> int:
     return max(1, min(request.params.max_tokens, round(tokens)))
@@ -35,6 +38,9 @@ class _Immediate:
         return []
 
     def observe(self, request: Request) -> None:
+        pass
+
+    def forget(self, content_hash: str) -> None:
         pass
 
 
@@ -98,6 +104,9 @@ class HistoryPredictor(_Immediate):
         tokens = len(request.output_token_ids)
         self._all.add(tokens)
         self._by_adapter.setdefault(request.adapter, _DecayingHistogram()).add(tokens)
+
+    def forget(self, content_hash: str) -> None:
+        self._by_adapter.pop(content_hash, None)
 
 
 TrueLength = Callable[[Request], int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import numbers
 import reprlib
 from array import array
@@ -22,13 +21,13 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Names and defaults are vLLM's.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is a value below 1.2e-38, by which float32 cannot divide. No other is changed.
         top_p: share of the probability mass that is kept, in (0, 1].
-        top_k: tokens that are kept; 0 or -1 keeps all.
+        top_k: tokens that are kept; 0 or -1 keeps all, 1 is greedy.
         min_p: least probability, relative to the best token's, that is kept.
         seed: the same seed gives the same text however the request was batched; None: the engine draws one.
         max_tokens: output tokens at most.
-        min_tokens: stop ids cannot be drawn before that many.
+        min_tokens: stop ids cannot be drawn before that many, unless there is nothing else.
         stop: strings that end the output, the first to be complete; they are not part of it.
         stop_token_ids: ids that end the output, beside the model's own.
         ignore_eos: go on past the model's end-of-sequence ids.
@@ -66,7 +65,7 @@ class SamplingParams:
             object.__setattr__(self, field, value if value is None else int(value))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        require(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
+        require(0 <= self.temperature <= 100, "temperature", "0 to 100")
         require(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
         require(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (all), or 1 and more")
         require(0 <= self.min_p <= 1, "min_p", "0 to 1")
@@ -82,10 +81,16 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class LoRARequest:
-    """Names an adapter; `path` is a PEFT directory, needed only the first time the name is used (or to replace it)."""
+    """Names an adapter.
+
+    Attributes:
+        path: PEFT directory, needed only the first time the name is used, or to replace it.
+        load_inplace: read `path` also where the name was read from it before: its files may have changed.
+    """
 
     name: str
     path: str | None = None
+    load_inplace: bool = False
 
 
 class RequestState(enum.Enum):

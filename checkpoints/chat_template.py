@@ -15,6 +15,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
+from chameleon_jax.checkpoints.json_file import read_json
+
 _END = "END-OF-THE-FINAL-MESSAGE "
 """Marks the end of a message that is continued; the space shows whether the template trims messages."""
 
@@ -75,7 +77,7 @@ def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> tuple[An
     if settings.get("chat_template"):
         return settings["chat_template"], f"chat_template of {directory / 'tokenizer_config.json'}"
     file = directory / "chat_template.json"  # of processors, which text models rarely have
-    return read_json(file).get("chat_template"), str(file)
+    return read_json(file, missing_ok=True).get("chat_template"), str(file)
 
 
 def _read_text(file: Path) -> str:
@@ -83,20 +85,6 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no such file. Raises ValueError, naming the file."""
-    if not file.is_file():
-        return {}
-    text = _read_text(file)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return value
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

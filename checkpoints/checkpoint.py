@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +14,13 @@ from chameleon_jax.models.config import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by Hugging Face name, matrices `[d_out, d_in]`; a mapping may read each one when it is asked for."""
+    """`tensors` by Hugging Face name, matrices `[d_out, d_in]`; a mapping may read each one when it is asked for.
+
+    Attributes:
+        generation_config: file with sampling defaults; None: the checkpoint has none.
+    """
 
     config: LlamaConfig
     tensors: Mapping[str, np.ndarray]
     tokenizer: Tokenizer | None = None
+    generation_config: Path | None = None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import numpy as np
 import safetensors.numpy
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.json_file import read_json
 from chameleon_jax.checkpoints.safetensors_file import SafetensorsMapping
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.model_tensors import ModelTensors
+
+GENERATION_FILE = "generation_config.json"
 
 
 def load(path_or_id: str | Path) -> Checkpoint:
@@ -32,7 +34,8 @@ def load(path_or_id: str | Path) -> Checkpoint:
             raise ValueError(f"model is {str(path_or_id)!r}: no directory, and the hub did not give it: {error}") from error
     config = read_config(directory)
     tensors = ModelTensors(config, SafetensorsMapping(_weight_files(directory)))
-    return Checkpoint(config, tensors, Tokenizer.from_directory(directory, config.eos_token_ids))
+    tokenizer = Tokenizer.from_directory(directory, config.eos_token_ids)
+    return Checkpoint(config, tensors, tokenizer, generation_file(directory))
 
 
 def read_config(directory: Path) -> LlamaConfig:
@@ -40,21 +43,17 @@ def read_config(directory: Path) -> LlamaConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no config.json")
-    hf = _read_json(file)
-    generation = directory / "generation_config.json"
-    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+    hf = read_json(file)
+    generation = generation_file(directory)
+    if generation is not None and (eos := read_json(generation).get("eos_token_id")) is not None:
         hf["eos_token_id"] = eos  # chat models often name their end-of-turn token only here
     return LlamaConfig.from_hf(hf)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds a {type(data).__name__}; allowed: an object")
-    return data
+def generation_file(directory: Path) -> Path | None:
+    """The directory's generation_config.json, where it has one."""
+    file = directory / GENERATION_FILE
+    return file if file.is_file() else None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -64,7 +63,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
@@ -92,6 +91,6 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> None:
     hf = checkpoint.config.to_hf() | {"torch_dtype": str(next(iter(tensors.values())).dtype)}
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
     generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"]}
-    (directory / "generation_config.json").write_text(json.dumps(generation))
+    (directory / GENERATION_FILE).write_text(json.dumps(generation))
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save(directory)

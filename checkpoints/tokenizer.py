@@ -9,8 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from chameleon_jax.checkpoints.chat_template import ChatTemplate, read_chat_template, read_json, special_tokens, token_text
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, read_chat_template, special_tokens, token_text
 from chameleon_jax.checkpoints.detokenizer import DetokenizerStream, TokenBytes
+from chameleon_jax.checkpoints.json_file import read_json
 
 
 class Tokenizer:
@@ -80,9 +81,9 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             return None
-        settings = read_json(directory / "tokenizer_config.json")
+        settings = read_json(directory / "tokenizer_config.json", missing_ok=True)
         if "added_tokens_decoder" not in settings:  # older checkpoints have their special tokens in a file of their own
-            settings |= read_json(directory / "special_tokens_map.json")
+            settings |= read_json(directory / "special_tokens_map.json", missing_ok=True)
         settings["chat_template"], place = read_chat_template(directory, settings)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))

@@ -12,11 +12,8 @@ import numpy as np
 
 from chameleon_jax.models.ops.batched_lora import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
-from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import DRAW_COLUMNS, LEAST_TEMPERATURE, SamplingMode
 from chameleon_jax.models.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
-
-TINY = float(np.finfo(np.float32).tiny)
-"""The least top_p: 0, as a smaller one would be rounded to, would keep no token."""
 
 
 class Segment(NamedTuple):
@@ -147,11 +144,11 @@ def fill_draws(table: np.ndarray, draws: Mapping[int, Draw], padding_slot: int) 
     seeds = np.array([d.seed & 0xFFFFFFFFFFFFFFFF for d in values], "<u8")
     table[rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
     table[rows, 4] = [max(d.top_k, 0) for d in values]
-    floats = np.array([(d.temperature, max(d.top_p, TINY), d.min_p) for d in values], np.float32)
+    floats = np.array([(0.0 if d.top_k == 1 else d.temperature, d.top_p, d.min_p) for d in values], np.float32)
     table[rows, 5:8] = floats.view(np.int32)
     for row, draw in draws.items():
         if draw.banned:
             table[row, 8 : 8 + len(draw.banned)] = draw.banned
     if any([d.logprobs for d in values]):
         return SamplingMode.LOGPROBS
-    return SamplingMode.RANDOM if (floats[:, 0] > 0).any() else SamplingMode.GREEDY
+    return SamplingMode.RANDOM if (floats[:, 0] >= LEAST_TEMPERATURE).any() else SamplingMode.GREEDY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import threading
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.engine import Engine, PackedAdapter
+from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.engine_thread import EngineThread
 from chameleon_jax.serving.errors import Draining, DuplicateRequest, EngineDead
 from chameleon_jax.serving.executor import LoadResult
@@ -25,7 +26,9 @@ from chameleon_jax.serving.observers import Observers
 from chameleon_jax.serving.outputs import Update
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 from chameleon_jax.serving.stats import EngineStats, take_stats
+from chameleon_jax.serving.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class AsyncLLM:
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
         self.reader = AdapterReader(self.engine, max_lora_loads, max_lora_queue)
+        self._turns = Turns()  # of adapters' names
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self)
@@ -93,6 +97,7 @@ class AsyncLLM:
         """Completes one prompt; yields all of it so far whenever there is more. Leaving the iteration aborts the request.
 
         Args:
+            sampling_params: None: the model's defaults, with as many tokens as there is room for at most.
             timeout: seconds from now within which the last token must come.
 
         Raises:
@@ -115,8 +120,8 @@ class AsyncLLM:
 
         Raises as `generate` does what is wrong before the first token.
         """
-        params = [sampling_params or SamplingParams()]
-        (stream,) = await self.open_all([prompt], params, lora_request, request_id, Deadline(timeout))
+        params, fit = sampling_params or self.get_default_sampling_params(), sampling_params is None
+        (stream,) = await self.open_all([prompt], [params], lora_request, request_id, Deadline(timeout), fit=fit)
         return stream
 
     async def open_all(
@@ -126,22 +131,26 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         request_id: str | None = None,
         deadline: Deadline | None = None,
+        *,
+        fit: bool = False,
     ) -> list[RequestStream]:
         """`open` of every prompt with each of `params`, prompt by prompt. All get in, with one content of the adapter, or none.
 
         Args:
             request_id: of the only request; of several, each adds its number.
+            fit: cut max_tokens to what there is room for behind each prompt: where nobody has asked for them.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
-        lora = None if lora_request is None else LoRARequest(lora_request.name)
+        lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
         streams: list[RequestStream] = []
+        wanted: list[SamplingParams] = []  # of each stream
 
         def submit(engine: Engine) -> None:
             taken: list[str] = []
             try:
-                for stream, param in zip(streams, itertools.cycle(params)):
+                for stream, param in zip(streams, wanted):
                     stream.request = engine.submit(stream.prompt_token_ids, param, lora, stream.request_id, arrival)
                     taken.append(stream.request_id)
             except BaseException:
@@ -150,12 +159,13 @@ class AsyncLLM:
                 raise
 
         async with deadline.kept():
-            if lora_request is not None and lora_request.path is not None and self.engine.must_read(lora_request):
-                await self.add_lora(lora_request.name, lora_request.path)
+            if lora_request is not None:
+                await self._read_lora(lora_request)
             several = len(prompts) * len(params) > 1
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
                 text = prompt if isinstance(prompt, str) else None
+                wanted += [fit_max_tokens(p, len(token_ids), self.max_model_len) for p in params] if fit else params
                 for _ in params:
                     own = f"{name}-{len(streams)}" if several else name
                     streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
@@ -175,6 +185,10 @@ class AsyncLLM:
             stream.abort_at(deadline)
         return streams
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's, as its generation_config.json has them."""
+        return self.engine.sampling_defaults.params()
+
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason "abort"; whether there was one."""
         return await asyncio.wrap_future(self._thread.abort(request_id))
@@ -186,9 +200,13 @@ class AsyncLLM:
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    async def add_lora(self, name: str, path: str | Path, pinned: bool = False) -> bool:
+    async def add_lora(self, name: str, path: str | Path, pinned: bool | None = None, *, load_inplace: bool = True) -> bool:
         """Reads a PEFT adapter and names it, while requests run; a name that exists is given the new content, and running
-        requests keep the old.
+        requests keep the old. Calls for one name take effect in the order in which they are made.
+
+        Args:
+            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+            load_inplace: False refuses other content for a name that exists.
 
         Returns:
             Whether the name had that very content already.
@@ -196,19 +214,33 @@ class AsyncLLM:
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then. QueueFull, EngineDead.
         """
+        async with self._turns.of(name):
+            return await self._add_lora(name, path, pinned, load_inplace)
+
+    async def _add_lora(self, name: str, path: str | Path, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         packed = await self.reader.read(name, path)
-        return await self.call(lambda engine: _name_lora(engine, name, packed, path, pinned))
+        return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
+
+    async def _read_lora(self, lora: LoRARequest) -> None:
+        """Reads the adapter of a request where that must be, once for all requests that wait for it."""
+        if lora.path is None or not self.engine.must_read(lora):
+            return
+        async with self._turns.of(lora.name):
+            if self.engine.must_read(lora):
+                await self._add_lora(lora.name, lora.path)
 
     async def remove_lora(self, name: str) -> None:
         """Requests that use it finish; then its memory is free. Raises KeyError."""
-        await self.call(lambda engine: engine.remove_lora(name))
+        async with self._turns.of(name):
+            await self.call(lambda engine: engine.remove_lora(name))
 
     async def list_loras(self) -> list[str]:
         return await self.call(lambda engine: engine.list_loras())
 
     async def pin_lora(self, name: str, pinned: bool = True) -> None:
         """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
-        await self.call(lambda engine: engine.pin_lora(name, pinned))
+        async with self._turns.of(name):
+            await self.call(lambda engine: engine.pin_lora(name, pinned))
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -309,9 +341,3 @@ class AsyncLLM:
             stream.deliver(update)
             if update.finished and self._streams.get(stream.request_id) is stream:
                 del self._streams[stream.request_id]
-
-
-def _name_lora(engine: Engine, name: str, packed: PackedAdapter, path: str | Path, pinned: bool) -> bool:
-    before = engine.registry.get(name)
-    info = engine.name_lora(name, packed, path, pinned)
-    return before is not None and before.content_hash == info.content_hash

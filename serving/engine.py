@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.adapters import MAX_RANK, AdapterInfo, AdapterRegistry
+from chameleon_jax.adapters import MAX_RANK, AdapterInfo
 from chameleon_jax.checkpoints import huggingface, length_proxy, peft
 from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
@@ -30,10 +30,12 @@ from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.models.transfers import PinnedBlock
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
+from chameleon_jax.serving.adapter_names import AdapterNames
 from chameleon_jax.serving.jax_executor import JaxExecutor
 from chameleon_jax.serving.jax_setup import enable_compilation_cache, take_device_memory
 from chameleon_jax.serving.length_predictor import ProxyPredictor
 from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
@@ -68,6 +70,7 @@ class Engine:
         progress: Progress = lambda done, total: None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        defaults_file = generation_file(config.generation_config)
         enable_compilation_cache()
         take_device_memory(config.gpu_memory_utilization)
         self.config = config
@@ -77,11 +80,16 @@ class Engine:
         if config.load_format == "dummy":
             self.model_config = _preset_or_config(model)
             weights = llama.random_model(self.model_config, self.dtype, config.seed)
+            own_defaults = huggingface.generation_file(Path(model))
         else:
             checkpoint = load_checkpoint(model)
             self.model_config = checkpoint.config
             self.tokenizer = checkpoint.tokenizer
             weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
+            own_defaults = checkpoint.generation_config
+        if config.generation_config not in NO_DEFAULTS:
+            defaults_file = defaults_file or own_defaults
+        self.sampling_defaults = SamplingDefaults({}) if defaults_file is None else SamplingDefaults.read(defaults_file)
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
         self.max_model_len = config.max_model_len or min(self.model_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
         if self.max_model_len > self.model_config.max_position_embeddings:
@@ -104,11 +112,10 @@ class Engine:
         if config.length_proxy is not None:
             self._predictor = ProxyPredictor(length_proxy.load(config.length_proxy), self._predictor)
         self._placements: dict[str, AdapterPlacement] = {}
-        self.registry = AdapterRegistry()
-        self._paths: dict[str, str] = {}  # where a named adapter was read from
+        self._executor = JaxExecutor(self.device, self.store, self._placements, get_system(config.system).transfers_per_load)
         self.loop = ServingLoop(
             config,
-            JaxExecutor(self.device, self.store, self._placements, get_system(config.system).transfers_per_load),
+            self._executor,
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
@@ -117,6 +124,8 @@ class Engine:
             predictor=self._predictor,
             forget=self._forget,
         )
+        self.names = AdapterNames(self.loop)
+        self.registry = self.names.registry
         self.clock = clock
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -128,13 +137,18 @@ class Engine:
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    def add_lora(self, name: str, path: str | Path) -> AdapterInfo:
+    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> AdapterInfo:
         """Reads a PEFT adapter and names it; a name that exists is given the new content, running requests keep the old.
+
+        Args:
+            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
 
         Raises:
             ValueError: the adapter cannot be served; says why. Nothing has changed then.
         """
-        return self.name_lora(name, self.read_lora(name, path), path)
+        adapter = self.read_lora(name, path)
+        self.name_lora(name, adapter, path, pinned)
+        return adapter.info
 
     def read_lora(self, name: str, path: str | Path) -> PackedAdapter:
         """Reads a PEFT adapter and packs it. Thread-safe, and changes nothing: any thread may, while requests run.
@@ -163,23 +177,20 @@ class Engine:
         info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
         return PackedAdapter(info, placement, self.device.stage(block))
 
-    def name_lora(self, name: str, adapter: PackedAdapter, path: str | Path | None = None, pinned: bool = False) -> AdapterInfo:
-        """Gives an adapter that was packed a name; quick, as nothing is copied. Raises ValueError where it cannot be pinned."""
-        info = adapter.info
-        if pinned:
-            self.loop.check_pin(info)
-        self.store.put(info.content_hash, adapter.block)
-        self._placements[info.content_hash] = adapter.placement
-        self.loop.add_adapter(info)
-        if pinned:
-            self.loop.pin_adapter(info.content_hash)
-        old = self.registry.set(name, info)
-        self._paths.pop(name, None)
-        if path is not None:
-            self._paths[name] = str(path)
-        if old is not None and not self.registry.names_of(old.content_hash):
-            self.loop.remove_adapter(old.content_hash)
-        return info
+    def name_lora(
+        self,
+        name: str,
+        adapter: PackedAdapter,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        load_inplace: bool = True,
+    ) -> bool:
+        """Gives an adapter that was packed a name; quick, as nothing is copied. See `AdapterNames.set`."""
+        content_hash = adapter.info.content_hash
+        already = self.names.set(name, adapter.info, None if path is None else str(path), pinned, load_inplace)
+        self.store.put(content_hash, adapter.block)
+        self._placements[content_hash] = adapter.placement
+        return already
 
     def _check_name(self, name: str) -> None:
         if not self.config.enable_lora:
@@ -189,31 +200,24 @@ class Engine:
 
     def remove_lora(self, name: str) -> None:
         """Unnames an adapter. Requests that use it finish; then its memory is free. Raises KeyError."""
-        info = self.registry.remove(name)
-        self._paths.pop(name, None)
-        if not self.registry.names_of(info.content_hash):
-            self.loop.remove_adapter(info.content_hash)
+        self.names.remove(name)
 
     def pin_lora(self, name: str, pinned: bool = True) -> None:
         """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
-        self.loop.pin_adapter(self._named(name).content_hash, pinned)
+        self.names.pin(name, pinned)
 
     def list_loras(self) -> list[str]:
         return self.registry.names()
 
     def must_read(self, lora: LoRARequest) -> bool:
-        """Whether it names a path from which its name was not read."""
-        return lora.path is not None and self._paths.get(lora.name) != str(lora.path)
-
-    def _named(self, name: str) -> AdapterInfo:
-        info = self.registry.get(name)
-        if info is None:
-            raise KeyError(f"no adapter is named {name!r}; there are: {', '.join(self.registry.names()) or 'none'}")
-        return info
+        """Whether it names a path that is to be read."""
+        return lora.path is not None and (lora.load_inplace or self.registry.path(lora.name) != str(lora.path))
 
     def _forget(self, content_hash: str) -> None:
         self.store.remove(content_hash)
         self._placements.pop(content_hash, None)
+        self._executor.forget(content_hash)
+        self._predictor.forget(content_hash)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
@@ -240,7 +244,7 @@ class Engine:
         if lora is not None:
             if self.must_read(lora):
                 self.add_lora(lora.name, str(lora.path))
-            adapter = self._named(lora.name).content_hash
+            adapter = self.names.named(lora.name).content_hash
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         if self.tokenizer is not None and not params.ignore_eos:
             eos = (*eos, *self.tokenizer.eos_token_ids)

@@ -93,6 +93,10 @@ class JaxExecutor:
         del self._loading[content_hash]
         self._loads.cancel(content_hash)
 
+    def forget(self, content_hash: str) -> None:
+        """An adapter is not known any more."""
+        self._resident.pop(content_hash, None)
+
     def reset(self) -> None:
         self._loads.reset()
         self._loading.clear()

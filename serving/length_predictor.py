@@ -69,6 +69,9 @@ class ProxyPredictor:
     def observe(self, request: Request) -> None:
         self._fallback.observe(request)
 
+    def forget(self, content_hash: str) -> None:
+        self._fallback.forget(content_hash)
+
     def close(self) -> None:
         """Ends the thread after the batch it is at; prompts that wait are dropped, the fallback still answers."""
         self._closed = True

@@ -14,6 +14,7 @@ from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingP
 from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.outputs import Update, make_output
 from chameleon_jax.serving.prompts import Prompt, tokens_of
+from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 
 
 def compile_progress(done: int, total: int) -> None:
@@ -51,9 +52,17 @@ class LLM:
             raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
         return self.engine.tokenizer
 
-    def add_lora(self, name: str, path: str | Path) -> None:
-        """Reads an adapter ahead of the first request for it. Raises ValueError where it cannot be served."""
-        self.engine.add_lora(name, path)
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's, as its generation_config.json has them."""
+        return self.engine.sampling_defaults.params()
+
+    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:
+        """Reads an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
+
+        Args:
+            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+        """
+        self.engine.add_lora(name, path, pinned)
 
     def remove_lora(self, name: str) -> None:
         self.engine.remove_lora(name)
@@ -72,16 +81,25 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts; `sampling_params` and `lora_request` are one for all or one for each.
 
+        Args:
+            sampling_params: None: the model's defaults, with as many tokens as there is room for at most.
+
         Raises:
             ValueError, KeyError: a prompt, parameter or adapter is wrong; nothing was run then.
         """
         many = _as_list(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(many), "sampling_params")
+        params = _one_each(sampling_params, len(many), "sampling_params")
         loras = _one_each(lora_request, len(many), "lora_request")
         requests: list[Request] = []
+        read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora in zip(many, params, loras):
-                requests.append(self.engine.submit(tokens_of(prompt, self.engine.tokenizer), param, lora))
+                known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
+                token_ids = tokens_of(prompt, self.engine.tokenizer)
+                if param is None:
+                    param = fit_max_tokens(self.get_default_sampling_params(), len(token_ids), self.engine.max_model_len)
+                requests.append(self.engine.submit(token_ids, param, known))
+                read.add(lora)
             while self.engine.loop.has_unfinished:
                 self.engine.loop.step()
         except BaseException:

@@ -154,9 +154,10 @@ class ServingLoop:
             self.check_pin(self.cache.entry(content_hash).info)
         self.cache.pin(content_hash, pinned)
 
-    def check_pin(self, info: AdapterInfo) -> None:
-        """Whether an adapter, known or not yet, may be pinned. Raises ValueError where a live request could then starve."""
-        taken = self.cache.pinned_pages(info.content_hash) + info.num_pages
+    def check_pin(self, info: AdapterInfo, replaced: str | None = None) -> None:
+        """Whether an adapter, known or not yet, may be pinned, in the place of one that is `replaced` or beside all others.
+        Raises ValueError where a live request could then starve."""
+        taken = self.cache.pinned_pages(info.content_hash, replaced) + info.num_pages
         needs = [self._most_pages(r) for r in self._requests.values() if r.adapter != info.content_hash]
         if taken + max(needs, default=0) > self.pool.capacity or taken > self.pool.capacity // 2:
             raise ValueError(

@@ -29,6 +29,7 @@ class Service:
     Attributes:
         model_name: what requests call the base model.
         created: Unix time of the start, seconds.
+        sampling_defaults: values of fields of `SamplingParams` that requests leave out.
     """
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
@@ -36,6 +37,7 @@ class Service:
         self.config = config
         self.model_name = config.served_model_name or Path(llm.engine.model_name).name
         self.created = int(time.time())
+        self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
 
     # -- access ---------------------------------------------------------------------------------------------------------
@@ -107,13 +109,13 @@ class Service:
             except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r of an adapter directory is left out: %s", name, error)
 
-    async def load_lora(self, name: str, source: str, pinned: bool = False) -> bool:
+    async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         """Loads what a client named. Returns whether the name had that very content already. Raises as `AsyncLLM.add_lora`."""
         self._check_name(name)
         if self.llm.draining:
             raise Draining("the server is about to stop")
         path = await asyncio.to_thread(self.sources.resolve, source)
-        loaded = await self.llm.add_lora(name, path, pinned)
+        loaded = await self.llm.add_lora(name, path, pinned, load_inplace=load_inplace)
         logger.info("adapter %r is loaded", name)
         return loaded
 

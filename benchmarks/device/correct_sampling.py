@@ -53,6 +53,11 @@ def tokens(scale: Scale) -> list[Row]:
         row("greedy", int((draw(_rows(seeds, 0.0), SamplingMode.GREEDY) != best).sum())),
         row("greedy rows of a random batch", int((draw(_rows(seeds, 0.0), SamplingMode.RANDOM) != best).sum())),
         row("top_k 1", int((draw(_rows(seeds, 1.0, 1), SamplingMode.RANDOM) != best).sum())),
+        *[
+            row(f"temperature {t}", int((draw(_rows(seeds, t), SamplingMode.RANDOM) != best).sum()))
+            for t in (1e-40, 1.2e-38, 1e-9)
+        ],
+        *[row(f"top_p {p}", int((draw(_rows(seeds, 9.0, top_p=p), SamplingMode.RANDOM) != best).sum())) for p in (0.0, 1e-30)],
         row("banned", int((draw(_rows(seeds, 0.0, banned=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())),
         # where two tokens are a rounding apart they may change places
         row("random, as on the CPU", int((drawn != here).sum()), 1),

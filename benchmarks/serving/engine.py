@@ -59,8 +59,7 @@ class BenchmarkEngine(Engine):
                 info = AdapterInfo(f"adapter-{i}-of-rank-{rank}", rank, placement.num_pages, num_bytes)
                 self.store.put(info.content_hash, self.device.stage(block.copy()))
                 self._placements[info.content_hash] = placement
-                self.registry.set(f"adapter-{i}", info)
-                self.loop.add_adapter(info)
+                self.names.set(f"adapter-{i}", info)
 
     def restart(
         self,
@@ -94,8 +93,9 @@ class BenchmarkEngine(Engine):
             predictor=predictor,
             forget=self._forget,
         )
+        self.names.loop, self._executor = self.loop, ending
         for name in self.registry.names():
-            self.loop.add_adapter(self._named(name))
+            self.loop.add_adapter(self.names.named(name))
 
     def submit_drawn(self, request_id: str, prompt: Sequence[int], max_tokens: int, adapter: int, arrival: float) -> Request:
         """Greedy; ends at the length given to `restart`."""

@@ -10,7 +10,9 @@ import typer
 
 from chameleon_jax.checks import require
 from chameleon_jax.serving.cli.options import (
+    DEFAULT_GENERATION_CONFIG,
     DEFAULT_SYSTEM,
+    GenerationConfig,
     LoraModules,
     Model,
     SystemName,
@@ -27,11 +29,13 @@ def generate(
     lora_modules: LoraModules = None,
     lora: Annotated[list[str] | None, typer.Option(help="Adapter to answer with; several answer side by side.")] = None,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Output tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: the model's own, else 128).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's own, else 0).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Share of the probability mass that is kept.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Tokens that are kept; 0 keeps all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least probability that is kept, relative to the best token's.")] = None,
     seed: int | None = None,
+    generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     max_model_len: int | None = None,
     system: SystemName = DEFAULT_SYSTEM,
@@ -42,21 +46,27 @@ def generate(
     """
     from chameleon_jax.request import LoRARequest, SamplingParams
     from chameleon_jax.serving.llm import LLM
+    from chameleon_jax.serving.prompts import tokens_of
+    from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 
     adapters = named_adapters(lora_modules)
+    fields = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given: dict[str, Any] = {name: value for name, value in (fields | {"seed": seed}).items() if value is not None}
     with errors():
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        SamplingParams(**given)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
-    settings["system"] = system
+    settings |= {"system": system, "generation_config": generation_config}
     with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)
         requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
-        messages = [{"role": "user", "content": prompt}]
-        count = len(requests)
-        for output in (
-            llm.chat([messages] * count, params, requests) if chat else llm.generate([prompt] * count, params, requests)
-        ):
+        tokenizer = llm.get_tokenizer()
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
+        token_ids = tokens_of(text, tokenizer, add_special_tokens=not chat)
+        params = SamplingParams(**{"max_tokens": 128, "temperature": 0.0, **llm.engine.sampling_defaults.values, **given})
+        if max_tokens is None:
+            params = fit_max_tokens(params, len(token_ids), llm.engine.max_model_len)
+        for output in llm.generate([{"prompt_token_ids": token_ids}] * len(requests), params, requests):
             if output.lora_request is not None:
                 console.print(output.lora_request.name, style="bold")
             print(output.outputs[0].text)

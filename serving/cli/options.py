@@ -18,6 +18,11 @@ console = Console(stderr=True, markup=False, emoji=False)
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
 SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
 DEFAULT_SYSTEM = str(EngineConfig.system)
+GenerationConfig = Annotated[
+    str,
+    typer.Option(help="Sampling defaults: auto (the model's generation_config.json), none, or a directory with such a file."),
+]
+DEFAULT_GENERATION_CONFIG = EngineConfig.generation_config
 LoraModules = Annotated[
     list[str] | None,
     typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),

@@ -14,7 +14,9 @@ import typer
 from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli.options import (
+    DEFAULT_GENERATION_CONFIG,
     DEFAULT_SYSTEM,
+    GenerationConfig,
     LoraModules,
     Model,
     SystemName,
@@ -66,15 +68,25 @@ def serve(
     enable_lora: Annotated[bool, typer.Option(help="Without, adapters are refused and nothing is compiled for them.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = ENGINE.load_format,
+    generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of the device's memory.")
     ] = ENGINE.gpu_memory_utilization,
     num_pages: Annotated[int | None, typer.Option(help="Of the device pool.")] = None,
+    page_tokens: Annotated[int, typer.Option(help="Tokens of a page, at least.")] = ENGINE.page_tokens,
     system: SystemName = DEFAULT_SYSTEM,
+    ttft_slo: Annotated[float, typer.Option(help="Seconds to the first token that are aimed at.")] = ENGINE.ttft_slo,
+    tbt_slo: Annotated[float, typer.Option(help="Seconds between tokens that are aimed at.")] = ENGINE.tbt_slo,
+    predicted_output_len: Annotated[
+        int, typer.Option(help="Output tokens that are expected before any request has ended.")
+    ] = ENGINE.predicted_output_len,
+    seed: Annotated[int, typer.Option(help="Requests without a seed draw theirs from it.")] = ENGINE.seed,
     length_proxy: Annotated[str | None, typer.Option(help="Directory that train-length-proxy wrote.")] = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = DEFAULTS.request_timeout,
     drain_timeout: Annotated[float, typer.Option(help="Seconds running requests get at the end.")] = DEFAULTS.drain_timeout,
+    max_choices: Annotated[int, typer.Option(help="Choices of one request: its prompts times n.")] = DEFAULTS.max_choices,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = DEFAULTS.max_body_bytes,
+    max_header_bytes: Annotated[int, typer.Option(help="Of an HTTP request.")] = DEFAULTS.max_header_bytes,
     max_connections: Annotated[int, typer.Option(help="Of HTTP, at once.")] = DEFAULTS.max_connections,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     otlp_traces_endpoint: Annotated[
@@ -102,7 +114,9 @@ def serve(
             tls_key=tls_key,
             request_timeout=request_timeout,
             drain_timeout=drain_timeout,
+            max_choices=max_choices,
             max_body_bytes=max_body_bytes,
+            max_header_bytes=max_header_bytes,
             max_connections=max_connections,
         )
         _serve(model, config, settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)

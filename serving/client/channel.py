@@ -73,6 +73,13 @@ class Generated:
     total_s: float = 0.0
 
 
+def make_load(lora_name: str, source_path: str, pinned: bool | None, load_inplace: bool) -> messages.LoadLoraRequest:
+    request = messages.LoadLoraRequest(lora_name=lora_name, source_path=source_path, load_inplace=load_inplace)
+    if pinned is not None:
+        request.pinned = pinned
+    return request
+
+
 def make_request(
     prompt: str | Sequence[int], params: SamplingParams | None, lora_name: str | None, request_id: str | None
 ) -> messages.GenerateRequest:

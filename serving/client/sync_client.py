@@ -105,9 +105,14 @@ class Client:
         response: messages.AbortResponse = self._call(self._control.Abort, messages.AbortRequest(request_id=request_id))
         return response.aborted
 
-    def load_lora(self, lora_name: str, source_path: str, pinned: bool = False) -> bool:
-        """Returns whether the name had that very content already."""
-        request = messages.LoadLoraRequest(lora_name=lora_name, source_path=source_path, pinned=pinned)
+    def load_lora(self, lora_name: str, source_path: str, pinned: bool | None = None, *, load_inplace: bool = True) -> bool:
+        """Returns whether the name had that very content already.
+
+        Args:
+            pinned: whether the name keeps it on the device; None: as before, and a new name does not.
+            load_inplace: False refuses other content for a name that exists.
+        """
+        request = channel.make_load(lora_name, source_path, pinned, load_inplace)
         response: messages.LoadLoraResponse = self._call(self._control.LoadLora, request)
         return response.already_loaded
 

@@ -88,14 +88,15 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     service, created = service_of(request), int(time.time())
     with answered():
         lora = service.lora_named(body.model)
-        params = body.sampling_params(body.max_tokens, body.logprobs, service.config.max_choices)
+        params = body.sampling_params(body.max_tokens, body.logprobs, service.config.max_choices, service.sampling_defaults)
         deadline = service.deadline(timeout_of(request))
         prompts = body.prompts()
         if len(prompts) * len(params) > (most := service.config.max_choices):
             raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
         asked = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
         request_id = unused_id("cmpl", request)
-        streams = await service.llm.open_all(asked, params, lora, request_id, deadline)
+        fit = body.max_tokens is None
+        streams = await service.llm.open_all(asked, params, lora, request_id, deadline, fit=fit)
     model = body.model or service.model_name
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])
     begins = [_begin(service.llm.tokenizer, body, prompt) for prompt in prompts]

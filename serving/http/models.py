@@ -39,8 +39,8 @@ class LoadLora(Body):
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    pinned: bool = False
-    load_inplace: bool = Field(default=True, description="As in vLLM; a name that exists is always given the new content.")
+    pinned: bool | None = Field(default=None, description="Never leaves the device; null: as before, a new name is not pinned.")
+    load_inplace: bool = Field(default=True, description="False refuses other content for a name that exists.")
 
 
 class LoadedLora(BaseModel):
@@ -87,7 +87,7 @@ async def get_model(request: Request, model: str) -> ModelCard:
 async def load_lora_adapter(request: Request, body: LoadLora) -> LoadedLora:
     """Loads an adapter, or gives a name new content; requests that run keep what they began with."""
     with answered():
-        already = await service_of(request).load_lora(body.lora_name, body.lora_path, body.pinned)
+        already = await service_of(request).load_lora(body.lora_name, body.lora_path, body.pinned, body.load_inplace)
     return LoadedLora(lora_name=body.lora_name, already_loaded=already)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
@@ -68,7 +68,7 @@ class Sampling(Body):
     model: Annotated[str, Field(max_length=256)] | None = Field(
         default=None, description="The base model or an adapter; left out: the base model."
     )
-    temperature: Number | None = None
+    temperature: Number | None = Field(default=None, description="Left out, as others: the model's default.")
     top_p: Number | None = None
     top_k: StrictInt | None = None
     min_p: Number | None = None
@@ -137,8 +137,14 @@ class Sampling(Body):
         if asked and not self.stream:
             raise ApiError(400, f"stream_options has {asked[0]}; allowed: only together with stream", param="stream_options")
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None, max_choices: int) -> list[SamplingParams]:
-        """One for each of `n`. Raises ValueError or ApiError."""
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
+    ) -> list[SamplingParams]:
+        """One for each of `n`. Raises ValueError or ApiError.
+
+        Args:
+            defaults: values of the fields that are left out.
+        """
         self.check_together()
         n = self.n or 1
         if n > max_choices:
@@ -154,7 +160,7 @@ class Sampling(Body):
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "max_tokens": max_tokens,
         }
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
         return [
             SamplingParams(
                 **given,
@@ -183,7 +189,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: StrictInt | None = Field(default=None, description="16 where it is left out.")
+    max_tokens: StrictInt | None = Field(
+        default=None, description="Left out: the model's default, else 16, within the context."
+    )
     logprobs: Annotated[Annotated[StrictInt, Field(ge=0, le=20)] | None, BeforeValidator(_none_of_false)] = None
     echo: StrictBool | None = False
 
@@ -271,7 +279,9 @@ def _variables(given: dict[str, Any]) -> dict[str, Any]:
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = Field(default=None, description="Left out: what the context has room for.")
+    max_completion_tokens: StrictInt | None = Field(
+        default=None, description="Left out: the model's default, within the context."
+    )
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     add_generation_prompt: StrictBool = True

@@ -14,15 +14,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,chameleon_jax/serving/rpc/chameleon_v1.proto\x12\x0c\x63hameleon.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbc\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x07\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\x08\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xaf\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.chameleon.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.chameleon.v1.SamplingParams\x12\x11\n\tlora_name\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x08\n\x06prompt\"S\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"@\n\rTokenLogprobs\x12/\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32\x19.chameleon.v1.Alternative\":\n\nStopReason\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x08\n\x06reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\";\n\x06Timing\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x01\x12\r\n\x05total\x18\x03 \x01(\x01\"\xa2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chameleon.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.chameleon.v1.FinishReason\x12-\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x18.chameleon.v1.StopReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.chameleon.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.chameleon.v1.Timing\"\xa8\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chameleon.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.chameleon.v1.FinishReason\x12-\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x18.chameleon.v1.StopReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.chameleon.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.chameleon.v1.Timing\"I\n\x0fLoadLoraRequest\x12\x11\n\tlora_name\x18\x01 \x01(\t\x12\x13\n\x0bsource_path\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\"*\n\x10LoadLoraResponse\x12\x16\n\x0e\x61lready_loaded\x18\x01 \x01(\x08\"&\n\x11UnloadLoraRequest\x12\x11\n\tlora_name\x18\x01 \x01(\t\"\x14\n\x12UnloadLoraResponse\"\x12\n\x10ListLorasRequest\"\xad\x01\n\x04Lora\x12\x12\n\nlora_names\x18\x01 \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x02 \x01(\t\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x12\n\nreferences\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\r\n\x05loads\x18\n \x01(\x04\"6\n\x11ListLorasResponse\x12!\n\x05loras\x18\x01 \x03(\x0b\x32\x12.chameleon.v1.Lora\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x10\n\x0eGetLoadRequest\"x\n\x05Queue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x18\n\x0bquota_pages\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nfree_pages\x18\x04 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_quota_pagesB\r\n\x0b_free_pages\"\xe9\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12#\n\x06queues\x18\x03 \x03(\x0b\x32\x13.chameleon.v1.Queue\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\x12\x12\n\nfree_pages\x18\x05 \x01(\r\x12\x10\n\x08kv_pages\x18\x06 \x01(\r\x12\x15\n\radapter_pages\x18\x07 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x08 \x01(\r\x12\x16\n\x0eresident_loras\x18\t \x03(\t\x12\x10\n\x08\x64raining\x18\n \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xc7\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06system\x18\x07 \x01(\t\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xaf\x01\n\tInference\x12I\n\x08Generate\x12\x1d.chameleon.v1.GenerateRequest\x1a\x1e.chameleon.v1.GenerateResponse\x12W\n\x0eGenerateStream\x12\x1d.chameleon.v1.GenerateRequest\x1a$.chameleon.v1.GenerateStreamResponse0\x01\x32\xd4\x03\n\x07\x43ontrol\x12I\n\x08LoadLora\x12\x1d.chameleon.v1.LoadLoraRequest\x1a\x1e.chameleon.v1.LoadLoraResponse\x12O\n\nUnloadLora\x12\x1f.chameleon.v1.UnloadLoraRequest\x1a .chameleon.v1.UnloadLoraResponse\x12L\n\tListLoras\x12\x1e.chameleon.v1.ListLorasRequest\x1a\x1f.chameleon.v1.ListLorasResponse\x12@\n\x05\x41\x62ort\x12\x1a.chameleon.v1.AbortRequest\x1a\x1b.chameleon.v1.AbortResponse\x12\x46\n\x07GetLoad\x12\x1c.chameleon.v1.GetLoadRequest\x1a\x1d.chameleon.v1.GetLoadResponse\x12U\n\x0cGetModelInfo\x12!.chameleon.v1.GetModelInfoRequest\x1a\".chameleon.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,chameleon_jax/serving/rpc/chameleon_v1.proto\x12\x0c\x63hameleon.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbc\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x07\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\x08\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xaf\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.chameleon.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.chameleon.v1.SamplingParams\x12\x11\n\tlora_name\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x08\n\x06prompt\"S\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"@\n\rTokenLogprobs\x12/\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32\x19.chameleon.v1.Alternative\":\n\nStopReason\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x08\n\x06reason\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\";\n\x06Timing\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x01\x12\r\n\x05total\x18\x03 \x01(\x01\"\xa2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chameleon.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.chameleon.v1.FinishReason\x12-\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x18.chameleon.v1.StopReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.chameleon.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.chameleon.v1.Timing\"\xa8\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chameleon.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.chameleon.v1.FinishReason\x12-\n\x0bstop_reason\x18\x06 \x01(\x0b\x32\x18.chameleon.v1.StopReason\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.chameleon.v1.Usage\x12$\n\x06timing\x18\x08 \x01(\x0b\x32\x14.chameleon.v1.Timing\"\x85\x01\n\x0fLoadLoraRequest\x12\x11\n\tlora_name\x18\x01 \x01(\t\x12\x13\n\x0bsource_path\x18\x02 \x01(\t\x12\x13\n\x06pinned\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x19\n\x0cload_inplace\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\t\n\x07_pinnedB\x0f\n\r_load_inplace\"*\n\x10LoadLoraResponse\x12\x16\n\x0e\x61lready_loaded\x18\x01 \x01(\x08\"&\n\x11UnloadLoraRequest\x12\x11\n\tlora_name\x18\x01 \x01(\t\"\x14\n\x12UnloadLoraResponse\"\x12\n\x10ListLorasRequest\"\xad\x01\n\x04Lora\x12\x12\n\nlora_names\x18\x01 \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x02 \x01(\t\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x12\n\nreferences\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\r\n\x05loads\x18\n \x01(\x04\"6\n\x11ListLorasResponse\x12!\n\x05loras\x18\x01 \x03(\x0b\x32\x12.chameleon.v1.Lora\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x10\n\x0eGetLoadRequest\"x\n\x05Queue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x18\n\x0bquota_pages\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nfree_pages\x18\x04 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_quota_pagesB\r\n\x0b_free_pages\"\xe9\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12#\n\x06queues\x18\x03 \x03(\x0b\x32\x13.chameleon.v1.Queue\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\x12\x12\n\nfree_pages\x18\x05 \x01(\r\x12\x10\n\x08kv_pages\x18\x06 \x01(\r\x12\x15\n\radapter_pages\x18\x07 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x08 \x01(\r\x12\x16\n\x0eresident_loras\x18\t \x03(\t\x12\x10\n\x08\x64raining\x18\n \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xc7\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06system\x18\x07 \x01(\t\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x15\n\rhas_tokenizer\x18\t \x01(\x08*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xaf\x01\n\tInference\x12I\n\x08Generate\x12\x1d.chameleon.v1.GenerateRequest\x1a\x1e.chameleon.v1.GenerateResponse\x12W\n\x0eGenerateStream\x12\x1d.chameleon.v1.GenerateRequest\x1a$.chameleon.v1.GenerateStreamResponse0\x01\x32\xd4\x03\n\x07\x43ontrol\x12I\n\x08LoadLora\x12\x1d.chameleon.v1.LoadLoraRequest\x1a\x1e.chameleon.v1.LoadLoraResponse\x12O\n\nUnloadLora\x12\x1f.chameleon.v1.UnloadLoraRequest\x1a .chameleon.v1.UnloadLoraResponse\x12L\n\tListLoras\x12\x1e.chameleon.v1.ListLorasRequest\x1a\x1f.chameleon.v1.ListLorasResponse\x12@\n\x05\x41\x62ort\x12\x1a.chameleon.v1.AbortRequest\x1a\x1b.chameleon.v1.AbortResponse\x12\x46\n\x07GetLoad\x12\x1c.chameleon.v1.GetLoadRequest\x1a\x1d.chameleon.v1.GetLoadResponse\x12U\n\x0cGetModelInfo\x12!.chameleon.v1.GetModelInfoRequest\x1a\".chameleon.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chameleon_jax.serving.rpc.chameleon_v1_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=2739
-  _globals['_FINISHREASON']._serialized_end=2859
+  _globals['_FINISHREASON']._serialized_start=2800
+  _globals['_FINISHREASON']._serialized_end=2920
   _globals['_TOKENIDS']._serialized_start=62
   _globals['_TOKENIDS']._serialized_end=85
   _globals['_SAMPLINGPARAMS']._serialized_start=88
@@ -43,36 +43,36 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_GENERATERESPONSE']._serialized_end=1334
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=1337
   _globals['_GENERATESTREAMRESPONSE']._serialized_end=1633
-  _globals['_LOADLORAREQUEST']._serialized_start=1635
-  _globals['_LOADLORAREQUEST']._serialized_end=1708
-  _globals['_LOADLORARESPONSE']._serialized_start=1710
-  _globals['_LOADLORARESPONSE']._serialized_end=1752
-  _globals['_UNLOADLORAREQUEST']._serialized_start=1754
-  _globals['_UNLOADLORAREQUEST']._serialized_end=1792
-  _globals['_UNLOADLORARESPONSE']._serialized_start=1794
-  _globals['_UNLOADLORARESPONSE']._serialized_end=1814
-  _globals['_LISTLORASREQUEST']._serialized_start=1816
-  _globals['_LISTLORASREQUEST']._serialized_end=1834
-  _globals['_LORA']._serialized_start=1837
-  _globals['_LORA']._serialized_end=2010
-  _globals['_LISTLORASRESPONSE']._serialized_start=2012
-  _globals['_LISTLORASRESPONSE']._serialized_end=2066
-  _globals['_ABORTREQUEST']._serialized_start=2068
-  _globals['_ABORTREQUEST']._serialized_end=2102
-  _globals['_ABORTRESPONSE']._serialized_start=2104
-  _globals['_ABORTRESPONSE']._serialized_end=2136
-  _globals['_GETLOADREQUEST']._serialized_start=2138
-  _globals['_GETLOADREQUEST']._serialized_end=2154
-  _globals['_QUEUE']._serialized_start=2156
-  _globals['_QUEUE']._serialized_end=2276
-  _globals['_GETLOADRESPONSE']._serialized_start=2279
-  _globals['_GETLOADRESPONSE']._serialized_end=2512
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2514
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2535
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2538
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2737
-  _globals['_INFERENCE']._serialized_start=2862
-  _globals['_INFERENCE']._serialized_end=3037
-  _globals['_CONTROL']._serialized_start=3040
-  _globals['_CONTROL']._serialized_end=3508
+  _globals['_LOADLORAREQUEST']._serialized_start=1636
+  _globals['_LOADLORAREQUEST']._serialized_end=1769
+  _globals['_LOADLORARESPONSE']._serialized_start=1771
+  _globals['_LOADLORARESPONSE']._serialized_end=1813
+  _globals['_UNLOADLORAREQUEST']._serialized_start=1815
+  _globals['_UNLOADLORAREQUEST']._serialized_end=1853
+  _globals['_UNLOADLORARESPONSE']._serialized_start=1855
+  _globals['_UNLOADLORARESPONSE']._serialized_end=1875
+  _globals['_LISTLORASREQUEST']._serialized_start=1877
+  _globals['_LISTLORASREQUEST']._serialized_end=1895
+  _globals['_LORA']._serialized_start=1898
+  _globals['_LORA']._serialized_end=2071
+  _globals['_LISTLORASRESPONSE']._serialized_start=2073
+  _globals['_LISTLORASRESPONSE']._serialized_end=2127
+  _globals['_ABORTREQUEST']._serialized_start=2129
+  _globals['_ABORTREQUEST']._serialized_end=2163
+  _globals['_ABORTRESPONSE']._serialized_start=2165
+  _globals['_ABORTRESPONSE']._serialized_end=2197
+  _globals['_GETLOADREQUEST']._serialized_start=2199
+  _globals['_GETLOADREQUEST']._serialized_end=2215
+  _globals['_QUEUE']._serialized_start=2217
+  _globals['_QUEUE']._serialized_end=2337
+  _globals['_GETLOADRESPONSE']._serialized_start=2340
+  _globals['_GETLOADRESPONSE']._serialized_end=2573
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2575
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2596
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2599
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2798
+  _globals['_INFERENCE']._serialized_start=2923
+  _globals['_INFERENCE']._serialized_end=3098
+  _globals['_CONTROL']._serialized_start=3101
+  _globals['_CONTROL']._serialized_end=3569
 # @@protoc_insertion_point(module_scope)

@@ -152,14 +152,16 @@ class GenerateStreamResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[_Union[StopReason, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class LoadLoraRequest(_message.Message):
-    __slots__ = ("lora_name", "source_path", "pinned")
+    __slots__ = ("lora_name", "source_path", "pinned", "load_inplace")
     LORA_NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PATH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
     lora_name: str
     source_path: str
     pinned: bool
-    def __init__(self, lora_name: _Optional[str] = ..., source_path: _Optional[str] = ..., pinned: bool = ...) -> None: ...
+    load_inplace: bool
+    def __init__(self, lora_name: _Optional[str] = ..., source_path: _Optional[str] = ..., pinned: bool = ..., load_inplace: bool = ...) -> None: ...
 
 class LoadLoraResponse(_message.Message):
     __slots__ = ("already_loaded",)

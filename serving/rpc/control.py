@@ -17,7 +17,9 @@ class Control(stubs.ControlServicer):
         self._service = service
 
     async def LoadLora(self, request: messages.LoadLoraRequest, context: grpc.aio.ServicerContext) -> messages.LoadLoraResponse:
-        already = await self._service.load_lora(request.lora_name, request.source_path, request.pinned)
+        pinned = request.pinned if request.HasField("pinned") else None
+        load_inplace = request.load_inplace if request.HasField("load_inplace") else True
+        already = await self._service.load_lora(request.lora_name, request.source_path, pinned, load_inplace)
         return messages.LoadLoraResponse(already_loaded=already)
 
     async def UnloadLora(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from chameleon_jax.request import Logprob, SamplingParams
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
@@ -26,11 +27,15 @@ def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
     return messages.SamplingParams(**given, **always)
 
 
-def sampling_from_message(message: messages.SamplingParams) -> SamplingParams:
-    """Raises ValueError, naming the field."""
+def sampling_from_message(message: messages.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Raises ValueError, naming the field.
+
+    Args:
+        defaults: values of the fields that are left out.
+    """
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     always = {name: getattr(message, name) for name in _ALWAYS}
-    return SamplingParams(**given, **always)
+    return SamplingParams(**{**defaults, **given}, **always)
 
 
 def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> list[messages.TokenLogprobs]:

@@ -67,13 +67,14 @@ class Inference(stubs.InferenceServicer):
         if field is None:
             raise ValueError("prompt is missing; allowed: text or token_ids")
         prompt = request.text if field == "text" else {"prompt_token_ids": list(request.token_ids.ids)}
-        params = sampling_from_message(request.sampling)
+        params = sampling_from_message(request.sampling, self._service.sampling_defaults)
         lora = self._service.lora_named(request.lora_name)
         timeout = context.time_remaining()
         if timeout is not None and timeout <= 0:
             raise DeadlineExceeded("the call's deadline is over")
         deadline = self._service.deadline(timeout)
-        (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline)
+        fit = not request.sampling.HasField("max_tokens")
+        (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline, fit=fit)
         notes.get()["model"] = request.lora_name or self._service.model_name
         return stream
 

@@ -29,6 +29,8 @@ from chameleon_jax.request import SamplingParams
         ("seed", 1.5),
         ("logprobs", 2.0),
         ("temperature", "hot"),
+        ("temperature", 10**400),
+        ("temperature", float("inf")),
     ],
 )
 def test_sampling_params_name_what_is_wrong(field, value):

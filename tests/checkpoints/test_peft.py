@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -404,3 +406,26 @@ def test_pickled_weights_are_never_opened(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(peft.AdapterError, match="pickled"):
         peft.load(tmp_path, CONFIG)
+
+
+def test_a_file_that_is_truncated_while_it_is_read_ends_no_process(tmp_path):
+    """A training loop may write to the same file again; what is mapped would end the process with a bus error."""
+    write(tmp_path)
+    script = f"""
+import os, pathlib, safetensors.numpy
+from chameleon_jax.checkpoints import peft
+from tests.checkpoints.test_peft import CONFIG
+
+def and_then_truncate(open_it):
+    def opened(file, *args, **kwargs):
+        result = open_it(file, *args, **kwargs)
+        if str(file).endswith(peft.WEIGHTS_FILE):
+            os.truncate(file, 0)
+        return result
+    return opened
+
+safetensors.numpy.safe_open = and_then_truncate(safetensors.numpy.safe_open)
+pathlib.Path.read_bytes = and_then_truncate(pathlib.Path.read_bytes)
+peft.load({str(tmp_path)!r}, CONFIG)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

@@ -63,6 +63,36 @@ def test_min_p_comes_before_top_p():
     assert np.flatnonzero(counts(p, 2_000, min_p=0.5, top_p=0.5)).tolist() == [0]  # 0.4 of what min_p left is 0.57
 
 
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Tokens that may be drawn, in float64 and by sorting; ties at each cut stay."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p[p < min_p * (1 - 1e-5)] = 0
+    if top_k > 0:
+        p[p < np.sort(p)[-min(top_k, len(p))] * (1 - 1e-5)] = 0
+    best_first = np.sort(p)[::-1]
+    enough = np.searchsorted(best_first.cumsum(), top_p * p.sum() * (1 - 1e-5))
+    return set(np.flatnonzero((p > 0) & (p >= best_first[enough] * (1 - 1e-5))).tolist())
+
+
+def test_draws_are_what_a_plain_reference_keeps():
+    rng = np.random.default_rng(3)
+    logits = (rng.standard_normal((400, VOCAB)) * rng.choice([0.1, 2, 20], (400, 1))).astype(np.float32)
+    cuts = [
+        dict(
+            temperature=float(rng.choice([1e-3, 0.3, 1, 5, 100])),
+            top_k=int(rng.choice([-1, 0, 1, 2, 7, 63, 64, 65])),
+            top_p=float(rng.choice([1e-9, 0.1, 0.5, 0.9, 0.999, 1])),
+            min_p=float(rng.choice([0, 1e-6, 0.05, 0.5, 1])),
+        )
+        for _ in logits
+    ]
+    rows, mode = pack_draws({i: draw(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
+    for guesses in (1, 7):
+        tokens = np.asarray(jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens)
+        for row, token, cut in zip(logits, tokens.tolist(), cuts):
+            assert token in kept(row.astype(np.float64), **cut), cut
+
+
 def test_rows_do_not_depend_on_their_neighbours():
     rows, mode = pack_draws({i: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9)
     together = sample(LOGITS, rows, mode).tokens

@@ -52,8 +52,8 @@ def test_adapters_come_change_and_go_while_requests_run(llm, tmp_path):
 
     async def main():
         ask = LoRARequest("x")
-        assert not await llm.add_lora("x", llm.engine._paths["a1"])
-        assert await llm.add_lora("x", llm.engine._paths["a1"])  # the very content
+        assert not await llm.add_lora("x", llm.engine.registry.path("a1"))
+        assert await llm.add_lora("x", llm.engine.registry.path("a1"))  # the very content
         old = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
         running = await llm.open(PROMPTS[0], LONG, ask)
         await anext(running)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from chameleon_jax import SamplingParams
 from chameleon_jax.checkpoints import length_proxy
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.cli.serve import _greet
 from chameleon_jax.serving.server_config import ServerConfig
@@ -102,6 +105,7 @@ def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
         (("bench", "MODEL", "--output-len", "0"), "output_len is 0; allowed: 1 or more"),
         (("serve", "MODEL", "--api-key", ""), "api_keys is '...'; allowed: printable ASCII without spaces, not empty"),
         (("serve", "MODEL", "--admin-key", "two words"), "admin_keys is '...'"),
+        (("serve", "MODEL", "--max-choices", "0"), "max_choices is 0; allowed: 1 or more"),
         (("serve", "MODEL", "--host", "nosuchhost.invalid"), "host is 'nosuchhost.invalid'"),
         (("serve", "MODEL", "--lora-modules", "a=x", "b=y"), "(b=y); --lora-modules takes one adapter: repeat it for each"),
         (("serve", "--lora-modules=a=x", "b=y", "MODEL"), "; --lora-modules takes one adapter: repeat it for each"),
@@ -116,6 +120,65 @@ def test_mistakes_are_one_line_and_no_traceback(model, arguments, message):
     output = " ".join(result.output.replace("│", " ").split())  # typer puts its own into a box
     assert message in output
     assert "Traceback" not in result.output
+
+
+FLAGS = {
+    "host": "::1",
+    "port": 1,
+    "grpc_port": 2,
+    "served_model_name": "m",
+    "api_keys": ("k",),
+    "admin_keys": ("a",),
+    "adapter_dirs": ("d",),
+    "hub_adapters": ("h/b",),
+    "tls_cert": "c.pem",
+    "tls_key": "k.pem",
+    "request_timeout": 1.5,
+    "drain_timeout": 2.5,
+    "max_body_bytes": 2048,
+    "max_header_bytes": 4096,
+    "max_connections": 7,
+    "max_choices": 3,
+    "dtype": "bfloat16",
+    "load_format": "dummy",
+    "generation_config": "none",
+    "max_model_len": 99,
+    "max_num_seqs": 5,
+    "max_num_batched_tokens": 64,
+    "max_lora_rank": 9,
+    "lora_host_bytes": 123,
+    "num_pages": 77,
+    "gpu_memory_utilization": 0.5,
+    "page_tokens": 8,
+    "enable_lora": False,
+    "system": "fifo",
+    "ttft_slo": 3.5,
+    "tbt_slo": 0.25,
+    "predicted_output_len": 11,
+    "length_proxy": "p",
+    "max_queue_len": 6,
+    "seed": 42,
+}
+"""A value of each setting of a server and its engine that is not the default."""
+SINGULAR = {"api_keys": "api_key", "admin_keys": "admin_key", "adapter_dirs": "adapter_dir", "hub_adapters": "hub_adapter"}
+"""What the flags are called that are given once for each value."""
+
+
+def test_serve_has_a_flag_for_every_setting(monkeypatch):
+    arguments = []
+    for field, value in FLAGS.items():
+        flag = SINGULAR.get(field, field).replace("_", "-")
+        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", value[0] if isinstance(value, tuple) else value]
+    given = []
+    module = sys.modules[_greet.__module__]  # the package has a command of the module's name
+    monkeypatch.setattr(module, "_serve", lambda *args: given.append(args))
+    result = run("serve", "MODEL", *arguments)
+    assert result.exit_code == 0, result.output
+    [(_, config, settings, *_)] = given
+    got = dataclasses.asdict(config) | dataclasses.asdict(EngineConfig(**settings))
+    assert got == FLAGS  # also no setting is left out here
+    defaults = dataclasses.asdict(ServerConfig()) | dataclasses.asdict(EngineConfig())
+    assert all(defaults[field] != value for field, value in FLAGS.items())
 
 
 @pytest.mark.parametrize("variable", ["CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"])

@@ -127,14 +127,17 @@ def test_nothing_is_compiled_after_the_start(llm, adapters):
 
 def test_the_same_seed_gives_the_same_text_however_it_is_batched(llm, adapters):
     drawn = [
-        SamplingParams(temperature=1.0, top_k=k, top_p=p, seed=i, max_tokens=20)
-        for i, (k, p) in enumerate([(0, 1.0), (9, 0.9)])
+        SamplingParams(temperature=t, top_k=k, top_p=p, seed=i, max_tokens=20)
+        for i, (t, k, p) in enumerate([(1.0, 0, 1.0), (1.0, 9, 0.9), (1e-9, 0, 1.0), (100.0, 2**31 - 1, 1e-300)])
     ]
-    prompts = [reference.prompt(5), reference.prompt(6)]
+    prompts = [reference.prompt(seed) for seed in (5, 6, 7, 8)]
     alone = [tokens(llm.generate([p], s, lora_request=adapters[0]))[0] for p, s in zip(prompts, drawn)]
     filler = [reference.prompt(i) for i in range(5)]
-    mixed = llm.generate([*filler, *prompts], [GREEDY] * 5 + drawn, lora_request=[adapters[1]] * 5 + [adapters[0]] * 2)
+    mixed = llm.generate([*filler, *prompts], [GREEDY] * 5 + drawn, lora_request=[adapters[1]] * 5 + [adapters[0]] * 4)
     assert tokens(mixed)[5:] == alone
+    assert alone[2:] == tokens(
+        llm.generate(prompts[2:], dataclasses.replace(GREEDY, max_tokens=20), lora_request=[adapters[0]] * 2)
+    )
     other_seed = dataclasses.replace(drawn[0], seed=77)
     assert tokens(llm.generate([prompts[0]], other_seed, lora_request=adapters[0]))[0] != alone[0]
 
@@ -256,3 +259,20 @@ def test_dummy_weights(tmp_path):
             llm.generate("text")
         with pytest.raises(ValueError, match="enable_lora is False"):
             llm.add_lora("x", reference.save_adapter(tmp_path, PRESETS["tiny"], 2))
+
+
+def test_a_request_that_loads_in_place_reads_its_path_once_a_call(model, tmp_path, monkeypatch):
+    path = reference.save_adapter(tmp_path / "policy", CONFIG, 8, seed=1)
+    with make_llm(model) as llm:
+        reads = []
+        read = llm.engine.read_lora
+        monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (reads.append(args), read(*args))[1])
+        ask = LoRARequest("x", str(path), load_inplace=True)
+        prompts = [reference.prompt(1)] * 3
+        first = tokens(llm.generate(prompts, GREEDY, lora_request=ask))
+        reference.save_adapter(path, CONFIG, 8, seed=2)
+        second = tokens(llm.generate(prompts, GREEDY, lora_request=ask))
+        assert first[0] == first[2] != second[0] == second[2] and len(reads) == 2
+        llm.add_lora("x", path, pinned=True)
+        llm.add_lora("x", reference.save_adapter(tmp_path / "other", CONFIG, 4))
+        assert llm.engine.loop.cache.entry(llm.engine.registry.get("x").content_hash).pinned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import subprocess
 import sys
@@ -60,6 +61,11 @@ def test_sync_and_async_say_the_same(server, client):
                 lora.content_hash for lora in client.list_loras()
             ]
             assert not await other.load_lora("live", "a0") and await other.load_lora("live", "a0")
+            assert not await other.load_lora("live", "a1", pinned=True) and not client.load_lora("live", "a2")
+            assert [lora.pinned for lora in client.list_loras() if "live" in lora.lora_names] == [True]
+            for load in (other.load_lora, functools.partial(asyncio.to_thread, client.load_lora)):
+                with pytest.raises(ValueError, match="lora_name is 'live', which has other content"):
+                    await load("live", "a0", load_inplace=False)
             await other.unload_lora("live")
             assert await other.get_model_info() == client.get_model_info() and await other.is_serving()
             assert not await other.abort("nobody")

@@ -332,6 +332,29 @@ def test_what_nobody_expected_is_an_error_without_details(http, shared_llm, monk
     assert "secret" in caplog.text
 
 
+def test_loading_keeps_a_pin_and_may_refuse_a_name_that_exists(http, shared_llm):
+    def load(path: str, **fields):
+        return http.post("/v1/load_lora_adapter", json={"lora_name": "policy", "lora_path": path} | fields)
+
+    def is_pinned() -> bool:
+        content = shared_llm.engine.registry.get("policy").content_hash
+        return shared_llm.engine.loop.cache.entry(content).pinned
+
+    for path, fields, pinned in [
+        ("a0", {}, False),
+        ("a0", {"pinned": True}, True),
+        ("a1", {}, True),
+        ("a2", {"pinned": None, "load_inplace": True}, True),
+        ("a1", {"pinned": False}, False),
+        ("a1", {"load_inplace": False}, False),
+    ]:
+        assert load(path, **fields).status_code == 200 and is_pinned() is pinned
+    response = load("a2", load_inplace=False)
+    assert response.status_code == 400 and "lora_name is 'policy', which has other content" in error_of(response)["message"]
+    assert load("a1").json()["already_loaded"]
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "policy"}).status_code == 200
+
+
 def test_keys(shared_llm, adapter_dir):
     config = ServerConfig(
         port=0, grpc_port=None, api_keys=("user-key",), admin_keys=("admin-key",), adapter_dirs=(str(adapter_dir),)

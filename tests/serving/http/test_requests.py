@@ -190,7 +190,7 @@ CHAT, COMPLETION = (ChatRequest, {"messages": [MESSAGE]}), (CompletionRequest, {
 def test_a_value_that_changes_nothing_is_taken(kind, field, value):
     model, needed = kind
     plain, given = model.model_validate(needed), model.model_validate(needed | {field: value})
-    assert given.sampling_params(5, None, 16) == plain.sampling_params(5, None, 16)
+    assert given.sampling_params(5, None, 16, {}) == plain.sampling_params(5, None, 16, {})
 
 
 CHANGES = [
@@ -261,7 +261,7 @@ CHANGES_CHAT = [
 def test_a_value_that_would_change_the_answer_is_refused_by_name(kind, field, value):
     model, needed = kind
     with pytest.raises((ValidationError, ApiError)) as error:
-        model.model_validate(needed | {field: value}).sampling_params(5, None, 16)
+        model.model_validate(needed | {field: value}).sampling_params(5, None, 16, {})
     if isinstance(error.value, ApiError):
         assert error.value.body["error"]["param"] == field
     else:

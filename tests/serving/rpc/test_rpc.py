@@ -144,6 +144,20 @@ def test_control(control, inference, shared_llm):
         assert refused(control.LoadLora, request).code() is Code.INVALID_ARGUMENT
 
 
+def test_loading_keeps_a_pin_and_may_refuse_a_name_that_exists(control):
+    def load(path: str, **fields) -> bool:
+        control.LoadLora(messages.LoadLoraRequest(lora_name="policy", source_path=path, **fields), timeout=TIMEOUT)
+        loras = control.ListLoras(messages.ListLorasRequest()).loras
+        return next(lora.pinned for lora in loras if "policy" in lora.lora_names)
+
+    assert not load("a0") and load("a0", pinned=True) and load("a1") and not load("a2", pinned=False)
+    assert not load("a2", load_inplace=False)
+    request = messages.LoadLoraRequest(lora_name="policy", source_path="a1", load_inplace=False)
+    error = refused(control.LoadLora, request)
+    assert error.code() is Code.INVALID_ARGUMENT and "lora_name is 'policy', which has other content" in error.details()
+    control.UnloadLora(messages.UnloadLoraRequest(lora_name="policy"))
+
+
 def test_abort(inference, control):
     request = asked(100)
     request.request_id = "mine"

@@ -1,0 +1,72 @@
+"""Sampling parameters of requests that leave them out: what a model's generation_config.json says."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chameleon_jax.checkpoints import huggingface
+from chameleon_jax.checkpoints.json_file import read_json
+from chameleon_jax.checks import require
+from chameleon_jax.request import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
+"""Fields of the file that are used, and what `SamplingParams` calls them. `do_sample` is not looked at, as in vLLM."""
+NO_DEFAULTS = ("none", "vllm")
+"""Values of `generation_config` that leave a model's defaults out; the second is vLLM's word."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDefaults:
+    """Values of fields of `SamplingParams` that requests may leave out."""
+
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> SamplingDefaults:
+        """What the file says and can be served; the log has the rest. Raises ValueError where it is not JSON."""
+        config = read_json(file)
+        values: dict[str, Any] = {}
+        for name, field in FIELDS.items():
+            value = config.get(name)
+            if value is None:
+                continue
+            try:
+                require(not isinstance(value, bool), name, value, "a number")
+                values[field] = getattr(SamplingParams(**{field: value}), field)
+            except ValueError as error:
+                allowed = str(error).partition("; allowed: ")[2]
+                logger.warning("%s: %s is %.100r and is not used; allowed: %s", file, name, value, allowed)
+        penalty = config.get("repetition_penalty")
+        if penalty not in (None, 1):
+            logger.warning("%s: repetition_penalty is %.100r and is not used: it is not supported", file, penalty)
+        if values:
+            shown = ", ".join(f"{field} {value}" for field, value in values.items())
+            logger.info("sampling defaults of %s: %s; generation_config 'none' leaves them out", file, shown)
+        return cls(values)
+
+    def params(self, **given: Any) -> SamplingParams:
+        """What was given, and the defaults for the rest. Raises ValueError."""
+        return SamplingParams(**{**self.values, **given})
+
+
+def generation_file(source: str) -> Path | None:
+    """The file in a directory that the setting `generation_config` names; None: it names none. Raises ValueError."""
+    if source == "auto" or source in NO_DEFAULTS:
+        return None
+    file = Path(source) / huggingface.GENERATION_FILE
+    allowed = f"auto, none, or a directory with {huggingface.GENERATION_FILE}"
+    require(bool(source) and file.is_file(), "generation_config", source, allowed)
+    return file
+
+
+def fit_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
+    """With no more output tokens than there is room for behind the prompt, one at least. Raises ValueError where min_tokens
+    are more."""
+    room = max(1, max_model_len - prompt_len)
+    return params if params.max_tokens <= room else dataclasses.replace(params, max_tokens=room)
