@@ -44,7 +44,8 @@ class ModelTensors(Mapping[str, np.ndarray]):
     def __init__(self, config: LlamaConfig, tensors: Mapping[str, np.ndarray]):
         self._tensors = tensors
         self._shapes = tensor_shapes(config)
-        others = [name for name in tensors if name not in self._shapes and not _HARMLESS.fullmatch(name)]
+        names = dict.fromkeys(tensors)  # a mapping's own `in` reads the tensor, which takes minutes of a large model
+        others = [name for name in names if name not in self._shapes and not _HARMLESS.fullmatch(name)]
         if config.tie_word_embeddings and HEAD in others:
             others.remove(HEAD)
             self._check_tied()
@@ -56,7 +57,7 @@ class ModelTensors(Mapping[str, np.ndarray]):
                 "allowed: those of a Llama of the config's sizes, without biases, not quantised"
             )
         for name in self._shapes:
-            if name not in tensors:
+            if name not in names:
                 raise ValueError(f"the checkpoint has no tensor {name}")
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,6 +21,31 @@ VECTOR = np.ones(64, np.float32)
 def test_names_and_shapes_are_those_of_a_checkpoint(name):
     config = reference.CONFIGS[name]
     assert tensor_shapes(config) == {n: t.shape for n, t in reference.checkpoint(config).tensors.items()}
+
+
+class Counted(Mapping[str, np.ndarray]):
+    """Tensors that are read from a slow disk, as those of large checkpoints are."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.tensors, self.reads = tensors, Counter[str]()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.reads[name] += 1
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_each_tensor_is_read_once():
+    counted = Counted(GQA.tensors)
+    checked = ModelTensors(GQA.config, counted)
+    assert not counted.reads
+    llama.load_tensors(GQA.config, checked, jnp.dtype("float32"))
+    assert counted.reads == dict.fromkeys(GQA.tensors, 1)
 
 
 @pytest.mark.parametrize(
