@@ -74,10 +74,9 @@ def checked(hf: Fields) -> dict[str, Any]:
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise _error("layer_types", layer_types, "full_attention for each layer")
     hf = {**(_MISTRAL if family == "mistral" else {}), **hf}
-    window, longest = hf.get("sliding_window"), integer(hf, "max_position_embeddings", 2048)
-    if window is not None and integer(hf, "sliding_window") < longest:
-        raise _error("sliding_window", window, f"null, or at least max_position_embeddings ({longest})")
-    return hf
+    longest = integer(hf, "max_position_embeddings", 2048)
+    # a text within the window attends to all of itself, as the layers here do
+    return hf | {"max_position_embeddings": min(longest, integer(hf, "sliding_window", longest))}
 
 
 def rope(hf: Fields) -> dict[str, float]:
@@ -97,11 +96,11 @@ def rope(hf: Fields) -> dict[str, float]:
 def _one_rope(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _error(name, value, "an object")
-    if unknown := sorted(map(str, value.keys() - set(_ROPE))):
-        raise ValueError(f"{name} has the field {reprlib.repr(unknown[0])}; allowed: {', '.join(_ROPE)}")
     kinds = sorted({str(value[field]) for field in ("rope_type", "type") if value.get(field) is not None}) or ["default"]
     if kinds not in (["default"], ["llama3"]):
         raise ValueError(f"{name} type is {', '.join(map(reprlib.repr, kinds))}; allowed: default, llama3")
+    if unknown := sorted(str(field) for field in value if field not in _ROPE and value[field] is not None):
+        raise ValueError(f"{name} has the field {reprlib.repr(unknown[0])}; allowed: {', '.join(_ROPE)}")
     if value.get("partial_rotary_factor") not in (None, 1):
         raise _error("partial_rotary_factor", value["partial_rotary_factor"], "1.0")
     return {**value, "rope_type": kinds[0]}
