@@ -20,10 +20,14 @@ class AdapterSources:
         self._hub_ids = frozenset(hub_ids)
 
     def found(self) -> dict[str, Path]:
-        """The adapters directly in the directories, by name. Of two with one name the first counts."""
+        """The adapters directly in the directories, by name. Of two with one name the first counts. Raises ValueError."""
         adapters: dict[str, Path] = {}
         for root in self._roots:
-            for directory in sorted(root.iterdir()):
+            try:
+                directories = sorted(root.iterdir())
+            except OSError as error:
+                raise ValueError(f"adapter_dir is {str(root)!r}, which cannot be listed: {error}") from error
+            for directory in directories:
                 if _may_be_adapter(directory):
                     adapters.setdefault(directory.name, directory)
         return adapters

@@ -127,3 +127,10 @@ def test_hub_ids(root, monkeypatch):
     with pytest.raises(ValueError, match="1 hub ids"):
         sources.resolve("someone/else")
     assert asked == ["someone/adapter"]
+
+
+def test_a_directory_that_cannot_be_listed_is_named(root):
+    sources = AdapterSources([str(root)], [])
+    root.rename(root.with_name("elsewhere"))
+    with pytest.raises(ValueError, match=f"adapter_dir is '{root}', which cannot be listed: .*No such file"):
+        sources.found()
