@@ -29,8 +29,8 @@ class System:
             and the load for the step before it, as where adapters are copied on the stream that computes.
         whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
         bound_stalls: while requests decode, a step takes as much of the prompts as keeps it within the target for the time
-            between tokens, by what steps of that size and rank have taken so far, and more where the target is out of the
-            device's reach (`scheduler.step_budget`); else max_num_batched_tokens, whatever their ranks.
+            between tokens, by what steps of that size and rank have taken so far, and more where the device cannot meet the
+            target or requests wait for long (`scheduler.step_budget`); else max_num_batched_tokens, whatever their ranks.
         reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.
         admission_interval: steps between admissions while requests run.
         transfers_per_load: times an adapter is copied to the device for one load.

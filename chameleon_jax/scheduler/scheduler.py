@@ -59,8 +59,13 @@ class Scheduler:
         self._cache = cache
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
-        bound, learns = self.system.bound_stalls, self.system.bound_stalls or self.system.order == "boost"
-        self._budget = StepBudget(config.tbt_slo if bound else None, learns, config.max_num_seqs, self._rank)
+        self._budget = StepBudget(
+            config.tbt_slo if self.system.bound_stalls else None,
+            config.ttft_slo,
+            learns=self.system.bound_stalls or self.system.order == "boost",
+            slots=config.max_num_seqs,
+            rank_of=self._rank,
+        )
         self._order = self._make_order(config)
         self._running = RunningSet(page_tokens, config.max_num_batched_tokens, prefill_tile, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -185,7 +190,7 @@ class Scheduler:
             self._cache.evict_idle(keep=self._wanted)
         self._make_way(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
-        budget = self._budget.decodes_planned(plan)
+        budget = self._budget.decodes_planned(plan, self._longest_wait(now))
         if self._admit(plan, budget, now):
             self._prefetcher.load_ahead(plan, self._order, len(self._running), now)
         self._running.plan_prefills(plan, budget, self._budget.prefill_seconds)
@@ -195,6 +200,11 @@ class Scheduler:
     def ran(self, plan: StepPlan, seconds: float) -> None:
         """A step took that long."""
         self._budget.ran(plan, seconds)
+
+    def _longest_wait(self, now: float) -> float:
+        """Seconds since the first of the waiting requests came."""
+        first = next(iter(self._waiting.values()), None)
+        return 0.0 if first is None else now - first.arrival_time
 
     def _rank(self, request: Request) -> int:
         return 0 if request.adapter is None else self._cache.entry(request.adapter).info.rank

@@ -22,17 +22,20 @@ class StepBudget:
     the target, prompts may take target - F, a share of 1 - F / target. That share falls to nothing as F nears the target,
     while prompts wait and the throughput that the fixed parts cost is lost. So from F = target / 2 on, the share is F / target
     instead: half of the step where the target is half used up, all of it once the target is out of reach, where no step could
-    meet it anyway. A target that the device cannot meet then costs no throughput.
+    meet it anyway. A target that the device cannot meet then costs no throughput. Nor does one that it can meet under less
+    load: the share is at least the part of `patience` for which the oldest waiting request has waited.
 
     Args:
         target: seconds between tokens; None: prompts take what they like.
+        patience: seconds of waiting after which prompts take what they like.
         learns: whether steps are timed.
         slots: requests that run at once, at most.
         rank_of: rank of a request's adapter, 0 without one.
     """
 
-    def __init__(self, target: float | None, learns: bool, slots: int, rank_of: Callable[[Request], int]):
+    def __init__(self, target: float | None, patience: float, learns: bool, slots: int, rank_of: Callable[[Request], int]):
         self._target = target
+        self._patience = patience
         self._learns = learns
         self._slots = slots
         self._rank_of = rank_of
@@ -57,15 +60,19 @@ class StepBudget:
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
-    def decodes_planned(self, plan: StepPlan) -> float:
-        """Returns seconds that prompts may take beside the plan's decodes."""
+    def decodes_planned(self, plan: StepPlan, waited: float) -> float:
+        """Returns seconds that prompts may take beside the plan's decodes.
+
+        Args:
+            waited: seconds for which the oldest waiting request has waited.
+        """
         if self._learns:
             plan.features = self._cost.features((), plan.decodes, self._rank_of)
         if self._target is None or not plan.decodes or plan.features is None or not self._cost.known:
             return math.inf
         prefill = np.zeros_like(plan.features)
         prefill[PREFILL] = 1.0
-        return prompt_share(self._cost.seconds(plan.features + prefill), self._target)
+        return prompt_share(self._cost.seconds(plan.features + prefill), self._target, waited / self._patience)
 
     def prefills_planned(self, plan: StepPlan) -> None:
         """Notes the plan's prompts, for `ran`."""
@@ -78,9 +85,13 @@ class StepBudget:
             self._cost.observe(plan.features, seconds)
 
 
-def prompt_share(fixed: float, target: float) -> float:
-    """Seconds of prompts in a step with `fixed` seconds of other work; see `StepBudget`."""
-    left = target - fixed
-    if left <= 0:
+def prompt_share(fixed: float, target: float, hurry: float = 0.0) -> float:
+    """Seconds of prompts in a step with `fixed` seconds of other work; see `StepBudget`.
+
+    Args:
+        hurry: least share of the step.
+    """
+    share = max(fixed / target, hurry)
+    if share >= 1:
         return math.inf
-    return max(left, fixed * fixed / left)  # as shares of the step: max(1 - fixed / target, fixed / target)
+    return max(target - fixed, fixed * share / (1 - share))

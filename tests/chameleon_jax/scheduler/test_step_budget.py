@@ -22,10 +22,13 @@ def request(number: int, prompt: int = 10, output: int = 10) -> Request:
     return made
 
 
-def planned(budget: StepBudget, prompts: int, rows: int) -> tuple[float, StepPlan]:
+PATIENCE = 5.0
+
+
+def planned(budget: StepBudget, prompts: int, rows: int, waited: float = 0.0) -> tuple[float, StepPlan]:
     """Seconds for prompts of a step with that many decodes, and the step with that many prompt tokens in it."""
     plan = StepPlan(decodes=[request(i) for i in range(rows)])
-    seconds = budget.decodes_planned(plan)
+    seconds = budget.decodes_planned(plan, waited)
     if prompts:
         plan.prefills = [PrefillChunk(request(99), 0, prompts, samples=True)]
     budget.prefills_planned(plan)
@@ -34,7 +37,7 @@ def planned(budget: StepBudget, prompts: int, rows: int) -> tuple[float, StepPla
 
 def taught(target: float | None, slots: int = 8, slowness: float = 1.0) -> StepBudget:
     """Knows a device on which steps cost what the constants above say, times `slowness`."""
-    budget = StepBudget(target, True, slots, lambda request: 0)
+    budget = StepBudget(target, PATIENCE, True, slots, lambda request: 0)
     for i in range(3 * StepCost.ENOUGH):
         prompts, rows = (i * 37) % 200, i % 7
         seconds = bool(prompts) * PREFILL_S + prompts * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
@@ -70,13 +73,28 @@ def test_a_target_that_cannot_be_met_bounds_nothing(slowness):
     assert planned(taught(fixed * 0.98, slowness=slowness), 0, rows=5)[0] == math.inf
 
 
+@given(fixed=st.floats(0, 2), hurry=st.floats(0, 2))
+def test_hurry_is_the_least_share_of_prompts(fixed, hurry):
+    seconds = prompt_share(fixed, 1.0, hurry)
+    assert seconds >= prompt_share(fixed, 1.0)
+    assert seconds == math.inf or seconds / max(seconds + fixed, 1e-300) >= min(hurry, 1.0) * (1 - 1e-9)
+    assert (seconds == math.inf) == (max(fixed, hurry) >= 1)
+
+
+@pytest.mark.parametrize(("waited", "share"), [(0.0, 0.825), (4.5, 0.9), (5.0, None), (60.0, None)])
+def test_the_longer_a_request_waits_the_more_of_a_step_is_prompts(waited, share):
+    fixed = PREFILL_S + DECODE_S + 5 * ROW_S
+    seconds, _ = planned(taught(target=0.2), 0, rows=5, waited=waited)
+    assert seconds == math.inf if share is None else seconds / (seconds + fixed) == pytest.approx(share, abs=0.01)
+
+
 def test_without_decodes_or_a_target_nothing_is_bounded():
     assert planned(taught(target=1e-3), 0, rows=0)[0] == math.inf
     assert planned(taught(target=None), 0, rows=5)[0] == math.inf
 
 
 def test_before_enough_steps_were_timed_nothing_is_bounded_and_a_token_is_a_guess():
-    budget = StepBudget(0.1, True, 8, lambda request: 0)
+    budget = StepBudget(0.1, PATIENCE, True, 8, lambda request: 0)
     assert planned(budget, 0, rows=5)[0] == math.inf
     assert budget.prefill_seconds(request(0), 7) == 7 * GUESSED_TOKEN_S
 
