@@ -41,13 +41,14 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     most = service.config.max_choices
     with answered():
         lora = service.lora_named(body.model)
-        body.sampling_params(1, logprobs, most)  # what is wrong with it is said before anything is computed
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        # an error is told before anything is computed
+        body.sampling_params(service.llm.max_model_len if wanted is None else wanted, logprobs, most)
         deadline = service.deadline(timeout_of(request))
         async with deadline.kept():
             messages = [message.for_template() for message in body.messages]
             token_ids = await service.chat_tokens(messages, **body.template_variables())
         room = max(1, service.llm.max_model_len - len(token_ids))
-        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         params = body.sampling_params(room if wanted is None else wanted, logprobs, most)
         request_id = unused_id("chatcmpl", request)
         streams = await service.llm.open_all([{"prompt_token_ids": token_ids}], params, lora, request_id, deadline)
