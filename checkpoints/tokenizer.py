@@ -89,6 +89,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} cannot be read: {error}") from error
+        backend.no_truncation()  # training scripts leave both in the file, and prompts would be cut off without a word
+        backend.no_padding()
         return cls(backend, settings, eos_token_ids, place)
 
     def save(self, directory: Path) -> None:

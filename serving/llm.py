@@ -12,7 +12,7 @@ from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingParams
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.outputs import Update, make_output
+from chameleon_jax.serving.outputs import Update, logprobs_of, make_output
 from chameleon_jax.serving.prompts import Prompt, tokens_of
 from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 
@@ -107,10 +107,11 @@ class LLM:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self.engine.loop.abort(request.request_id)
             raise
-        return [
-            make_output(Update.of(request), prompt if isinstance(prompt, str) else None, lora, self.engine.tokenizer)
-            for request, prompt, lora in zip(requests, many, loras)
-        ]
+        return [self._output(*job) for job in zip(requests, many, loras)]
+
+    def _output(self, request: Request, prompt: Prompt, lora: LoRARequest | None) -> RequestOutput:
+        logprobs = logprobs_of(request, 0, len(request.output_token_ids), self.engine.tokenizer)
+        return make_output(Update.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs)
 
     def chat(
         self,

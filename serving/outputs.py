@@ -33,6 +33,15 @@ class Update:
     def of(cls, request: Request) -> Update:
         return cls(request, certain_text(request), len(request.output_token_ids), request.finish_reason is not None)
 
+    @property
+    def finish_reason(self) -> str | None:
+        reason = self.request.finish_reason if self.finished else None
+        return None if reason is None else reason.value
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        return self.request.stop_reason if self.finished else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
@@ -78,21 +87,22 @@ def make_delta(update: Update, before: Update | None, tokenizer: Tokenizer | Non
     """What `update` adds to `before`."""
     request = update.request
     begin, shown = (0, 0) if before is None else (before.num_tokens, len(before.text))
-    reason = request.finish_reason if update.finished else None
     return Delta(
         text=update.text[shown:],
         token_ids=request.output_token_ids[begin : update.num_tokens],
         logprobs=logprobs_of(request, begin, update.num_tokens, tokenizer),
-        finish_reason=None if reason is None else reason.value,
-        stop_reason=request.stop_reason if update.finished else None,
+        finish_reason=update.finish_reason,
+        stop_reason=update.stop_reason,
     )
 
 
-def make_output(update: Update, prompt: str | None, lora: LoRARequest | None, tokenizer: Tokenizer | None) -> RequestOutput:
-    """What a request has produced so far."""
+def make_output(
+    update: Update, prompt: str | None, lora: LoRARequest | None, logprobs: list[dict[int, Logprob]] | None
+) -> RequestOutput:
+    """Everything a request has produced so far. Args: logprobs: `logprobs_of` all its tokens."""
     request = update.request
-    everything = make_delta(update, None, tokenizer)
-    completion = CompletionOutput(0, **{f.name: getattr(everything, f.name) for f in dataclasses.fields(Delta)})
+    token_ids = request.output_token_ids[: update.num_tokens]
+    completion = CompletionOutput(0, update.text, token_ids, update.finish_reason, update.stop_reason, logprobs)
     return RequestOutput(
         request_id=request.request_id,
         prompt=prompt,

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.request import FinishReason, LoRARequest, Request, RequestOutput
+from chameleon_jax.request import FinishReason, Logprob, LoRARequest, Request, RequestOutput
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.errors import RequestFailed, ServingError
-from chameleon_jax.serving.outputs import Delta, Update, make_delta, make_output
+from chameleon_jax.serving.outputs import Delta, Update, logprobs_of, make_delta, make_output
 
 
 class RequestStream:
@@ -44,6 +44,7 @@ class RequestStream:
         self._give_up = give_up
         self._update: Update | None = None  # the last
         self._read: Update | None = None  # the last that was read
+        self._logprobs: list[dict[int, Logprob]] = []  # of the last output
         self._error: ServingError | None = None
         self._news: asyncio.Future[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -81,7 +82,9 @@ class RequestStream:
     def output(self) -> RequestOutput:
         """Everything that was read so far."""
         assert self._read is not None, "nothing was read yet"
-        return make_output(self._read, self._prompt, self._lora, self._tokenizer)
+        found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self._tokenizer)
+        self._logprobs += found or []
+        return make_output(self._read, self._prompt, self._lora, None if found is None else list(self._logprobs))
 
     def close(self) -> None:
         """Gives the request up unless it has ended."""

@@ -26,6 +26,8 @@ from chameleon_jax.serving.errors import (
 )
 
 RETRY_AFTER_S = 1
+MAX_MESSAGE_LEN = 1000
+"""Characters of an error's message: it may quote the request, or come from a chat template."""
 
 STATUS: dict[type[ServingError], int] = {
     Unauthenticated: 401,
@@ -62,7 +64,7 @@ class ApiError(HTTPException):
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message[:MAX_MESSAGE_LEN], "type": kind, "param": param, "code": code}}
 
 
 def api_error(error: Exception) -> ApiError:
@@ -120,7 +122,7 @@ def add_error_handlers(app: FastAPI) -> None:
             message = f"{field} is missing or null"
         else:
             message = f"{field} is {reprlib.repr(found.get('input'))}; {found['msg'].removeprefix('Value error, ')}"
-        return error_response(400, error_body(400, message[:1000], param=field))
+        return error_response(400, error_body(400, message, param=field))
 
 
 def _other_type(content_type: str | None) -> Response:

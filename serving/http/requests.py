@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
 from chameleon_jax.request import MAX_STOP_IDS, MAX_STOPS, SamplingParams
+from chameleon_jax.serving.http.body import EMPTY, Body, only
 from chameleon_jax.serving.http.errors import ApiError
+from chameleon_jax.serving.http.messages import Message
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
-MAX_PARTS = 1024
 
 TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 """All lists fail at their first error, as `Body` does: there may be a million, and to find them all takes seconds."""
-
-
-class Body(BaseModel):
-    """An object of which every field is known. Fields that are null say nothing, known or not."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        unknown = next((name for name in given if name not in cls.model_fields), None)
-        if unknown is not None:
-            raise PydanticCustomError(
-                "extra_forbidden", "unknown field", {"field": unknown[:200].encode(errors="replace").decode()}
-            )
-        return given
-
-
-EMPTY: tuple[Any, ...] = (False, "", [], {})
-"""What says nothing, where an empty value is not a wish of its own, as the schema `{}` is."""
-
-
-def only(*values: Any) -> AfterValidator:
-    """Of a field that is not supported: the values that change nothing, beside null."""
-    allowed = " or ".join(["null", *map(repr, values)])
-
-    def check(value: Any) -> Any:
-        said = {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, dict) else value
-        if said not in values:
-            raise ValueError(f"it is not supported, allowed: {allowed}")
-        return value
-
-    return AfterValidator(check)
 
 
 class StreamOptions(Body):
@@ -209,62 +173,6 @@ class CompletionRequest(Sampling):
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             return [prompt]
         return prompt
-
-
-class Part(Body):
-    """Of a message: text, or a refusal that a model gave."""
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-    # taken and not used: prompts are not cached
-    cache_control: Any = None
-    prompt_cache_breakpoint: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _type_first(cls, data: Any) -> Any:
-        """Has another type named, and not the fields that come with it."""
-        if isinstance(data, dict) and data.get("type") not in (None, "text", "refusal"):
-            return {"type": data["type"]}
-        return data
-
-    @model_validator(mode="after")
-    def _complete(self) -> Part:
-        if self.said is None:
-            raise ValueError(f"allowed: with {self.type}")
-        return self
-
-    @property
-    def said(self) -> str | None:
-        return self.text if self.type == "text" else self.refusal
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    refusal: str | None = Field(default=None, description="The text of a message without content.")
-    name: Annotated[str, Field(max_length=256)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = Field(default=None, description="As `reasoning`, for the chat template.")
-    reasoning: str | None = None
-
-    # taken and not used: no template has them
-    annotations: Any = None
-    cache_control: Any = None
-
-    tool_calls: Annotated[Any, only(*EMPTY)] = None
-    function_call: Annotated[Any, only(*EMPTY)] = None
-    audio: Annotated[Any, only(*EMPTY)] = None
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it."""
-        content = self.content or self.refusal or ""
-        text = content if isinstance(content, str) else "".join(part.said or "" for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        optional = ("name", "tool_call_id", "reasoning_content", "reasoning")
-        return message | {name: value for name in optional if (value := getattr(self, name)) is not None}
 
 
 _TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}

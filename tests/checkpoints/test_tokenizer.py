@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,3 +98,14 @@ def test_saved_settings_name_a_class_that_transformers_has(tokenizer, tmp_path):
 
 def test_no_tokenizer_in_the_directory(tmp_path):
     assert Tokenizer.from_directory(tmp_path) is None
+
+
+def test_truncation_and_padding_that_a_training_run_left_behind_are_not_used(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(samples.byte_level().backend.to_str())
+    text = "hello " * 20
+    ids = backend.encode(text).ids
+    backend.enable_truncation(max_length=8)
+    backend.enable_padding(length=len(ids) + 5)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text

@@ -35,6 +35,8 @@ def test_outputs_grow_and_deltas_add_up_to_them(llm):
         for before, after in zip(outputs, outputs[1:]):
             assert after.outputs[0].text.startswith(before.outputs[0].text) and not before.finished
             assert after.outputs[0].token_ids[: len(before.outputs[0].token_ids)] == before.outputs[0].token_ids
+            assert len(before.outputs[0].logprobs) == len(before.outputs[0].token_ids)
+            assert all(a is b for a, b in zip(before.outputs[0].logprobs, after.outputs[0].logprobs))  # made once
         whole = outputs[-1].outputs[0]
         assert len(outputs) > 1 and outputs[-1].finished and len(whole.token_ids) == len(whole.logprobs) == 24
         async with await llm.open(PROMPTS[0], params) as stream:

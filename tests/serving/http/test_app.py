@@ -201,6 +201,22 @@ def test_types_of_bodies_that_are_json(http, content_type):
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("n", "%s"), ("max_tokens", "%s"), ("seed", "%s"), ("prompt", "[%s]"), ("stop_token_ids", "[%s]")]
+)
+def test_errors_are_short_whatever_was_sent(http, field, value):
+    body = json.dumps(BODY | {field: "here"}).replace('"here"', value % ("9" * 4000))  # the most digits that Python reads
+    response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and len(error_of(response)["message"]) <= 1000
+
+
+def test_a_template_that_says_much_is_cut_short(http, shared_llm, monkeypatch):
+    monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate("{{ raise_exception(messages[0].content) }}", {}))
+    response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 5000}]})
+    message = error_of(response)["message"]
+    assert response.status_code == 400 and message.startswith("messages: the chat template refuses") and len(message) <= 1000
+
+
 def test_large_bodies(http, server):
     most = server.service.config.max_body_bytes
     response = http.post("/v1/completions", content=b" " * (most + 1))

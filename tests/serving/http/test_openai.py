@@ -329,6 +329,17 @@ def test_fields_of_vllm(client, shared_llm):
     assert answer.choices[0].text == expected.text
 
 
+@pytest.mark.parametrize("max_tokens", [8, None])
+def test_min_tokens_of_a_chat(client, max_tokens):
+    asked = dict(model="gqa", messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=max_tokens)
+    extra = {"stop_token_ids": list(range(97, 105)), "ignore_eos": True}
+    for min_tokens in (0, 5):
+        answer = client.chat.completions.create(**asked, extra_body=extra | {"min_tokens": min_tokens})
+        assert answer.usage.completion_tokens >= min_tokens
+    with pytest.raises(openai.BadRequestError, match=r"min_tokens is 500; allowed: 0 to max_tokens"):
+        client.chat.completions.create(**asked, extra_body=extra | {"min_tokens": 500})
+
+
 def test_an_unknown_model(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.completions.create(model="nobody", prompt=PROMPT)
