@@ -123,8 +123,10 @@ def test_observers_are_told_once(llm):
     llm.observers.append(watcher)
     run(main())
     llm.observers.remove(watcher)
-    assert sorted(watcher.first_tokens) == [f"r{i}" for i in range(6)]
-    assert sorted(watcher.ends) == ["gone", *watcher.first_tokens] and not watcher.lost_requests
+    names = [f"r{i}" for i in range(6)]
+    # the one that was given up may have had its first token before it was taken back
+    assert sorted(watcher.first_tokens) in (names, ["gone", *names])
+    assert sorted(watcher.ends) == ["gone", *names] and not watcher.lost_requests
 
 
 def test_all_get_in_or_none(own_llm):
