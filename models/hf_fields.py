@@ -9,7 +9,7 @@ from typing import Any
 
 Fields = Mapping[str, Any]
 
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+_ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 _MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
 """Where transformers has another default for a Mistral than for a Llama."""
 
@@ -44,8 +44,8 @@ _NEUTRAL: dict[str, Any] = {
     "use_bidirectional_attention": False,
     "use_parallel_residual": False,
     "parallel_attn": False,
-    "num_experts": None,
-    "num_local_experts": None,
+    "num_experts": 0,
+    "num_local_experts": 0,
 }
 """The one value of each field, beside null, that means what the layers here do."""
 
@@ -61,7 +61,7 @@ def checked(hf: Fields) -> dict[str, Any]:
         raise _error("architectures", architectures, ", ".join(_ARCHITECTURES))
     family = hf.get("model_type") or (_ARCHITECTURES[names[0]] if names else "llama")
     if family not in list(_ARCHITECTURES.values()):
-        raise _error("model_type", family, ", ".join(_ARCHITECTURES.values()))
+        raise _error("model_type", family, ", ".join(dict.fromkeys(_ARCHITECTURES.values())))
     for field, method in _quantised(hf):
         raise ValueError(
             f"{field} says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not served; "

@@ -147,7 +147,9 @@ SMOLLM2 = {
     "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
 }
 V0_1 = MISTRAL | {"max_position_embeddings": 32768, "num_key_value_heads": 8, "sliding_window": 4096, "rope_theta": 10000.0}
+LLAMA_1 = {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048, "bos_token_id": 0, "eos_token_id": 1}
 PUBLISHED = {
+    "Llama 1 of an early conversion": LLAMA_1 | {"pad_token_id": -1, "transformers_version": "4.27.0.dev0"},
     "Llama 2": LLAMA_2 | {"torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "_name_or_path": "Llama-2-7b-hf"},
     "Llama 3.1": LLAMA_31 | {"torch_dtype": "bfloat16"},
     "Llama 3.2": LLAMA_31 | {"head_dim": 128, "tie_word_embeddings": True, "unsloth_fixed": True, "pad_token_id": 128004},
@@ -155,6 +157,7 @@ PUBLISHED = {
     "SmolLM2": LLAMA_2 | SMOLLM2 | {"rope_theta": 100000, "tie_word_embeddings": True, "max_position_embeddings": 8192},
     "Vicuna": LLAMA_2 | {"max_sequence_length": 4096, "pad_token_id": 0},
     "Code Llama": LLAMA_2 | {"vocab_size": 32016, "rope_theta": 1000000, "max_position_embeddings": 16384},
+    "no experts": LLAMA_2 | {"num_experts": 0, "num_local_experts": 0},
     "DeepSeek": LLAMA_2 | {"attention_bias": False, "bos_token_id": 100000, "eos_token_id": 100001, "vocab_size": 102400},
     "Mistral 0.1": V0_1,
     "Mistral 0.3": V0_1 | {"sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768, "attention_dropout": 0.0},
