@@ -147,7 +147,7 @@ SMOLLM2 = {
     "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
 }
 V0_1 = MISTRAL | {"max_position_embeddings": 32768, "num_key_value_heads": 8, "sliding_window": 4096, "rope_theta": 10000.0}
-LLAMA_1 = {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048, "bos_token_id": 0, "eos_token_id": 1}
+LLAMA_1 = {"architectures": ["LLaMAForCausalLM"], "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 1}
 PUBLISHED = {
     "Llama 1 of an early conversion": LLAMA_1 | {"pad_token_id": -1, "transformers_version": "4.27.0.dev0"},
     "Llama 2": LLAMA_2 | {"torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "_name_or_path": "Llama-2-7b-hf"},
