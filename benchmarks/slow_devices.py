@@ -34,7 +34,7 @@ RATES = ("bandwidth", "flops", "link_bandwidth")
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """Means over seeds. What depends on the device's speed is in its own units, so that devices can be compared.
+    """Means over seeds, in units of the device's own speed, so that devices can be compared.
 
     Attributes:
         rate: requests a second x seconds of the device's step.
@@ -49,7 +49,7 @@ class Served:
 
 
 def step_seconds(slowness: float) -> float:
-    """Of a step without prompts to speak of, on a device on which it takes `slowness` times the default target."""
+    """Length of a step with next to no prompts, on a device on which it is `slowness` times the default target."""
     return slowness * EngineConfig.tbt_slo
 
 

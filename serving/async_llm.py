@@ -138,7 +138,7 @@ class AsyncLLM:
 
         Args:
             request_id: of the only request; of several, each adds its number.
-            fit: cut max_tokens to what there is room for behind each prompt: where nobody has asked for them.
+            fit: cut max_tokens to the room behind each prompt, for callers that left them out.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)

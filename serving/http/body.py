@@ -28,11 +28,11 @@ class Body(BaseModel):
 
 
 EMPTY: tuple[Any, ...] = (False, "", [], {})
-"""What says nothing, where an empty value is not a wish of its own, as the schema `{}` is."""
+"""Values that say nothing. Not for fields whose empty value is a wish of its own, as the schema `{}` is."""
 
 
 def only(*values: Any) -> AfterValidator:
-    """Of a field that is not supported: the values that change nothing, beside null."""
+    """Restrict a field that is not supported to the values that change nothing, and null."""
     allowed = " or ".join(["null", *map(repr, values)])
 
     def check(value: Any) -> Any:
