@@ -20,7 +20,7 @@ MAX_BOOST = 1.0
 
 TAIL_RATE = 2.0
 """Over the mean wait, the rate at which the tail falls. 1 would be an exponential's; it makes the 99th percentile up to 18 %
-longer than first come first served has it, 2 up to 5 %, for about two thirds of the gain in the median (docs/experiments.md)."""
+longer than first come first served has it, 2 up to 5 %, for three fifths of the gain in the median (docs/experiments.md)."""
 
 WAIT_WEIGHT = 0.02
 """Weight of the newest waiting time in their mean."""
