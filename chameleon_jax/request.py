@@ -110,6 +110,10 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
+LEAST_LOGPROB = -9999.0
+"""Log-probability of a token that cannot come, as in OpenAI's API: JSON has no word for -inf or no number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Logprob:
     """Log-probability of a token (natural logarithm, before temperature), and the token.

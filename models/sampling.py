@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from chameleon_jax.request import LEAST_LOGPROB
+
 MAX_LOGPROBS = 20
 """Alternatives reported beside the chosen token, as OpenAI's API allows."""
 MAX_BANNED = 8
 """Token ids a row may forbid (stop ids before min_tokens)."""
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """A smaller one is greedy, as is 0: float32 cannot divide by it."""
-LEAST_LOGPROB = -9999.0
-"""Stands for the logarithm of 0, which JSON cannot write, as in vLLM."""
 _THRESHOLD_BITS = 32
 """How finely a threshold is found."""
 _LEAST_SCORE = -88.0

@@ -7,11 +7,8 @@ import itertools
 
 from chameleon_jax.checkpoints.detokenizer import shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.request import CompletionOutput, Logprob, LoRARequest, Request, RequestOutput
+from chameleon_jax.request import LEAST_LOGPROB, CompletionOutput, Logprob, LoRARequest, Request, RequestOutput
 from chameleon_jax.serving.stop_strings import certain_text
-
-LEAST_LOGPROB = -9999.0
-"""As in OpenAI's API: stands for what is less, or no number, which JSON has no word for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from chameleon_jax.request import Logprob, Request, SamplingParams
-from chameleon_jax.serving.outputs import LEAST_LOGPROB, logprobs_of
+from chameleon_jax.request import LEAST_LOGPROB, Logprob, Request, SamplingParams
+from chameleon_jax.serving.outputs import logprobs_of
 
 
 def test_log_probabilities_are_numbers():
