@@ -1,4 +1,4 @@
-"""What is wrong, too large, too late or gone, over plain HTTP."""
+"""Requests that come too late, too often or from a client that goes away, over plain HTTP."""
 
 from __future__ import annotations
 
@@ -15,15 +15,8 @@ import pytest
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.serving.errors import EngineDead, QueueFull
 from chameleon_jax.serving.server_config import ServerConfig
+from tests.serving.http.plain import BODY, error_of
 from tests.serving.running import TIMEOUT, running
-
-BODY = {"prompt": "love is", "max_tokens": 4, "temperature": 0}
-
-
-def error_of(response: httpx.Response) -> dict:
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    return error
 
 
 def settled(llm) -> None:
@@ -36,62 +29,6 @@ def settled(llm) -> None:
 
 def test_health_and_version(http):
     assert [http.get(path).status_code for path in ("/health", "/health/live", "/health/ready", "/version")] == [200] * 4
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/health",
-        "/health/live",
-        "/health/ready",
-        "/version",
-        "/metrics",
-        "/v1/models",
-        "/v1/models/a1",
-        "/",
-        "/status.json",
-        "/docs",
-    ],
-)
-def test_head_is_get_without_the_body(http, path):
-    got, head = http.get(path), http.head(path)
-    assert head.status_code == got.status_code == 200 and head.content == b"" and got.content
-    assert head.headers["content-type"] == got.headers["content-type"]
-    if path not in ("/metrics", "/status.json"):  # which change
-        assert head.headers["content-length"] == got.headers["content-length"]
-
-
-@pytest.mark.parametrize(("path", "status"), [("/nothing", 404), ("/v1/completions", 405), ("/v1/models/a9", 404)])
-def test_head_of_errors(http, path, status):
-    head, got = http.head(path), http.get(path)
-    assert head.status_code == got.status_code == status and head.content == b""
-    assert head.headers.get("allow") == got.headers.get("allow")
-
-
-def test_head_says_whether_the_server_takes_requests(http, shared_llm, monkeypatch):
-    monkeypatch.setattr(shared_llm, "_draining", True)
-    assert (http.head("/health").status_code, http.head("/health/live").status_code) == (503, 200)
-
-
-def test_a_connection_goes_on_after_head(server):
-    """No byte of a body is sent, which a client would take for the next answer."""
-    with socket.create_connection(("127.0.0.1", server.server.port), timeout=TIMEOUT) as connection:
-        paths = ["/health", "/metrics", "/nothing", "/v1/models", "/docs"]
-        asked = "".join(f"HEAD {path} HTTP/1.1\r\nhost: a\r\n\r\n" for path in paths)
-        connection.sendall(f"{asked}GET /version HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode())
-        *heads, body = b"".join(iter(lambda: connection.recv(65536), b"")).decode().split("\r\n\r\n")
-    statuses = [head.split(" ", 2)[1] for head in heads]
-    assert statuses == ["200", "200", "404", "200", "200", "200"] and all(head.startswith("HTTP/1.1 ") for head in heads)
-    assert all("content-length: " in head for head in heads) and json.loads(body)["version"]
-
-
-def test_the_access_log_says_head(http, caplog):
-    caplog.set_level(logging.INFO, "chameleon_jax.access")
-    http.head("/health", headers={"x-request-id": "head"})
-    deadline = time.monotonic() + TIMEOUT
-    while not (found := [r for r in caplog.records if getattr(r, "request_id", "") == "head"]):
-        assert time.monotonic() < deadline
-    assert (found[0].method, found[0].path, found[0].status) == ("HEAD", "/health", 200)
 
 
 def test_a_server_without_a_chat_template_says_so_at_the_start(shared_llm, monkeypatch, caplog):
@@ -115,46 +52,6 @@ def test_the_document_is_complete(http):
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b"", "body"),
-        (b"{", "JSON"),
-        (b"[]", "[]"),
-        (b'"x"', "'x'"),
-        (b"null", ""),
-        (b'{"prompt": "\xff"}', "body"),
-        (b'{"prompt": "\\ud800"}', "prompt"),
-        (b'{"prompt": NaN}', "prompt"),
-        (b'{"prompt": "x", "temperature": NaN}', "temperature"),
-        (b'{"prompt": "x", "temperature": Infinity}', "temperature"),
-        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
-        (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", ""),
-        (b'{"prompt": "x", "top_k": 99999999999999999999}', "top_k"),
-        (b'{"prompt": "x", "max_tokens": true}', "max_tokens"),
-        (b'{"prompt": "x", "max_tokens": "4"}', "max_tokens"),
-        (b'{"prompt": "x", "nonsense": 1}', "nonsense is not a field"),
-        (b'{"prompt": "x", "' + b"nonsense" * 1000 + b'": 1}', "nonsense"),
-        (b'{"prompt": "x", "\\ud800": 1}', "is not a field"),
-        (b'{"prompt": "x", "stream": true, "stream_options": {"nonsense": 1}}', "stream_options.nonsense is not a field"),
-        (b'{"prompt": []}', "prompt"),
-        (b'{"prompt": [[]]}', "prompt"),
-        (b'{"prompt": [1, "a"]}', "prompt"),
-        (b'{"prompt": [256]}', "256"),
-        (b'{"prompt": [-1]}', "-1"),
-        (b'{"prompt": ["a"' + b', "a"' * 20 + b"]}", "21"),
-        (b'{"prompt": ""}', "empty"),
-        (b'{"prompt": {"a": 1}}', "prompt"),
-        (b"[" * 100_000, ""),
-        (b'{"prompt": ' + b"[" * 100_000, ""),
-    ],
-)
-def test_bodies_that_are_wrong(http, content, match):
-    response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
-    assert response.status_code == 400 and match in error_of(response)["message"]
-    assert len(response.content) < 3000
-
-
-@pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/../etc/passwd", 404)],
 )
@@ -163,80 +60,11 @@ def test_routes_that_are_not_there(http, method, path, status):
     assert response.status_code == status and error_of(response)
 
 
-@pytest.mark.parametrize(
-    ("content_type", "named"),
-    [
-        (None, "content-type is missing"),
-        ("", "content-type is ''"),
-        ("application/x-www-form-urlencoded", "content-type is 'application/x-www-form-urlencoded'"),  # curl -d
-        ("text/plain; charset=utf-8", "content-type is 'text/plain; charset=utf-8'"),
-        ("multipart/form-data; boundary=x", "multipart/form-data"),
-        ("application/jsonl", "application/jsonl"),
-        ("x" * 1000, "content-type is 'xxx"),
-    ],
-)
-@pytest.mark.parametrize(
-    "path", ["/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
-)
-def test_bodies_of_another_type(http, path, content_type, named):
-    headers = {} if content_type is None else {"content-type": content_type}
-    response = http.post(path, content=json.dumps(BODY), headers=headers)
-    error = error_of(response)
-    assert response.status_code == 415 and error["param"] == "content-type" and len(response.content) < 500
-    assert named in error["message"] and "allowed: application/json" in error["message"]
-
-
-@pytest.mark.parametrize(
-    "content_type",
-    [
-        "application/json",
-        "Application/JSON",
-        "application/json; charset=utf-8",
-        'application/json;charset="UTF-8"',
-        "application/x+json",
-    ],
-)
-def test_types_of_bodies_that_are_json(http, content_type):
-    response = http.post("/v1/completions", content=json.dumps(BODY), headers={"content-type": content_type})
-    assert response.status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("n", "%s"), ("max_tokens", "%s"), ("seed", "%s"), ("prompt", "[%s]"), ("stop_token_ids", "[%s]")]
-)
-def test_errors_are_short_whatever_was_sent(http, field, value):
-    body = json.dumps(BODY | {field: "here"}).replace('"here"', value % ("9" * 4000))  # the most digits that Python reads
-    response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert response.status_code == 400 and len(error_of(response)["message"]) <= 1000
-
-
 def test_a_template_that_says_much_is_cut_short(http, shared_llm, monkeypatch):
     monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate("{{ raise_exception(messages[0].content) }}", {}))
     response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 5000}]})
     message = error_of(response)["message"]
     assert response.status_code == 400 and message.startswith("messages: the chat template refuses") and len(message) <= 1000
-
-
-def test_large_bodies(http, server):
-    most = server.service.config.max_body_bytes
-    response = http.post("/v1/completions", content=b" " * (most + 1))
-    assert response.status_code == 413 and str(most) in error_of(response)["message"]
-    assert response.headers["connection"] == "close"
-
-    def pieces():
-        for _ in range(most // 65536 + 2):
-            yield b" " * 65536
-
-    with contextlib.suppress(httpx.WriteError):  # the answer may be there before the client has sent everything
-        assert http.post("/v1/completions", content=pieces()).status_code == 413  # no content-length
-    prompt = json.dumps(BODY | {"prompt": "x" * (most - 200)}).encode()
-    response = http.post("/v1/completions", content=prompt, headers={"content-type": "application/json"})
-    assert response.status_code == 400 and "characters" in error_of(response)["message"]
-
-
-def test_bodies_that_are_encoded(http):
-    response = http.post("/v1/completions", content=b"\x1f\x8b" + b"\0" * 50, headers={"content-encoding": "gzip"})
-    assert response.status_code == 415 and "identity" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(
