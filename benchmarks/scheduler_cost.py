@@ -19,6 +19,7 @@ from chameleon_jax.adapter_cache import AdapterCache
 from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.length_predictor import HistoryPredictor
+from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, SamplingParams
 from chameleon_jax.scheduler import Scheduler
@@ -37,7 +38,8 @@ def measure(system: str, running: int, queued: int, adapters: int, steps: int = 
     pool, now = PagePool(running * 24 + running * 10), 0.0
     config = EngineConfig(system=system, max_num_seqs=running, max_num_batched_tokens=2048)
     cache = AdapterCache(pool, get_system(system).eviction)
-    scheduler = Scheduler(config, 16, pool, cache, HistoryPredictor(64))
+    shapes = StepBuckets(running, config.max_num_batched_tokens, 1, max(RANKS), 1).prefill_shapes
+    scheduler = Scheduler(config, 16, pool, cache, HistoryPredictor(64), shapes)
     for i in range(adapters):
         pages = RANKS[i % len(RANKS)] // 4
         cache.add(AdapterInfo(f"a{i}", RANKS[i % len(RANKS)], pages, pages << 23), now)

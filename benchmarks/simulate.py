@@ -28,6 +28,7 @@ from chameleon_jax.length_predictor import ConfusionPredictor, LengthPredictor, 
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import Request, SamplingParams
 from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.serving.executor import LoadResult, SampledToken
 from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import System, get_system
@@ -154,6 +155,7 @@ def simulate(
     ttft_slo: float = 5.0,
     tbt_slo: float | None = None,
     cost_model: Callable[[Profile, dict[str, int]], CostModel] = CostModel,
+    shapes: PrefillShapes = ANY_SIZE,
 ) -> Result:
     """Serves a workload to its end.
 
@@ -161,6 +163,7 @@ def simulate(
         tbt_slo: target of systems that bound stalls; None: `cost_model.stall_seconds` of the profile, so that they have the
             99th percentile of the time between tokens that the others have, and not more.
         cost_model: takes a profile and the ranks of adapters by name.
+        shapes: in which the device prefills.
     """
     begin = time.perf_counter()
     adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
@@ -190,6 +193,7 @@ def simulate(
         PagePool(profile.num_pages),
         page_tokens=profile.layout.page_tokens,
         max_model_len=1 << 20,
+        shapes=shapes,
         clock=clock,
         predictor=make_predictor(predictor, true, length_factor, seed),
     )

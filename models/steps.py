@@ -25,7 +25,7 @@ from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, sample
-from chameleon_jax.scheduler.running import PREFILL_TILE
+from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE, PrefillShapes
 
 DECODE_TILE = 1
 FROM_SLOT = -1
@@ -194,6 +194,11 @@ class StepBuckets:
         last = -(-self.max_prefill_tokens // self.prefill_tile)
         powers = powers_of_two(1, last)
         return tuple(sorted({*powers, *(n + n // 2 for n in powers if n >= 8 and n + n // 2 < last)}))
+
+    @property
+    def prefill_shapes(self) -> PrefillShapes:
+        """As the scheduler knows them."""
+        return PrefillShapes(self.prefill_tile, self.prefill)
 
     def sizes(self, tile_tokens: int) -> tuple[int, ...]:
         """Buckets, in tiles, of a step of such tiles."""

@@ -119,7 +119,7 @@ class Engine:
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
-            prefill_tile=self.device.buckets.prefill_tile,
+            shapes=self.device.buckets.prefill_shapes,
             clock=clock,
             predictor=self._predictor,
             forget=self._forget,

@@ -20,7 +20,7 @@ from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.page_pool import PagePool
 from chameleon_jax.request import FinishReason, Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
-from chameleon_jax.scheduler.running import PREFILL_TILE
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.serving.errors import DuplicateRequest, QueueFull
 from chameleon_jax.serving.executor import Executor, LoadResult, SampledToken
 from chameleon_jax.serving.stop_strings import cut_at_stop
@@ -48,7 +48,7 @@ class ServingLoop:
     """Drives an executor. Not thread-safe: one thread owns it.
 
     Args:
-        prefill_tile: tokens that the device handles as a unit in prefill.
+        shapes: in which the device prefills.
         clock: seconds, monotonic; the simulator passes its own.
         predictor: of output lengths; None: each adapter's own history.
         forget: called with the content hash of an adapter that nothing needs any more.
@@ -62,7 +62,7 @@ class ServingLoop:
         *,
         page_tokens: int,
         max_model_len: int,
-        prefill_tile: int = PREFILL_TILE,
+        shapes: PrefillShapes = ANY_SIZE,
         clock: Callable[[], float] = time.monotonic,
         predictor: LengthPredictor | None = None,
         forget: Callable[[str], None] = lambda content_hash: None,
@@ -72,7 +72,7 @@ class ServingLoop:
         self.pool = pool
         self.cache = AdapterCache(pool, get_system(config.system).eviction)
         predictor = predictor or HistoryPredictor(config.predicted_output_len)
-        self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor, prefill_tile)
+        self.scheduler = Scheduler(config, page_tokens, pool, self.cache, predictor, shapes)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
         self.awaits_load = False  # the last step did nothing, as whoever is left waits for an adapter

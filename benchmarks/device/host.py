@@ -132,7 +132,7 @@ class _Loop:
             PagePool(engine.num_pages),
             page_tokens=layout.page_tokens,
             max_model_len=bench.scale.max_tokens,
-            prefill_tile=bench.scale.prefill_tile,
+            shapes=engine.buckets.prefill_shapes,
         )
         for name, placement in placements.items():
             num_bytes = placement.num_pages * layout.page_bytes(bench.dtype.itemsize)

@@ -17,6 +17,7 @@ from benchmarks.cost_model import CostModel, Profile
 from benchmarks.serving.engine import BenchmarkEngine, EndingExecutor
 from benchmarks.simulate import Result, simulate
 from benchmarks.workload import Workload
+from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, window_tiles
 from chameleon_jax.models.steps import DECODE_TILE, StepBuckets
@@ -185,11 +186,11 @@ def _nnls(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 class MeasuredCostModel(CostModel):
     """`CostModel` by a calibration."""
 
-    def __init__(self, profile: Profile, ranks: dict[str, int], calibration: Calibration, device: DeviceEngine):
+    def __init__(self, profile: Profile, ranks: dict[str, int], calibration: Calibration, buckets: StepBuckets):
         self.profile = profile
         self._ranks = ranks
         self._calibration = calibration
-        self._buckets = device.buckets
+        self._buckets = buckets
         self._loaded_pages = 0
 
     def step(self, plan: StepPlan) -> float:
@@ -203,13 +204,13 @@ class MeasuredCostModel(CostModel):
         return self._calibration.load[0] + self._calibration.load[1] * pages
 
 
-def predict(
-    engine: BenchmarkEngine, calibration: Calibration, workload: Workload, system: str | System, **settings: Any
-) -> Result:
-    """`simulate` on what was measured here. `settings` are its keywords."""
-    profile = Profile(
-        name=f"{engine.model_name}, measured",
-        model=engine.model_config,
+def measured_profile(
+    name: str, model: LlamaConfig, calibration: Calibration, *, itemsize: int, page_tokens: int, num_pages: int
+) -> Profile:
+    """Of a machine of which only a calibration is known."""
+    return Profile(
+        name=f"{name}, measured",
+        model=model,
         memory=0.0,
         bandwidth=1.0,
         flops=1.0,
@@ -221,12 +222,27 @@ def predict(
         host=calibration.host,
         link_bandwidth=1.0,
         link_latency=0.0,
+        itemsize=itemsize,
+        page_tokens=page_tokens,
+        num_pages_override=num_pages,
+    )
+
+
+def predict(
+    engine: BenchmarkEngine, calibration: Calibration, workload: Workload, system: str | System, **settings: Any
+) -> Result:
+    """`simulate` on what was measured here. `settings` are its keywords."""
+    profile = measured_profile(
+        engine.model_name,
+        engine.model_config,
+        calibration,
         itemsize=engine.dtype.itemsize,
         page_tokens=engine.config.page_tokens,
-        num_pages_override=engine.num_pages,
+        num_pages=engine.num_pages,
     )
 
     def cost_model(profile: Profile, ranks: dict[str, int]) -> CostModel:
-        return MeasuredCostModel(profile, ranks, calibration, engine.device)
+        return MeasuredCostModel(profile, ranks, calibration, engine.device.buckets)
 
-    return simulate(workload, profile, system, cost_model=cost_model, **settings)
+    shapes = engine.device.buckets.prefill_shapes
+    return simulate(workload, profile, system, cost_model=cost_model, shapes=shapes, **settings)

@@ -88,7 +88,7 @@ class BenchmarkEngine(Engine):
             PagePool(self.num_pages),
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
-            prefill_tile=self.device.buckets.prefill_tile,
+            shapes=self.device.buckets.prefill_shapes,
             clock=clock,
             predictor=predictor,
             forget=self._forget,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable
 
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
-
-PREFILL_TILE = 32
-"""Tokens of one sequence that a device handles as a unit in prefill, unless it says otherwise."""
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 
 def _place(request: Request) -> tuple[str, int]:
@@ -22,15 +21,15 @@ class RunningSet:
 
     Args:
         step_tokens: prompt tokens of a step at most, rounded down to whole tiles, of which there is always one.
-        prefill_tile: the device's; chunks start at multiples of it from the first uncomputed token.
+        shapes: the device's; chunks start at multiples of its tile from the first uncomputed token.
         whole_prompts: cuts no prompt that fits a step.
     """
 
-    def __init__(self, page_tokens: int, step_tokens: int, prefill_tile: int, whole_prompts: bool):
+    def __init__(self, page_tokens: int, step_tokens: int, shapes: PrefillShapes, whole_prompts: bool):
         self.by_age: list[Request] = []  # in order of arrival
         self._page_tokens = page_tokens
-        self._tile = prefill_tile
-        self._step_tiles = max(1, step_tokens // prefill_tile)
+        self._shapes = shapes
+        self._step_tiles = max(1, step_tokens // shapes.tile)
         self._whole_prompts = whole_prompts
         self._prefilling: list[Request] = []  # in order of admission
         self._decoding: list[Request] = []  # in the order of their rows
@@ -40,7 +39,7 @@ class RunningSet:
 
     @property
     def step_tokens(self) -> int:
-        return self._step_tiles * self._tile
+        return self._step_tiles * self._shapes.tile
 
     def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
         """What the prompts of requests that have started still cost, `cost_of(request, tokens)` each."""
@@ -82,31 +81,19 @@ class RunningSet:
         request.decode_limit = min(len(request.pages) * self._page_tokens, request.max_total_tokens - 1)
         return True
 
-    def plan_prefills(self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float]) -> None:
+    def plan_prefills(
+        self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float], pass_tokens: float = math.inf
+    ) -> None:
         """Cuts prompts into chunks, those that started first first, until the step is full.
 
         Args:
             seconds: that the chunks may take, at least one tile excepted.
             seconds_of: how long that many tokens of a request take.
+            pass_tokens: see `PrefillShapes.fill`.
         """
-        tiles = whole = self._step_tiles
-        for request in self._prefilling:
-            left = request.num_to_prefill - request.num_computed
-            needs = -(-left // self._tile)
-            if tiles <= 0 or (self._whole_prompts and tiles < needs <= whole):
-                break
-            tokens = min(left, tiles * self._tile)
-            needed = seconds_of(request, tokens)
-            if needed > seconds:
-                tokens = min(tokens, int(tokens * max(seconds, 0.0) / needed) // self._tile * self._tile)
-                if not tokens and plan.prefills:
-                    break
-                tokens = max(tokens, min(left, self._tile))
-            seconds -= needed
-            tiles -= -(-tokens // self._tile)
-            plan.prefills.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
-            if seconds <= 0:
-                break
+        plan.prefills = self._chunks(self._step_tiles, seconds, seconds_of)
+        if not self._whole_prompts:
+            self._avoid_padding(plan, pass_tokens)
         for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.num_tokens
@@ -116,3 +103,35 @@ class RunningSet:
                 self._prefilling.remove(request)
                 bisect.insort(self._decoding, request, key=_place)
         plan.prefills.sort(key=lambda chunk: _place(chunk.request))
+
+    def _avoid_padding(self, plan: StepPlan, pass_tokens: float) -> None:
+        """Leaves to later steps the tiles beyond the largest size that is full, where padding would cost more than those."""
+        tiles = sum(self._shapes.tiles(chunk.num_tokens) for chunk in plan.prefills)
+        waiting = sum(self._shapes.tiles(request.num_to_prefill - request.num_computed) for request in self._prefilling)
+        if tiles < min(waiting, self._step_tiles):  # time ended the step, and has none for padding
+            filled = self._shapes.unpadded(tiles)
+        else:
+            filled = self._shapes.fill(tiles, pass_tokens)
+        if filled < tiles:
+            plan.prefills = self._chunks(filled, math.inf, lambda request, tokens: 0.0)
+
+    def _chunks(self, tiles: int, seconds: float, seconds_of: Callable[[Request, int], float]) -> list[PrefillChunk]:
+        chunks: list[PrefillChunk] = []
+        tile = self._shapes.tile
+        for request in self._prefilling:
+            left = request.num_to_prefill - request.num_computed
+            if tiles <= 0 or (self._whole_prompts and tiles < self._shapes.tiles(left) <= self._step_tiles):
+                break
+            tokens = min(left, tiles * tile)
+            needed = seconds_of(request, tokens)
+            if needed > seconds:
+                tokens = min(tokens, int(self._shapes.padded(tokens) * max(seconds, 0.0) / needed) // tile * tile)
+                if not tokens and chunks:
+                    break
+                tokens = max(tokens, min(left, tile))
+            seconds -= needed
+            tiles -= self._shapes.tiles(tokens)
+            chunks.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
+            if seconds <= 0:
+                break
+        return chunks

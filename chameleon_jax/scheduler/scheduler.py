@@ -23,8 +23,9 @@ from chameleon_jax.scheduler.multilevel import MultiLevelQueue
 from chameleon_jax.scheduler.orders import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefetcher import Prefetcher
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.request_size import RequestSizer
-from chameleon_jax.scheduler.running import PREFILL_TILE, RunningSet
+from chameleon_jax.scheduler.running import RunningSet
 from chameleon_jax.scheduler.step_budget import StepBudget
 from chameleon_jax.systems import System, get_system
 
@@ -50,7 +51,7 @@ class Scheduler:
         pool: PagePool,
         cache: AdapterCache,
         predictor: LengthPredictor,
-        prefill_tile: int = PREFILL_TILE,
+        shapes: PrefillShapes,
     ):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
@@ -62,12 +63,15 @@ class Scheduler:
         self._budget = StepBudget(
             config.tbt_slo if self.system.bound_stalls else None,
             config.ttft_slo,
-            learns=self.system.bound_stalls or self.system.order == "boost",
+            learns=self.system.bound_stalls
+            or self.system.order == "boost"
+            or (bool(shapes.sizes) and not self.system.whole_prompts),
             slots=config.max_num_seqs,
             rank_of=self._rank,
+            shapes=shapes,
         )
         self._order = self._make_order(config)
-        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, prefill_tile, self.system.whole_prompts)
+        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, shapes, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[str] = Counter()  # adapters of waiting requests
@@ -193,7 +197,7 @@ class Scheduler:
         budget = self._budget.decodes_planned(plan, self._longest_wait(now))
         if self._admit(plan, budget, now):
             self._prefetcher.load_ahead(plan, self._order, len(self._running), now)
-        self._running.plan_prefills(plan, budget, self._budget.prefill_seconds)
+        self._running.plan_prefills(plan, budget, self._budget.prefill_seconds, self._budget.pass_tokens)
         self._budget.prefills_planned(plan)
         return plan
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.plan import StepPlan
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 
 GUESSED_TOKEN_S = 1e-3
@@ -31,14 +32,24 @@ class StepBudget:
         learns: whether steps are timed.
         slots: requests that run at once, at most.
         rank_of: rank of a request's adapter, 0 without one.
+        shapes: in which the device prefills.
     """
 
-    def __init__(self, target: float | None, patience: float, learns: bool, slots: int, rank_of: Callable[[Request], int]):
+    def __init__(
+        self,
+        target: float | None,
+        patience: float,
+        learns: bool,
+        slots: int,
+        rank_of: Callable[[Request], int],
+        shapes: PrefillShapes,
+    ):
         self._target = target
         self._patience = patience
         self._learns = learns
         self._slots = slots
         self._rank_of = rank_of
+        self._shapes = shapes
         self._cost = StepCost()
 
     # -- requests -------------------------------------------------------------------------------------------------------
@@ -47,7 +58,7 @@ class StepBudget:
         """Seconds of that many prompt tokens. Until steps have been seen, a guess."""
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
-        return self._cost.prefill_seconds(tokens, self._rank_of(request))
+        return self._cost.prefill_seconds(self._shapes.padded(tokens), self._rank_of(request))
 
     def prompt_seconds(self, request: Request) -> float:
         """Seconds of the whole prompt, and of the output that has to be computed again."""
@@ -60,6 +71,11 @@ class StepBudget:
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def pass_tokens(self) -> float:
+        """Prompt tokens that cost as much as a step of prompts does beside them. Until steps have been seen, none."""
+        return self._cost.pass_tokens if self._cost.known else 0.0
+
     def decodes_planned(self, plan: StepPlan, waited: float) -> float:
         """Returns seconds that prompts may take beside the plan's decodes.
 
@@ -67,7 +83,7 @@ class StepBudget:
             waited: seconds for which the oldest waiting request has waited.
         """
         if self._learns:
-            plan.features = self._cost.features((), plan.decodes, self._rank_of)
+            plan.features = self._cost.features((), plan.decodes, self._rank_of, self._shapes)
         if self._target is None or not plan.decodes or plan.features is None or not self._cost.known:
             return math.inf
         prefill = np.zeros_like(plan.features)
@@ -77,7 +93,7 @@ class StepBudget:
     def prefills_planned(self, plan: StepPlan) -> None:
         """Notes the plan's prompts, for `ran`."""
         if plan.features is not None:
-            plan.features += self._cost.features(plan.prefills, (), self._rank_of)
+            plan.features += self._cost.features(plan.prefills, (), self._rank_of, self._shapes)
 
     def ran(self, plan: StepPlan, seconds: float) -> None:
         """Learns from a step that took that long."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.plan import PrefillChunk
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 LEAST_TOKEN_S = 1e-12
 """Of a prompt token: nothing is free, so that a share of it can be taken."""
@@ -17,7 +18,8 @@ PREFILL, TOKENS, TOKEN_RANKS, DECODE, ROWS, CONTEXT = range(FEATURES)
 
 class StepCost:
     """Seconds of a step as a linear function of what is in it: a prefill part, its tokens, its tokens x their adapter's rank, a
-    decode part, its rows, their context tokens. Fitted by least squares that forget, so it follows the machine.
+    decode part, its rows, their context tokens. Tokens are those that the device computes, padding included. Fitted by least
+    squares that forget, so it follows the machine.
     """
 
     FORGET = 0.999
@@ -44,13 +46,17 @@ class StepCost:
         return self.num_steps >= self.ENOUGH
 
     @staticmethod
-    def features(prefills: Sequence[PrefillChunk], decodes: Sequence[Request], rank_of: Callable[[Request], int]) -> np.ndarray:
+    def features(
+        prefills: Sequence[PrefillChunk],
+        decodes: Sequence[Request],
+        rank_of: Callable[[Request], int],
+        shapes: PrefillShapes,
+    ) -> np.ndarray:
         """`[FEATURES]` of a step."""
         x = [0.0] * FEATURES
-        for chunk in prefills:
-            x[PREFILL] = 1.0
-            x[TOKENS] += chunk.num_tokens
-            x[TOKEN_RANKS] += chunk.num_tokens * rank_of(chunk.request)
+        if prefills:
+            x[PREFILL], x[TOKENS] = 1.0, shapes.step_tokens([chunk.num_tokens for chunk in prefills])
+            x[TOKEN_RANKS] = sum([shapes.padded(chunk.num_tokens) * rank_of(chunk.request) for chunk in prefills])
         if decodes:
             x[DECODE], x[ROWS] = 1.0, len(decodes)
             x[CONTEXT] = sum([request.num_computed for request in decodes])
@@ -72,6 +78,11 @@ class StepCost:
 
     def seconds(self, features: np.ndarray) -> float:
         return float(np.maximum(self._weights, 0.0) @ (features / self.SCALE))
+
+    @property
+    def pass_tokens(self) -> float:
+        """Prompt tokens, of no adapter, that cost as much as the prefill part."""
+        return max(float(self._weights[PREFILL] / self.SCALE[PREFILL]), 0.0) / self._per_token
 
     def prefill_seconds(self, tokens: int, rank: int) -> float:
         """Of that many prompt tokens in a step that prefills anyway."""

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from chameleon_jax.request import Request, RequestState, SamplingParams
 from chameleon_jax.scheduler.plan import StepPlan
-from chameleon_jax.scheduler.running import PREFILL_TILE, RunningSet
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PREFILL_TILE, PrefillShapes
+from chameleon_jax.scheduler.running import RunningSet
 
 PAGE_TOKENS = 4
+PADDING = PrefillShapes(PREFILL_TILE, (1, 2, 4, 8))
 
 
 def request(number: int, prompt: int, output: int = 4, adapter: str | None = None, pages: int | None = None) -> Request:
@@ -19,16 +21,18 @@ def request(number: int, prompt: int, output: int = 4, adapter: str | None = Non
     return made
 
 
-def running(*requests: Request, step_tokens: int = 64, whole_prompts: bool = False) -> RunningSet:
-    made = RunningSet(PAGE_TOKENS, step_tokens, PREFILL_TILE, whole_prompts)
+def running(
+    *requests: Request, step_tokens: int = 64, whole_prompts: bool = False, shapes: PrefillShapes = ANY_SIZE
+) -> RunningSet:
+    made = RunningSet(PAGE_TOKENS, step_tokens, shapes, whole_prompts)
     for each in requests:
         made.add(each)
     return made
 
 
-def prefill(made: RunningSet, seconds: float = float("inf"), per_token: float = 1.0, plan: StepPlan | None = None) -> StepPlan:
-    plan = plan or StepPlan()
-    made.plan_prefills(plan, seconds, lambda request, tokens: tokens * per_token)
+def prefill(made: RunningSet, seconds: float = float("inf"), per_token: float = 1.0, pass_tokens: float = 0.0) -> StepPlan:
+    plan = StepPlan()
+    made.plan_prefills(plan, seconds, lambda request, tokens: tokens * per_token, pass_tokens)
     return plan
 
 
@@ -82,19 +86,47 @@ def test_without_seconds_left_one_tile_goes_on():
     assert chunks(prefill(made, seconds=0.0)) == [(1, 0, 32, False)]
 
 
+def test_a_step_that_would_be_padded_leaves_the_rest_to_the_next():
+    made = running(request(0, 50), request(1, 90), request(2, 40), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 64, False)]  # 4 of the 7 tiles, which would be padded to 8
+    assert chunks(prefill(made)) == [(1, 64, 26, True), (2, 0, 32, False)]  # 2 of 3
+    assert chunks(prefill(made)) == [(2, 32, 8, True)]
+
+
+def test_a_step_is_padded_where_another_would_cost_more():
+    made = running(request(0, 50), request(1, 90), request(2, 40), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, pass_tokens=32.0)) == [(0, 0, 50, True), (1, 0, 90, True), (2, 0, 40, True)]
+
+
+def test_whole_prompts_are_padded_rather_than_cut():
+    made = running(request(0, 50), request(1, 30), step_tokens=256, whole_prompts=True, shapes=PADDING)
+    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 30, True)]
+
+
+def test_the_seconds_of_a_step_pay_for_no_padding():
+    made = running(request(0, 250), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, seconds=120.0, pass_tokens=1e9)) == [(0, 0, 64, False)]  # three tiles would cost four
+    assert chunks(prefill(made, seconds=128.0, pass_tokens=1e9)) == [(0, 64, 128, False)]
+    assert chunks(prefill(made, seconds=0.0, pass_tokens=1e9)) == [(0, 192, 32, False)]
+
+
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 200), min_size=1, max_size=8),
     tiles=st.integers(1, 5),
     whole_prompts=st.booleans(),
     seconds=st.sampled_from([float("inf"), 100.0, 40.0, 0.0]),
+    shapes=st.sampled_from([ANY_SIZE, PADDING]),
+    pass_tokens=st.sampled_from([0.0, 40.0]),
 )
-def test_every_prompt_is_computed_once_in_order_and_within_the_step(prompts, tiles, whole_prompts, seconds):
+def test_every_prompt_is_computed_once_in_order_and_within_the_step(
+    prompts, tiles, whole_prompts, seconds, shapes, pass_tokens
+):
     requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
-    made = running(*requests, step_tokens=tiles * PREFILL_TILE, whole_prompts=whole_prompts)
+    made = running(*requests, step_tokens=tiles * PREFILL_TILE, whole_prompts=whole_prompts, shapes=shapes)
     computed, sampled = [0] * len(prompts), []
     for _ in range(sum(-(-prompt // PREFILL_TILE) for prompt in prompts)):
-        plan = prefill(made, seconds)
+        plan = prefill(made, seconds, pass_tokens=pass_tokens)
         assert sum(-(-c.num_tokens // PREFILL_TILE) for c in plan.prefills) <= tiles
         assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, PREFILL_TILE)
         for chunk in plan.prefills:

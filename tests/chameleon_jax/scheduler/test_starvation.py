@@ -20,7 +20,7 @@ from chameleon_jax.request import Request, RequestState, SamplingParams
 from chameleon_jax.scheduler import multilevel, orders
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import DOOR_S, SQUASH_SHARE, MultiLevelQueue
-from chameleon_jax.scheduler.running import PREFILL_TILE
+from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE
 from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import SYSTEMS
 from tests.serving.fake_executor import FakeExecutor

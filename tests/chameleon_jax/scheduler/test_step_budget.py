@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from chameleon_jax.request import Request, SamplingParams
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.step_budget import GUESSED_TOKEN_S, StepBudget, prompt_share
 from chameleon_jax.scheduler.step_cost import StepCost
 
@@ -35,12 +36,13 @@ def planned(budget: StepBudget, prompts: int, rows: int, waited: float = 0.0) ->
     return seconds, plan
 
 
-def taught(target: float | None, slots: int = 8, slowness: float = 1.0) -> StepBudget:
+def taught(target: float | None, slots: int = 8, slowness: float = 1.0, shapes: PrefillShapes = ANY_SIZE) -> StepBudget:
     """Knows a device on which steps cost what the constants above say, times `slowness`."""
-    budget = StepBudget(target, PATIENCE, True, slots, lambda request: 0)
+    budget = StepBudget(target, PATIENCE, True, slots, lambda request: 0, shapes)
     for i in range(3 * StepCost.ENOUGH):
         prompts, rows = (i * 37) % 200, i % 7
-        seconds = bool(prompts) * PREFILL_S + prompts * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
+        computed = shapes.step_tokens([prompts] if prompts else [])
+        seconds = bool(prompts) * PREFILL_S + computed * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
         budget.ran(planned(budget, prompts, rows)[1], slowness * seconds)
     return budget
 
@@ -94,9 +96,20 @@ def test_without_decodes_or_a_target_nothing_is_bounded():
 
 
 def test_before_enough_steps_were_timed_nothing_is_bounded_and_a_token_is_a_guess():
-    budget = StepBudget(0.1, PATIENCE, True, 8, lambda request: 0)
-    assert planned(budget, 0, rows=5)[0] == math.inf
+    budget = StepBudget(0.1, PATIENCE, True, 8, lambda request: 0, ANY_SIZE)
+    assert planned(budget, 0, rows=5)[0] == math.inf and budget.pass_tokens == 0
     assert budget.prefill_seconds(request(0), 7) == 7 * GUESSED_TOKEN_S
+
+
+@pytest.mark.parametrize("slowness", [1.0, 16.0])
+def test_a_step_of_prompts_costs_as_much_beside_them_as_so_many_tokens(slowness):
+    assert taught(target=1.0, slowness=slowness).pass_tokens == pytest.approx(PREFILL_S / TOKEN_S, rel=0.05)
+
+
+def test_a_device_that_pads_computes_whole_tiles():
+    budget = taught(target=1.0, shapes=PrefillShapes(32, (1, 2, 4, 8)))
+    assert budget.pass_tokens == pytest.approx(PREFILL_S / TOKEN_S, rel=0.05)
+    assert budget.prefill_seconds(request(0), 33) == pytest.approx(64 * TOKEN_S, rel=0.02)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 64])

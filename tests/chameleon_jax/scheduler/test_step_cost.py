@@ -5,6 +5,7 @@ import pytest
 
 from chameleon_jax.request import Request, SamplingParams
 from chameleon_jax.scheduler.plan import PrefillChunk
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.step_cost import CONTEXT, DECODE, PREFILL, ROWS, TOKEN_RANKS, TOKENS, StepCost
 
 TRUE = np.array([0.02, 1e-4, 1e-6, 0.03, 2e-4, 1e-7])
@@ -34,8 +35,10 @@ def test_features_say_what_is_in_a_step():
     for request in requests:
         request.num_computed = 70
     chunks = [PrefillChunk(requests[0], 0, 64, False), PrefillChunk(requests[1], 0, 36, True)]
-    assert StepCost.features(chunks, requests[2:], lambda r: 8).tolist() == [1, 100, 800, 1, 1, 70]
-    assert StepCost.features((), (), lambda r: 8).tolist() == [0] * 6
+    assert StepCost.features(chunks, requests[2:], lambda r: 8, ANY_SIZE).tolist() == [1, 100, 800, 1, 1, 70]
+    padding = PrefillShapes(16, (1, 4, 8))  # 4 tiles and 3, which are padded to 8
+    assert StepCost.features(chunks, requests[2:], lambda r: 8, padding).tolist() == [1, 128, 7 * 16 * 8, 1, 1, 70]
+    assert StepCost.features((), (), lambda r: 8, padding).tolist() == [0] * 6
 
 
 def test_it_learns_what_steps_cost():

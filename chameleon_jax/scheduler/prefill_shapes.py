@@ -1,0 +1,57 @@
+"""The sizes in which a device prefills."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+PREFILL_TILE = 32
+"""Tokens of one sequence that a device handles as a unit in prefill, unless it says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShapes:
+    """Tiles, and the numbers of them for which there are programs.
+
+    Attributes:
+        tile: tokens of one sequence that the device handles as a unit.
+        sizes: tiles of a step, ascending; a step is padded to the next size. Empty: nothing is padded.
+    """
+
+    tile: int = PREFILL_TILE
+    sizes: tuple[int, ...] = ()
+
+    def tiles(self, tokens: int) -> int:
+        """Of one sequence."""
+        return -(-tokens // self.tile)
+
+    def padded(self, tokens: int) -> int:
+        """Tokens that are computed for so many of one sequence, the step's padding not counted."""
+        return self.tiles(tokens) * self.tile if self.sizes else tokens
+
+    def step_tokens(self, chunks: Sequence[int]) -> int:
+        """Tokens that are computed in a step of such chunks, padding included."""
+        if not self.sizes:
+            return sum(chunks)
+        return self._size(sum(map(self.tiles, chunks))) * self.tile
+
+    def unpadded(self, tiles: int) -> int:
+        """The most tiles, of so many, that need no padding."""
+        return max((size for size in self.sizes if size <= tiles), default=tiles)
+
+    def fill(self, tiles: int, pass_tokens: float) -> int:
+        """How many of the tiles to compute in this step: all, or those that need no padding, where padding the step to the next
+        size costs more than a further step for the rest.
+
+        Args:
+            pass_tokens: tokens that cost as much as a further step does beside its tokens.
+        """
+        padding = (self._size(tiles) - tiles) * self.tile
+        return tiles if padding <= pass_tokens else self.unpadded(tiles)
+
+    def _size(self, tiles: int) -> int:
+        return next((size for size in self.sizes if size >= tiles), tiles) if tiles else 0
+
+
+ANY_SIZE = PrefillShapes()
+"""Of a device that computes just the tokens that it is given."""
