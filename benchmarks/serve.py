@@ -22,7 +22,17 @@ import typer
 
 from benchmarks.machine import describe, publish
 from benchmarks.serving.calibrate import STEP_TERMS
-from benchmarks.serving.comparison import Comparison, Settings, build_engine, compare, memory_over_time, orders, run, tables
+from benchmarks.serving.comparison import (
+    Comparison,
+    Settings,
+    build_engine,
+    compare,
+    memory_over_time,
+    orders,
+    ratios,
+    run,
+    tables,
+)
 from benchmarks.serving.engine import ATTENTION, BenchmarkEngine
 from benchmarks.workload import ARRIVALS, SHAPES, Workload, WorkloadSpec, generate
 from chameleon_jax.systems import get_system
@@ -131,6 +141,8 @@ def report(
         terms = dict(zip(STEP_TERMS, comparison.calibration.step, strict=True))
         about["calibration, seconds"] = dataclasses.asdict(comparison.calibration) | {"step": terms}
         about["order by TTFT p99"] = orders(comparison)
+    if len(workloads) > 1:
+        rows += ratios(details)
     publish(about | {"table": rows}, None)
     if out is not None:
         for name, runs in comparison.measured.items():

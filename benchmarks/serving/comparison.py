@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.outcome import Outcome
 from benchmarks.serving import calibrate
@@ -20,6 +21,7 @@ LENGTH_STEP = 64
 """Tokens."""
 MEMORY_POINTS = 240
 """Samples of memory that are kept of a run, at most."""
+RATIOS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "tokens_per_s")
 PREDICTED = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "tokens_per_s", "hit_rate")
 
 
@@ -161,6 +163,22 @@ def tables(comparison: Comparison, ttft_slo: float) -> tuple[list[dict[str, Any]
                 row[name] = f"{number(expected)} ({expected / seen - 1:+.0%})" if seen else number(expected)
             rows.append(row | {"slowness": spread(comparison.slowness[system])})
     return rows, details
+
+
+def ratios(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each system's figures to the last one's, pass by pass: geometric mean, and its 95 % interval by Student's t."""
+    *systems, base = details
+    rows = []
+    for system in systems:
+        row: dict[str, Any] = {f"over {base}": system}
+        for name in RATIOS:
+            passes = zip(details[system]["passes"], details[base]["passes"], strict=True)
+            logs = np.log([ours[name] / theirs[name] for ours, theirs in passes])
+            half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+            low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+            row[name] = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        rows.append(row)
+    return rows
 
 
 def orders(comparison: Comparison) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import serve, serve_curve
 from benchmarks.serving.calibrate import STEP_TERMS, Timings, fit, slowness
-from benchmarks.serving.comparison import Settings, build_engine
+from benchmarks.serving.comparison import RATIOS, Settings, build_engine, ratios
 from benchmarks.simulate import STOP, step_tokens
 from benchmarks.workload import Workload
 from chameleon_jax.request import FinishReason
@@ -30,6 +30,17 @@ def engine():
     assert engine.max_model_len == LONGEST
     yield engine
     engine.close()
+
+
+def test_ratios_pair_the_passes():
+    base = [{name: 10.0 * 3**i for name in RATIOS} for i in range(4)]  # passes differ by far more than the systems do
+    factors = [2.0, 0.5, 2.0, 2.0]
+    ours = [{name: value * factor for name, value in row.items()} for row, factor in zip(base, factors)]
+    (row,) = ratios({"ours": {"passes": ours}, "base": {"passes": base}})
+    assert row.pop("over base") == "ours"
+    mean, half = np.log(2) / 2, 3.18245 * np.log(2) / 2  # three of four double; t of 3 degrees of freedom, standard error
+    low, high = np.exp(mean - half), np.exp(mean + half)
+    assert set(row.values()) == {f"{np.exp(mean):.3f} ({low:.3f} to {high:.3f})"} and list(row) == list(RATIOS)
 
 
 def start(engine, lengths: dict[str, int], system: str = "chameleon") -> None:
