@@ -207,7 +207,7 @@ class MeasuredCostModel(CostModel):
 def measured_profile(
     name: str, model: LlamaConfig, calibration: Calibration, *, itemsize: int, page_tokens: int, num_pages: int
 ) -> Profile:
-    """Of a machine of which only a calibration is known."""
+    """The profile of a machine of which only a calibration is known."""
     return Profile(
         name=f"{name}, measured",
         model=model,

@@ -22,7 +22,7 @@ class PrefillShapes:
     sizes: tuple[int, ...] = ()
 
     def tiles(self, tokens: int) -> int:
-        """Of one sequence."""
+        """Tiles that so many tokens of one sequence take."""
         return -(-tokens // self.tile)
 
     def padded(self, tokens: int) -> int:
@@ -54,4 +54,4 @@ class PrefillShapes:
 
 
 ANY_SIZE = PrefillShapes()
-"""Of a device that computes just the tokens that it is given."""
+"""Shapes of a device that computes just the tokens that it is given."""
