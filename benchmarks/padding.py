@@ -6,6 +6,7 @@ python -m benchmarks.padding
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,37 +18,72 @@ import typer
 
 from benchmarks.cost_model import Profile
 from benchmarks.machine import describe, publish
-from benchmarks.serving.calibrate import STEP_TERMS, Calibration, MeasuredCostModel, measured_profile
-from benchmarks.simulate import simulate
+from benchmarks.serving.calibrate import Calibration, MeasuredCostModel, measured_profile
+from benchmarks.simulate import simulate, step_tokens
 from benchmarks.workload import WorkloadSpec, generate
 from chameleon_jax.models.config import PRESETS
 from chameleon_jax.models.steps import StepBuckets
 from chameleon_jax.scheduler import StepPlan
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
-SLOTS, STEP_TOKENS, LENGTH_FACTOR, REQUESTS = 8, 128, 0.03, 300
-SECONDS = {
-    "prefill": 0.0144,
-    "prefill token": 1.52e-3,
-    "prefill LoRA block token": 1.02e-4,
-    "decode": 0.0248,
-    "decode LoRA block": 3.27e-3,
+REQUESTS, TTFT_SLO = 300, 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Seconds that steps cost, and the settings to serve with.
+
+    Attributes:
+        prefill, token, block_token, decode, block, load_page: of `calibrate.STEP_TERMS`; the others are 0.
+        tile: tokens of a prefill tile.
+        pages: of the pool.
+        slots, step_tokens, tbt_slo, length_factor: as in `simulate`.
+        rates: requests a second from half load to the knee.
+    """
+
+    prefill: float
+    token: float
+    block_token: float
+    decode: float
+    block: float
+    load_page: float
+    tile: int
+    pages: int
+    slots: int
+    step_tokens: int
+    tbt_slo: float
+    length_factor: float
+    rates: tuple[float, ...]
+
+    @property
+    def calibration(self) -> Calibration:
+        step = (self.prefill, self.token, self.block_token, 0.0, self.decode, 0.0, self.block, 0.0, 0.0)
+        return Calibration(step, (0.0, self.load_page), 2.9e-3, 0.0, 0, 0)
+
+    @property
+    def buckets(self) -> StepBuckets:
+        most = step_tokens("chameleon-plus", self.step_tokens)
+        return StepBuckets(self.slots, most, 32, max_rank=128, max_adapter_pages=128, prefill_tile=self.tile)
+
+
+DEVICES = {
+    "two cores": Device(0.0144, 1.52e-3, 1.02e-4, 0.0248, 3.27e-3, 6.6e-4, 32, 300, 8, 128, 0.3, 0.03, (3.0, 4.5, 5.5)),
+    "dear steps": Device(0.02, 1e-4, 0.0, 0.03, 0.0, 1e-4, 64, 20_000, 32, 512, 0.1, 0.2, (6.0, 8.0, 10.0)),
 }
-"""Of SmolLM2-135M in float32 on two cores, as `benchmarks.serve --predict` fitted them."""
-CALIBRATION = Calibration(tuple(SECONDS.get(term, 0.0) for term in STEP_TERMS), (0.0, 6.6e-4), 2.9e-3, 0.0, 0, 0)
-PROFILE = measured_profile("two cores", PRESETS["smollm2-135m"], CALIBRATION, itemsize=4, page_tokens=16, num_pages=300)
-BUCKETS = StepBuckets(SLOTS, 4 * STEP_TOKENS, table_width=32, max_rank=128, max_adapter_pages=128)
+"""Two cores: rounded from what `benchmarks.serve --predict` fitted to SmolLM2-135M in float32. Dear steps: the fixed cost of a
+step's prefill is that of 200 tokens, and half of the target is used up without any."""
 
 
 class CountingCostModel(MeasuredCostModel):
-    """Attributes: asked, computed: prompt tokens so far, without and with padding."""
+    """Attributes: asked, tiled, computed: prompt tokens so far; in whole tiles; with the padding of steps."""
 
-    asked = computed = 0
+    asked = tiled = computed = 0
 
     def step(self, plan: StepPlan) -> float:
-        chunks = [chunk.num_tokens for chunk in plan.prefills]
+        chunks, shapes = [chunk.num_tokens for chunk in plan.prefills], self.buckets.prefill_shapes
         self.asked += sum(chunks)
-        self.computed += BUCKETS.prefill_shapes.step_tokens(chunks)
+        self.tiled += sum(map(shapes.padded, chunks))
+        self.computed += shapes.step_tokens(chunks)
         return super().step(plan)
 
 
@@ -58,78 +94,82 @@ class Served:
     Attributes:
         p50, p99: TTFT, seconds.
         gap: 99th percentile of the time between tokens, seconds.
-        padding: over the prompt tokens that were asked for.
+        tiles: tokens that whole tiles have over those that were asked for.
+        padding: the same of whole steps.
     """
 
     p50: float
     p99: float
     gap: float
+    tiles: float
     padding: float
 
 
-def serve(system: str, rps: float, seeds: Sequence[int], shapes: PrefillShapes = BUCKETS.prefill_shapes) -> Served:
+def serve(device: Device, system: str, rps: float, seeds: Sequence[int], sizes_known: bool = True) -> Served:
     """Serves requests.
 
     Args:
-        shapes: of the device, as the scheduler knows them; ANY_SIZE: it does not.
+        sizes_known: whether the scheduler knows the device's sizes.
     """
+    buckets, calibration = device.buckets, device.calibration
+    profile = measured_profile("", PRESETS["smollm2-135m"], calibration, itemsize=4, page_tokens=16, num_pages=device.pages)
     models: list[CountingCostModel] = []
 
     def cost_model(profile: Profile, ranks: dict[str, int]) -> CountingCostModel:
-        models.append(CountingCostModel(profile, ranks, CALIBRATION, BUCKETS))
+        models.append(CountingCostModel(profile, ranks, calibration, buckets))
         return models[-1]
 
     figures = []
     for seed in seeds:
         result = simulate(
-            generate(WorkloadSpec(rps, REQUESTS / rps, seed, LENGTH_FACTOR, num_adapters=30, locality=0.84)),
-            PROFILE,
+            generate(WorkloadSpec(rps, REQUESTS / rps, seed, device.length_factor, num_adapters=30, locality=0.84)),
+            profile,
             system,
-            length_factor=LENGTH_FACTOR,
-            max_num_seqs=SLOTS,
-            max_num_batched_tokens=STEP_TOKENS,
-            ttft_slo=2.5,
-            tbt_slo=0.3,
+            length_factor=device.length_factor,
+            max_num_seqs=device.slots,
+            max_num_batched_tokens=device.step_tokens,
+            ttft_slo=TTFT_SLO,
+            tbt_slo=device.tbt_slo,
             cost_model=cost_model,
-            shapes=shapes,
+            shapes=buckets.prefill_shapes if sizes_known else PrefillShapes(device.tile),
         )
-        gap, padding = float(np.percentile(result.tbt, 99)), models[-1].computed / models[-1].asked - 1
-        figures.append((result.ttft_percentile(50), result.ttft_percentile(99), gap, padding))
+        gap, model = float(np.percentile(result.tbt, 99)), models[-1]
+        figures.append(
+            (
+                result.ttft_percentile(50),
+                result.ttft_percentile(99),
+                gap,
+                model.tiled / model.asked - 1,
+                model.computed / model.asked - 1,
+            )
+        )
     return Served(*np.mean(figures, axis=0).tolist())
 
 
 def main(
     seeds: int = 16,
-    rps: Annotated[list[float] | None, typer.Option(help="One or more; default: 3, 4.5, 5.5.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Compare schedulers that know the device's sizes with the same that do not."""
     rows = []
-    for rate in rps or (3.0, 4.5, 5.5):
-        for system in ("chameleon-plus", "fifo"):
-            for knows, shapes in ((False, ANY_SIZE), (True, BUCKETS.prefill_shapes)):
-                served = serve(system, rate, range(seeds), shapes)
-                rows.append(
-                    {
-                        "requests a second": rate,
-                        "system": system,
-                        "knows the sizes": "yes" if knows else "no",
-                        "padding": f"{served.padding:.0%}",
-                        "TTFT p50, ms": f"{served.p50 * 1e3:.0f}",
-                        "TTFT p99, ms": f"{served.p99 * 1e3:.0f}",
-                        "gap p99, ms": f"{served.gap * 1e3:.0f}",
-                    }
-                )
+    for name, device in DEVICES.items():
+        for rps, system, known in itertools.product(device.rates, ("chameleon-plus", "fifo"), (False, True)):
+            served = serve(device, system, rps, range(seeds), known)
+            rows.append(
+                {
+                    "device": name,
+                    "requests a second": rps,
+                    "system": system,
+                    "sizes": "known" if known else "unknown",
+                    "tiles": f"{served.tiles:.0%}",
+                    "padding": f"{served.padding:.0%}",
+                    "TTFT p50, ms": f"{served.p50 * 1e3:.0f}",
+                    "TTFT p99, ms": f"{served.p99 * 1e3:.0f}",
+                    "gap p99, ms": f"{served.gap * 1e3:.0f}",
+                }
+            )
     about = describe(f"python -m benchmarks.padding {shlex.join(sys.argv[1:])}".strip())
-    publish(
-        {
-            **about,
-            "simulated": "steps cost what they do on two cores",
-            "requests": f"{REQUESTS} x {seeds} seeds",
-            "table": rows,
-        },
-        out,
-    )
+    publish({**about, "simulated": ", ".join(DEVICES), "requests": f"{REQUESTS} x {seeds} seeds", "table": rows}, out)
 
 
 if __name__ == "__main__":

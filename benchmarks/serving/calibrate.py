@@ -190,11 +190,11 @@ class MeasuredCostModel(CostModel):
         self.profile = profile
         self._ranks = ranks
         self._calibration = calibration
-        self._buckets = buckets
+        self.buckets = buckets
         self._loaded_pages = 0
 
     def step(self, plan: StepPlan) -> float:
-        terms = step_terms(plan, self._ranks, self._buckets)
+        terms = step_terms(plan, self._ranks, self.buckets)
         terms[-1], self._loaded_pages = self._loaded_pages, 0
         return sum(seconds * term for seconds, term in zip(self._calibration.step, terms))
 

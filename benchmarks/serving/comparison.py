@@ -166,16 +166,17 @@ def tables(comparison: Comparison, ttft_slo: float) -> tuple[list[dict[str, Any]
 
 
 def ratios(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each system's figures to the last one's, pass by pass: geometric mean, and its 95 % interval by Student's t."""
+    """Ratio of each system's figures to the last system's, pass by pass: geometric mean, 95 % interval by Student's t."""
     *systems, base = details
     rows = []
     for system in systems:
         row: dict[str, Any] = {f"over {base}": system}
         for name in RATIOS:
-            passes = zip(details[system]["passes"], details[base]["passes"], strict=True)
-            logs = np.log([ours[name] / theirs[name] for ours, theirs in passes])
-            half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
-            low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+            with np.errstate(divide="ignore", invalid="ignore"):  # a figure may be 0
+                ours, theirs = (np.log([run[name] for run in details[s]["passes"]]) for s in (system, base))
+                logs = ours - theirs
+                half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+                low, mean, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
             row[name] = f"{mean:.3f} ({low:.3f} to {high:.3f})"
         rows.append(row)
     return rows

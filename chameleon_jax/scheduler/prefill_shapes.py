@@ -33,23 +33,21 @@ class PrefillShapes:
         """Tokens that are computed in a step of such chunks, padding included."""
         if not self.sizes:
             return sum(chunks)
-        return self._size(sum(map(self.tiles, chunks))) * self.tile
+        return self._padded_size(sum(map(self.tiles, chunks))) * self.tile
 
-    def unpadded(self, tiles: int) -> int:
-        """The most tiles, of so many, that need no padding."""
-        return max((size for size in self.sizes if size <= tiles), default=tiles)
-
-    def fill(self, tiles: int, pass_tokens: float) -> int:
-        """How many of the tiles to compute in this step: all, or those that need no padding, where padding the step to the next
-        size costs more than a further step for the rest.
+    def size(self, tiles: int, pass_tokens: float) -> int:
+        """The size of a step, in tiles, for which so many wait: the next one, or the one below, which needs no padding, where
+        padding costs more than a further step for the rest. (The rest may need several; one is counted.)
 
         Args:
-            pass_tokens: tokens that cost as much as a further step does beside its tokens.
+            pass_tokens: fixed cost of a step's prefill, in prompt tokens.
         """
-        padding = (self._size(tiles) - tiles) * self.tile
-        return tiles if padding <= pass_tokens else self.unpadded(tiles)
+        padded = self._padded_size(tiles)
+        if (padded - tiles) * self.tile <= pass_tokens:
+            return padded
+        return max((size for size in self.sizes if size <= tiles), default=padded)
 
-    def _size(self, tiles: int) -> int:
+    def _padded_size(self, tiles: int) -> int:
         return next((size for size in self.sizes if size >= tiles), tiles) if tiles else 0
 
 

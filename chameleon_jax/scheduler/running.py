@@ -82,18 +82,21 @@ class RunningSet:
         return True
 
     def plan_prefills(
-        self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float], pass_tokens: float = math.inf
+        self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float], pass_tokens: float
     ) -> None:
         """Cuts prompts into chunks, those that started first first, until the step is full.
 
         Args:
-            seconds: that the chunks may take, at least one tile excepted.
-            seconds_of: how long that many tokens of a request take.
-            pass_tokens: see `PrefillShapes.fill`.
+            seconds: that the chunks may take, one tile at least and the padding of the step excepted.
+            seconds_of: how long that many tokens of a request take, whole tiles where the device computes those.
+            pass_tokens: see `PrefillShapes.size`.
         """
         plan.prefills = self._chunks(self._step_tiles, seconds, seconds_of)
         if not self._whole_prompts:
-            self._avoid_padding(plan, pass_tokens)
+            tiles = sum(self._shapes.tiles(chunk.num_tokens) for chunk in plan.prefills)
+            size = min(self._shapes.size(tiles, pass_tokens), self._step_tiles)
+            if size != tiles:
+                plan.prefills = self._chunks(size, math.inf, lambda request, tokens: 0.0)
         for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.num_tokens
@@ -103,17 +106,6 @@ class RunningSet:
                 self._prefilling.remove(request)
                 bisect.insort(self._decoding, request, key=_place)
         plan.prefills.sort(key=lambda chunk: _place(chunk.request))
-
-    def _avoid_padding(self, plan: StepPlan, pass_tokens: float) -> None:
-        """Leaves to later steps the tiles beyond the largest size that is full, where padding would cost more than those."""
-        tiles = sum(self._shapes.tiles(chunk.num_tokens) for chunk in plan.prefills)
-        waiting = sum(self._shapes.tiles(request.num_to_prefill - request.num_computed) for request in self._prefilling)
-        if tiles < min(waiting, self._step_tiles):  # time ended the step, and has none for padding
-            filled = self._shapes.unpadded(tiles)
-        else:
-            filled = self._shapes.fill(tiles, pass_tokens)
-        if filled < tiles:
-            plan.prefills = self._chunks(filled, math.inf, lambda request, tokens: 0.0)
 
     def _chunks(self, tiles: int, seconds: float, seconds_of: Callable[[Request, int], float]) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []

@@ -56,9 +56,10 @@ class StepBudget:
 
     def prefill_seconds(self, request: Request, tokens: int) -> float:
         """Seconds of that many prompt tokens. Until steps have been seen, a guess."""
+        tokens = self._shapes.padded(tokens)
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
-        return self._cost.prefill_seconds(self._shapes.padded(tokens), self._rank_of(request))
+        return self._cost.prefill_seconds(tokens, self._rank_of(request))
 
     def prompt_seconds(self, request: Request) -> float:
         """Seconds of the whole prompt, and of the output that has to be computed again."""
@@ -73,7 +74,7 @@ class StepBudget:
 
     @property
     def pass_tokens(self) -> float:
-        """Prompt tokens that cost as much as a step of prompts does beside them. Until steps have been seen, none."""
+        """Fixed cost of a step's prefill, in prompt tokens. Until steps have been seen, 0."""
         return self._cost.pass_tokens if self._cost.known else 0.0
 
     def decodes_planned(self, plan: StepPlan, waited: float) -> float:

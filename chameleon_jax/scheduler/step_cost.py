@@ -81,7 +81,7 @@ class StepCost:
 
     @property
     def pass_tokens(self) -> float:
-        """Prompt tokens, of no adapter, that cost as much as the prefill part."""
+        """The prefill part, in prompt tokens without an adapter."""
         return max(float(self._weights[PREFILL] / self.SCALE[PREFILL]), 0.0) / self._per_token
 
     def prefill_seconds(self, tokens: int, rank: int) -> float:

@@ -1,25 +1,31 @@
-"""A device that pads its steps to few sizes. Simulated: the serving loop under a virtual clock."""
+"""Devices that pad their steps to few sizes. Simulated: the serving loop under a virtual clock."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.padding import serve
+from benchmarks.padding import DEVICES, serve
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
 
 SEEDS = range(6)
 DEFAULT = str(EngineConfig.system)
 
 
-@pytest.mark.parametrize("rps", [3.0, 4.5, 5.5])
-def test_the_default_keeps_up_with_first_come_first_served_on_a_device_that_pads(rps):
-    ours, fifo = serve(DEFAULT, rps, SEEDS), serve("fifo", rps, SEEDS)
+@pytest.mark.parametrize(("device", "rps"), [(name, rps) for name, device in DEVICES.items() for rps in device.rates])
+def test_the_default_keeps_up_with_first_come_first_served_on_a_device_that_pads(device, rps):
+    ours, fifo = (serve(DEVICES[device], system, rps, SEEDS) for system in (DEFAULT, "fifo"))
     assert ours.p50 <= 1.08 * fifo.p50 and ours.p99 <= 1.08 * fifo.p99
 
 
 @pytest.mark.parametrize("system", [DEFAULT, "fifo"])
-def test_steps_that_need_no_padding_serve_sooner(system):
-    informed, blind = serve(system, 5.5, SEEDS), serve(system, 5.5, SEEDS, ANY_SIZE)
-    assert informed.padding < blind.padding - 0.05
-    assert informed.p50 < 0.95 * blind.p50 and informed.p99 < 0.95 * blind.p99
+def test_where_padding_is_dear_steps_of_known_sizes_are_not_padded(system):
+    known, unknown = (serve(DEVICES["two cores"], system, 5.5, SEEDS, sizes_known) for sizes_known in (True, False))
+    assert known.padding < known.tiles + 0.005 < unknown.padding - 0.05
+    assert known.p50 < 0.95 * unknown.p50 and known.p99 < 0.95 * unknown.p99
+
+
+@pytest.mark.parametrize("rps", [6.0, 10.0])
+def test_where_steps_are_dear_known_sizes_keep_the_target_between_tokens(rps):
+    known, unknown = (serve(DEVICES["dear steps"], DEFAULT, rps, SEEDS, sizes_known) for sizes_known in (True, False))
+    assert known.padding > known.tiles + 0.05  # a further step would cost more
+    assert known.gap <= 1.02 * DEVICES["dear steps"].tbt_slo < unknown.gap and known.p99 < unknown.p99

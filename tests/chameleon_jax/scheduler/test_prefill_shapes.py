@@ -27,33 +27,32 @@ def test_a_step_is_padded_to_the_next_size(chunks, tokens):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "pass_tokens", "filled"),
+    ("tiles", "pass_tokens", "size"),
     [
-        (3, 31, 2),  # a tile of padding costs more than a step of its own for the third
-        (3, 32, 3),
+        (3, 31, 2),  # a tile of padding costs more than another step's fixed cost
+        (3, 32, 4),
         (5, 95, 4),
-        (5, 96, 5),
+        (5, 96, 8),
         (7, 31, 4),
-        (7, 32, 7),
-        (9, math.inf, 9),
+        (7, 32, 8),
+        (9, math.inf, 12),
         (15, 0, 12),
     ],
 )
-def test_a_step_is_padded_where_a_further_step_would_cost_more(tiles, pass_tokens, filled):
-    assert SHAPES.fill(tiles, pass_tokens) == filled
+def test_a_step_is_padded_where_another_would_cost_more(tiles, pass_tokens, size):
+    assert SHAPES.size(tiles, pass_tokens) == size
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 4, 8, 12, 16])
-def test_a_size_is_filled_whole(tiles):
-    assert SHAPES.fill(tiles, 0) == SHAPES.unpadded(tiles) == tiles
+def test_a_full_size_is_taken_as_it_is(tiles):
+    assert SHAPES.size(tiles, 0) == SHAPES.size(tiles, math.inf) == tiles
 
 
 @given(tiles=st.integers(0, 16), pass_tokens=st.floats(0, 1e4))
 def test_a_step_never_stands_still(tiles, pass_tokens):
-    assert min(tiles, 1) <= SHAPES.fill(tiles, pass_tokens) <= tiles
-    assert ANY_SIZE.fill(tiles, pass_tokens) == ANY_SIZE.unpadded(tiles) == tiles
+    assert min(tiles, 1) <= SHAPES.size(tiles, pass_tokens) <= 16
+    assert ANY_SIZE.size(tiles, pass_tokens) == tiles
 
 
 def test_a_step_below_the_smallest_size_is_padded():
-    shapes = PrefillShapes(32, (4, 8))
-    assert shapes.unpadded(3) == shapes.fill(3, 0) == 3
+    assert PrefillShapes(32, (4, 8)).size(3, 0) == 4

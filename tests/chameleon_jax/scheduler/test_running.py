@@ -30,9 +30,12 @@ def running(
     return made
 
 
-def prefill(made: RunningSet, seconds: float = float("inf"), per_token: float = 1.0, pass_tokens: float = 0.0) -> StepPlan:
+def prefill(
+    made: RunningSet, seconds: float = float("inf"), pass_tokens: float = 0.0, shapes: PrefillShapes = ANY_SIZE
+) -> StepPlan:
+    """A second for each token that the device computes."""
     plan = StepPlan()
-    made.plan_prefills(plan, seconds, lambda request, tokens: tokens * per_token, pass_tokens)
+    made.plan_prefills(plan, seconds, lambda request, tokens: float(shapes.padded(tokens)), pass_tokens)
     return plan
 
 
@@ -103,11 +106,16 @@ def test_whole_prompts_are_padded_rather_than_cut():
     assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 30, True)]
 
 
-def test_the_seconds_of_a_step_pay_for_no_padding():
-    made = running(request(0, 250), step_tokens=256, shapes=PADDING)
-    assert chunks(prefill(made, seconds=120.0, pass_tokens=1e9)) == [(0, 0, 64, False)]  # three tiles would cost four
-    assert chunks(prefill(made, seconds=128.0, pass_tokens=1e9)) == [(0, 64, 128, False)]
-    assert chunks(prefill(made, seconds=0.0, pass_tokens=1e9)) == [(0, 192, 32, False)]
+@pytest.mark.parametrize(("seconds", "tiles"), [(0.0, 1), (70.0, 2), (120.0, 2), (128.0, 4), (250.0, 4), (256.0, 8)])
+def test_a_step_that_time_ends_stops_at_a_full_size(seconds, tiles):
+    made = running(request(0, 300), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, seconds, shapes=PADDING)) == [(0, 0, tiles * 32, False)]
+
+
+@pytest.mark.parametrize(("seconds", "tiles"), [(0.0, 1), (96.0, 4), (128.0, 4), (160.0, 4), (192.0, 8)])
+def test_a_step_that_time_ends_is_padded_with_prompts_where_another_would_cost_more(seconds, tiles):
+    made = running(request(0, 300), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, seconds, 64.0, PADDING)) == [(0, 0, tiles * 32, False)]
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -126,9 +134,11 @@ def test_every_prompt_is_computed_once_in_order_and_within_the_step(
     made = running(*requests, step_tokens=tiles * PREFILL_TILE, whole_prompts=whole_prompts, shapes=shapes)
     computed, sampled = [0] * len(prompts), []
     for _ in range(sum(-(-prompt // PREFILL_TILE) for prompt in prompts)):
-        plan = prefill(made, seconds, pass_tokens=pass_tokens)
+        plan = prefill(made, seconds, pass_tokens, shapes)
         assert sum(-(-c.num_tokens // PREFILL_TILE) for c in plan.prefills) <= tiles
-        assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, PREFILL_TILE)
+        computed_tiles = sum(-(-c.num_tokens // PREFILL_TILE) for c in plan.prefills)
+        assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, PREFILL_TILE) + (pass_tokens if shapes.sizes else 0)
+        assert not shapes.sizes or whole_prompts or pass_tokens or computed_tiles in (0, *shapes.sizes)
         for chunk in plan.prefills:
             order = chunk.request.order
             assert chunk.start == computed[order] and chunk.start % PREFILL_TILE == 0 and chunk.num_tokens > 0
@@ -185,7 +195,7 @@ def test_who_cannot_grow_waits_for_the_next_step():
 def test_who_is_squashed_by_growth_does_not_decode(victim):
     requests = [request(i, 4, output=8, pages=1 if i == 1 else None) for i in range(3)]
     made = running(*requests)
-    prefill(made, per_token=0.0)
+    prefill(made)
     prefill(made)
 
     def grow(grown, pages):
