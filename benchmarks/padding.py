@@ -67,8 +67,36 @@ class Device:
 
 
 DEVICES = {
-    "two cores": Device(0.0144, 1.52e-3, 1.02e-4, 0.0248, 3.27e-3, 6.6e-4, 32, 300, 8, 128, 0.3, 0.03, (3.0, 4.5, 5.5)),
-    "dear steps": Device(0.02, 1e-4, 0.0, 0.03, 0.0, 1e-4, 64, 20_000, 32, 512, 0.1, 0.2, (6.0, 8.0, 10.0)),
+    "two cores": Device(
+        prefill=0.0144,
+        token=1.52e-3,
+        block_token=1.02e-4,
+        decode=0.0248,
+        block=3.27e-3,
+        load_page=6.6e-4,
+        tile=32,
+        pages=300,
+        slots=8,
+        step_tokens=128,
+        tbt_slo=0.3,
+        length_factor=0.03,
+        rates=(3.0, 4.5, 5.5),
+    ),
+    "dear steps": Device(
+        prefill=0.02,
+        token=1e-4,
+        block_token=0.0,
+        decode=0.03,
+        block=0.0,
+        load_page=1e-4,
+        tile=64,
+        pages=20_000,
+        slots=32,
+        step_tokens=512,
+        tbt_slo=0.1,
+        length_factor=0.2,
+        rates=(6.0, 8.0, 10.0),
+    ),
 }
 """Two cores: rounded from what `benchmarks.serve --predict` fitted to SmolLM2-135M in float32. Dear steps: the fixed cost of a
 step's prefill is that of 200 tokens, and half of the target is used up without any."""
