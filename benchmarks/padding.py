@@ -34,11 +34,12 @@ class Device:
     """Seconds that steps cost, and the settings to serve with.
 
     Attributes:
-        prefill, token, block_token, decode, block, load_page: of `calibrate.STEP_TERMS`; the others are 0.
+        prefill, token, block_token, decode, block: of `calibrate.STEP_TERMS`; the others are 0.
+        load_page: of a load, for each page.
         tile: tokens of a prefill tile.
         pages: of the pool.
         slots, step_tokens, tbt_slo, length_factor: as in `simulate`.
-        rates: requests a second from half load to the knee.
+        rates: requests a second.
     """
 
     prefill: float

@@ -197,7 +197,7 @@ class StepBuckets:
 
     @property
     def prefill_shapes(self) -> PrefillShapes:
-        """As the scheduler knows them."""
+        """Tiles and sizes of prefill steps, as the scheduler knows them."""
         return PrefillShapes(self.prefill_tile, self.prefill)
 
     def sizes(self, tile_tokens: int) -> tuple[int, ...]:
