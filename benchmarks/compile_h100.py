@@ -25,12 +25,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.machine import describe, publish
-from chameleon_jax.models import steps
+from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.programs import Programs
-from chameleon_jax.models.transfers import PieceSizes
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.programs import Programs
 
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647

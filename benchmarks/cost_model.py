@@ -6,7 +6,8 @@ import dataclasses
 
 from chameleon_jax.models.config import PRESETS, LlamaConfig
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
 
 GIB = 2**30

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.request import LoRARequest, Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import Engine
 
 ADAPTERS = Path(__file__).parent / "demo_adapters"

@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks.machine import describe, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import random_model
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.step_inputs import Draw, Segment
-from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.serving.jax_setup import enable_compilation_cache
+from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache
+from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.steps import StepBuckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     num_pages = 1 + rows * width + held
     model = random_model(config, jnp.dtype("float32"))
     engines = {
-        enabled: DeviceEngine(model, layout, shapes, num_pages, jnp.dtype("float32"))
+        enabled: ModelRunner(model, layout, shapes, num_pages, jnp.dtype("float32"))
         for enabled, shapes in ((True, buckets), (False, dataclasses.replace(buckets, max_adapter_pages=0)))
     }
     bandwidth = read_bandwidth()
@@ -77,7 +77,8 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
             placed = [PlacedAdapter(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
         owner = sorted(i % len(placed) for i in range(rows))
         segments = [
-            Segment(None, context, i, tuple(range(1 + i * width, 1 + (i + 1) * width)), placed[owner[i]]) for i in range(rows)
+            SequenceChunk(None, context, i, tuple(range(1 + i * width, 1 + (i + 1) * width)), placed[owner[i]])
+            for i in range(rows)
         ]
         draws = {i: Draw(i, context, 0, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
         engine.run(segments, draws)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workload import Workload
+from chameleon_jax.loop import ServingLoop
 from chameleon_jax.request import Request
-from chameleon_jax.serving.loop import ServingLoop
 
 
 @dataclasses.dataclass

@@ -1,6 +1,6 @@
 """Host time to pack a decode step of Llama-7B: `python -m benchmarks.packing_cost`.
 
-`pack` is `models/step_inputs.py` alone, sampling parameters included; `dispatch` is `JaxExecutor.dispatch` over a device that
+`pack` is `models/runtime/step_inputs.py` alone, sampling parameters included; `dispatch` is `JaxExecutor.dispatch` over a device that
 does nothing. Every row draws at random; every row of a batch with adapters has another one, of ranks 8 to 128 in turn.
 """
 
@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, publish
+from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
-from chameleon_jax.models.engine import DispatchedStep
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.step_inputs import PackedStep, pack_step
-from chameleon_jax.models.steps import StepBuckets, shapes_for
-from chameleon_jax.models.transfers import PieceSizes
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.models.runtime.executor import JaxExecutor
+from chameleon_jax.models.runtime.model_runner import DispatchedStep
+from chameleon_jax.models.runtime.step_inputs import PackedStep, pack_step
+from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import StepPlan
-from chameleon_jax.serving.jax_executor import JaxExecutor
 
 RANKS = (8, 16, 32, 64, 128)
 MIXES: dict[str, tuple[str, ...]] = {"none": (), "q k v o": ATTENTION_TARGETS, "all seven": TARGETS}
@@ -33,7 +34,7 @@ LAYOUT = PageLayout.for_model(PRESETS["llama-7b"])
 
 
 class PackingEngine:
-    """The part of `DeviceEngine` that a dispatch needs; packs and sends nothing."""
+    """The part of `ModelRunner` that a dispatch needs; packs and sends nothing."""
 
     link_rate = 0.0
 

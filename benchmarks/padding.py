@@ -22,7 +22,7 @@ from benchmarks.serving.calibrate import Calibration, MeasuredCostModel, measure
 from benchmarks.simulate import simulate, step_tokens
 from benchmarks.workload import WorkloadSpec, generate
 from chameleon_jax.models.config import PRESETS
-from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 

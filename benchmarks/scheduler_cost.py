@@ -15,14 +15,16 @@ import numpy as np
 import typer
 
 from benchmarks.machine import describe, publish
-from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.length_predictor import HistoryPredictor
-from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import FinishReason, Request, SamplingParams
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import Scheduler
+from chameleon_jax.scheduler.length_predictor import HistoryPredictor
 from chameleon_jax.systems import get_system
 
 RANKS = (8, 16, 32, 64, 128)

@@ -22,15 +22,16 @@ from benchmarks.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostMode
 from benchmarks.machine import describe, publish
 from benchmarks.outcome import Outcome, Recorder
 from benchmarks.workload import Workload, WorkloadSpec, generate
-from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.length_predictor import ConfusionPredictor, LengthPredictor, OraclePredictor
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.executor import LoadResult, SampledToken
+from chameleon_jax.loop import ServingLoop
+from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import StepPlan
+from chameleon_jax.scheduler.length_predictor import ConfusionPredictor, LengthPredictor, OraclePredictor
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
-from chameleon_jax.serving.executor import LoadResult, SampledToken
-from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import System, get_system
 
 TOKEN, STOP = 1, 2

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chameleon_jax.config import EngineConfig
-    from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
+    from chameleon_jax.outputs import RequestOutput
+    from chameleon_jax.sampling_params import LoRARequest, SamplingParams
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.llm import LLM
 
@@ -18,9 +19,9 @@ _HOME = {
     "AsyncLLM": "chameleon_jax.serving.async_llm",
     "LLM": "chameleon_jax.serving.llm",
     "EngineConfig": "chameleon_jax.config",
-    "LoRARequest": "chameleon_jax.request",
-    "RequestOutput": "chameleon_jax.request",
-    "SamplingParams": "chameleon_jax.request",
+    "LoRARequest": "chameleon_jax.sampling_params",
+    "RequestOutput": "chameleon_jax.outputs",
+    "SamplingParams": "chameleon_jax.sampling_params",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checks import require
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
 
 

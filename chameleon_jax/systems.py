@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from chameleon_jax.checks import require
-from chameleon_jax.eviction import POLICIES
+from chameleon_jax.memory.eviction import POLICIES
 
 ORDERS = ("fifo", "sjf", "multilevel", "boost")
 SIZES = ("wrs", "output")

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models import llama
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 

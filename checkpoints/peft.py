@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checkpoints import safetensors_file
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, PeftConfig, read_config
-from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.memory.adapters import MAX_RANK
+from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS, LlamaConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"

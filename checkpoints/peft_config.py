@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.checkpoints import patterns
+from chameleon_jax.memory.adapters import MAX_RANK
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20

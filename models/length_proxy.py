@@ -5,7 +5,7 @@ first and the last tokens; the prompt's length is a feature of its own. Ids are 
 of table serves every vocabulary: in BPE vocabularies low ids are the frequent tokens, which so keep apart from each other.
 
 It runs on the host's CPU where JAX has one, in few shapes, so that it neither queues behind the served model nor compiles
-once it is warm. The thread that runs it beside serving is `serving/length_predictor.py`.
+once it is warm. The thread that runs it beside serving is `serving/proxy_predictor.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from chameleon_jax.length_predictor import CLASS_CUTS
+from chameleon_jax.scheduler.length_predictor import CLASS_CUTS
 
 ROW_BUCKETS = (1, 8)
 """Rows a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
 TRASH_PAGE = 0

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from chameleon_jax.request import LEAST_LOGPROB
+from chameleon_jax.outputs import LEAST_LOGPROB
 
 MAX_LOGPROBS = 20
 """Alternatives reported beside the chosen token, as OpenAI's API allows."""

@@ -6,8 +6,8 @@ import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from chameleon_jax.errors import QueueFull, RequestFailed
 from chameleon_jax.serving.engine import Engine, PackedAdapter
-from chameleon_jax.serving.errors import QueueFull, RequestFailed
 
 
 class AdapterReader:

@@ -14,21 +14,22 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chameleon_jax.request import LoRARequest, RequestOutput, SamplingParams
+from chameleon_jax.errors import Draining, DuplicateRequest, EngineDead
+from chameleon_jax.executor import LoadResult
+from chameleon_jax.outputs import RequestOutput
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.errors import Draining, DuplicateRequest, EngineDead
-from chameleon_jax.serving.executor import LoadResult
 from chameleon_jax.serving.llm import compile_progress, engine_config
 from chameleon_jax.serving.observers import Observers
-from chameleon_jax.serving.outputs import Update
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 from chameleon_jax.serving.stats import EngineStats, take_stats
 from chameleon_jax.serving.turns import Turns
+from chameleon_jax.serving.updates import Update
 
 logger = logging.getLogger(__name__)
 

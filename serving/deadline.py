@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from chameleon_jax.serving.errors import DeadlineExceeded
+from chameleon_jax.errors import DeadlineExceeded
 
 
 class Deadline:

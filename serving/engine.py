@@ -13,28 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.adapters import MAX_RANK, AdapterInfo
 from chameleon_jax.checkpoints import huggingface, length_proxy, peft
-from chameleon_jax.checkpoints.host_store import HostStore
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.length_predictor import HistoryPredictor, LengthPredictor
-from chameleon_jax.models import llama, ops, steps
-from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.loop import ServingLoop
+from chameleon_jax.memory.adapter_registry import AdapterNames
+from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.models import llama, ops
+from chameleon_jax.models.adapters.host_store import HostStore
+from chameleon_jax.models.adapters.transfers import PinnedBlock
+from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
-from chameleon_jax.models.programs import Progress
-from chameleon_jax.models.steps import StepBuckets
-from chameleon_jax.models.transfers import PinnedBlock
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import MAX_STOP_IDS, LoRARequest, Request, SamplingParams
-from chameleon_jax.serving.adapter_names import AdapterNames
-from chameleon_jax.serving.jax_executor import JaxExecutor
-from chameleon_jax.serving.jax_setup import enable_compilation_cache, take_device_memory
-from chameleon_jax.serving.length_predictor import ProxyPredictor
-from chameleon_jax.serving.loop import ServingLoop
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.executor import JaxExecutor
+from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
+from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.programs import Progress
+from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
+from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
+from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
@@ -97,7 +99,7 @@ class Engine:
                 f"max_model_len is {self.max_model_len}; the model allows at most {self.model_config.max_position_embeddings}"
             )
         stats = jax.devices()[0].memory_stats()
-        self.device = DeviceEngine(
+        self.device = ModelRunner(
             weights,
             self.layout,
             self._buckets(),

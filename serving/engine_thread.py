@@ -10,11 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from chameleon_jax.errors import EngineDead
+from chameleon_jax.executor import LoadResult
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.errors import EngineDead
-from chameleon_jax.serving.executor import LoadResult
-from chameleon_jax.serving.outputs import Update
+from chameleon_jax.serving.updates import Update
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.request import LoRARequest, Request, RequestOutput, SamplingParams
+from chameleon_jax.outputs import RequestOutput
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.outputs import Update, logprobs_of, make_output
 from chameleon_jax.serving.prompts import Prompt, tokens_of
 from chameleon_jax.serving.sampling_defaults import fit_max_tokens
+from chameleon_jax.serving.updates import Update, logprobs_of, make_output
 
 
 def compile_progress(done: int, total: int) -> None:

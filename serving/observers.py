@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from chameleon_jax.executor import LoadResult
 from chameleon_jax.request import Request
-from chameleon_jax.serving.executor import LoadResult
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from chameleon_jax.checkpoints import huggingface
 from chameleon_jax.checkpoints.json_file import read_json
 from chameleon_jax.checks import require
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

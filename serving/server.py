@@ -18,8 +18,8 @@ from chameleon_jax.serving.http.app import make_app
 from chameleon_jax.serving.http.connection import uvicorn_settings
 from chameleon_jax.serving.http.status import status_router
 from chameleon_jax.serving.rpc.server import RpcServer
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
 from chameleon_jax.serving.telemetry.recent import RecentRequests
 

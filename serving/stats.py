@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from chameleon_jax.page_pool import PoolUsage
+from chameleon_jax.memory.page_pool import PoolUsage
 from chameleon_jax.request import RequestState
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
 from chameleon_jax.serving.engine import Engine

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.llama import Llama
-from chameleon_jax.models.programs import Programs
-from chameleon_jax.models.step_inputs import Draw, Segment, pack_step
-from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.programs import Programs
+from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk, pack_step
+from chameleon_jax.models.runtime.steps import StepBuckets
 
 SCALE_OF_ROWS = 0.02
 """Standard deviation of what the pool holds, as KV and as LoRA rows: adapters then change what a layer gives by as much as it
@@ -34,14 +34,14 @@ class Batch:
         note: what is not as asked for; empty where all is.
     """
 
-    segments: list[Segment]
+    segments: list[SequenceChunk]
     draws: dict[int, Draw]
     floor_bytes: float
     note: str
 
 
-class BenchEngine(DeviceEngine):
-    """A `DeviceEngine` whose programs are compiled as they are used, and whose pool and steps can be reached."""
+class BenchEngine(ModelRunner):
+    """A `ModelRunner` whose programs are compiled as they are used, and whose pool and steps can be reached."""
 
     def prepare(self, batches: Iterable[Batch]) -> tuple[int, float]:
         """Compiles the forward programs of some steps, on some threads; returns how many and the seconds."""

@@ -22,11 +22,11 @@ from benchmarks.device.compilation import Compilation
 from benchmarks.device.correct_ops import worst
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Scale, on_gpu
-from chameleon_jax.models import steps
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.llama import logits
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.step_inputs import Segment, pack_step
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.step_inputs import SequenceChunk, pack_step
 
 DECODE_STEPS = 4
 STEP_LIMIT = 1e-3
@@ -119,12 +119,12 @@ class Sequences:
         numbers = jax.random.normal(key, (self.num_pages, self.layout.page_elems), jnp.bfloat16) * SCALE_OF_ROWS
         return numbers.astype(dtype)
 
-    def _segments(self, step: int) -> list[Segment]:
+    def _segments(self, step: int) -> list[SequenceChunk]:
         """The prompts, or one more token of each."""
         rows = zip(self.prompts, self.tables, self.adapters)
         if step == 0:
-            return [Segment(words, 0, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
-        return [Segment(None, len(words) + step - 1, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
+            return [SequenceChunk(words, 0, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
+        return [SequenceChunk(None, len(words) + step - 1, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
 
 
 class WholeStep:

@@ -17,10 +17,11 @@ from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench, shared
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
-from chameleon_jax.models.step_inputs import pack_step
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.models.runtime.step_inputs import pack_step
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 
 REPEATS = 15
 LOOP_STEPS = 60
@@ -109,9 +110,9 @@ class _Loop:
     """The real loop over the bench's engine, with requests that end after what is measured."""
 
     def __init__(self, bench: Workbench, rows: int, mix: Mix):
-        from chameleon_jax.adapters import AdapterInfo
-        from chameleon_jax.serving.jax_executor import JaxExecutor
-        from chameleon_jax.serving.loop import ServingLoop
+        from chameleon_jax.loop import ServingLoop
+        from chameleon_jax.memory.adapters import AdapterInfo
+        from chameleon_jax.models.runtime.executor import JaxExecutor
 
         engine, layout = bench.engine, bench.layout
         self._rows = rows

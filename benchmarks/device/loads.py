@@ -18,8 +18,8 @@ from benchmarks.device.machine import ceilings, device_kind
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.workbench import Workbench, shared
+from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
-from chameleon_jax.models.transfers import PinnedBlock
 
 STEPS = 150
 """Decode steps of which the 99th percentile is taken."""
@@ -64,7 +64,7 @@ class Store:
 
 
 def loads_of(bench: Workbench, store: Any) -> Any:
-    from chameleon_jax.serving.adapter_loads import AdapterLoads  # what stores adapters needs more packages than a model
+    from chameleon_jax.models.runtime.adapter_loads import AdapterLoads  # what stores adapters needs more packages than a model
 
     return AdapterLoads(bench.engine, store)
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Scale
 from benchmarks.device.timing import best_of
-from chameleon_jax.models.transfers import pinned_memory
+from chameleon_jax.models.adapters.transfers import pinned_memory
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "chex", "triton", "torch")
 

@@ -28,8 +28,8 @@ from chameleon_jax.models import ops
 from chameleon_jax.models.ops.batched_lora import LoraTargets, batched_lora, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
+from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws, pack_step
 from chameleon_jax.models.sampling import SamplingMode
-from chameleon_jax.models.step_inputs import Draw, pack_draws, pack_step
 
 RESULT_BYTES = 1 << 30
 Programs = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]

@@ -16,7 +16,7 @@ from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench, shared
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
-from chameleon_jax.models.programs import Programs
+from chameleon_jax.models.runtime.programs import Programs
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:

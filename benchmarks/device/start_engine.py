@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from benchmarks.device.scale import FULL, SMALL, Scale
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.models import llama, steps
+from chameleon_jax.models import llama
 from chameleon_jax.models.config import TARGETS
-from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.step_inputs import Draw, Segment
-from chameleon_jax.models.steps import StepBuckets
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.steps import StepBuckets
 
 
 def buckets(scale: Scale, layout: PageLayout) -> StepBuckets:
@@ -62,11 +63,11 @@ def build(scale: Scale) -> dict[str, float]:
         print(f"{done} of {total} programs after {time.perf_counter() - compiling:.1f} s", flush=True)
 
     num_pages = None if limit else scale.prompt_tokens
-    engine = DeviceEngine(model, layout, buckets(scale, layout), num_pages, dtype, progress, memory_limit=limit or 0)
+    engine = ModelRunner(model, layout, buckets(scale, layout), num_pages, dtype, progress, memory_limit=limit or 0)
     engine.block_until_ready()
     lap("s for programs and pool", compiling)
     begin = time.perf_counter()
-    segment = Segment([1] * 5, 0, 0, tuple(range(1, 3)), None)
+    segment = SequenceChunk([1] * 5, 0, 0, tuple(range(1, 3)), None)
     engine.run([segment], {0: Draw(0, 5, 0, 0.0, 0, 1.0, 0.0, (), False)})
     engine.block_until_ready()
     lap("s for the first step", begin)

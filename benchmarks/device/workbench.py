@@ -16,12 +16,13 @@ from flax import nnx
 
 from benchmarks.device.bench_engine import Batch, BenchEngine, random_weights
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
-from chameleon_jax.models import ops, steps
+from chameleon_jax.models import ops
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.programs import Programs
-from chameleon_jax.models.step_inputs import Draw, Segment
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.programs import Programs
+from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
 
 
 class Workbench:
@@ -119,7 +120,7 @@ class Workbench:
         if mix.ranks and not adapters:
             return "no adapter fits beside the KV"
         owners = [adapters[i % len(adapters)] if adapters else None for i in range(rows)]
-        segments = [Segment(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
+        segments = [SequenceChunk(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
         draws = {i: Draw(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
         note = f"{len(adapters)} adapters" if mix.ranks and len(adapters) < rows else ""
         return Batch(
@@ -138,7 +139,7 @@ class Workbench:
         if mix.ranks and len(adapters) < count:
             return "the adapters do not fit beside the KV"
         words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
-        segments = [Segment(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
+        segments = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
         draws = {i: Draw(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
         return Batch(segments, draws, self.weight_bytes + self.adapter_bytes(adapters), "")
 

@@ -30,12 +30,13 @@ import uvloop
 from benchmarks.demo import ADAPTERS
 from benchmarks.machine import describe, publish
 from benchmarks.overhead.paced import pace
-from chameleon_jax.request import LoRARequest, Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.engine import Engine
 from chameleon_jax.serving.server import Server, listen
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
 
 LOAD = 0.7

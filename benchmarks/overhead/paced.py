@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.executor import LoadResult, SampledToken
 
 VOCAB = 4096
 """Token ids that are handed out are below it."""

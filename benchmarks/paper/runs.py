@@ -25,9 +25,8 @@ from chameleon_jax.systems import System, get_system
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     "chameleon_jax/*.py",
+    "chameleon_jax/memory/*.py",
     "chameleon_jax/scheduler/*.py",
-    "chameleon_jax/serving/loop.py",
-    "chameleon_jax/serving/executor.py",
     "chameleon_jax/models/config.py",
     "chameleon_jax/models/page_layout.py",
     "benchmarks/simulate.py",

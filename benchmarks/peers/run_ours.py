@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.request import LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import Engine
 
 

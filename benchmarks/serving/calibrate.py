@@ -17,13 +17,13 @@ from benchmarks.cost_model import CostModel, Profile
 from benchmarks.serving.engine import BenchmarkEngine, EndingExecutor
 from benchmarks.simulate import Result, simulate
 from benchmarks.workload import Workload
+from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.engine import DeviceEngine
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, window_tiles
-from chameleon_jax.models.steps import DECODE_TILE, StepBuckets
+from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.steps import DECODE_TILE, StepBuckets
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import StepPlan
-from chameleon_jax.serving.executor import LoadResult, SampledToken
 from chameleon_jax.systems import System
 
 STEP_TERMS = (
@@ -96,7 +96,7 @@ class TimingExecutor(EndingExecutor):
 
     timings = Timings()
 
-    def __init__(self, engine: DeviceEngine, *args: Any):
+    def __init__(self, engine: ModelRunner, *args: Any):
         super().__init__(engine, *args)
         self._ranks = {name: max(placement.ranks.values()) for name, placement in self._placements.items()}
         self._free = 0.0

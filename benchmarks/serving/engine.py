@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulate import STOP, TOKEN
-from chameleon_jax.adapters import AdapterInfo
-from chameleon_jax.length_predictor import LengthPredictor
+from chameleon_jax.executor import SampledToken
+from chameleon_jax.loop import ServingLoop
+from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.models.config import TARGETS
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import LoRARequest, Request, SamplingParams
+from chameleon_jax.models.runtime.executor import JaxExecutor
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.scheduler.length_predictor import LengthPredictor
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.executor import SampledToken
-from chameleon_jax.serving.jax_executor import JaxExecutor
-from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import System, get_system
 
 ATTENTION = TARGETS[:4]

@@ -29,8 +29,8 @@ from benchmarks.soak.watch import Holding, StepTimes
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.server import Server, listen
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
 
 RSS_SLACK_MIB = 64

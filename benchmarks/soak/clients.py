@@ -18,9 +18,9 @@ import httpx
 
 from benchmarks.soak.churn import Churn
 from benchmarks.soak.jobs import BASE, Jobs
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.errors import DeadlineExceeded, QueueFull
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.client import AsyncClient
-from chameleon_jax.serving.errors import DeadlineExceeded, QueueFull
 
 KINDS = ("stream", "unary", "grpc", "leave", "deadline")
 WEIGHTS = (50, 20, 25, 3, 2)

@@ -6,9 +6,9 @@ import enum
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterTier
-from chameleon_jax.page_pool import PagePool
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.adapters import AdapterTier
+from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 
 MAX_LOADS = 4
@@ -127,7 +127,7 @@ class Batch:
         return Verdict.WAITS
 
 
-class AdmissionOrder(Protocol):
+class QueuePolicy(Protocol):
     """Owns the waiting requests, and says which start next."""
 
     def add(self, request: Request, now: float, new: bool = True) -> None:

@@ -4,11 +4,11 @@ Small requests never wait behind large ones, since those run on their own quota;
 cannot be taken away. What a queue that is empty does not use is lent to the others, smallest first.
 
 **Starvation bound.** Let L be the most seconds in which everything that runs at some moment has ended, K the number of levels
-and n the number of older requests in the system. A request starts at most (n + 1) ((K + 1) L + DOOR_S) seconds after it came:
-its level is served in order of arrival, so n heads go before it, and a head waits
+and n the number of older requests in the system. A request starts at most (n + 1) ((K + 1) L + HEAD_TIMEOUT_S) seconds after
+it came: its level is served in order of arrival, so n heads go before it, and a head waits
 - at most L for its quota: nothing is lent while it waits, so what was lent or used comes back as the running ones end; if
   it is larger than the quota it may start when nothing is charged to its level;
-- then at most DOOR_S for memory, or for room in a step, while others may take it (the paper sets no such limit);
+- then at most HEAD_TIMEOUT_S for memory, or for room in a step, while others may take it (the paper sets no such limit);
 - then at most K L: nobody starts before the head that has been waiting for that longest, so within L there is enough for
   it, and at most K heads, one a level, stand in that line.
 Every refresh while it waits may add one L, since it moves charges between levels. Requests that are squashed because they
@@ -23,10 +23,10 @@ from collections.abc import Collection
 
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.admission import Batch, Verdict
+from chameleon_jax.scheduler.clustering import cluster_bounds, distributions_differ, equal_bounds
 from chameleon_jax.scheduler.level import Level, TrafficHistory
-from chameleon_jax.scheduler.levels import cluster_bounds, distributions_differ, equal_bounds
-from chameleon_jax.scheduler.orders import PASS_DEPTH, PagesOf
 from chameleon_jax.scheduler.quotas import share_quotas
+from chameleon_jax.scheduler.single_queue import MAX_OVERTAKEN, PagesOf
 
 REFRESH_S = 300.0
 """The paper's T_refresh."""
@@ -34,7 +34,7 @@ FIRST_REFRESH = 100
 """Requests after which levels are formed for the first time."""
 DRIFT_SAMPLE = 128
 """Arrivals that a drift test compares with those of the last refresh."""
-DOOR_S = 0.25
+HEAD_TIMEOUT_S = 0.25
 """Seconds that a head may wait for memory or for room in a step before nobody starts ahead of it."""
 BYPASS_DEPTH = 16
 """Younger requests of a queue that are looked at when its head's adapter lacks memory."""
@@ -119,7 +119,7 @@ class MultiLevelQueue:
         self._clock.tick(now, bool(running))
         self._refresh_if_due(running, now)
         first = self._first_blocked()
-        if first is not None and first.blocked_since is not None and now - first.blocked_since >= DOOR_S:
+        if first is not None and first.blocked_since is not None and now - first.blocked_since >= HEAD_TIMEOUT_S:
             if self._offer_head(first, batch, now) is not Verdict.STARTS:
                 return
         lent = 0
@@ -148,7 +148,7 @@ class MultiLevelQueue:
     def _admit_level(self, level: Level, batch: Batch, running: Collection[Request], now: float) -> None:
         """Phase 1: the level's own quota, from the head on, until one does not fit."""
         passed = 0
-        while (request := level.waiting.at(passed)) is not None and passed <= PASS_DEPTH:
+        while (request := level.waiting.at(passed)) is not None and passed <= MAX_OVERTAKEN:
             need = self._need(request)
             if need > level.remaining and not level.idle:
                 return
@@ -181,7 +181,7 @@ class MultiLevelQueue:
         donors = [level for level in self.levels if not level.waiting and level.remaining > 0]
         for level in self.levels:
             passed = 0
-            while (request := level.waiting.at(passed)) is not None and passed <= PASS_DEPTH:
+            while (request := level.waiting.at(passed)) is not None and passed <= MAX_OVERTAKEN:
                 need = self._need(request)
                 if need > lent:
                     break

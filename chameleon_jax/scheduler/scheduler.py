@@ -1,6 +1,6 @@
 """Decides the next step: who starts, who computes what, which adapters move.
 
-What is common to all systems is here; who starts next is an `AdmissionOrder`'s. What is short is taken, in this order, from
+What is common to all systems is here; who starts next is an `QueuePolicy`'s. What is short is taken, in this order, from
 free pages, from idle adapters, from the youngest running request, which is squashed: it waits again and recomputes what it had,
 to the same output.
 """
@@ -12,20 +12,21 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 
-from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterTier
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.length_predictor import LengthPredictor
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import FinishReason, Request, RequestState
-from chameleon_jax.scheduler.admission import AdmissionOrder, Batch
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.adapters import AdapterTier
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.scheduler.admission import Batch, QueuePolicy
+from chameleon_jax.scheduler.length_predictor import LengthPredictor
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
-from chameleon_jax.scheduler.orders import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.plan import StepPlan
-from chameleon_jax.scheduler.prefetcher import Prefetcher
+from chameleon_jax.scheduler.prefetch import Prefetcher
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.request_size import RequestSizer
 from chameleon_jax.scheduler.running import RunningSet
+from chameleon_jax.scheduler.single_queue import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.step_budget import StepBudget
 from chameleon_jax.systems import System, get_system
 
@@ -78,7 +79,7 @@ class Scheduler:
         self._prefetcher = Prefetcher(pool, cache, self._wanted, self.system.prefetch_predicted)
         self._steps_to_admission = 0
 
-    def _make_order(self, config: EngineConfig) -> AdmissionOrder:
+    def _make_order(self, config: EngineConfig) -> QueuePolicy:
         if self.system.order == "fifo":
             return fifo(self._first_pages)
         if self.system.order == "sjf":
@@ -96,7 +97,7 @@ class Scheduler:
         )
 
     @property
-    def order(self) -> AdmissionOrder:
+    def order(self) -> QueuePolicy:
         return self._order
 
     @property
@@ -142,7 +143,7 @@ class Scheduler:
         state, request.state = request.state, RequestState.FINISHED
         if state is RequestState.RUNNING:
             self._running.remove(request)
-            self._give_back(request, now)
+            self._release(request, now)
         elif state is RequestState.WAITING:
             self._order.remove(request)
             self._stop_waiting(request)
@@ -188,11 +189,11 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Decides the next step and books it: positions advance as if it had run."""
         plan = StepPlan()
-        self._measure_anew(now)
+        self._apply_length_updates(now)
         self._prefetcher.cancel(plan)
         if not self.system.keep_idle:
             self._cache.evict_idle(keep=self._wanted)
-        self._make_way(now)
+        self._preempt_bypasser(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
         budget = self._budget.decodes_planned(plan, self._longest_wait(now))
         if self._admit(plan, budget, now):
@@ -213,7 +214,7 @@ class Scheduler:
     def _rank(self, request: Request) -> int:
         return 0 if request.adapter is None else self._cache.entry(request.adapter).info.rank
 
-    def _measure_anew(self, now: float) -> None:
+    def _apply_length_updates(self, now: float) -> None:
         for request, tokens in self._predictor.updates():
             if request.state is RequestState.WAITING:
                 self._order.remove(request)
@@ -276,7 +277,7 @@ class Scheduler:
 
     # -- memory ---------------------------------------------------------------------------------------------------------
 
-    def _make_way(self, now: float) -> None:
+    def _preempt_bypasser(self, now: float) -> None:
         """Squashes a request that passed another which could run in its place."""
         victim = self._order.victim(self._pool.num_free + self._cache.idle_pages)
         if victim is not None:
@@ -300,7 +301,7 @@ class Scheduler:
         """RUNNING -> WAITING, ahead of all of its queue that arrived later."""
         self._running.remove(request)
         request.state = RequestState.WAITING
-        self._give_back(request, now)
+        self._release(request, now)
         request.num_computed = 0
         request.metrics.num_squashes += 1
         self._wait(request, now, new=False)
@@ -310,7 +311,7 @@ class Scheduler:
         for request in reversed(self.running):
             self._squash(request, now)
 
-    def _give_back(self, request: Request, now: float) -> None:
+    def _release(self, request: Request, now: float) -> None:
         self._pool.free_kv(request.request_id)
         request.pages = array("i")
         self._slots.append(request.slot)

@@ -44,7 +44,7 @@ def generate(
 
     Example: chameleon-jax generate smollm2-135m --prompt "What is the capital of France?" --chat
     """
-    from chameleon_jax.request import LoRARequest, SamplingParams
+    from chameleon_jax.sampling_params import LoRARequest, SamplingParams
     from chameleon_jax.serving.llm import LLM
     from chameleon_jax.serving.prompts import tokens_of
     from chameleon_jax.serving.sampling_defaults import fit_max_tokens
@@ -90,7 +90,7 @@ def bench(
     """
     import numpy as np
 
-    from chameleon_jax.request import LoRARequest, SamplingParams
+    from chameleon_jax.sampling_params import LoRARequest, SamplingParams
     from chameleon_jax.serving.llm import LLM
 
     with errors():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_jax.adapters import MAX_RANK
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli.options import (
     DEFAULT_GENERATION_CONFIG,
     DEFAULT_SYSTEM,
@@ -25,11 +25,11 @@ from chameleon_jax.serving.cli.options import (
     named_adapters,
     progress,
 )
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from chameleon_jax.serving.server import Server
-    from chameleon_jax.serving.service import Service
+    from chameleon_jax.serving.service.service import Service
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
 API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
@@ -141,7 +141,7 @@ def _serve(
 
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
-    from chameleon_jax.serving.service import Service
+    from chameleon_jax.serving.service.service import Service
     from chameleon_jax.serving.telemetry.logs import setup_logging
     from chameleon_jax.serving.telemetry.metrics import Metrics
     from chameleon_jax.serving.telemetry.tracing import RequestTracer, otlp_exporter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_jax.adapters import MAX_RANK
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli.options import Model, console, errors
 
 if TYPE_CHECKING:

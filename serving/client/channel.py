@@ -10,8 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from chameleon_jax.request import Logprob, SamplingParams
-from chameleon_jax.serving.errors import (
+from chameleon_jax.errors import (
     DeadlineExceeded,
     DuplicateRequest,
     Forbidden,
@@ -21,6 +20,8 @@ from chameleon_jax.serving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from chameleon_jax.outputs import Logprob
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import convert
 

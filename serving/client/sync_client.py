@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.client import channel
 from chameleon_jax.serving.client.channel import Attempts, Generated
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from chameleon_jax.serving.http.errors import answered
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 
 _bearer = HTTPBearer(auto_error=False, description="A key of the server, where it has any.")
 """Only documents; the header is read as it came."""

@@ -11,7 +11,7 @@ from chameleon_jax.serving.http import chat, completions, health, models
 from chameleon_jax.serving.http.edge import Edge
 from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
 from chameleon_jax.serving.http.head import HeadAsGet
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or not allowed; the text says why."},

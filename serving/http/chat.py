@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from chameleon_jax.request import Logprob
+from chameleon_jax.outputs import Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.errors import answered
 from chameleon_jax.serving.http.requests import ChatRequest
@@ -23,7 +23,7 @@ from chameleon_jax.serving.http.streams import (
     usage,
     usage_so_far,
 )
-from chameleon_jax.serving.outputs import Delta
+from chameleon_jax.serving.updates import Delta
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=KeyedRoute)
 

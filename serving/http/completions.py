@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.request import Logprob
+from chameleon_jax.outputs import Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.errors import ApiError, answered
 from chameleon_jax.serving.http.requests import CompletionRequest
@@ -25,7 +25,7 @@ from chameleon_jax.serving.http.streams import (
     usage,
     usage_so_far,
 )
-from chameleon_jax.serving.outputs import Delta
+from chameleon_jax.serving.updates import Delta
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=KeyedRoute)
 

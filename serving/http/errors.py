@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from chameleon_jax.serving.errors import (
+from chameleon_jax.errors import (
     DeadlineExceeded,
     Draining,
     EngineDead,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 import chameleon_jax
-from chameleon_jax.serving.errors import Draining
+from chameleon_jax.errors import Draining
 from chameleon_jax.serving.http.access import service_of
 from chameleon_jax.serving.http.errors import answered
 

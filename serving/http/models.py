@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, require_admin, service_of
 from chameleon_jax.serving.http.body import Body
 from chameleon_jax.serving.http.errors import answered
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 
 router = APIRouter(prefix="/v1", tags=["models"], route_class=KeyedRoute)
 

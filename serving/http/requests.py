@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
-from chameleon_jax.request import MAX_STOP_IDS, MAX_STOPS, SamplingParams
+from chameleon_jax.sampling_params import MAX_STOP_IDS, MAX_STOPS, SamplingParams
 from chameleon_jax.serving.http.body import EMPTY, Body, only
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message

@@ -13,10 +13,10 @@ from pathlib import Path
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 
+from chameleon_jax.errors import EngineDead
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.errors import EngineDead
 from chameleon_jax.serving.http.access import require_access
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry.metrics import CONTENT_TYPE, Metrics
 from chameleon_jax.serving.telemetry.recent import RecentRequests

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from chameleon_jax.serving.errors import ServingError
+from chameleon_jax.errors import ServingError
 from chameleon_jax.serving.http.errors import ApiError, api_error
 from chameleon_jax.serving.http.requests import StreamOptions
-from chameleon_jax.serving.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.updates import Delta
 
 logger = logging.getLogger(__name__)
 

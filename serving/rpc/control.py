@@ -7,7 +7,7 @@ import grpc
 import chameleon_jax
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 
 
 class Control(stubs.ControlServicer):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chameleon_jax.request import Logprob, SamplingParams
+from chameleon_jax.outputs import Logprob
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 
 FINISH_REASONS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from chameleon_jax.serving.errors import (
+from chameleon_jax.errors import (
     DeadlineExceeded,
     Draining,
     DuplicateRequest,
@@ -25,7 +25,7 @@ from chameleon_jax.serving.errors import (
     ServingError,
     Unauthenticated,
 )
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("chameleon_jax.access")

@@ -7,9 +7,8 @@ from typing import Any
 
 import grpc
 
+from chameleon_jax.errors import DeadlineExceeded
 from chameleon_jax.request import Request
-from chameleon_jax.serving.errors import DeadlineExceeded
-from chameleon_jax.serving.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
@@ -20,7 +19,8 @@ from chameleon_jax.serving.rpc.convert import (
     stop_reason_to_message,
 )
 from chameleon_jax.serving.rpc.edge import REQUEST_ID, notes
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.service import Service
+from chameleon_jax.serving.updates import Delta
 
 
 class Inference(stubs.InferenceServicer):

@@ -16,8 +16,8 @@ from chameleon_jax.serving.rpc.control import Control
 from chameleon_jax.serving.rpc.edge import Edge
 from chameleon_jax.serving.rpc.health import Health
 from chameleon_jax.serving.rpc.inference import Inference
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 
 SERVICES = tuple(service.full_name for service in messages.DESCRIPTOR.services_by_name.values())
 HEALTH_POLL_S = 0.25

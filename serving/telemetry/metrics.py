@@ -8,8 +8,9 @@ import prometheus_client
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from chameleon_jax.request import FinishReason, Request
-from chameleon_jax.serving.executor import LoadResult
+from chameleon_jax.executor import LoadResult
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
 from chameleon_jax.serving.observers import Observer
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry import engine_metrics

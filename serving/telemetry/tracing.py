@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from chameleon_jax.checks import require
-from chameleon_jax.request import FinishReason, Request
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
 from chameleon_jax.serving.observers import Observer
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from benchmarks.overhead.paced import pace
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
 
 

@@ -16,7 +16,7 @@ from benchmarks.serving.calibrate import STEP_TERMS, Timings, fit, slowness
 from benchmarks.serving.comparison import RATIOS, Settings, build_engine, ratios
 from benchmarks.simulate import STOP, step_tokens
 from benchmarks.workload import Workload
-from chameleon_jax.request import FinishReason
+from chameleon_jax.outputs import FinishReason
 
 NUM_PAGES, NUM_ADAPTERS, RANK, LONGEST = 28, 6, 8, 128
 SETTINGS = Settings("history", 0.1, 5.0, 0.3, 32, 2)

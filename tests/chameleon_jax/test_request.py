@@ -4,7 +4,7 @@ import pytest
 
 import chameleon_jax
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(

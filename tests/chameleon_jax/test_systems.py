@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.eviction import POLICIES
+from chameleon_jax.memory.eviction import POLICIES
 from chameleon_jax.systems import ORDERS, SIZES, SYSTEMS, System, get_system
 
 

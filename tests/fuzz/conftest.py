@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving.conftest import SETTINGS
 from tests.serving.running import Running

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
-from chameleon_jax.adapters import MAX_RANK
-from chameleon_jax.models import steps
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
+from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
 
 MIB = 1 << 20

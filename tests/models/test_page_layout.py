@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 

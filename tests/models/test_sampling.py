@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws
 from chameleon_jax.models.sampling import SamplingMode, sample
-from chameleon_jax.models.step_inputs import Draw, pack_draws
 
 VOCAB = 64
 LOGITS = jnp.array(np.random.default_rng(0).standard_normal((4, VOCAB)) * 2, jnp.float32)

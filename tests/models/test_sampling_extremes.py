@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws
 from chameleon_jax.models.sampling import Sampled, SamplingMode, sample
-from chameleon_jax.models.step_inputs import Draw, pack_draws
 
 INF, NAN, HUGE = float("inf"), float("nan"), 3e38
 TINY = float(np.finfo(np.float32).tiny)

@@ -12,8 +12,8 @@ import pytest
 
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.client import Client
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
 from tests import text_models
 from tests.serving.async_calls import run, settled

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.server import Server, listen
-from chameleon_jax.serving.server_config import ServerConfig
-from chameleon_jax.serving.service import Service
+from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.telemetry.metrics import Metrics
 
 TIMEOUT = 120

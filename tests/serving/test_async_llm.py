@@ -9,8 +9,8 @@ import time
 import pytest
 
 from chameleon_jax import LoRARequest, SamplingParams
+from chameleon_jax.errors import DeadlineExceeded, DuplicateRequest, QueueFull
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.errors import DeadlineExceeded, DuplicateRequest, QueueFull
 from tests.serving.async_calls import GREEDY, LONG, PROMPTS, TIMEOUT, Watcher, last, run, settled
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from chameleon_jax import LoRARequest
-from chameleon_jax.serving.errors import QueueFull
+from chameleon_jax.errors import QueueFull
 from tests import reference_models as reference
 from tests.serving.async_calls import GREEDY, LONG, PROMPTS, TIMEOUT, last, run, settled
 from tests.serving.conftest import CONFIG

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from chameleon_jax import AsyncLLM, LoRARequest
-from chameleon_jax.serving.errors import Draining, EngineDead
+from chameleon_jax.errors import Draining, EngineDead
 from tests.serving.async_calls import LONG, PROMPTS, TIMEOUT, Watcher, last, run, settled
 from tests.serving.conftest import SETTINGS
 

@@ -18,7 +18,7 @@ from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.cli.serve import _greet
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving import text_calls
 from tests.text_models import PROMPT

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from chameleon_jax.request import FinishReason, Request
+from chameleon_jax.errors import EngineDead
+from chameleon_jax.executor import LoadResult
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.errors import EngineDead
-from chameleon_jax.serving.executor import LoadResult
-from chameleon_jax.serving.outputs import Update
-from tests.serving.loop_traffic import adapter, expected, make_loop, make_request
+from chameleon_jax.serving.updates import Update
+from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
 
 TIMEOUT = 30
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax import LLM, LoRARequest, SamplingParams
-from chameleon_jax.adapters import AdapterTier
+from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.models.config import PRESETS
 from tests import reference_models as reference
 

@@ -17,7 +17,7 @@ from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.sampling_defaults import SamplingDefaults, fit_max_tokens, generation_file
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.async_calls import TIMEOUT, run
 from tests.serving.running import running
 from tests.serving.test_llm import make_llm

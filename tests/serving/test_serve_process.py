@@ -19,10 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chameleon_jax.request import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.client import AsyncClient, Client
 from chameleon_jax.serving.server import CLOSE_TIMEOUT_S, Server, listen
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.telemetry.metrics import Metrics
 from tests.serving.conftest import make_service
 

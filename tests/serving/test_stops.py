@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.serving.test_stop_strings import ended
+from tests.chameleon_jax.test_output_processor import ended
 from tests.serving.text_calls import GREEDY, LLAMA2, NUM_TOKENS, ask, complete
 from tests.text_models import PROMPT
 

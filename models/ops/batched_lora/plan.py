@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from chameleon_jax.adapters import MAX_RANK
+from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter

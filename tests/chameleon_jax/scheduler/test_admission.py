@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterInfo, AdapterTier
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.adapters import AdapterInfo, AdapterTier
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.admission import MAX_LOADS, Batch, Verdict
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from chameleon_jax.adapter_cache import AdapterCache
-from chameleon_jax.adapters import AdapterInfo
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import Request, RequestState, SamplingParams
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import multilevel
 from chameleon_jax.scheduler.admission import Batch
 from chameleon_jax.scheduler.level import Level
-from chameleon_jax.scheduler.multilevel import DOOR_S, MultiLevelQueue
+from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, MultiLevelQueue
 from chameleon_jax.systems import SYSTEMS
 
 PAGE_TOKENS = 4
@@ -129,20 +130,20 @@ def test_nobody_starts_before_a_head_that_has_waited_for_memory():
     order.wait(request(2, 15, 0.9))
     assert order.admit(START) == []
     order.wait(request(3, 4, 0.1))
-    assert order.admit(START + DOOR_S - 0.1) == [3]
+    assert order.admit(START + HEAD_TIMEOUT_S - 0.1) == [3]
     order.wait(request(4, 1, 0.1))
-    assert order.admit(START + DOOR_S) == []
+    assert order.admit(START + HEAD_TIMEOUT_S) == []
     order.end(order.running[0])
-    assert order.admit(START + DOOR_S + 1) == [2, 4]
+    assert order.admit(START + HEAD_TIMEOUT_S + 1) == [2, 4]
 
 
 def test_nobody_starts_before_a_head_that_has_waited_for_a_slot():
     order = Order(quotas=(20, 20), bounds=(0.5,))
     order.wait(request(1, 1, 0.1), request(2, 1, 0.9), request(3, 1, 0.1))
     assert order.admit(START, slots=1) == [1]
-    assert order.admit(START + DOOR_S / 2, slots=1) == [3]
+    assert order.admit(START + HEAD_TIMEOUT_S / 2, slots=1) == [3]
     order.wait(request(4, 1, 0.1))
-    assert order.admit(START + DOOR_S, slots=1) == [2]
+    assert order.admit(START + HEAD_TIMEOUT_S, slots=1) == [2]
 
 
 def test_a_head_that_goes_away_gives_up_its_place():
@@ -151,7 +152,7 @@ def test_a_head_that_goes_away_gives_up_its_place():
     assert order.admit(START) == [1]
     order.queue.remove(away)
     order.wait(request(3, 16, 0.9), request(4, 4, 0.1))
-    assert order.admit(START + DOOR_S) == [4]
+    assert order.admit(START + HEAD_TIMEOUT_S) == [4]
 
 
 def blocked_head(**other) -> Order:

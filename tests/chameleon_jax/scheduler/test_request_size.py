@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.request_size import RequestSizer
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.request import Request, RequestState, SamplingParams
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PREFILL_TILE, PrefillShapes
 from chameleon_jax.scheduler.running import RunningSet

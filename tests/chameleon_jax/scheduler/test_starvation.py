@@ -13,17 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.adapters import AdapterInfo
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.page_pool import PagePool
-from chameleon_jax.request import Request, RequestState, SamplingParams
-from chameleon_jax.scheduler import multilevel, orders
+from chameleon_jax.loop import ServingLoop
+from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.scheduler import multilevel, single_queue
 from chameleon_jax.scheduler.level import Level
-from chameleon_jax.scheduler.multilevel import DOOR_S, SQUASH_SHARE, MultiLevelQueue
+from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, MultiLevelQueue
 from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE
-from chameleon_jax.serving.loop import ServingLoop
 from chameleon_jax.systems import SYSTEMS
-from tests.serving.fake_executor import FakeExecutor
+from tests.chameleon_jax.fake_executor import FakeExecutor
 
 PAGE_TOKENS = 4
 START = 100.0
@@ -169,7 +170,7 @@ def test_large_requests_are_not_starved_by_a_stream_of_small_ones(slots):
             simulation.submit(SMALL)
         simulation.step()
     assert len(simulation.levels) > 1
-    assert waited(large) <= 2 * DOOR_S + 20
+    assert waited(large) <= 2 * HEAD_TIMEOUT_S + 20
 
 
 PHASES = st.lists(
@@ -233,7 +234,7 @@ def test_nobody_waits_longer_than_the_starvation_bound(phases, num_pages, slots,
     simulation.run(arrivals_of(phases))
     longest = simulation.longest_run()
     for request, ahead, count in zip(simulation.requests, simulation.ahead, simulation.most_levels):
-        bound = (ahead + 1) * ((count + 1) * longest + DOOR_S)
+        bound = (ahead + 1) * ((count + 1) * longest + HEAD_TIMEOUT_S)
         assert waited(request) <= bound, f"{request.request_id}: {ahead} ahead, {count} levels, L = {longest}"
 
 
@@ -246,7 +247,7 @@ def test_a_head_start_is_never_larger_than_its_most(phases, num_pages, slots):
         pytest.skip("no boosted order")
     simulation = Simulation("chameleon-plus", num_pages, slots)
     simulation.run([dataclasses.replace(arrival, adapter=None) for arrival in arrivals_of(phases)])
-    most = orders.MAX_BOOST * simulation.loop.config.ttft_slo
+    most = single_queue.MAX_BOOST * simulation.loop.config.ttft_slo
     for number, request in enumerate(simulation.requests):
         started = request.metrics.first_scheduled_time
         for later in simulation.requests[number + 1 :]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.step_budget import GUESSED_TOKEN_S, StepBudget, prompt_share

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import PrefillChunk
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.step_cost import CONTEXT, DECODE, PREFILL, ROWS, TOKEN_RANKS, TOKENS, StepCost

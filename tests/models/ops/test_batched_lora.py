@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.adapters import MAX_RANK
-from chameleon_jax.models.adapter_weights import AdapterWeights
+from chameleon_jax.memory.adapters import MAX_RANK
+from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
 from chameleon_jax.models.ops.batched_lora.plan import NO_TOKEN

@@ -14,10 +14,7 @@ import time
 import grpc
 import pytest
 
-from chameleon_jax.request import SamplingParams
-from chameleon_jax.serving.client import AsyncClient, Client
-from chameleon_jax.serving.client.channel import Attempts
-from chameleon_jax.serving.errors import (
+from chameleon_jax.errors import (
     DeadlineExceeded,
     DuplicateRequest,
     Forbidden,
@@ -26,7 +23,10 @@ from chameleon_jax.serving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.serving.client import AsyncClient, Client
+from chameleon_jax.serving.client.channel import Attempts
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.running import TIMEOUT, running
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=1)

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
-from chameleon_jax.serving.errors import EngineDead, QueueFull
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.errors import EngineDead, QueueFull
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.http.plain import BODY, error_of
 from tests.serving.running import TIMEOUT, running
 

@@ -10,7 +10,7 @@ import openai.types.completion_create_params
 import pytest
 from pydantic import ValidationError
 
-from chameleon_jax.request import MAX_STOP_IDS
+from chameleon_jax.sampling_params import MAX_STOP_IDS
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part
 from chameleon_jax.serving.http.models import LoadLora, UnloadLora

@@ -19,8 +19,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from chameleon_jax.request import LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import EngineDead, Unauthenticated
+from chameleon_jax.errors import EngineDead, Unauthenticated
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.http.status import MAX_REQUESTS, status_router
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry.metrics import Metrics

@@ -14,7 +14,7 @@ import pytest
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.rpc.edge import Edge
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.conftest import make_service
 from tests.serving.rpc.calls import Code, asked, refused
 from tests.serving.running import TIMEOUT, running

@@ -12,10 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from chameleon_jax import LoRARequest, SamplingParams
-from chameleon_jax.serving.errors import DuplicateRequest, EngineDead, QueueFull, RequestFailed
+from chameleon_jax.errors import DuplicateRequest, EngineDead, QueueFull, RequestFailed
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.rpc.calls import PROMPT, Code, asked, refused
 from tests.serving.running import TIMEOUT, running
 

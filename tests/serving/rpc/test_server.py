@@ -17,12 +17,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chameleon_jax import SamplingParams
+from chameleon_jax.errors import EngineDead
 from chameleon_jax.serving.client import Client
-from chameleon_jax.serving.errors import EngineDead
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.rpc.server import RpcServer
-from chameleon_jax.serving.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.conftest import make_service
 from tests.serving.rpc.calls import PROMPT, Code, refused
 from tests.serving.running import TIMEOUT, running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chameleon_jax.page_pool import PoolUsage
+from chameleon_jax.memory.page_pool import PoolUsage
 from chameleon_jax.serving.stats import AdapterStats, EngineStats, QueueStats, RequestStats
 
 

@@ -10,9 +10,11 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from chameleon_jax.request import FinishReason, LoRARequest, Request, SamplingParams
+from chameleon_jax.executor import LoadResult
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.executor import LoadResult
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry.metrics import Metrics
 from tests.serving.conftest import make_service

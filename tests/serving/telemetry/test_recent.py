@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from chameleon_jax.request import Request, SamplingParams
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.telemetry.recent import NUM_REQUESTS, Percentiles, RecentRequests
 
 

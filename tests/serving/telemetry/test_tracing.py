@@ -10,7 +10,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from chameleon_jax.request import FinishReason, LoRARequest, Request, SamplingParams
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.telemetry.tracing import RequestTracer, otlp_exporter
 from tests.serving.conftest import make_service
 

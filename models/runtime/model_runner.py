@@ -1,0 +1,217 @@
+"""The device as the executor sees it: weights, pool and compiled programs, behind a few calls that never wait.
+
+Everything is compiled when the engine is built; afterwards nothing is, and nothing is allocated but a step's small outputs
+and the pieces of adapters on their way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chameleon_jax.models import ops
+from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
+from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime.programs import Programs, Progress
+from chameleon_jax.models.runtime.step_inputs import (
+    Draw,
+    PackedStep,
+    SequenceChunk,
+    pack_draws,
+    pack_padding,
+    pack_step,
+)
+from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.models.sampling import Sampled
+
+PAGES_ROUNDED_TO = 16
+"""A pool that is sized by what memory is left has a multiple of this many pages, so that it is the same one at the next start
+and compiled programs are found again."""
+
+
+class SentStep(NamedTuple):
+    """A step, and its inputs on their way to the device."""
+
+    step: PackedStep
+    inputs: jax.Array
+
+
+class DispatchedStep(NamedTuple):
+    """A step that runs, or has run.
+
+    Attributes:
+        sampled: what is drawn; None: nothing is.
+        rows: for each segment the row of `sampled` that is the segment's.
+        done: ready when the step is.
+    """
+
+    sampled: Sampled | None
+    rows: list[int]
+    done: jax.Array
+
+
+class ModelRunner:
+    """See the module. Calls are executed in the order in which they are made.
+
+    Args:
+        num_pages: pages of the pool, the trash page included; None: what `memory_limit` leaves after weights and scratch.
+        memory_limit: bytes of the device that weights, pool and scratch may take together.
+        backend: of the device ops, one of `ops.BACKENDS`; None: the platform's.
+        compiler_options: XLA's, beside its defaults.
+        ahead: False compiles a program when it is first run.
+
+    Attributes:
+        link_rate: Bytes a second at which pieces of adapters reach the idle device, measured once.
+
+    Raises:
+        ValueError: `memory_limit` leaves no room for a pool.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        layout: PageLayout,
+        buckets: StepBuckets,
+        num_pages: int | None,
+        dtype: jnp.dtype,
+        progress: Progress = lambda done, total: None,
+        *,
+        memory_limit: int = 0,
+        backend: str | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
+        ahead: bool = True,
+    ):
+        self.layout = layout
+        self.buckets = buckets
+        self.dtype = dtype
+        graph, params = nnx.split(model)
+        self._head = model.output_matrix
+        device = self._head.devices().pop()
+        stats = device.memory_stats() or {}
+        self.pieces = PieceSizes.fit(layout.page_bytes(dtype.itemsize), buckets.max_adapter_pages, stats.get("bytes_limit", 0))
+        self.programs = Programs(
+            graph,
+            params,
+            self._head,
+            layout,
+            buckets,
+            self.pieces,
+            dtype,
+            backend or ops.default_backend(),
+            compiler_options,
+        )
+        self.num_pages = self._pages_that_fit(memory_limit) if num_pages is None else num_pages
+        self.programs.num_pages = self.num_pages
+        if ahead:
+            self.programs.compile_all(progress)
+        self._pages: list[jax.Array] = []
+        self.reset()
+        self._memory = self._pages[0].sharding
+        self._host_memory = pinned_memory(self._memory)
+        self.link_rate = self._measure_link()
+        if ahead and device.platform != "cpu":
+            self.use_every_program()
+
+    def reset(self) -> None:
+        """Starts from an empty pool, whatever state an error has left the old one in."""
+        with contextlib.suppress(Exception):  # what ran on it has ended, one way or the other
+            jax.block_until_ready(self._pages)
+        for layer in self._pages:
+            layer.delete()
+        shape = (self.num_pages, self.layout.page_elems)
+        self._pages = [jnp.zeros(shape, self.dtype) for _ in range(self.layout.config.num_layers)]
+        self._slot_tokens = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
+
+    def _pages_that_fit(self, memory_limit: int) -> int:
+        jax.block_until_ready(self.programs.weights)
+        stats = self._head.devices().pop().memory_stats() or {}
+        weights, scratch = stats.get("bytes_in_use", 0), self.programs.scratch_bytes()
+        page_bytes = self.layout.page_bytes(self.dtype.itemsize)
+        pages = (memory_limit - weights - scratch) // page_bytes // PAGES_ROUNDED_TO * PAGES_ROUNDED_TO
+        if pages < 2:
+            raise ValueError(
+                f"no room for a page pool: of {memory_limit} bytes weights take {weights} and scratch {scratch}, and "
+                f"{PAGES_ROUNDED_TO} pages would take {PAGES_ROUNDED_TO * page_bytes}"
+            )
+        return pages
+
+    def use_every_program(self) -> None:
+        """Runs each program on padding, which changes nothing that a request reads. A GPU loads a program's code and makes its
+        graph when it is first used, 5 to 30 ms that would be the first requests'. A CPU has nothing of the kind to do."""
+        config, padding_slot = self.layout.config, self.buckets.max_num_seqs
+        for program, forward in self.programs.forward.items():
+            inputs = pack_padding(program, self.buckets)
+            _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        for (rows, _), sample in self.programs.sample.items():
+            draws, _ = pack_draws({}, rows, padding_slot)
+            hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
+            _, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+        for size, write in self.programs.write.items():
+            if size <= self.num_pages:  # the pool is empty, and stays so
+                piece = jnp.zeros((config.num_layers, size, self.layout.page_elems), self.dtype)
+                self._pages, _ = write(self._pages, piece, np.arange(size, dtype=np.int32))
+        self.block_until_ready()
+
+    def send(self, segments: Sequence[SequenceChunk], draws: Mapping[int, Draw]) -> SentStep:
+        """Packs a step and starts the transfer of its inputs.
+
+        Args:
+            draws: `index of a segment -> how the token behind its last one is drawn`.
+        """
+        step = pack_step(segments, draws, self.buckets)
+        return SentStep(step, jax.device_put(step.packed, self._memory))
+
+    def dispatch(self, sent: SentStep) -> DispatchedStep:
+        """Dispatches the programs of a step whose inputs were sent."""
+        step, inputs = sent
+        forward = self.programs.forward[step.program]
+        hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        if step.mode is None:
+            return DispatchedStep(None, step.last, hidden)
+        sample = self.programs.sample[step.program.tiles, step.mode]
+        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+        return DispatchedStep(sampled, step.last, sampled.tokens)
+
+    def run(self, segments: Sequence[SequenceChunk], draws: Mapping[int, Draw]) -> DispatchedStep:
+        """`send`, then `dispatch`."""
+        return self.dispatch(self.send(segments, draws))
+
+    def stage(self, block: np.ndarray) -> PinnedBlock:
+        """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""
+        return PinnedBlock.stage(block, self.pieces, self._host_memory)
+
+    def _measure_link(self) -> float:
+        """Bytes a second of the host's link to the device; 0 where no adapters are served."""
+        if not self.pieces.load_pages:
+            return 0.0
+        shape = (self.layout.config.num_layers, self.pieces.load_pages, self.layout.page_elems)
+        [piece] = self.stage(np.zeros(shape, self.dtype)).pieces
+        return measure_link(piece, self._memory, time.perf_counter)
+
+    def put(self, piece: jax.Array | np.ndarray) -> jax.Array:
+        """Starts the transfer of a staged piece `[layers, n, page_elems]` to the device."""
+        return jax.device_put(piece, self._memory)
+
+    def write_adapter(self, piece: jax.Array, pages: Sequence[int]) -> jax.Array:
+        """Dispatches the copy of a piece `[layers, n, page_elems]` into its n pages, behind its transfer.
+
+        Returns:
+            What is ready once the copy was executed and the piece's memory is free.
+        """
+        self._pages, done = self.programs.write[len(pages)](self._pages, piece, np.array(pages, np.int32))
+        return done
+
+    def block_until_ready(self) -> None:
+        jax.block_until_ready((self._pages, self._slot_tokens))
+
+    def read_page(self, page: int) -> np.ndarray:
+        """`[layers, page_elems]`; for tests."""
+        return np.stack([np.asarray(layer[page]) for layer in self._pages])

@@ -1,0 +1,169 @@
+"""Every program of an engine, compiled before the first request, and what they need of memory besides weights and pool."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chameleon_jax.models.adapters.transfers import PieceSizes
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
+from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+
+Progress = Callable[[int, int], None]
+"""`(programs compiled, programs in all)`."""
+
+STEPS_IN_FLIGHT = 2
+"""The host dispatches a step while the device computes the one before."""
+
+
+class Programs:
+    """Compiles for a pool of `num_pages` what is asked for, once: all of it (`compile_all`) before the first request.
+
+    Args:
+        graph, params: the model, as `nnx.split` takes it apart.
+        head: its output matrix.
+        backend: of the device ops, one of `ops.BACKENDS`.
+        compiler_options: XLA's, beside its defaults.
+
+    Attributes:
+        num_pages: pages of the pool; set before anything is asked for.
+        weights: what `forward` takes as its weights: a flat list, since to take the model's tree apart at every dispatch costs
+            the host several times what the rest of a dispatch does.
+        forward: `Program -> steps.forward`.
+        sample: `(rows, mode) -> steps.sample_step`.
+        write: `pages of a piece -> steps.write_adapter`.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        params: Any,
+        head: jax.Array,
+        layout: PageLayout,
+        buckets: StepBuckets,
+        pieces: PieceSizes,
+        dtype: jnp.dtype,
+        backend: str,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        self.num_pages = 0
+        self.forward = ProgramCache(lambda program: self._compile_forward(self.num_pages, program))
+        self.sample = ProgramCache(lambda key: self._compile_sample(*key))
+        self.write = ProgramCache(lambda size: self._compile_write(self.num_pages, size))
+        self._graph, self._head = graph, head
+        self.weights, self._tree = jax.tree.flatten(params)
+        self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
+        self._backend = backend
+        self._options = dict(compiler_options or {})
+        self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
+
+    def listing(self) -> list[tuple[ProgramCache, Any]]:
+        """Every program there is to compile: where it belongs and its key there, what takes longest first."""
+        buckets = self._buckets
+        forwards = [
+            (self.forward, Program(tiles, tile_tokens, adapted))
+            for tile_tokens in (buckets.prefill_tile, DECODE_TILE)
+            for tiles in reversed(buckets.sizes(tile_tokens))
+            for adapted in reversed(buckets.adapted(tile_tokens))
+        ]
+        samples = [(self.sample, (rows, mode)) for rows in buckets.sample_rows for mode in SamplingMode]
+        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
+
+    def compile_all(self, progress: Progress = lambda done, total: None) -> None:
+        """Compiles on a few threads (XLA releases the GIL)."""
+        keys = self.listing()
+        lock, done = threading.Lock(), 0
+
+        def run(program: tuple[ProgramCache, Any]) -> None:
+            nonlocal done
+            programs, key = program
+            programs[key]
+            with lock:
+                done += 1
+                progress(done, len(keys))
+
+        _on_threads(run, keys)
+
+    def scratch_bytes(self) -> int:
+        """What running takes besides weights and pool: the largest step's temporaries and results, as often as steps are in
+        flight, and the adapters on their way. Measured from programs that are compiled for a pool of a few pages: none copies
+        the pool, so its size does not matter."""
+        buckets = self._buckets
+        forwards = [
+            functools.partial(self._compile_forward, 2, Program(buckets.sizes(size)[-1], size, adapted))
+            for size in (DECODE_TILE, buckets.prefill_tile)
+            for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
+        ]
+        samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
+        needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
+        largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
+        return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
+
+    def _pool(self, num_pages: int) -> list[jax.ShapeDtypeStruct]:
+        shape = (num_pages, self._layout.page_elems)
+        return [jax.ShapeDtypeStruct(shape, self._dtype)] * self._layout.config.num_layers
+
+    def _compile_forward(self, num_pages: int, program: Program) -> Any:
+        def fn(weights: list[jax.Array], *rest: Any) -> Any:
+            params = jax.tree.unflatten(self._tree, weights)
+            options: dict[str, Any] = {"buckets": self._buckets, "layout": self._layout, "backend": self._backend}
+            return steps.forward(self._graph, params, *rest, program=program, **options)
+
+        packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
+        return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
+
+    def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
+        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
+        hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
+        draws = jax.ShapeDtypeStruct((rows, DRAW_COLUMNS), jnp.int32)
+        return self._compile(fn, self._head, hidden, self._slot_tokens, draws, donated=2)
+
+    def _compile_write(self, num_pages: int, size: int) -> Any:
+        piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)
+        ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+        fn = functools.partial(steps.write_adapter, backend=self._backend)
+        return self._compile(fn, self._pool(num_pages), piece, ids, donated=0)
+
+    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int) -> Any:
+        return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)
+
+
+class ProgramCache(dict[Any, Any]):
+    """Programs by key. One that is not there yet is compiled."""
+
+    def __init__(self, compile_key: Callable[[Any], Any]):
+        super().__init__()
+        self._compile = compile_key
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = compiled = self._compile(key)
+        return compiled
+
+
+def _needs(compiled: Any) -> int:
+    """Bytes of a program's temporaries and of its results that are not arguments' memory."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    """Results of jobs that compile. Meanwhile the process has no garbage collector: it would go through all that tracing keeps
+    again and again, a fifth of the time (docs/experiments.md)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+            return list(threads.map(run, jobs))
+    finally:
+        if collects:
+            gc.enable()

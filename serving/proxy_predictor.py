@@ -1,0 +1,100 @@
+"""The length proxy beside serving: a thread classifies prompts while their requests already wait or run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections import deque
+
+from chameleon_jax.models.length_proxy import ROW_BUCKETS, LengthProxy
+from chameleon_jax.request import Request
+from chameleon_jax.scheduler.length_predictor import LengthPredictor
+
+logger = logging.getLogger(__name__)
+BATCH = ROW_BUCKETS[-1]
+"""Prompts that are classified together at most."""
+
+
+@dataclasses.dataclass
+class ProxyCounters:
+    """Requests since the start: predicted by the proxy, skipped because too many waited, lost to a failure."""
+
+    predicted: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+
+class ProxyPredictor:
+    """Answers with the fallback's prediction at once and with the proxy's as soon as its thread has it.
+
+    Whatever happens in the thread, serving goes on with the fallback's predictions. One thread owns the predictor; call
+    `close` at the end.
+
+    Args:
+        proxy: compiled here, for every shape.
+        max_queue_len: prompts that may wait for the thread; more are left to the fallback.
+    """
+
+    def __init__(self, proxy: LengthProxy, fallback: LengthPredictor, *, max_queue_len: int = 1024):
+        if max_queue_len < 1:
+            raise ValueError(f"max_queue_len is {max_queue_len}; allowed: 1 or more")
+        proxy.warm_up()
+        self.counters = ProxyCounters()
+        self._proxy = proxy
+        self._fallback = fallback
+        self._max_queue_len = max_queue_len
+        self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()  # None: look whether it is closed
+        self._done: deque[tuple[Request, int]] = deque()  # appended to by the thread, emptied by its owner
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="length-proxy", daemon=True)
+        self._thread.start()
+
+    def predict(self, request: Request) -> int:
+        """The fallback's prediction, tokens; the proxy's follows through `updates`."""
+        predicted = self._fallback.predict(request)
+        if self._closed:
+            pass
+        elif self._waiting.qsize() >= self._max_queue_len:
+            self.counters.skipped += 1
+        else:
+            self._waiting.put(request)
+        return predicted
+
+    def updates(self) -> list[tuple[Request, int]]:
+        """What the proxy has found since the last call, 1 to max_tokens each. Updates of the fallback are not asked for."""
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def observe(self, request: Request) -> None:
+        self._fallback.observe(request)
+
+    def forget(self, content_hash: str) -> None:
+        self._fallback.forget(content_hash)
+
+    def close(self) -> None:
+        """Ends the thread after the batch it is at; prompts that wait are dropped, the fallback still answers."""
+        self._closed = True
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            while len(batch) < BATCH and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            if self._closed:
+                return
+            self._predict([request for request in batch if request is not None])
+
+    def _predict(self, batch: list[Request]) -> None:
+        try:
+            lens = self._proxy.predict_lens([request.prompt_token_ids for request in batch])
+            found = [(r, min(max(1, int(n)), r.params.max_tokens)) for r, n in zip(batch, lens, strict=True)]
+        except Exception as error:
+            if not self.counters.failed:  # the first with its trace; a broken proxy would fill the log
+                logger.warning("the length proxy failed; requests keep the fallback's prediction", exc_info=error)
+            self.counters.failed += len(batch)
+            return
+        self.counters.predicted += len(batch)
+        self._done.extend(found)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from chameleon_jax.memory.adapter_registry import AdapterNames
+from chameleon_jax.memory.adapters import AdapterTier
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import RequestState
+from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
+
+PAGES = {"c0": 1, "c1": 3, "c2": 4, "c3": 6, "c4": 9}
+CAPACITY = 31
+NAMES = st.sampled_from(["x", "y", "z"])
+CONTENTS = st.sampled_from(list(PAGES))
+
+
+def info(content: str):
+    return adapter(content, PAGES[content])
+
+
+class Names(RuleBasedStateMachine):
+    """Names, contents, pins, reloads and requests against two dictionaries and a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop, self.executor, self.forgotten = make_loop(CAPACITY + 1, load_polls=2, system="chameleon-plus")
+        self.names = AdapterNames(self.loop)
+        self.content: dict[str, str] = {}
+        self.pinning: set[str] = set()
+        self.requests: list = []
+
+    def pinned(self, content: dict[str, str], pinning: set[str]) -> set[str]:
+        return {content[name] for name in pinning}
+
+    def fits(self, content: dict[str, str], pinning: set[str], added: str) -> bool:
+        taken = sum(PAGES[c] for c in self.pinned(content, pinning))
+        needs = [-(-r.max_total_tokens // 4) + PAGES[r.adapter] for r in self.unfinished() if r.adapter != added]
+        return taken <= CAPACITY // 2 and taken + max(needs, default=0) <= CAPACITY
+
+    def unfinished(self):
+        return [r for r in self.requests if r.state is not RequestState.FINISHED]
+
+    @rule(name=NAMES, content=CONTENTS, pinned=st.sampled_from([None, None, True, False]), load_inplace=st.booleans())
+    def set(self, name, content, pinned, load_inplace):
+        after = self.content | {name: content}
+        pins = name in self.pinning if pinned is None else pinned
+        pinning = self.pinning | {name} if pins else self.pinning - {name}
+        already = self.content.get(name) == content
+        call = functools.partial(self.names.set, name, info(content), f"/{content}", pinned, load_inplace)
+        if name in self.content and not already and not load_inplace:
+            with pytest.raises(ValueError, match="has other content"):
+                call()
+        elif pins and not self.fits(after, pinning, content):
+            with pytest.raises(ValueError, match="pinned adapters would take"):
+                call()
+        else:
+            assert call() == already
+            self.content, self.pinning = after, pinning
+
+    @rule(name=NAMES)
+    def remove(self, name):
+        if name not in self.content:
+            with pytest.raises(KeyError, match=f"no adapter is named '{name}'"):
+                self.names.remove(name)
+            return
+        self.names.remove(name)
+        del self.content[name]
+        self.pinning.discard(name)
+
+    @rule(name=NAMES, pinned=st.booleans())
+    def pin(self, name, pinned):
+        if name not in self.content:
+            with pytest.raises(KeyError, match=f"no adapter is named '{name}'"):
+                self.names.pin(name, pinned)
+        elif pinned and not self.fits(self.content, self.pinning | {name}, self.content[name]):
+            with pytest.raises(ValueError, match="pinned adapters would take"):
+                self.names.pin(name)
+        else:
+            self.names.pin(name, pinned)
+            self.pinning = self.pinning | {name} if pinned else self.pinning - {name}
+
+    @rule(name=NAMES, prompt=st.integers(1, 12), output=st.integers(1, 12))
+    def submit(self, name, prompt, output):
+        if name in self.content:
+            request = make_request(len(self.requests), prompt, output, self.names.named(name).content_hash)
+            self.loop.submit(request)
+            self.requests.append(request)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        for _ in range(steps):
+            self.loop.step()
+
+    @rule(which=st.integers(0, 40))
+    def abort(self, which):
+        if self.unfinished():
+            request = self.unfinished()[which % len(self.unfinished())]
+            self.loop.abort(request.request_id)
+
+    @invariant()
+    def the_loop_knows_what_names_and_requests_need(self):
+        entries = {e.info.content_hash: e for e in self.loop.cache.entries()}
+        needed = {*self.content.values(), *(r.adapter for r in self.unfinished())}
+        assert needed <= entries.keys()
+        assert all(entries[c].tier is AdapterTier.LOADING and entries[c].removed for c in entries.keys() - needed)
+        assert {c for c, e in entries.items() if e.pinned} == self.pinned(self.content, self.pinning)
+        assert {n: self.names.named(n).content_hash for n in self.names.registry.names()} == self.content
+        assert {n: self.names.registry.path(n) for n in self.content} == {n: f"/{c}" for n, c in self.content.items()}
+        assert self.loop.cache.loads_by_adapter.keys() <= entries.keys()
+
+    def teardown(self):
+        run(self.loop)
+        for request in self.requests:
+            right = expected(self.executor, request)
+            if request.finish_reason is FinishReason.ABORT:
+                right = right[: len(request.output_token_ids)]
+            assert request.output_token_ids == right  # of the content that it came with
+        for name in list(self.content):
+            self.remove(name)
+        assert self.loop.cache.entries() == [] and self.loop.pool.num_free == self.loop.pool.capacity
+        assert self.loop.cache.pinned_pages() == 0 and self.loop.cache.loads_by_adapter == {}
+
+
+Names.TestCase.settings = settings(max_examples=150, stateful_step_count=50, derandomize=True, deadline=None)
+TestNames = Names.TestCase
+
+
+def test_a_content_of_two_names_goes_with_the_second():
+    loop, _, forgotten = make_loop(20)
+    names = AdapterNames(loop)
+    names.set("x", info("c1"), pinned=True)
+    names.set("y", info("c1"))
+    names.remove("x")
+    assert forgotten == [] and not loop.cache.entry("c1").pinned
+    names.set("y", info("c2"))
+    assert forgotten == ["c1"]

@@ -1,0 +1,129 @@
+"""What is compiled before the first request, and what memory it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chameleon_jax.models.adapters.transfers import PieceSizes
+from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.llama import Llama, random_model
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime.model_runner import PAGES_ROUNDED_TO, ModelRunner
+from chameleon_jax.models.runtime.programs import STEPS_IN_FLIGHT, Programs
+from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
+from chameleon_jax.models.sampling import SamplingMode
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
+LAYOUT = PageLayout.for_model(CONFIG)
+BUCKETS = StepBuckets(
+    max_num_seqs=2,
+    max_prefill_tokens=32,
+    table_width=4,
+    max_rank=8,
+    max_adapter_pages=LAYOUT.place({t: 8 for t in TARGETS}).num_pages,
+)
+DTYPE = jnp.dtype("float32")
+PIECES = PieceSizes.fit(LAYOUT.page_bytes(4), BUCKETS.max_adapter_pages)
+
+
+def programs(buckets: StepBuckets = BUCKETS, pieces: PieceSizes = PIECES) -> Programs:
+    model = random_model(CONFIG, DTYPE)
+    graph, params = nnx.split(model)
+    return Programs(graph, params, model.output_matrix, LAYOUT, buckets, pieces, DTYPE, "blocked")
+
+
+def test_everything_is_compiled_once():
+    made, seen = programs(), []
+    made.num_pages = 40
+    made.compile_all(lambda done, total: seen.append((done, total)))
+    assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
+    assert set(made.sample) == {(n, mode) for n in (1, 2) for mode in SamplingMode}
+    assert set(made.write) == set(PIECES.all)
+    total = len(made.forward) + len(made.sample) + len(made.write)
+    assert seen == [(i, total) for i in range(1, total + 1)]
+    assert made.forward[2, 1, 7] is made.forward[2, 1, 7]
+
+
+def test_no_adapters_no_lora_programs():
+    made = programs(dataclasses.replace(BUCKETS, max_adapter_pages=0), PieceSizes.fit(LAYOUT.page_bytes(4), 0))
+    assert not any(programs is made.write or key[-1] == 7 for programs, key in made.listing())
+
+
+def test_a_7b_on_a_gpu_has_few_programs():
+    layout = PageLayout.for_model(PRESETS["llama-7b"])
+    buckets = StepBuckets(
+        max_num_seqs=128,
+        max_prefill_tokens=2048,
+        table_width=128,
+        max_rank=128,
+        max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
+        **shapes_for("triton"),
+    )
+    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(PRESETS["llama-7b"], jnp.dtype("bfloat16"), nnx.Rngs(0))))
+    pieces = PieceSizes.fit(layout.page_bytes(2), buckets.max_adapter_pages)
+    head = jax.ShapeDtypeStruct((32_000, 4096), jnp.bfloat16)
+    made = Programs(graph, params, head, layout, buckets, pieces, jnp.dtype("bfloat16"), "triton")
+    counts = [sum(kind is programs for programs, _ in made.listing()) for kind in (made.forward, made.sample, made.write)]
+    assert counts == [40, 30, 2]
+
+
+def test_scratch_is_what_two_of_the_largest_steps_take():
+    made = programs()
+    scratch = made.scratch_bytes()
+    made.num_pages = 400
+    made.compile_all()
+
+    def needs(compiled) -> int:
+        memory = compiled.memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    steps, draws = (max(map(needs, kind.values())) for kind in (made.forward, made.sample))
+    assert scratch == STEPS_IN_FLIGHT * (steps + draws) + PIECES.device_bytes
+
+
+class Stats:
+    """A device's memory as a GPU reports it."""
+
+    def __init__(self, in_use: int):
+        self.in_use = in_use
+
+    def memory_stats(self):
+        return {"bytes_in_use": self.in_use}
+
+
+def test_the_pool_takes_what_is_left(monkeypatch):
+    monkeypatch.setattr(type(jnp.zeros(1)), "devices", lambda self: {Stats(1_000_000)})
+    page_bytes, scratch = LAYOUT.page_bytes(4), programs().scratch_bytes()
+    for room, pages in ((100 * page_bytes, 96), (32 * page_bytes, 32), (32 * page_bytes - 1, 16)):
+        engine = ModelRunner(
+            random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=1_000_000 + scratch + room, ahead=False
+        )
+        assert engine.num_pages == pages and pages % PAGES_ROUNDED_TO == 0
+    with pytest.raises(ValueError, match=f"of {scratch} bytes weights take 1000000 and scratch {scratch}"):
+        ModelRunner(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=scratch, ahead=False)
+
+
+def test_using_every_program_changes_nothing():
+    engine = ModelRunner(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, 40, DTYPE)
+    prompt = SequenceChunk([3, 1, 4, 1, 5], 0, 1, (7,), None)
+    draw = {0: Draw(1, 5, 0, 0.0, 0, 1.0, 0.0, (), False)}
+    first = int(engine.run([prompt], draw).sampled.tokens[0])
+    engine.reset()
+
+    used: list[str] = []
+    for kind in ("forward", "sample", "write"):
+        programs = getattr(engine.programs, kind)
+        for key, program in programs.items():
+            programs[key] = lambda *arguments, program=program, kind=kind: (used.append(kind), program(*arguments))[1]
+    engine.use_every_program()
+    counts = {kind: len(getattr(engine.programs, kind)) for kind in ("forward", "sample", "write")}
+    assert {kind: used.count(kind) for kind in counts} == counts and all(counts.values())
+    assert not any(np.any(engine.read_page(page)) for page in range(engine.num_pages))
+    assert int(engine.run([prompt], draw).sampled.tokens[0]) == first

@@ -1,0 +1,37 @@
+"""Settings of a server name what is wrong with them."""
+
+from __future__ import annotations
+
+import pytest
+
+from chameleon_jax.serving.service.server_config import ServerConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"port": -1}, "port is -1"),
+        ({"grpc_port": 65536}, "grpc_port is 65536"),
+        ({"port": 8000, "grpc_port": 8000}, "grpc_port is 8000; allowed: another than port"),
+        ({"api_keys": ("",)}, "api_keys"),
+        ({"api_keys": ("two words",)}, "api_keys"),
+        ({"admin_keys": ("key ",)}, "admin_keys"),
+        ({"admin_keys": ("schlüssel",)}, "admin_keys"),
+        ({"tls_cert": "cert.pem"}, "tls_key"),
+        ({"request_timeout": 0}, "request_timeout"),
+        ({"drain_timeout": float("nan")}, "drain_timeout"),
+        ({"max_body_bytes": 10}, "max_body_bytes"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"max_choices": 0}, "max_choices"),
+    ],
+)
+def test_wrong_settings(settings, match):
+    with pytest.raises(ValueError, match=match):
+        ServerConfig(**settings)
+
+
+def test_keys_are_not_shown():
+    with pytest.raises(ValueError) as error:
+        ServerConfig(api_keys=("geheim\n",))
+    assert "geheim" not in str(error.value)
+    assert "geheim" not in repr(ServerConfig(api_keys=("geheim",), admin_keys=("geheim",)))
