@@ -1,155 +1,190 @@
-"""Requests of the engine as answers of HTTP: collected, or event by event, and given up when the client is gone."""
+"""Answers to completion requests: choices that grow with the engine's output, sent whole or as server-sent events."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import dataclasses
 import json
-import logging
+import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from chameleon_jax.errors import ServingError
-from chameleon_jax.serving.http.errors import ApiError, api_error
-from chameleon_jax.serving.http.requests import StreamOptions
+from chameleon_jax.serving.http.access import service_of
+from chameleon_jax.serving.http.errors import api_error, translate_errors
+from chameleon_jax.serving.http.requests import Sampling
+from chameleon_jax.serving.http.streams import merge, run_while_connected
 from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.service.deltas import join_deltas
 from chameleon_jax.serving.updates import Delta
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
+JsonObject = dict[str, Any]
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Names that OpenAI's API gives to one kind of answer: the prefix of its id, the whole, and an event of its stream."""
+
+    id_prefix: str
+    whole: str
+    event: str
 
 
-def usage_so_far(options: StreamOptions | None, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """What an event of a stream says of it."""
-    wanted = options is not None and options.continuous_usage_stats
-    return {"usage": usage(prompt_tokens, completion_tokens)} if wanted else {}
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Fields that every JSON object of one answer begins with. Made when the request arrives.
+
+    Attributes:
+        id: Request id for the engine. Unique, although a client may send its own id with several requests at once.
+        created: Unix time of arrival, seconds.
+    """
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def of(cls, request: Request, model: str | None, kind: Kind) -> Head:
+        own_id = f"{kind.id_prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
+        return cls(kind, own_id, int(time.time()), model or service_of(request).model_name)
+
+    def whole(self, choices: Sequence[JsonObject], **rest: Any) -> JsonObject:
+        return self._object(self.kind.whole, choices, rest)
+
+    def event(self, *choices: JsonObject, **rest: Any) -> JsonObject:
+        return self._object(self.kind.event, choices, rest)
+
+    def _object(self, name: str, choices: Sequence[JsonObject], rest: JsonObject) -> JsonObject:
+        head = {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {**head, "choices": list(choices), **rest}
 
 
-def note_usage(request: Request, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-    """For the access log."""
-    counts = {"model": model, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    request.state.log.update(counts)
+class Choice(ABC):
+    """One choice of an answer, as JSON objects."""
 
-
-def unused_id(prefix: str, request: Request) -> str:
-    """What the engine knows a request by: the id that it came with, which a client may give to several at a time."""
-    return f"{prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
-
-
-def timeout_of(request: Request) -> float | None:
-    """Seconds, of the header `X-Request-Timeout`. Raises ApiError."""
-    header = request.headers.get("x-request-timeout")
-    if header is None:
+    def opening(self) -> JsonObject | None:
+        """Choice of the event sent before any output. None sends no such event."""
         return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        name = "x-request-timeout"
-        raise ApiError(400, f"{name} is {header[:40]!r}; allowed: above 0 seconds, finite", param=name)
-    return seconds
+
+    @abstractmethod
+    def part(self, delta: Delta) -> JsonObject | None:
+        """Choice of the event for new output. None where the client would learn nothing."""
+
+    @abstractmethod
+    def whole(self, output: Delta) -> JsonObject:
+        """Choice of an answer that is not streamed. Args: output: all output, joined."""
 
 
-async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """`(number of the stream, what is new)`, as it comes."""
-    if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
-        return
-    reads = {asyncio.ensure_future(stream.__anext__()): i for i, stream in enumerate(streams)}
-    try:
-        while reads:
-            done, _ = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
-            for read in done:
-                i = reads.pop(read)
-                with contextlib.suppress(StopAsyncIteration):
-                    yield i, read.result()
-                    reads[asyncio.ensure_future(streams[i].__anext__())] = i
-    finally:
-        for read in reads:
-            read.cancel()
-        await asyncio.gather(*reads, return_exceptions=True)
-
-
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns, or None as soon as the client is gone."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        await _cancel(working, gone)
-
-
-class EventStream(Response):
-    """Server-sent events. The streams are closed when the last is sent, or the client is gone.
+class Answer:
+    """Answer to one completion request.
 
     Args:
-        events: of each delta, what is sent; may be nothing.
-        end: what is sent when all have ended.
+        request: The HTTP request. Its access-log record gets the token counts.
+        streams: Output of the engine, one stream for each choice. Closed once the answer is sent or the client is gone.
+        prompt_tokens: Tokens of all prompts together.
     """
 
     def __init__(
         self,
+        request: Request,
+        body: Sampling,
+        head: Head,
         streams: Sequence[RequestStream],
-        events: Callable[[int, Delta], list[dict[str, Any]]],
-        begin: Callable[[], list[dict[str, Any]]],
-        end: Callable[[], list[dict[str, Any]]],
+        choices: Sequence[Choice],
+        prompt_tokens: int,
     ):
+        self.streams = streams
+        self._request = request
+        self._body = body
+        self._head = head
+        self._choices = choices
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+
+    async def respond(self) -> Response:
+        if self._body.stream:
+            return EventStream(self)
+        try:
+            return JSONResponse(await run_while_connected(self._request.receive, self._collect()))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    async def _collect(self) -> JsonObject:
+        deltas: list[list[Delta]] = [[] for _ in self.streams]
+        with translate_errors():
+            async for i, delta in merge(self.streams):
+                self._completion_tokens += len(delta.token_ids)
+                deltas[i].append(delta)
+        choices = [choice.whole(join_deltas(own)) for choice, own in zip(self._choices, deltas)]
+        return self._head.whole(choices, usage=self._final_usage())
+
+    # -- events of a stream ---------------------------------------------------------------------------------------------
+
+    def opening_events(self) -> list[JsonObject]:
+        return [self._head.event(opening) for choice in self._choices if (opening := choice.opening()) is not None]
+
+    def events(self, i: int, delta: Delta) -> list[JsonObject]:
+        """Events for new output of choice `i`."""
+        self._completion_tokens += len(delta.token_ids)
+        part = self._choices[i].part(delta)
+        if part is None:
+            return []
+        options = self._body.stream_options
+        wants_usage = options is not None and options.continuous_usage_stats
+        return [self._head.event(part, **({"usage": self._usage()} if wants_usage else {}))]
+
+    def closing_events(self) -> list[JsonObject]:
+        usage, options = self._final_usage(), self._body.stream_options
+        return [self._head.event(usage=usage)] if options is not None and options.include_usage else []
+
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _final_usage(self) -> dict[str, int]:
+        counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens}
+        self._request.state.log.update(model=self._head.model, **counts)
+        return self._usage()
+
+
+class EventStream(Response):
+    """Server-sent events of an answer."""
+
+    def __init__(self, answer: Answer):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._streams, self._events, self._begin, self._end = streams, events, begin, end
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            await run_while_connected(receive, self._write(send))
         finally:
-            await _cancel(writing, gone)
-            for stream in self._streams:
-                stream.close()
+            self._answer.close()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-        async def write(events: list[dict[str, Any]], last: bytes = b"", more: bool = True) -> None:
-            body = b"".join([b"data: %b\n\n" % json.dumps(event).encode() for event in events]) + last
+        async def write(events: list[JsonObject], end: bytes = b"") -> None:
+            body = b"".join([b"data: %b\n\n" % json.dumps(event).encode() for event in events]) + end
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+                await send({"type": "http.response.body", "body": body, "more_body": not end})
 
+        done = b"data: [DONE]\n\n"
         try:
-            await write(self._begin())
-            async with contextlib.aclosing(merged(self._streams)) as deltas:
+            await write(self._answer.opening_events())
+            async with contextlib.aclosing(merge(self._answer.streams)) as deltas:
                 async for i, delta in deltas:
-                    await write(self._events(i, delta))
-            await write(self._end(), b"data: [DONE]\n\n", more=False)
-        except ServingError as error:  # too late for a status
-            await write([api_error(error).body], b"data: [DONE]\n\n", more=False)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    for error in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(error, Exception):
-            logger.debug("given up: %s", error)
+                    await write(self._answer.events(i, delta))
+            await write(self._answer.closing_events(), done)
+        except ServingError as error:  # the status 200 is sent already
+            await write([api_error(error).body], done)

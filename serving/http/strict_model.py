@@ -1,4 +1,4 @@
-"""JSON objects that clients send: the fields that are known, and the values that change nothing."""
+"""JSON objects of requests: fields that are known, and unsupported fields limited to values that change nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
-class Body(BaseModel):
-    """An object of which every field is known. Fields that are null say nothing, known or not."""
+class StrictModel(BaseModel):
+    """Object that refuses unknown fields. A field that is null counts as left out, known or not."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _refuse_unknown(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -27,17 +27,17 @@ class Body(BaseModel):
         return given
 
 
-EMPTY: tuple[Any, ...] = (False, "", [], {})
-"""Values that say nothing. Not for fields whose empty value is a wish of its own, as the schema `{}` is."""
+ACCEPTED_VALUES: tuple[Any, ...] = (False, "", [], {})
+"""Empty values, which ask for nothing. Not for fields whose empty value has a meaning, such as the JSON schema `{}`."""
 
 
-def only(*values: Any) -> AfterValidator:
-    """Restrict a field that is not supported to the values that change nothing, and null."""
-    allowed = " or ".join(["null", *map(repr, values)])
+def reject_unsupported(*accepted: Any) -> AfterValidator:
+    """Make a validator that accepts only null and `accepted`, for a field that is not supported."""
+    allowed = " or ".join(["null", *map(repr, accepted)])
 
     def check(value: Any) -> Any:
-        said = {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, dict) else value
-        if said not in values:
+        compared = {name: entry for name, entry in value.items() if entry is not None} if isinstance(value, dict) else value
+        if compared not in accepted:
             raise ValueError(f"it is not supported, allowed: {allowed}")
         return value
 
