@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -107,29 +108,19 @@ def serve(
 
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """
-    settings: dict[str, Any] = {
-        name: value for name, value in locals().items() if name in EngineConfig.__dataclass_fields__ and name != "model"
-    }
+    flags = locals()
+    engine_settings, server_settings = _fields_of(EngineConfig, flags), _fields_of(ServerConfig, flags)
+    server_settings["grpc_port"] = None if grpc_port < 0 else grpc_port
+    server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
     with errors():
-        config = ServerConfig(
-            host=host,
-            port=port,
-            grpc_port=None if grpc_port < 0 else grpc_port,
-            served_model_name=served_model_name,
-            api_keys=_keys(api_key, API_KEY),
-            admin_keys=_keys(admin_key, ADMIN_KEY),
-            adapter_dirs=tuple(adapter_dir or ()),
-            hub_adapters=tuple(hub_adapter or ()),
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            request_timeout=request_timeout,
-            drain_timeout=drain_timeout,
-            max_choices=max_choices,
-            max_body_bytes=max_body_bytes,
-            max_header_bytes=max_header_bytes,
-            max_connections=max_connections,
-        )
-        _serve(model, config, settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+        server_settings |= {"api_keys": _keys(api_key, API_KEY), "admin_keys": _keys(admin_key, ADMIN_KEY)}
+        config = ServerConfig(**server_settings)
+        _serve(model, config, engine_settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+
+
+def _fields_of(config: type[EngineConfig | ServerConfig], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that are named like fields of `config`."""
+    return {field.name: flags[field.name] for field in dataclasses.fields(config) if field.name in flags}
 
 
 def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:

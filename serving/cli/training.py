@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,13 +53,9 @@ def finetune(
             learning_rate=learning_rate,
             seed=seed,
         )
-        begin = time.perf_counter()
-
-        def report(step: int, loss: float) -> None:
-            if step == 1 or step % 10 == 0 or step == steps:
-                console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
-
-        adapter = training.finetune(load_checkpoint(model), text.read_text(encoding="utf-8"), config, report)
+        report = _reporter()
+        checkpoint, corpus = load_checkpoint(model), text.read_text(encoding="utf-8")
+        adapter = training.finetune(checkpoint, corpus, config, lambda step, loss: report(step, steps, loss))
         training.save(adapter, output, config, model, dtype)
     console.print(f"wrote {output}")
 
@@ -102,13 +99,7 @@ def train_length_proxy(
             seed=seed,
         )
         prompts, output_lens = _length_examples(data, load_checkpoint(model))
-        begin = time.perf_counter()
-
-        def report(step: int, steps: int, loss: float) -> None:
-            if step == 1 or step % 10 == 0 or step == steps:
-                console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
-
-        proxy = train(prompts, output_lens, config, report)
+        proxy = train(prompts, output_lens, config, _reporter())
         save(proxy, output)
     print(f"held-out accuracy {proxy.accuracy:.3f} of {proxy.confusion.sum()} examples")
     classes = range(config.num_classes)
@@ -138,6 +129,17 @@ def convert(
         checkpoint = load_checkpoint(model)
         (orbax if to == "orbax" else huggingface).save(checkpoint, output)
     console.print(f"wrote {output}")
+
+
+def _reporter() -> Callable[[int, int, float], None]:
+    """Make a function that prints the progress of training: step, number of steps, loss."""
+    begin = time.perf_counter()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step == 1 or step % 10 == 0 or step == steps:
+            console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
+
+    return report
 
 
 def _length_examples(file: Path, checkpoint: Checkpoint) -> tuple[list[list[int]], list[int]]:

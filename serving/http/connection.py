@@ -1,9 +1,9 @@
-"""Connections with limits: uvicorn with httptools bounds neither a request's head, nor a chunked body's framing, nor any time.
+"""Connections with limits on sizes and times, which uvicorn has none of with httptools.
 
 The protocol here adds the limits by overriding uvicorn's httptools protocol, which is no public API: it reads and sets
 `cycle.keep_alive`, `cycle.disconnected`, `cycle.message_event`, `cycle.response_started`, `flow.read_paused` and
 `server_state.default_headers`. The public settings would not do: they time only idle connections, refuse in plain text and
-let no health check through a full server. So pyproject.toml pins uvicorn to the minor version that the tests ran with.
+let no health check through to a full server. So pyproject.toml pins uvicorn to the minor version of the tests.
 
 A connection at fault gets a JSON error, unless another answer is under way: then that one is the last.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from chameleon_jax.serving.http.errors import error_body
-from chameleon_jax.serving.http.lingering import LingeringTransport, cancelled
+from chameleon_jax.serving.http.lingering import LingeringTransport, cancel_timer
 
 HEAD_TIMEOUT_S = 20.0
 """Seconds for the head of a request to arrive. They count from the opening of the connection, and for later requests from the
@@ -58,7 +58,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._start_timer(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._lingering.connection_lost()
         for cycle in self._unanswered:  # uvicorn notifies only the last
             cycle.disconnected = True
@@ -85,15 +85,13 @@ class LimitedProtocol(HttpToolsProtocol):
             if self._in_head:
                 self._refuse_head()
             else:
-                self._refuse(
-                    400, f"the chunked body has too much framing; allowed: {FRAMING_PER_BYTE} bytes for each byte of content"
-                )
+                self._refuse(400, "the chunked body has too much framing; send larger chunks")
         elif self._timer is None and (self._in_head or self._in_body or not self._unanswered):
             self._start_timer(BODY_TIMEOUT_S if self._in_body else HEAD_TIMEOUT_S)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_head = True
         self._begun = True
         self._body_bytes = self._other_bytes = 0
@@ -105,7 +103,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_head = False
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._max_header_bytes:
             self._refuse_head()
@@ -124,7 +122,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_body = False
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keep_alive
@@ -167,7 +165,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._refused = True
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         others = list(self._unanswered)
         begun = False
         if self._in_body:  # the application has this request already

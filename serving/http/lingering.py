@@ -71,13 +71,13 @@ class LingeringTransport:
 
     def on_writable(self) -> None:
         """Note that the client has read enough for more to be written."""
-        self._write_timer = cancelled(self._write_timer)
+        self._write_timer = cancel_timer(self._write_timer)
         if self.is_closing():
             self.watch_writes()
 
     def connection_lost(self) -> None:
-        self._linger_timer = cancelled(self._linger_timer)
-        self._write_timer = cancelled(self._write_timer)
+        self._linger_timer = cancel_timer(self._linger_timer)
+        self._write_timer = cancel_timer(self._write_timer)
 
     def _check_writes(self) -> None:
         self._write_timer = None
@@ -87,7 +87,7 @@ class LingeringTransport:
             self._transport.abort()
 
 
-def cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+def cancel_timer(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     """Cancel a timer, if there is one. Returns None, to be stored in its place."""
     if timer is not None:
         timer.cancel()

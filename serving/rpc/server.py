@@ -65,15 +65,15 @@ class RpcServer:
         """Report NOT_SERVING in health checks. Calls are still answered."""
         self._health.set_not_serving()
 
-    async def stop(self, grace: float) -> None:
-        """Refuse new calls and end the server. Args: grace: seconds that running calls get to finish."""
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls and end the server. Args: grace_s: time for running calls to finish, in seconds."""
         if self._watchdog is not None:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
         self._health.end_watches()
         if self._server is not None:
-            await self._server.stop(grace)
+            await self._server.stop(grace_s)
 
     async def _watch_engine(self) -> None:
         while self._service.llm.error is None:
