@@ -56,7 +56,7 @@ def check_tls(config: ServerConfig) -> None:
             Path(file).read_bytes()
         except OSError as error:
             raise OSError(f"{field} is {file!r}: {error.strerror}") from error
-    try:  # without a password, OpenSSL would ask the terminal for one
+    try:  # the empty password keeps OpenSSL from asking for one at the terminal
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
     except ssl.SSLError as error:
         pair = f"tls_cert is {config.tls_cert!r} and tls_key is {config.tls_key!r}"

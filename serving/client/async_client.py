@@ -76,7 +76,7 @@ class AsyncClient(BaseClient):
         return await self._call(self._calls.load_lora(lora_name, source_path, pinned, load_inplace))
 
     async def unload_lora(self, lora_name: str) -> None:
-        """Unload an adapter once the requests that use it have finished. Raises KeyError."""
+        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError."""
         attempts = self._attempts()
         with attempts.accept_missing():
             await self._call(self._calls.unload_lora(lora_name), attempts)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, reject_unsupported
+from chameleon_jax.serving.http.strict_model import StrictModel, Unsupported
 
 MAX_PARTS = 1024
 
@@ -54,9 +54,9 @@ class Message(StrictModel):
     annotations: Any = None
     cache_control: Any = None
 
-    tool_calls: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    function_call: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    audio: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    tool_calls: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
 
     def for_template(self) -> dict[str, str]:
         """Convert to the fields that chat templates read."""

@@ -97,7 +97,7 @@ async def load_lora_adapter(request: Request, body: LoadLora) -> LoadedLora:
 
 @router.post("/unload_lora_adapter", dependencies=[Depends(require_admin)])
 async def unload_lora_adapter(request: Request, body: UnloadLora) -> UnloadedLora:
-    """Unload an adapter. Requests that use it finish first; then its memory is freed."""
+    """Unload an adapter. Requests that use it finish; then its memory is freed."""
     with translate_errors():
         await service_of(request).unload_lora(body.lora_name)
     return UnloadedLora(lora_name=body.lora_name)

@@ -1,4 +1,4 @@
-"""Requests for completions: OpenAI's fields, and those of vLLM's that apply here."""
+"""Requests for completions: OpenAI's fields, and the fields of vLLM that apply here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictI
 from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS, MAX_STOPS, SamplingParams
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message
-from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, reject_unsupported
+from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, Unsupported, reject_unsupported
 from chameleon_jax.serving.service.service import MAX_NAME_LEN
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -69,32 +69,32 @@ class Sampling(StrictModel):
     repetition_penalty: Annotated[Any, reject_unsupported(1)] = None
     length_penalty: Annotated[Any, reject_unsupported(1)] = None
     use_beam_search: Annotated[Any, reject_unsupported(False)] = None
-    logit_bias: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    logits_processors: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    allowed_token_ids: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    bad_words: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    logit_bias: Unsupported = None
+    logits_processors: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    bad_words: Unsupported = None
     response_format: Annotated[Any, reject_unsupported({"type": "text"}, *ACCEPTED_VALUES)] = None
-    structured_outputs: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    structural_tag: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    structured_outputs: Unsupported = None
+    structural_tag: Unsupported = None
     guided_json: Annotated[Any, reject_unsupported("")] = None
-    guided_regex: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    guided_choice: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    guided_grammar: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    guided_decoding_backend: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    guided_whitespace_pattern: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    guided_decoding_backend: Unsupported = None
+    guided_whitespace_pattern: Unsupported = None
     spaces_between_special_tokens: Annotated[Any, reject_unsupported(True)] = None
     detokenize: Annotated[Any, reject_unsupported(True)] = None
     truncate_prompt_tokens: Annotated[Any, reject_unsupported()] = None
     truncation_side: Annotated[Any, reject_unsupported("left", "right", "")] = None
     prompt_logprobs: Annotated[Any, reject_unsupported()] = None
-    logprob_token_ids: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    logprob_token_ids: Unsupported = None
     return_token_ids: Annotated[Any, reject_unsupported(False)] = None
     return_tokens_as_token_ids: Annotated[Any, reject_unsupported(False)] = None
     thinking_token_budget: Annotated[Any, reject_unsupported(-1)] = None
     priority: Annotated[Any, reject_unsupported(0)] = None
     request_id: Annotated[Any, reject_unsupported("")] = None
-    kv_transfer_params: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    vllm_xargs: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    kv_transfer_params: Unsupported = None
+    vllm_xargs: Unsupported = None
 
     def check_combinations(self) -> None:
         """Raise ApiError for fields that exclude each other."""
@@ -168,8 +168,8 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[NumLogprobs | None, BeforeValidator(_false_as_null)] = None
     echo: StrictBool | None = False
 
-    suffix: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    prompt_embeds: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    suffix: Unsupported = None
+    prompt_embeds: Unsupported = None
     add_special_tokens: Annotated[Any, reject_unsupported(True)] = None
 
     def check_combinations(self) -> None:
@@ -209,14 +209,12 @@ class ChatRequest(Sampling):
         default_factory=dict, description="Further variables for the chat template."
     )
 
-    include_reasoning: Annotated[Any, reject_unsupported(True, False)] = (
-        None  # models here return no reasoning beside the content
-    )
+    include_reasoning: Annotated[Any, reject_unsupported(True, False)] = None  # no model here returns reasoning apart
     reasoning_effort: Annotated[Any, reject_unsupported("none", "")] = None
     verbosity: Annotated[Any, reject_unsupported("medium", "")] = None
-    tools: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    tools: Unsupported = None
     tool_choice: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
-    functions: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    functions: Unsupported = None
     function_call: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
     parallel_tool_calls: Annotated[Any, reject_unsupported(True, False)] = None
     modalities: Annotated[Any, reject_unsupported(["text"], *ACCEPTED_VALUES)] = None
@@ -224,9 +222,9 @@ class ChatRequest(Sampling):
     moderation: Annotated[Any, reject_unsupported()] = None
     prediction: Annotated[Any, reject_unsupported()] = None
     web_search_options: Annotated[Any, reject_unsupported()] = None  # an empty object would ask for a search
-    documents: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    chat_template: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
-    mm_processor_kwargs: Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)] = None
+    documents: Unsupported = None
+    chat_template: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
     echo: Annotated[Any, reject_unsupported(False)] = None
     add_special_tokens: Annotated[Any, reject_unsupported(False)] = None  # as in vLLM, the chat template adds them
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -42,3 +42,7 @@ def reject_unsupported(*accepted: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+Unsupported = Annotated[Any, reject_unsupported(*ACCEPTED_VALUES)]
+"""Type of a field that is not supported and accepted only if empty."""

@@ -153,7 +153,7 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadLora(self, request, context):
-        """Unloads an adapter. Requests that use it finish first; then its memory is freed. Needs an admin key.
+        """Unloads an adapter. Requests that use it finish; then its memory is freed. Needs an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -145,7 +145,7 @@ class Service:
         return loaded
 
     async def unload_lora(self, name: str) -> None:
-        """Unload an adapter once the requests that use it have finished. Raises KeyError."""
+        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError."""
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
 
