@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 import grpc
 
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.serving.client.calls import BaseClient, Call, Generated, T
+from chameleon_jax.serving.client.calls import BaseClient, Call, Generated, T, make_request
 from chameleon_jax.serving.client.channel import Attempts
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 
@@ -37,7 +37,8 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> Generated:
         """Complete one prompt, given as text or as token ids."""
-        return await self._call(self._calls.generate(prompt, params, lora_name, request_id), self._attempts(timeout))
+        request = make_request(prompt, params, lora_name, request_id)
+        return await self._call(self._calls.generate(request), self._attempts(timeout))
 
     async def stream(
         self,
@@ -52,7 +53,8 @@ class AsyncClient(BaseClient):
 
         Closing the generator aborts the request: `async with contextlib.aclosing(client.stream(...)) as stream`.
         """
-        call, attempts = self._calls.stream(prompt, params, lora_name, request_id), self._attempts(timeout)
+        call = self._calls.stream(make_request(prompt, params, lora_name, request_id))
+        attempts = self._attempts(timeout)
         while True:
             responses = self._start(call, attempts)
             try:

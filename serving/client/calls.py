@@ -63,13 +63,11 @@ class Calls:
         self._control = stubs.ControlStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
 
-    def generate(self, *request: Any) -> Call[Generated]:
-        """Args: request: as of `make_request`."""
-        return Call(self._inference.Generate, make_request(*request), make_generated)
+    def generate(self, request: messages.GenerateRequest) -> Call[Generated]:
+        return Call(self._inference.Generate, request, make_generated)
 
-    def stream(self, *request: Any) -> Call[Generated]:
-        """Args: request: as of `make_request`."""
-        return Call(self._inference.GenerateStream, make_request(*request), make_generated)
+    def stream(self, request: messages.GenerateRequest) -> Call[Generated]:
+        return Call(self._inference.GenerateStream, request, make_generated)
 
     def abort(self, request_id: str) -> Call[bool]:
         return Call(self._control.Abort, messages.AbortRequest(request_id=request_id), lambda response: bool(response.aborted))

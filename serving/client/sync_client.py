@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import grpc
 
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.serving.client.calls import BaseClient, Call, Generated, T
+from chameleon_jax.serving.client.calls import BaseClient, Call, Generated, T, make_request
 from chameleon_jax.serving.client.channel import Attempts
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 
@@ -41,7 +41,8 @@ class Client(BaseClient):
         timeout: float | None = None,
     ) -> Generated:
         """Complete one prompt, given as text or as token ids."""
-        return self._call(self._calls.generate(prompt, params, lora_name, request_id), self._attempts(timeout))
+        request = make_request(prompt, params, lora_name, request_id)
+        return self._call(self._calls.generate(request), self._attempts(timeout))
 
     def stream(
         self,
@@ -53,7 +54,8 @@ class Client(BaseClient):
         timeout: float | None = None,
     ) -> Iterator[Generated]:
         """Yield new output as it arrives. The last part has a finish reason. Leaving the iteration aborts the request."""
-        call, attempts = self._calls.stream(prompt, params, lora_name, request_id), self._attempts(timeout)
+        call = self._calls.stream(make_request(prompt, params, lora_name, request_id))
+        attempts = self._attempts(timeout)
         while True:
             responses = self._start(call, attempts)
             try:
