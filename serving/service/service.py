@@ -80,7 +80,7 @@ class Service:
         """Adapter that a request's `model` names, None for the base model. Raises KeyError for an unknown name."""
         if model is None or model in ("", self.model_name):
             return None
-        if self.llm.engine.registry.get(model) is None:
+        if self.llm.engine.adapters.get(model) is None:
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
 
