@@ -119,7 +119,7 @@ def serve(
 
 
 def _fields_of(config: type[EngineConfig | ServerConfig], flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags that are named like fields of `config`."""
+    """Pick the flags that are named like fields of `config`."""
     return {field.name: flags[field.name] for field in dataclasses.fields(config) if field.name in flags}
 
 
