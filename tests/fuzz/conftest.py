@@ -1,4 +1,4 @@
-"""A whole server on the small model, and the proof that a fuzz has disturbed nothing. `make fuzz` runs many more inputs."""
+"""A whole server on the small model, and a check that fuzzing left it intact. `make fuzz` runs many more inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving.running import Running
 from tests.serving.running import running as running_server
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
-"""Inputs to each of the two protocols."""
+"""Inputs for each of the two protocols."""
 
 TIMEOUT = 120
 
@@ -39,7 +39,7 @@ def running(engines: Engines, text_model: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def undisturbed(running: Running) -> Iterator[None]:
-    """What is asked after all the inputs is answered as before them, and nothing is left running."""
+    """Check that answers after all inputs equal those before, and that no request is left."""
 
     def ask(model: str) -> str:
         body = {"model": model, "prompt": "love is", "max_tokens": 24, "temperature": 0}
