@@ -142,6 +142,7 @@ def _serve(
 
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
+    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
     from chameleon_jax.serving.service.service import Service
     from chameleon_jax.serving.telemetry.logs import setup_logging
     from chameleon_jax.serving.telemetry.metrics import Metrics
@@ -154,6 +155,8 @@ def _serve(
         await _greet(service, server)
         await server.run()
 
+    check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
+    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))
@@ -162,7 +165,7 @@ def _serve(
         metrics = at_end.enter_context(contextlib.closing(Metrics()))
         llm = at_end.enter_context(contextlib.closing(AsyncLLM(model, progress=progress, **settings)))
         metrics.compilations.serve()
-        service = Service(llm, config)
+        service = Service(llm, config, sources)
         if exporter is not None:
             tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))
             llm.observers.append(tracer)

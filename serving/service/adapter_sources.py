@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
-from chameleon_jax.checkpoints.peft_config import CONFIG_FILE
+from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, read_config
 
 MAX_SOURCE_LEN = 4096
 """Characters of an adapter's path or hub id."""
+
+
+def check_readable(adapters: Mapping[str, str]) -> None:
+    """Check that directories which the operator named have adapters. Raises ValueError with the first that has none.
+
+    Args:
+        adapters: `name -> directory`.
+    """
+    for name, path in adapters.items():
+        try:
+            read_config(Path(path))
+        except (OSError, AdapterError) as error:
+            raise ValueError(f"adapter {name!r}, {path}: {error}") from error
 
 
 class AdapterSources:

@@ -31,19 +31,24 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Service:
     """One engine, as both protocols serve it.
 
+    Args:
+        llm: The engine.
+        config: Settings of the server.
+        sources: Places of adapters; None makes them of `config`.
+
     Attributes:
         model_name: Name of the base model in requests.
         created: Unix time at which serving started, seconds.
         sampling_defaults: Values of `SamplingParams` fields that requests leave out.
     """
 
-    def __init__(self, llm: AsyncLLM, config: ServerConfig):
+    def __init__(self, llm: AsyncLLM, config: ServerConfig, sources: AdapterSources | None = None):
         self.llm = llm
         self.config = config
         self.model_name = config.served_model_name or Path(llm.engine.model_name).name
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
-        self.sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
+        self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters)
 
     # -- access ---------------------------------------------------------------------------------------------------------
 

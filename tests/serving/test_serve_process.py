@@ -150,6 +150,7 @@ def test_wrong_options_end_with_one_line(text_model, adapter_dir, options, match
     with served(text_model, adapter_dir, *options) as process:
         assert process.ended() == 1
         assert match in process.log.replace("\n", "") and "Traceback" not in process.log
+        assert "compiling" not in process.log  # found before the model is loaded
 
 
 def params(tokens: int) -> SamplingParams:
