@@ -6,25 +6,8 @@ import dataclasses
 
 from chameleon_jax.memory.page_pool import PoolUsage
 from chameleon_jax.request import RequestState
-from chameleon_jax.scheduler.multilevel import MultiLevelQueue
+from chameleon_jax.scheduler.stats import QueueStats as QueueStats
 from chameleon_jax.serving.engine import Engine
-
-
-@dataclasses.dataclass(frozen=True)
-class QueueStats:
-    """One queue of the scheduler. Systems with one queue have no quotas.
-
-    Attributes:
-        name: "0" is that of the smallest requests.
-        waiting: requests.
-        quota_pages: pages that its requests may hold; None: no quota.
-        free_pages: what is left of it, negative while it owes.
-    """
-
-    name: str
-    waiting: int
-    quota_pages: int | None = None
-    free_pages: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +105,13 @@ def take_stats(engine: Engine) -> EngineStats:
     """For the thread that owns the engine."""
     loop, now = engine.loop, engine.clock()
     scheduler, cache = loop.scheduler, loop.cache
-    order = scheduler.order
-    if isinstance(order, MultiLevelQueue):
-        queues = tuple(
-            QueueStats(str(i), len(level.waiting), level.quota, level.remaining) for i, level in enumerate(order.levels)
-        )
-        bypasses = order.num_bypasses
-    else:
-        queues, bypasses = (QueueStats("0", scheduler.num_waiting),), 0
     system = engine.config.system
     names = engine.registry.names_by_hash()
     return EngineStats(
         system=system if isinstance(system, str) else "custom",
         running=len(scheduler.running),
         waiting=scheduler.num_waiting,
-        queues=queues,
+        queues=scheduler.policy.queues(),
         requests=tuple(
             RequestStats(
                 r.request_id,
@@ -182,10 +157,10 @@ def take_stats(engine: Engine) -> EngineStats:
         loads=cache.counters.loads,
         load_seconds=loop.counters.load_seconds,
         load_bytes=loop.counters.load_bytes,
-        prefetches=scheduler.num_prefetches,
-        cancelled_loads=scheduler.num_cancelled_loads,
-        memory_squashes=scheduler.counters.memory_squashes,
+        prefetches=scheduler.counters.prefetches,
+        cancelled_loads=scheduler.counters.cancelled_loads,
+        memory_squashes=scheduler.counters.memory_preemptions,
         bypass_squashes=scheduler.counters.bypass_squashes,
-        bypasses=bypasses,
+        bypasses=scheduler.counters.bypasses,
         faults=loop.counters.faults,
     )

@@ -30,10 +30,10 @@ PATIENCE = 5.0
 def planned(budget: StepBudget, prompts: int, rows: int, waited: float = 0.0) -> tuple[float, StepPlan]:
     """Seconds for prompts of a step with that many decodes, and the step with that many prompt tokens in it."""
     plan = StepPlan(decodes=[request(i) for i in range(rows)])
-    seconds = budget.decodes_planned(plan, waited)
+    seconds = budget.bound_prefills(plan, waited)
     if prompts:
         plan.prefills = [PrefillChunk(request(99), 0, prompts, samples=True)]
-    budget.prefills_planned(plan)
+    budget.note_prefills(plan)
     return seconds, plan
 
 
@@ -44,7 +44,7 @@ def taught(target: float | None, slots: int = 8, slowness: float = 1.0, shapes: 
         prompts, rows = (i * 37) % 200, i % 7
         computed = shapes.step_tokens([prompts] if prompts else [])
         seconds = bool(prompts) * PREFILL_S + computed * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
-        budget.ran(planned(budget, prompts, rows)[1], slowness * seconds)
+        budget.observe_step(planned(budget, prompts, rows)[1], slowness * seconds)
     return budget
 
 
