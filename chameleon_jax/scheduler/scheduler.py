@@ -251,7 +251,7 @@ class Scheduler:
             self._preempt(request, now)
 
     def _preempt(self, request: Request, now: float) -> None:
-        """RUNNING -> WAITING, ahead of all of its queue that arrived later."""
+        """Send a running request back to wait, ahead of all of its queue that arrived later."""
         self._running.remove(request)
         request.state = RequestState.WAITING
         self._release(request, now)

@@ -20,8 +20,8 @@ MAX_BOOST = 1.0
 TAIL_RATE = 2.0
 """Rate at which the tail of waiting times falls, times the mean wait.
 
-An exponential tail has 1, but with it the 99th percentile is up to 18 % longer than first come first served has it. With 2 it is
-up to 5 % longer, for three fifths of the gain in the median (docs/experiments.md).
+An exponential tail has 1, but with it the 99th percentile is up to 18 % longer than first come first served has it. With 2 it
+is up to 5 % longer, for three fifths of the gain in the median (docs/experiments.md).
 """
 
 WAIT_WEIGHT = 0.02

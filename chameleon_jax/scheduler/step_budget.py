@@ -55,14 +55,14 @@ class StepBudget:
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def prefill_seconds(self, request: Request, tokens: int) -> float:
-        """Expected seconds of so many prompt tokens of a request; a guess until enough steps were timed."""
+        """Estimate the seconds of so many prompt tokens of a request; a guess until enough steps were timed."""
         tokens = self._shapes.padded(tokens)
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
         return self._cost.prefill_seconds(tokens, self._rank_of(request))
 
     def prompt_seconds(self, request: Request) -> float:
-        """Expected seconds of the whole prompt, and of output that has to be computed again."""
+        """Estimate the seconds of the whole prompt, and of output that has to be computed again."""
         return self.prefill_seconds(request, request.num_known)
 
     def work(self, request: Request) -> float:

@@ -81,7 +81,7 @@ class StepCost:
         self.num_steps += 1
 
     def seconds(self, features: np.ndarray) -> float:
-        """Expected seconds of a step."""
+        """Estimate the seconds of a step."""
         return float(np.maximum(self._weights, 0.0) @ (features / self.SCALE))
 
     @property
@@ -90,11 +90,11 @@ class StepCost:
         return max(float(self._weights[PREFILL] / self.SCALE[PREFILL]), 0.0) / self._per_token
 
     def prefill_seconds(self, tokens: int, rank: int) -> float:
-        """Expected seconds of prompt tokens of one adapter's rank, in a step that prefills anyway."""
+        """Estimate the seconds of prompt tokens of one adapter's rank, in a step that prefills anyway."""
         return tokens * (self._per_token + rank * self._per_token_rank)
 
     def output_seconds(self, rows: int) -> float:
-        """Expected seconds of one output token in a step of so many rows, context not counted."""
+        """Estimate the seconds of one output token in a step of so many rows, context not counted."""
         x = np.zeros(FEATURES)
         x[DECODE], x[ROWS] = 1.0, rows
         return self.seconds(x) / rows
