@@ -116,8 +116,8 @@ def test_dtypes_that_numpy_may_not_know_are_refused(dtype, tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError("none left"), TypeError("odd"), KeyError("F9"), OverflowError("large"), PermissionError(13, "denied")]
 )
-@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_by_module"])
-def test_whatever_fails_is_the_adapters_fault(step, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_group_by_module"])
+def test_any_failure_is_an_adapter_error(step, error, tmp_path, monkeypatch):
     write(tmp_path)
 
     def fail(*args):
