@@ -36,7 +36,7 @@ _REFUSED = {
     "fan_in_fan_out": "the base model's matrices are not transposed",
     "layer_replication": "it changes the base model's layers",
     "target_parameters": "only linear layers are adapted",
-    "alora_invocation_tokens": "an activated LoRA changes only what follows certain tokens",
+    "alora_invocation_tokens": "an activated LoRA changes only the text behind certain tokens",
     "use_qalora": "its A works on pooled inputs",
     "use_bdlora": "its matrices are block-diagonal",
     "arrow_config": "it mixes several adapters",

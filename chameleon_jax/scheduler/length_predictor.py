@@ -26,7 +26,7 @@ class LengthPredictor(Protocol):
         """Learn from a request that ended with len(request.output_token_ids) output tokens."""
 
     def forget(self, content_hash: str) -> None:
-        """Drop what was learnt about an adapter."""
+        """Drop the history of an adapter."""
 
 
 def _clip(tokens: float, request: Request) -> int:

@@ -1,7 +1,7 @@
 """Adapters loaded ahead of need: for waiting requests, and for requests that are expected.
 
-Which adapters are expected follows Shahrad et al. (ATC 2020), who predict the next use from a histogram of the gaps between
-uses. The last 64 gaps of each adapter are few enough to be kept as they are, sorted.
+Uses are expected after Shahrad et al. (ATC 2020), who predict the next use from a histogram of the gaps between uses. The last
+64 gaps of each adapter are few enough to be kept as they are, sorted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Prefetcher:
             self._predictor.record_use(request.adapter, now)
 
     def forget(self, content_hash: str) -> None:
-        """Drop what was learnt about an adapter."""
+        """Drop the use history of an adapter."""
         if self._predictor is not None:
             self._predictor.forget(content_hash)
 

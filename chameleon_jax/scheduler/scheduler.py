@@ -1,8 +1,8 @@
 """Plans steps: which requests start, which tokens are computed, which adapters move.
 
-The scheduler holds what all systems have in common. A `QueuePolicy` decides which waiting request starts next. Memory that is
-short is taken first from free pages, then from idle adapters, then from the youngest running request. That one is preempted: it
-waits again and recomputes what it had, to the same output.
+The scheduler is common to all systems; its `QueuePolicy` decides which waiting request starts next. Memory is taken first from
+free pages, then from idle adapters, then from the youngest running request. That request is preempted: it waits again and
+recomputes its tokens, to the same output.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Scheduler:
         self._wait(request, now, new=True)
 
     def finish(self, request: Request, now: float) -> None:
-        """Drop a request, waiting or running, and free what it held."""
+        """Drop a request, waiting or running, and free its memory and slot."""
         state, request.state = request.state, RequestState.FINISHED
         if state is RequestState.RUNNING:
             self._running.remove(request)
@@ -242,7 +242,7 @@ class Scheduler:
             self._predictor.observe(request)
 
     def forget(self, content_hash: str) -> None:
-        """Drop what was learnt about an adapter that is no longer known."""
+        """Drop the use history of an adapter that is no longer known."""
         self._prefetcher.forget(content_hash)
 
     def restart(self, now: float) -> None:

@@ -107,9 +107,9 @@ class Boost:
     The boost is (1 / gamma) ln(1 / (1 - exp(-gamma work))). Yu and Scully (SIGMETRICS 2024) show that no order has a lighter
     tail of response times in a light-tailed M/G/1 queue, if gamma is the rate at which that tail falls. Long waits are nearly
     exponential (Kingman), so that rate is 1 over their mean. Here gamma is TAIL_RATE over the mean of the waits so far, but
-    never less than what keeps BOOST_TAIL of the requests beyond `slo`: while waits are short, the order is nearly first come
-    first served. A boost is at most MAX_BOOST: a request can only be passed by those that arrive within that time after it, so
-    it starts at most as long after its arrival as first come first served would start the last of these.
+    never less than the rate with which BOOST_TAIL of the requests wait longer than `slo`: while waits are short, the order is
+    nearly first come first served. A boost is at most MAX_BOOST: a request can only be passed by those that arrive within that
+    time after it, so it starts at most as long after its arrival as first come first served would start the last of these.
 
     Args:
         work_of: seconds for which a request keeps others waiting.

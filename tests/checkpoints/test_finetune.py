@@ -27,7 +27,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def trained(checkpoint):
-    """An adapter trained with CONFIG, and the loss of each step."""
+    """Train an adapter with CONFIG, and keep the loss of each step."""
     losses: list[float] = []
     return training.finetune(checkpoint, TEXT, CONFIG, lambda step, loss: losses.append(loss)), losses
 

@@ -1,4 +1,4 @@
-"""A batch promises memory only where the cache can then give it."""
+"""A batch admits requests only where the cache can then free their memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_batch(cache: AdapterCache, slots: int = 100, prompt_room: float = 1e9, 
 
 
 def make_cache(num_pages: int, **adapters: tuple[int, str]) -> AdapterCache:
-    """Adapters by name: pages and one of host, loading, idle, used, pinned."""
+    """Cache with adapters, given by name as pages and one of host, loading, idle, used, pinned."""
     cache = AdapterCache(PagePool(num_pages))
     for name, (pages, state) in adapters.items():
         cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), 0.0)
@@ -53,7 +53,7 @@ STATES = st.sampled_from(["host", "host", "loading", "idle", "idle", "used", "pi
     overlap_loads=st.booleans(),
     wanted=st.sets(st.sampled_from("abcde")),
 )
-def test_what_was_agreed_to_fits(num_pages, adapters, kv, offers, slots, prompt_room, overlap_loads, wanted):
+def test_an_admitted_batch_fits_the_pool(num_pages, adapters, kv, offers, slots, prompt_room, overlap_loads, wanted):
     cache = make_cache(num_pages, **dict(zip("abcde", adapters)))
     pool = cache.pool
     pool.extend_kv("running", min(kv, pool.num_free))
@@ -85,7 +85,7 @@ def test_what_was_agreed_to_fits(num_pages, adapters, kv, offers, slots, prompt_
         pool.extend_kv(made.request_id, pages[made.request_id])
 
 
-def test_verdicts_say_what_is_missing():
+def test_verdicts_name_the_missing_memory():
     cache = make_cache(11, big=(8, "host"), idle=(3, "idle"))
     batch = make_batch(cache)
     assert batch.room() == 10
@@ -116,13 +116,13 @@ def test_slots_and_prompt_room_fill_a_batch():
     assert not batch.lacks_memory
 
 
-def test_tokens_in_flight_hold_a_squashed_request_back():
+def test_tokens_in_flight_hold_a_preempted_request_back():
     batch = make_batch(make_cache(50))
-    squashed = request(0)
-    squashed.num_in_flight = 1
-    assert batch.try_admit(squashed, 1) is Verdict.WAITS
-    squashed.num_in_flight = 0
-    assert batch.try_admit(squashed, 1) is Verdict.STARTS
+    preempted = request(0)
+    preempted.num_in_flight = 1
+    assert batch.try_admit(preempted, 1) is Verdict.WAITS
+    preempted.num_in_flight = 0
+    assert batch.try_admit(preempted, 1) is Verdict.STARTS
 
 
 def test_overlapping_loads_begin_and_their_requests_wait():
@@ -136,7 +136,7 @@ def test_overlapping_loads_begin_and_their_requests_wait():
     assert crowded.try_admit(request(0, adapter="big"), 1) is Verdict.NO_ADAPTER_MEMORY and crowded.lacks_memory
 
 
-def test_the_first_offer_notes_whether_the_adapter_was_there():
+def test_the_first_offer_records_whether_the_adapter_was_resident():
     cache = make_cache(30, warm=(2, "idle"), cold=(2, "host"))
     batch = make_batch(cache)
     requests = [request(0, adapter="warm"), request(1, adapter="cold"), request(2)]

@@ -158,7 +158,7 @@ def test_a_head_that_goes_away_gives_up_its_place():
 
 
 def blocked_head(**other) -> Order:
-    """r0 runs and will for 50 tokens; r1's adapter lacks memory, though not quota; r2 comes behind it."""
+    """r0 runs for 50 more tokens; r1's adapter lacks memory, though not quota; r2 is behind it."""
     order = Order(total=20, quotas=(40,), big=12)
     order.wait(request(0, 8, tokens=50))
     assert order.admit() == [0]
@@ -199,7 +199,7 @@ def test_a_bypasser_is_squashed_when_the_head_could_have_its_memory():
     assert order.queue.victim(11) is None  # no more than SQUASH_SHARE of those that started
     order.end(passer)
     order.wait(request(3, 3, tokens=5))
-    assert order.admit() == []  # nor passes anybody who might have to
+    assert order.admit() == []  # nor does a further bypasser start, which might be squashed too
 
 
 def test_queues_report_their_quotas_and_what_is_left_of_them():

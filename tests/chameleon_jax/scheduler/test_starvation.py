@@ -83,6 +83,8 @@ class Simulation:
         self.ahead: list[int] = []
         self.most_levels: list[int] = []
         self._unstarted: list[int] = []
+        self._submitted: list[int] = []  # since the last step
+        self._levels = 1
         self.first_refresh = first_refresh
 
     @property
@@ -99,6 +101,7 @@ class Simulation:
         self.requests.append(made)
         self.most_levels.append(1)
         self._unstarted.append(len(self.requests) - 1)
+        self._submitted.append(len(self.requests) - 1)
         return made
 
     def step(self) -> None:
@@ -108,9 +111,12 @@ class Simulation:
             self.loop.step()
         squashed = [order for order, n in squashes.items() if self.requests[order - 1].metrics.num_squashes > n]
         count = len(getattr(self.loop.scheduler.policy, "levels", "1"))
-        for i in self._unstarted:
-            self.ahead[i] += sum(order < self.requests[i].order for order in squashed)
+        if squashed:
+            for i in self._unstarted:
+                self.ahead[i] += sum(order < self.requests[i].order for order in squashed)
+        for i in self._unstarted if count > self._levels else self._submitted:
             self.most_levels[i] = max(self.most_levels[i], count)
+        self._levels, self._submitted = count, []
         self.now += 1
 
     def run(self, arrivals: list[Arrival] | None = None, limit: int = 20_000) -> Simulation:
