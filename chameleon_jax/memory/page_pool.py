@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from chameleon_jax.checks import require
+
 
 class OutOfPages(Exception):
     """More pages were asked for than are free; none was handed out."""
@@ -38,8 +40,7 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int):
-        if num_pages < 2:
-            raise ValueError(f"num_pages is {num_pages}; allowed: 2 or more (page 0 is never handed out)")
+        require(num_pages >= 2, "num_pages", num_pages, "2 or more (page 0 is never handed out)")
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
         self._kv: dict[str, list[int]] = {}
