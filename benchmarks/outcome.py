@@ -97,7 +97,7 @@ class Recorder:
             "loads": counters.loads,
             "bytes_loaded": counters.bytes_loaded,
             "load_wait": loop.counters.load_wait_s,
-            "squashes": loop.scheduler.num_squashes,
+            "squashes": loop.scheduler.counters.preemptions,
             "steps": loop.counters.steps,
             "finished_s": finished_s,
         }

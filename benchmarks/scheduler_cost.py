@@ -75,7 +75,7 @@ def measure(system: str, running: int, queued: int, adapters: int, steps: int = 
         for request in ended:
             request.finish_reason = FinishReason.STOP
             scheduler.finish(request, now)
-        scheduler.ran(plan, 5e-3 + 2e-5 * sum(chunk.num_tokens for chunk in plan.prefills))
+        scheduler.observe_step(plan, 5e-3 + 2e-5 * sum(chunk.num_tokens for chunk in plan.prefills))
         seconds += time.thread_time() - begin
         for _ in ended:
             arrive()

@@ -1,11 +1,11 @@
-"""How an engine is set up: one frozen value, checked once, here."""
+"""Settings of an engine: one frozen value, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-from chameleon_jax.checks import require
+from chameleon_jax.checks import require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
 
@@ -15,28 +15,32 @@ class EngineConfig:
     """Settings of one engine.
 
     Attributes:
-        dtype: of weights and pool; "auto" is float32 on CPU and bfloat16 elsewhere.
-        load_format: "auto" reads the checkpoint, "dummy" draws random weights on the device.
-        generation_config: where sampling parameters come from that a request leaves out: "auto" is the model's
-            generation_config.json, "none" (or vLLM's word "vllm") is no file, else a directory with a file of that name.
-        max_model_len: longest sequence, prompt and output, in tokens; None: what the model allows, at most 2048.
-        max_num_seqs: requests that run at once.
-        max_num_batched_tokens: prompt tokens of one prefill step; longer prompts are cut into chunks.
-        max_lora_rank: largest rank that is served, 1 to 512.
-        lora_host_bytes: bytes that packed adapters may take in host memory; the rest waits on disk.
-        num_pages: pages of the device pool; None: what gpu_memory_utilization leaves, or on CPU enough for every running
-            request at full length and for adapters half as much again, or the largest one; 2 GiB at most.
-        gpu_memory_utilization: share of the device's memory that weights, pool and scratch may take.
-        page_tokens: tokens of a page at least.
-        enable_lora: False compiles no LoRA program and refuses adapters.
-        system: which policies serve, one of `systems.SYSTEMS` by name, or a `systems.System` of your own.
-        ttft_slo: seconds to the first token that the scheduler aims at.
-        tbt_slo: seconds between tokens that the scheduler aims at.
-        predicted_output_len: output tokens that a request is expected to take before any has ended; it may outgrow them.
-        length_proxy: directory of a trained length proxy (`chameleon-jax train-length-proxy`) that predicts output lengths from
-            prompts; None: from each adapter's history.
-        max_queue_len: requests that may wait; None: no limit.
-        seed: from which requests without a seed draw theirs.
+        dtype: type of weights and page pool: "float32", "bfloat16", or "auto" (default), which is float32 on CPU and bfloat16
+            on other devices.
+        load_format: "auto" (default) reads the checkpoint; "dummy" draws random weights on the device.
+        generation_config: source of sampling parameters that a request leaves out. "auto" (default) is the model's
+            generation_config.json; "none", or "vllm" as in vLLM, is no file; any other value is a directory with such a file.
+        max_model_len: longest sequence, prompt and output together, in tokens. None (default): the model's limit, at most 2048.
+        max_num_seqs: most requests that run at once, 1 to 1024 (default 32).
+        max_num_batched_tokens: most prompt tokens of one step, a multiple of 32 (default 512). Longer prompts are computed in
+            chunks.
+        max_lora_rank: largest adapter rank that is served, 1 to 512 (default 256).
+        lora_host_bytes: bytes of host memory for adapters in the pool's format (default 4 GiB). Adapters beyond it are kept on
+            disk.
+        num_pages: pages of the device pool, 2 or more. None (default): all memory within gpu_memory_utilization. On CPU: enough
+            for every running request at full length, plus half as much, or the largest adapter, for adapters; 2 GiB at most.
+        gpu_memory_utilization: share of the device's memory for weights, pool and scratch, in (0, 1] (default 0.9).
+        page_tokens: least tokens of a page (default 16).
+        enable_lora: False compiles no adapter programs and refuses adapters (default True).
+        system: policies that serve: a name in `systems.SYSTEMS` (default "chameleon-plus"), or a `systems.System`.
+        ttft_slo: target for the time to first token, in seconds (default 5).
+        tbt_slo: target for the time between tokens, in seconds (default 0.15).
+        predicted_output_len: output tokens predicted for a request before any has ended (default 128). A request may exceed
+            them.
+        length_proxy: directory of a length proxy, trained by `chameleon-jax train-length-proxy`, that predicts output lengths
+            from prompts. None (default): output lengths are predicted from each adapter's past requests.
+        max_queue_len: most requests that may wait to start; further ones are refused. None (default): no limit.
+        seed: seed from which requests without a seed of their own draw theirs (default 0).
     """
 
     dtype: str = "auto"
@@ -60,21 +64,19 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        dtypes = ("auto", "float32", "bfloat16")
-        require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
-        require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "auto, dummy")
-        require(self.max_model_len is None or self.max_model_len >= 1, "max_model_len", self.max_model_len, "1 or more")
-        require(1 <= self.max_num_seqs <= 1024, "max_num_seqs", self.max_num_seqs, "1 to 1024")
+        for field, names in (("dtype", ("auto", "float32", "bfloat16")), ("load_format", ("auto", "dummy"))):
+            require_field(self, field, getattr(self, field) in names, ", ".join(names))
+        for field in ("max_model_len", "max_queue_len"):
+            require_field(self, field, getattr(self, field) is None or getattr(self, field) >= 1, "1 or more")
+        for field in ("page_tokens", "predicted_output_len"):
+            require_field(self, field, getattr(self, field) >= 1, "1 or more")
+        for field in ("ttft_slo", "tbt_slo"):
+            require_field(self, field, 0 < getattr(self, field) < math.inf, "above 0 seconds, finite")
         tokens = self.max_num_batched_tokens
-        require(tokens >= 32 and tokens % 32 == 0, "max_num_batched_tokens", tokens, "a multiple of 32")
-        require(1 <= self.max_lora_rank <= MAX_RANK, "max_lora_rank", self.max_lora_rank, f"1 to {MAX_RANK}")
-        require(self.lora_host_bytes >= 0, "lora_host_bytes", self.lora_host_bytes, "0 or more")
-        require(self.num_pages is None or self.num_pages >= 2, "num_pages", self.num_pages, "2 or more")
-        share = self.gpu_memory_utilization
-        require(0 < share <= 1, "gpu_memory_utilization", share, "above 0, at most 1")
-        require(self.page_tokens >= 1, "page_tokens", self.page_tokens, "1 or more")
+        require_field(self, "max_num_batched_tokens", tokens >= 32 and tokens % 32 == 0, "a multiple of 32")
+        require_field(self, "max_num_seqs", 1 <= self.max_num_seqs <= 1024, "1 to 1024")
+        require_field(self, "max_lora_rank", 1 <= self.max_lora_rank <= MAX_RANK, f"1 to {MAX_RANK}")
+        require_field(self, "lora_host_bytes", self.lora_host_bytes >= 0, "0 or more")
+        require_field(self, "num_pages", self.num_pages is None or self.num_pages >= 2, "2 or more")
+        require_field(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0, at most 1")
         get_system(self.system)
-        require(0 < self.ttft_slo < math.inf, "ttft_slo", self.ttft_slo, "above 0 seconds, finite")
-        require(0 < self.tbt_slo < math.inf, "tbt_slo", self.tbt_slo, "above 0 seconds, finite")
-        require(self.predicted_output_len >= 1, "predicted_output_len", self.predicted_output_len, "1 or more")
-        require(self.max_queue_len is None or self.max_queue_len >= 1, "max_queue_len", self.max_queue_len, "1 or more")

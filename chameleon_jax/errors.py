@@ -1,46 +1,49 @@
-"""What a caller may be told. Each is one answer of the HTTP and of the gRPC server; the text is for people.
+"""Errors that reach clients. The HTTP and the gRPC server map each class to one status; the text is for people.
 
-A wrong request is a `ValueError`, a name that is not there a `KeyError`, as everywhere in this package.
+Beside these, a `ValueError` is an invalid request and a `KeyError` an unknown name, as everywhere in this package.
 """
 
 from __future__ import annotations
 
 
 class ServingError(Exception):
-    """Not the request's fault, or not only."""
+    """A request was refused or ended early, through no fault of its own or not only by its own fault."""
 
 
 class QueueFull(ServingError):
-    """max_queue_len requests wait already, or too many adapters are being loaded: try again later."""
+    """Too many requests wait (max_queue_len), or too many adapters are being loaded. Retry later."""
 
 
 class Unavailable(ServingError):
-    """This server cannot take the request now, or no more. Another may."""
+    """This server cannot take the request, now or ever again. Another server may."""
 
 
 class Draining(Unavailable):
-    """The server is about to stop and takes nothing in."""
+    """The server is shutting down gracefully and accepts no requests."""
 
 
 class DeadlineExceeded(ServingError):
-    """The request's time was over before its last token; it was aborted."""
+    """The request reached its deadline before its last token and was aborted."""
 
 
 class RequestFailed(ServingError):
-    """The request was taken in and could not be finished: its adapter cannot be loaded, say. Others are not concerned."""
+    """The request was accepted and could not be finished, for example because its adapter could not be loaded.
+
+    Other requests are not affected.
+    """
 
 
 class EngineDead(Unavailable):
-    """The device failed and did not come back. Every request ends with this."""
+    """The device failed and did not recover. Every request ends with this error."""
 
 
 class DuplicateRequest(ValueError):
-    """A request of that id is running."""
+    """A request with the same id is running."""
 
 
 class Unauthenticated(ServingError):
-    """The server has keys, and none of them was given."""
+    """The server requires an API key, and the request has no valid one."""
 
 
 class Forbidden(ServingError):
-    """The key that was given may not do this."""
+    """The request's API key does not permit this call."""

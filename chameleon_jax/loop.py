@@ -270,7 +270,7 @@ class ServingLoop:
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            self.scheduler.ran(plan, now - max(dispatched_at, self._collected_at))
+            self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
             self._collected_at = now
             self._hand_out(output_processor.process(tokens, now))
 

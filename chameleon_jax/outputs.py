@@ -1,4 +1,4 @@
-"""What comes out of a request: tokens, text, log-probabilities, times."""
+"""Output of a request: tokens, text, log-probabilities, times."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from chameleon_jax.sampling_params import LoRARequest
 
 
 class FinishReason(enum.Enum):
-    """ABORT: somebody gave it up; ERROR: it could not go on, `stop_reason` says why."""
+    """Reason for which a request ended."""
 
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
+    STOP = "stop"  # a stop string or a stop id
+    LENGTH = "length"  # max_tokens
+    ABORT = "abort"  # by its client
+    ERROR = "error"  # it could not go on; `stop_reason` says why
 
 
 LEAST_LOGPROB = -9999.0
-"""Log-probability of a token that cannot come, as in OpenAI's API: JSON has no word for -inf or no number."""
+"""Log-probability of a token that cannot be drawn, as in OpenAI's API: JSON has neither -inf nor NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
-    """Log-probability of a token (natural logarithm, before temperature), and the token.
+    """Log-probability of one token, and the token.
 
     Attributes:
-        decoded_token: its text where it stands; `bytes:\\xe2\\x82` where it is part of a character; a special token's name.
-        token_bytes: what it adds to the text's UTF-8 bytes; nothing where the text leaves it out.
+        logprob: natural logarithm of the probability, before temperature.
+        decoded_token: text of the token at its place; `bytes:\\xe2\\x82` for part of a character; the name of a special token.
+        token_bytes: UTF-8 bytes that the token adds to the text; empty where the text leaves it out.
     """
 
     logprob: float
@@ -37,13 +38,17 @@ class Logprob:
 
 @dataclasses.dataclass
 class RequestMetrics:
-    """Times of the engine's clock, in seconds.
+    """Times and counts of one request. Times are seconds of the engine's monotonic clock; None until they happen.
 
     Attributes:
-        num_squashes: recomputations, for memory or since the device failed.
+        arrival_time: the request was submitted.
+        first_scheduled_time: it first started to run.
+        first_token_time: its first token was sampled and collected.
+        finished_time: it ended.
+        num_squashes: times that it was preempted and recomputed, for memory, as a bypasser, or because the device failed.
         num_faults: failures of the device that it outlived.
-        adapter_was_resident: whether the adapter was there when the request's turn came; None: it has none, or no turn yet.
-        adapter_awaited_since: when its turn first came while its adapter was not there and others could pass.
+        adapter_was_resident: whether its adapter was in the pool when its turn came; None without an adapter or a turn.
+        adapter_awaited_since: its turn first came while its adapter was not in the pool and others could pass.
         adapter_wait: seconds by which the adapter's load delayed the request after its turn had come.
     """
 
@@ -60,8 +65,16 @@ class RequestMetrics:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """`finish_reason` is "stop", "length", "abort" or "error", None while running; `stop_reason` the string or id that ended
-    it, or what went wrong."""
+    """One completion of a prompt.
+
+    Attributes:
+        index: place among the completions of the prompt, from 0.
+        text: text so far.
+        token_ids: tokens so far, those that the text leaves out among them.
+        finish_reason: "stop", "length", "abort" or "error"; None while running.
+        stop_reason: stop string or stop id that ended the completion, or the message of the error; None otherwise.
+        logprobs: alternatives of each token by id, the chosen token first; None unless asked for.
+    """
 
     index: int
     text: str
@@ -73,6 +86,18 @@ class CompletionOutput:
 
 @dataclasses.dataclass
 class RequestOutput:
+    """Output of one request, whole or so far.
+
+    Attributes:
+        request_id: id of the request.
+        prompt: prompt as text; None where it was given as token ids.
+        prompt_token_ids: prompt as token ids.
+        outputs: completions of the prompt; always one.
+        finished: whether all completions have ended.
+        lora_request: adapter of the request; None for the base model.
+        metrics: times and counts.
+    """
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]

@@ -1,10 +1,10 @@
-"""Systems to choose from by name: which policy does what. Each field is a choice that an ablation can turn."""
+"""Serving systems by name. Each field of a system is a choice that an ablation can change."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from chameleon_jax.checks import require
+from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.eviction import POLICIES
 
 ORDERS = ("fifo", "sjf", "multilevel", "boost")
@@ -13,27 +13,31 @@ SIZES = ("wrs", "output")
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One way to serve.
+    """Policies of one serving system.
 
     Attributes:
-        order: who starts next: "fifo"; "sjf", shortest predicted output first; "multilevel", the paper's queues with quotas;
-            "boost", ours: first come first served with a head start that is larger the less work a request is and the longer
-            others have waited.
-        size: what the queues sort by: "wrs", the paper's weighted request size, or "output", the predicted output alone.
-        equal_levels: four queues of equal width and quota instead of clustered ones.
-        drift_test: recompute queues and quotas as soon as the mix has visibly shifted, not only every five minutes.
-        eviction: which idle adapter leaves first; see `eviction.POLICIES`.
-        keep_idle: adapters that no request wants stay in the pool while nobody needs their pages.
-        prefetch_predicted: also load adapters that are likely to be asked for soon, into memory that nobody uses.
-        overlap_loads: a request whose adapter is loading lets others run until it is there; else its step waits for the load,
-            and the load for the step before it, as where adapters are copied on the stream that computes.
-        whole_prompts: a prompt that fits a step is prefilled in one, not cut to fill the step.
-        bound_stalls: while requests decode, a step takes as much of the prompts as keeps it within the target for the time
-            between tokens, by what steps of that size and rank have taken so far, and more where the device cannot meet the
-            target or requests wait for long (`scheduler.step_budget`); else max_num_batched_tokens, whatever their ranks.
-        reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted ones.
-        admission_interval: steps between admissions while requests run.
-        transfers_per_load: times an adapter is copied to the device for one load.
+        order: order in which waiting requests start. "fifo" is first come first served. "sjf" is shortest predicted output
+            first. "multilevel" (default) is the paper's queues with quotas. "boost", ours, is first come first served with a
+            head start that is larger the less work a request is and the longer others have waited.
+        size: sort key of the queues: "wrs" (default), the paper's weighted request size, or "output", the predicted output
+            length alone.
+        equal_levels: four queues of equal width and quota instead of clustered ones (default False).
+        drift_test: form queues and quotas anew as soon as the traffic has visibly shifted, not only every five minutes
+            (default False).
+        eviction: policy that picks the idle adapter to evict, a name in `eviction.POLICIES` (default "chameleon").
+        keep_idle: keep adapters that no request wants in the pool until their pages are needed (default True).
+        prefetch_predicted: load adapters that are likely to be used soon into free pages (default False).
+        overlap_loads: True lets others run while a request waits for its adapter. False (default) starts the request at once;
+            its step waits for the load, and the load for the step before it, as where adapters are copied on the stream that
+            computes.
+        whole_prompts: compute a prompt that fits a step in one step instead of cutting it to fill the step (default True).
+        bound_stalls: limit the prompts of a step that also decodes by time (default False). Prompts take the time that keeps
+            the step within `tbt_slo`, estimated from past steps and the adapters' ranks. They take more where the device cannot
+            meet that target or requests wait for long (see `scheduler.step_budget`). False limits prompts by
+            max_num_batched_tokens alone.
+        reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted number (default False).
+        admission_interval: steps between admissions while requests run (default 1).
+        transfers_per_load: times that an adapter is copied to the device for one load (default 1).
     """
 
     order: str = "multilevel"
@@ -52,11 +56,9 @@ class System:
 
     def __post_init__(self) -> None:
         for field, allowed in (("order", ORDERS), ("size", SIZES), ("eviction", tuple(POLICIES))):
-            value = getattr(self, field)
-            require(value in allowed, field, value, ", ".join(allowed))
+            require_field(self, field, getattr(self, field) in allowed, ", ".join(allowed))
         for field in ("admission_interval", "transfers_per_load"):
-            value = getattr(self, field)
-            require(value >= 1, field, value, "1 or more")
+            require_field(self, field, getattr(self, field) >= 1, "1 or more")
 
 
 _CHAMELEON = System()
@@ -78,12 +80,15 @@ SYSTEMS: dict[str, System] = {
     "output-only": dataclasses.replace(_CHAMELEON, size="output"),
     "static": dataclasses.replace(_CHAMELEON, equal_levels=True),
 }
-"""The paper's systems, its baselines and its ablations; "fifo" is first come first served with an LRU cache and loads that
-overlap, as users of other servers know it."""
+"""The paper's systems, baselines and ablations by name, and ours.
+
+"chameleon-plus" is ours. "fifo" is first come first served with an LRU cache and loads that overlap computation, as in other
+servers.
+"""
 
 
 def get_system(system: str | System) -> System:
-    """Raises ValueError for a name that is none of SYSTEMS."""
+    """Return the system of a name, or the system itself; raise ValueError for a name outside SYSTEMS."""
     if isinstance(system, System):
         return system
     require(system in SYSTEMS, "system", system, ", ".join(SYSTEMS))

@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints: found, compiled once, and rendered in a sandbox that has what transformers gives templates."""
+"""Chat templates of checkpoints, rendered in a sandbox with the names that transformers gives templates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from chameleon_jax.checkpoints.json_file import read_json
@@ -21,19 +22,19 @@ _END = "END-OF-THE-FINAL-MESSAGE "
 """Marks the end of a message that is continued; the space shows whether the template trims messages."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning; templates read the first, those of gpt-oss the second."""
+"""Names under which clients send a message's reasoning. Most templates read the first, those of gpt-oss the second."""
 
 
 class ChatTemplate:
-    """A conversation as the text that the model was trained on.
+    """Template that renders a conversation as the text the model was trained on.
 
     Args:
-        source: The template, or several by name, of which "default" is taken. None or empty: there is none.
-        special_tokens: Variables of the template.
-        place: The source's file or field, for errors.
+        source: the template, or several by name, of which "default" is used. None or empty: no template.
+        special_tokens: variables of the template.
+        place: file or field of the source, for errors.
 
     Attributes:
-        error: Why no conversation can be rendered; None where one can.
+        error: reason why no conversation can be rendered; None where one can.
     """
 
     def __init__(self, source: Any, special_tokens: Mapping[str, str], place: str = "chat_template"):
@@ -41,7 +42,7 @@ class ChatTemplate:
         self._template: jinja2.Template | None = None
         self.error: str | None = None
         try:
-            self._template = _compiled(source, place)
+            self._template = _compile(source, place)
         except ValueError as error:
             self.error = str(error)
 
@@ -52,7 +53,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """Raises ValueError where there is no template, or it refuses the messages."""
+        """Render a conversation; raise ValueError where there is no template or it refuses the messages."""
         if self._template is None:
             raise ValueError(f"messages: {self.error}")
         chat = [_plain(message) for message in messages]
@@ -66,7 +67,14 @@ class ChatTemplate:
 
 
 def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> tuple[Any, str]:
-    """The template of a checkpoint, and its place. A file of its own comes before the one in `tokenizer_config.json`.
+    """Find the template of a checkpoint: in a file of its own, else in `tokenizer_config.json`.
+
+    Args:
+        directory: the checkpoint.
+        settings: content of its `tokenizer_config.json`.
+
+    Returns:
+        The `source` and the `place` of a `ChatTemplate`.
 
     Raises:
         ValueError: a file is broken; names it.
@@ -88,7 +96,7 @@ def _read_text(file: Path) -> str:
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: those of `tokenizer_config.json` that end in `_token`, and a model's own."""
+    """Collect special tokens by name: the fields of `tokenizer_config.json` that end in `_token`, and a model's own."""
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
     for field in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(settings.get(field), Mapping):
@@ -97,13 +105,13 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def token_text(token: Any) -> str | None:
-    """Text of a special token, which may be written with its options; None where it is neither (`add_bos_token` is a flag)."""
+    """Text of a special token, given as text or with options; None for anything else (`add_bos_token` is a flag)."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 
 
-def _compiled(source: Any, place: str) -> jinja2.Template:
-    """Raises ValueError."""
+def _compile(source: Any, place: str) -> jinja2.Template:
+    """Compile a template; raise ValueError where there is none or it is broken."""
     if not source:
         raise ValueError("the tokenizer has no chat_template")
     try:
@@ -115,20 +123,20 @@ def _compiled(source: Any, place: str) -> jinja2.Template:
             return _ENVIRONMENT.from_string(source["default"])
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template cannot be compiled: {place}, line {error.lineno}: {error.message}") from error
-    except Exception as error:  # it is no text, or Python's compiler refuses it
+    except Exception as error:  # the source is no text, or Python's compiler refuses it
         raise ValueError(f"the chat template cannot be compiled: {place}: {error!r}") from error
     raise ValueError(f"{place} has the chat templates {', '.join(sorted(source))}; allowed: default among them")
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without fields that are None, for which templates do not look."""
+    """Copy a message without fields that are None, which templates do not expect."""
     plain = {name: value for name, value in message.items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning} | plain | {"reasoning_content": reasoning}
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> str:
-    """Marks the end of the last message's text, which is returned. Raises ValueError where it has none."""
+    """Mark the end of the last message's text and return the text; raise ValueError where it has none."""
     final = chat[-1].get("content") if chat else None
     if not isinstance(final, str):
         raise ValueError("continue_final_message is set; allowed: only where the last message has text")
@@ -147,9 +155,9 @@ def _cut_at_end(text: str, final: str) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks text of the model, for training."""
+    """The block `{% generation %}...{% endgeneration %}`, which marks text of the model for training."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja reads it of the class)
+    tags = {"generation"}  # noqa: RUF012 (jinja reads it from the class)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -161,7 +169,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """`namespace` without names that begin with an underscore, since Python gives some of them a meaning."""
+    """`namespace` that refuses names with a leading underscore, since Python gives some of them a meaning."""
 
     def __init__(self, /, *args: Any, **attributes: Any):
         attributes = dict(*args, **attributes)
@@ -180,7 +188,7 @@ def _check_name(name: Any) -> None:
 
 
 class _Dict:
-    """`dict` without the methods that change one: called as `dict.update(message, ...)` the sandbox would not see them."""
+    """`dict` without the methods that change one, which the sandbox does not see as `dict.update(message, ...)`."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)

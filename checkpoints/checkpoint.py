@@ -1,4 +1,4 @@
-"""A base model as read from disk, whatever its format was."""
+"""A base model as read from disk, independent of its format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from chameleon_jax.models.config import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by Hugging Face name, matrices `[d_out, d_in]`; a mapping may read each one when it is asked for.
+    """A base model.
 
     Attributes:
-        generation_config: file with sampling defaults; None: the checkpoint has none.
+        config: sizes of the model.
+        tensors: tensors by Hugging Face name, matrices `[d_out, d_in]`. The mapping may read each one when it is asked for.
+        tokenizer: tokenizer of the model; None where the checkpoint has none.
+        generation_config: file with sampling defaults; None where the checkpoint has none.
     """
 
     config: LlamaConfig

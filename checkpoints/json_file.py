@@ -8,7 +8,15 @@ from typing import Any
 
 
 def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """Reads an object; `missing_ok`: empty where there is no such file. Raises ValueError, naming the file."""
+    """Read a JSON object.
+
+    Args:
+        file: the file.
+        missing_ok: return an empty object where there is no such file.
+
+    Raises:
+        ValueError: the file cannot be read or holds no object; names it.
+    """
     if missing_ok and not file.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Length proxies on disk: weights by Orbax, settings as JSON beside them."""
+"""Length proxies on disk: weights in Orbax's format, settings as JSON beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHTS, _SETTINGS = "orbax_weights", "length_proxy.json"
 
 
 def save(proxy: LengthProxy, directory: str | Path) -> None:
-    """Writes a directory that `load` reads; an earlier one's content is replaced."""
+    """Write a directory that `load` reads; an earlier proxy in it is replaced."""
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
@@ -31,7 +31,7 @@ def save(proxy: LengthProxy, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> LengthProxy:
-    """Reads what `save` wrote. Raises ValueError where the directory is no such proxy, or naming what does not fit."""
+    """Read a directory that `save` wrote; raise ValueError where it is none or its parts do not fit together."""
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
@@ -42,7 +42,7 @@ def load(directory: str | Path) -> LengthProxy:
         settings = json.loads(file.read_text())
         config = LengthProxyConfig(**settings["config"])
         class_lens, confusion = np.array(settings["class_lens"], int), np.array(settings["confusion"], int)
-    except (ValueError, TypeError, KeyError) as error:  # no JSON, a bad value; an unknown field; one that is missing
+    except (ValueError, TypeError, KeyError) as error:  # no JSON or a bad value; an unknown field; a missing one
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not class_lens.shape == confusion.shape[:1] == confusion.shape[1:] == (config.num_classes,):
         raise ValueError(f"{file}: class_lens or confusion is not of the {config.num_classes} classes that the config says")
@@ -64,6 +64,6 @@ def load(directory: str | Path) -> LengthProxy:
 
 
 def _flat(params: Any) -> dict[str, Any]:
-    """Tensors by path, such as `blocks.0.qkv.kernel`."""
+    """Collect tensors by path, such as `blocks.0.qkv.kernel`."""
     leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(params))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

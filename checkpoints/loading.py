@@ -1,4 +1,4 @@
-"""Finds out what a model argument is and reads it."""
+"""Checkpoints of any format, found by a model argument."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from chameleon_jax.checkpoints.checkpoint import Checkpoint
 
 
 def load_checkpoint(model: str) -> Checkpoint:
-    """Reads a GGUF file, an Orbax or Hugging Face directory, the packaged `smollm2-135m`, or a hub id.
+    """Read a base model.
+
+    Args:
+        model: a GGUF file, an Orbax or Hugging Face directory, the packaged `smollm2-135m`, or a hub id.
 
     Raises:
-        ValueError: it cannot be found or served; says why.
+        ValueError: the model cannot be found or served; says why.
     """
     path = Path(model)
     if model == "smollm2-135m" or path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"model is {model!r}; GGUF files need the package gguf, which is not installed (pip install gguf)")
-        from chameleon_jax.checkpoints import gguf  # here, because all other models load without the package
+        from chameleon_jax.checkpoints import gguf  # here, since other models load without the package
     if model == "smollm2-135m":
         return gguf.load(gguf.smollm2_path())
     if path.suffix == ".gguf":

@@ -1,4 +1,4 @@
-"""Converted base models in Orbax: weights as one flat tree of Hugging Face names, config and tokenizer beside it."""
+"""Base models in Orbax's format: weights as one flat tree of Hugging Face names, config and tokenizer beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _WEIGHTS = "orbax_weights"
 
 
 def is_checkpoint(directory: Path) -> bool:
+    """Whether the directory was written by `save`."""
     return (directory / _WEIGHTS).is_dir()
 
 
 def save(checkpoint: Checkpoint, directory: str | Path) -> None:
-    """Writes a directory that `load` reads; an earlier one's weights are replaced."""
+    """Write a directory that `load` reads; earlier weights in it are replaced."""
     import orbax.checkpoint as ocp
 
     directory = Path(directory).absolute()
@@ -32,7 +33,7 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Reads what `save` wrote. Raises ValueError where the directory is no such checkpoint, or not to be served."""
+    """Read a directory that `save` wrote; raise ValueError where it is none or cannot be served."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

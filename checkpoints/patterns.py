@@ -1,7 +1,7 @@
-"""What the patterns of an adapter's config match.
+"""Matching of the patterns in an adapter's config.
 
-A regular expression may take for ever or all memory, and nothing else runs in the interpreter meanwhile. An adapter's are a
-stranger's, so that all but plain names are matched by a process of their own, which can be given up.
+A regular expression may take for ever or all memory, and nothing else runs in the interpreter meanwhile. The patterns of an
+adapter come from a stranger, so all but plain names are matched in a separate process, which can be killed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 TIMEOUT_S = 5.0
-"""For all of an adapter's patterns together."""
+"""Seconds for all patterns of an adapter together."""
 
 _PLAIN = re.compile(r"[\w.^$-]*(\\\.[\w.^$-]*)*", re.ASCII)
-"""Names, perhaps with escaped dots: these neither repeat nor choose, so that matching is one comparison."""
+"""Names, perhaps with escaped dots. They have no repetition or alternative, so matching is one comparison."""
 
 _PROGRAM = """
 import contextlib, json, re, sys
@@ -37,13 +37,15 @@ json.dump(answers, sys.stdout)
 
 
 def matches(patterns: Sequence[str], names: Sequence[str], form: str) -> dict[str, frozenset[str]]:
-    """Which of the names each pattern matches.
+    """Find the names that each pattern matches.
 
     Args:
-        form: what a pattern stands in, as `%s`; all of it matches all of a name.
+        patterns: regular expressions.
+        names: names of modules.
+        form: regular expression around a pattern, which stands in it as `%s`. The whole form must match a whole name.
 
     Raises:
-        ValueError: one is no pattern, or they take too long.
+        ValueError: a pattern is invalid, or all together take too long or too much memory.
     """
     hard = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]
     found = {p: frozenset(n for n in names if re.fullmatch(form % p, n)) for p in patterns if p not in hard}
@@ -53,7 +55,7 @@ def matches(patterns: Sequence[str], names: Sequence[str], form: str) -> dict[st
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     try:
         answers = json.loads(subprocess.run(command, input=asked, capture_output=True, text=True, timeout=TIMEOUT_S).stdout)
-    except (subprocess.TimeoutExpired, ValueError) as error:  # the latter: it came to an end of its memory
+    except (subprocess.TimeoutExpired, ValueError) as error:  # ValueError: the process ran out of memory
         raise ValueError(f"the patterns take more than {TIMEOUT_S:g} s or too much memory to match: {_listed(hard)}") from error
     for pattern, answer in zip(hard, answers):
         if isinstance(answer, str):

@@ -20,7 +20,7 @@ from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS, LlamaConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
-"""What a file of weights may take beside the weights: safetensors' header with names and metadata."""
+"""Bytes allowed beside the weights in their file, for safetensors' header with names and metadata."""
 
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(model\.layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
@@ -29,25 +29,25 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(.*)")
 _PARENT = {t: "self_attn" if t in ATTENTION_TARGETS else "mlp" for t in TARGETS}
 
 Pair = dict[str, np.ndarray]
-"""A and B of a matrix, by these letters."""
+"""A and B of one matrix, keyed "A" and "B"."""
 
 
 def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
-    """Reads an adapter for a base model, its scale folded into B.
+    """Read an adapter for a base model, its scale folded into B.
 
     Raises:
-        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit. Nothing
-            else, however odd the files are: it is that adapter's fault alone.
+        AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit the base
+            model. No other error is raised, however odd the files are.
     """
     directory = Path(directory)
     try:
         settings = read_config(directory)
         tensors = _read_tensors(directory, config)
         _check_embeddings(tensors, config)
-        adapter = AdapterWeights(_scaled(settings, *_by_module(tensors)))
+        adapter = AdapterWeights(_scale(settings, *_group_by_module(tensors)))
     except AdapterError:
         raise
-    except Exception as error:  # of a library, of the file system, or for want of memory
+    except Exception as error:  # from a library or the file system, or out of memory
         raise AdapterError(f"{directory.name} cannot be read: {error!r}") from error
     try:
         adapter.check(config)
@@ -70,7 +70,7 @@ def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]
 
 
 def _check_embeddings(tensors: Mapping[str, np.ndarray], config: LlamaConfig) -> None:
-    """Raises AdapterError where an adapter has embeddings of its own or adapts them, as one of a resized vocabulary does."""
+    """Refuse an adapter that has embeddings of its own or adapts them, as one for a resized vocabulary does."""
     found = [(name, match[1], tensor.shape) for name, tensor in tensors.items() if (match := _EMBEDDING.search(name))]
     if not found:
         return
@@ -88,8 +88,8 @@ def _check_embeddings(tensors: Mapping[str, np.ndarray], config: LlamaConfig) ->
     )
 
 
-def _by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
-    """A and B of each layer and target, and the module's name. Raises AdapterError, naming a tensor that is neither."""
+def _group_by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
+    """Collect A and B, and the module's name, of each layer and target; refuse a tensor that is neither A nor B."""
     pairs: dict[tuple[int, str], Pair] = {}
     modules: dict[tuple[int, str], str] = {}
     for name, tensor in tensors.items():
@@ -104,10 +104,10 @@ def _by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int, str],
     return pairs, modules
 
 
-def _scaled(
+def _scale(
     settings: PeftConfig, pairs: Mapping[tuple[int, str], Pair], modules: Mapping[tuple[int, str], str]
 ) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """The matrices in float32, as the config says they are to be applied. Raises AdapterError where it does not fit them."""
+    """Convert the matrices to float32 with the config's scale in B; refuse matrices that do not fit the config."""
     names = list(modules.values())
     ranks, targeted = settings.ranks(names), settings.targeted(names)
     scales = settings.scales(ranks)
@@ -121,7 +121,7 @@ def _scaled(
             fields = ("target_modules", "exclude_modules", "layers_to_transform")
             given = ", ".join(f"{f} ({reprlib.repr(v)})" for f in fields if (v := getattr(settings, f)))
             raise AdapterError(f"{module} has weights, but by {given} it is not adapted")
-        with np.errstate(over="ignore"):  # `AdapterWeights.check` finds what is not finite
+        with np.errstate(over="ignore"):  # `AdapterWeights.check` finds values that are not finite
             a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
         rank = ranks[module]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
@@ -139,12 +139,17 @@ def save(
     base_model: str,
     dtype: Any = np.float32,
 ) -> None:
-    """Writes PEFT format that `peft` loads.
+    """Write an adapter that `peft` loads.
 
     Args:
+        directory: created where it does not exist.
         tensors: `(layer, target) -> (A [r, d_in], B [d_out, r])`, not scaled; all of one rank.
-        alpha: updates are scaled by alpha / r.
-        dtype: of the file.
+        alpha: numerator of the scale alpha / r.
+        base_model: name or path of the base model, for `peft`.
+        dtype: type of the tensors in the file.
+
+    Raises:
+        ValueError: the matrices differ in rank.
     """
     ranks = {a.shape[0] for a, _ in tensors.values()}
     if len(ranks) != 1:

@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA adapter in PEFT's format: read, and checked for what is served."""
+"""adapter_config.json of a LoRA adapter in PEFT's format, read and checked."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from chameleon_jax.memory.adapters import MAX_RANK
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ERROR_LEN = 800
-"""Characters of an error's text, which may quote names and values of the adapter's."""
+"""Most characters of an error's text, which may quote names and values from the adapter."""
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be served; the text says what and why."""
+    """An adapter cannot be served; the text names the part and the reason."""
 
     def __init__(self, text: str):
         super().__init__(text if len(text) <= MAX_ERROR_LEN else text[:MAX_ERROR_LEN] + "…")
@@ -36,7 +36,7 @@ _REFUSED = {
     "fan_in_fan_out": "the base model's matrices are not transposed",
     "layer_replication": "it changes the base model's layers",
     "target_parameters": "only linear layers are adapted",
-    "alora_invocation_tokens": "an activated LoRA changes only what follows certain tokens",
+    "alora_invocation_tokens": "an activated LoRA changes only the text behind certain tokens",
     "use_qalora": "its A works on pooled inputs",
     "use_bdlora": "its matrices are block-diagonal",
     "arrow_config": "it mixes several adapters",
@@ -48,7 +48,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of ini
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The fields that decide the weights' meaning. As for peft, null is a field's default, but for r and lora_alpha."""
+    """Fields that decide the meaning of the weights. As in peft, null means the default, except for r and lora_alpha."""
 
     r: int
     lora_alpha: float
@@ -61,7 +61,7 @@ class PeftConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PeftConfig:
-        """Raises AdapterError, naming the field, where the adapter is not a plain LoRA."""
+        """Check the fields; raise AdapterError, naming the field, where the adapter is not a plain LoRA."""
         kind = data.get("peft_type", "LORA")
         if str(kind).upper() != "LORA":
             raise _error("peft_type", kind, "LORA")
@@ -90,17 +90,23 @@ class PeftConfig:
         )
 
     def ranks(self, modules: Sequence[str]) -> dict[str, int]:
-        """Of each module. Raises AdapterError where a pattern is none, or takes too long."""
+        """Rank of each module; raise AdapterError where a pattern is invalid or takes too long."""
         rank_of = _first_match("rank_pattern", self.rank_pattern, self.r, modules)
         return {module: int(rank_of(module)) for module in modules}
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Of each module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732). Raises as `ranks`."""
+        """Scale of each module: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732).
+
+        Raises AdapterError as `ranks` does.
+        """
         alpha_of = _first_match("alpha_pattern", self.alpha_pattern, self.lora_alpha, list(ranks))
         return {m: float(alpha_of(m)) / (math.sqrt(r) if self.use_rslora else r) for m, r in ranks.items()}
 
     def targeted(self, modules: Sequence[str]) -> frozenset[str]:
-        """Those that target_modules names and exclude_modules does not, as peft matches them. Raises as `ranks`."""
+        """Modules that target_modules names and exclude_modules does not, as peft matches them.
+
+        Raises AdapterError as `ranks` does.
+        """
         wanted, excluded = self.target_modules, self.exclude_modules
         every = wanted is None or wanted == "all-linear"
         found = frozenset(modules) if every else _named("target_modules", wanted, modules)
@@ -108,7 +114,7 @@ class PeftConfig:
 
 
 def read_config(directory: Path) -> PeftConfig:
-    """Reads and checks adapter_config.json. Raises AdapterError."""
+    """Read and check adapter_config.json; raise AdapterError where it is missing, broken or not served."""
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise AdapterError(f"{directory.name} has no {CONFIG_FILE}")
@@ -171,7 +177,7 @@ def _named(field: str, wanted: str | Sequence[str] | None, modules: Sequence[str
 
 
 def _first_match(field: str, values: Mapping[str, Any], default: Any, modules: Sequence[str]) -> Callable[[str], Any]:
-    """The value of the first pattern that matches a module. peft's rule: from a dot of its name to the end."""
+    """Make a function that finds the value of the first pattern that matches a module, from a dot of its name to the end."""
     found = _matches(field, list(values), modules, r"(.*\.)?(%s)$")
     return lambda module: next((value for pattern, value in values.items() if module in found[pattern]), default)
 

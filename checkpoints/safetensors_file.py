@@ -1,4 +1,4 @@
-"""Tensors of safetensors files by the dtypes that the format names; NumPy alone knows neither bfloat16 nor float8."""
+"""Tensors of safetensors files, in bfloat16 and float8 too, which NumPy alone does not know."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FLOAT8: dict[str, Any] = {
 
 
 def read_file(file: Path, max_bytes: int) -> dict[str, np.ndarray]:
-    """Reads all tensors at once, float8 too; the file may change or vanish afterwards.
+    """Read all tensors at once, float8 too; the file may change or vanish afterwards.
 
-    It is not mapped: a file that is cut while it is mapped ends the process.
+    The file is not mapped: truncating a mapped file kills the process.
 
     Raises:
-        ValueError: it is too large, not safetensors, or has a tensor that is no floating-point number.
-        OSError: it cannot be read.
+        ValueError: the file is larger than `max_bytes`, not safetensors, or has a tensor not of floating-point numbers.
+        OSError: the file cannot be read.
     """
     if (size := file.stat().st_size) > max_bytes:
         raise ValueError(f"it has {size} bytes; allowed: {max_bytes}")
@@ -44,7 +44,7 @@ class SafetensorsMapping(Mapping[str, np.ndarray]):
     """Tensors of several files, each read when it is asked for.
 
     Raises:
-        ValueError: a file cannot be read, two files have one tensor, or a tensor is not of `FLOATS`.
+        ValueError: a file cannot be read, two files have the same tensor, or the dtype of a tensor is not in `FLOATS`.
     """
 
     def __init__(self, files: list[Path]):
@@ -63,7 +63,8 @@ class SafetensorsMapping(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         handle = self._handles[self._files[name]]
         _check_dtype(name, handle.get_slice(name).get_dtype(), FLOATS)
-        return handle.get_tensor(name)
+        tensor: np.ndarray = handle.get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

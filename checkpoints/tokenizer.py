@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library."""
+"""Text to token ids and back, with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ class Tokenizer:
     """A tokenizer with its special ids and chat template.
 
     Args:
-        settings: what `tokenizer_config.json` says (bos_token, eos_token, chat_template, ...).
+        backend: tokenizer of the library.
+        settings: content of `tokenizer_config.json` (bos_token, eos_token, chat_template, ...).
+        eos_token_ids: ids that end a sequence, beside the eos_token of the settings.
         template_place: file or field of the chat template, for errors.
 
     Attributes:
         token_bytes: bytes that each token adds to a text.
+        eos_token_ids: ids that end a sequence.
+        vocab_size: ids of the tokenizer, added tokens among them.
+        longest_token: most characters of a text that one token stands for, not counting those that normalisation removes.
     """
 
     def __init__(
@@ -41,15 +46,17 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
-        """Characters of a text that one token may stand for, at most: what normalisation takes away not counted."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's own special tokens around it unless told otherwise."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids, without special tokens unless told otherwise."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> DetokenizerStream:
+        """Make a stream that turns the tokens behind a prompt into text, one at a time."""
         return DetokenizerStream(self.token_bytes, skip_special_tokens, prompt_token_ids)
 
     def apply_chat_template(
@@ -60,11 +67,13 @@ class Tokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as the text the model was trained on.
+        """Render a conversation as the text the model was trained on.
 
         Args:
-            continue_final_message: Ends the text where the last message's text ends.
-            variables: More variables of the template.
+            messages: messages of the conversation, each with a role and content.
+            add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: end where the last message's text ends.
+            variables: further variables of the template.
 
         Raises:
             ValueError: the tokenizer has no template, or the template refuses the messages.
@@ -73,7 +82,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer | None:
-        """Reads `tokenizer.json`, `tokenizer_config.json` and the chat template; None where there is no tokenizer.
+        """Read `tokenizer.json`, `tokenizer_config.json` and the chat template; None where there is no tokenizer.
 
         Raises:
             ValueError: one of the files is broken; names it.
@@ -82,19 +91,19 @@ class Tokenizer:
         if not file.is_file():
             return None
         settings = read_json(directory / "tokenizer_config.json", missing_ok=True)
-        if "added_tokens_decoder" not in settings:  # older checkpoints have their special tokens in a file of their own
+        if "added_tokens_decoder" not in settings:  # older checkpoints keep their special tokens in another file
             settings |= read_json(directory / "special_tokens_map.json", missing_ok=True)
         settings["chat_template"], place = read_chat_template(directory, settings)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} cannot be read: {error}") from error
-        backend.no_truncation()  # training scripts leave both in the file, and prompts would be cut off without a word
+        backend.no_truncation()  # training scripts leave both in the file, which would cut prompts silently
         backend.no_padding()
         return cls(backend, settings, eos_token_ids, place)
 
     def save(self, directory: Path) -> None:
-        """Writes what `from_directory` and transformers' AutoTokenizer read."""
+        """Write the files that `from_directory` and transformers' AutoTokenizer read."""
         self.backend.save(str(directory / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

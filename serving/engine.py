@@ -34,7 +34,7 @@ from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
-from chameleon_jax.serving.proxy_predictor import ProxyPredictor
+from chameleon_jax.serving.proxy_predictor import ProxyCounters, ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
@@ -184,6 +184,11 @@ class LLMEngine:
         """End background threads and remove temporary files."""
         self.store.close()
         self._close_predictor()
+
+    @property
+    def proxy_counters(self) -> ProxyCounters | None:
+        """Copy of the length proxy's counters; None without a proxy."""
+        return dataclasses.replace(self._predictor.counters) if isinstance(self._predictor, ProxyPredictor) else None
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

@@ -1,45 +1,32 @@
-"""What an engine says of itself: one value, taken between two steps."""
+"""Snapshot of an engine's state, taken between two steps."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from chameleon_jax.loop import LoopCounters
+from chameleon_jax.memory.adapter_cache import CacheCounters, CacheEntry
 from chameleon_jax.memory.page_pool import PoolUsage
-from chameleon_jax.request import RequestState
-from chameleon_jax.scheduler.multilevel import MultiLevelQueue
+from chameleon_jax.request import Request, RequestState
+from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
 from chameleon_jax.serving.engine import LLMEngine
-
-
-@dataclasses.dataclass(frozen=True)
-class QueueStats:
-    """One queue of the scheduler. Systems with one queue have no quotas.
-
-    Attributes:
-        name: "0" is that of the smallest requests.
-        waiting: requests.
-        quota_pages: pages that its requests may hold; None: no quota.
-        free_pages: what is left of it, negative while it owes.
-    """
-
-    name: str
-    waiting: int
-    quota_pages: int | None = None
-    free_pages: int | None = None
+from chameleon_jax.serving.proxy_predictor import ProxyCounters
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterStats:
-    """One adapter that is known.
+    """One registered adapter.
 
     Attributes:
-        names: what it is called; none once it was unloaded and requests still use it.
+        names: Its names; none once they were unloaded while requests still use it.
         tier: "host", "loading" or "resident".
-        num_bytes, num_pages: what it takes in the pool while it is there.
-        references: running requests that use it.
-        waiting: requests that wait with it, or run.
-        uses: requests that ran with it so far.
-        loads: times it was brought into the pool.
-        idle_s: seconds since a request used it, or since it was added.
+        num_bytes: Bytes of the pool that it takes while it is there.
+        num_pages: Pages of the pool that it takes while it is there.
+        references: Running requests that use it.
+        waiting: Waiting requests that came with it.
+        uses: Requests that ran with it so far.
+        loads: Times that it was brought into the pool.
+        idle_s: Seconds since a request used it, or since it was added.
     """
 
     names: tuple[str, ...]
@@ -55,15 +42,40 @@ class AdapterStats:
     loads: int
     idle_s: float
 
+    @classmethod
+    def of(cls, entry: CacheEntry, names: list[str], now: float) -> AdapterStats:
+        """Take the state of one adapter.
+
+        Args:
+            entry: Its entry in the cache.
+            names: Its names.
+            now: Seconds of the engine's clock.
+        """
+        info = entry.info
+        return cls(
+            names=tuple(names),
+            content_hash=info.content_hash,
+            rank=info.rank,
+            tier=entry.tier.value,
+            num_bytes=info.num_bytes,
+            num_pages=info.num_pages,
+            references=entry.references,
+            waiting=entry.requests - entry.references,
+            pinned=entry.pinned,
+            uses=entry.use.uses,
+            loads=entry.loads,
+            idle_s=now - entry.use.last_used,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class RequestStats:
     """One unfinished request.
 
     Attributes:
-        adapter: the name it came with; None: the base model.
+        adapter: Adapter's name in the request; None for the base model.
         state: "waiting" or "running".
-        age_s: seconds since it arrived.
+        age_s: Seconds since it arrived.
     """
 
     request_id: str
@@ -73,20 +85,32 @@ class RequestStats:
     output_tokens: int
     age_s: float
 
+    @classmethod
+    def of(cls, request: Request, now: float) -> RequestStats:
+        """Take the state of one request at `now`, seconds of the engine's clock."""
+        prompt, output = len(request.prompt_token_ids), len(request.output_token_ids)
+        age = now - request.arrival_time
+        return cls(request.request_id, request.adapter_name, request.state.value, prompt, output, age)
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Sizes now; counts since the start.
+    """State of an engine now, and its counters since the start.
 
     Attributes:
-        pool: pages of the device pool by owner.
-        page_tokens, page_bytes: of one page, over all layers.
-        host_bytes: packed adapters in host memory.
-        spills: adapters that left host memory for disk.
-        prefetches: loads that were begun ahead of a request's turn; cancelled_loads: those given up as nobody waited any more.
-        memory_squashes, bypass_squashes: requests that were made to wait again, for memory or since they had passed another.
-        bypasses: requests that passed the head of their queue.
-        faults: failures of the device that were outlived.
+        running: Number of running requests.
+        waiting: Number of waiting requests.
+        queues: Waiting queues of the scheduler.
+        requests: Unfinished requests, running ones first.
+        pool: Pages of the device pool by owner.
+        page_tokens: Tokens of a page.
+        page_bytes: Bytes of a page, over all layers.
+        host_bytes: Bytes of packed adapters in host memory.
+        spills: Adapters that left host memory for disk.
+        loop: Counters of the serving loop.
+        cache: Counters of the adapter cache.
+        scheduler: Counters of the scheduler.
+        length_proxy: Counters of the length proxy; None where the engine has none.
     """
 
     system: str
@@ -100,92 +124,32 @@ class EngineStats:
     page_bytes: int
     host_bytes: int
     spills: int
-    steps: int
-    prompt_tokens: int
-    generation_tokens: int
-    finished: int
-    hits: int
-    misses: int
-    evictions: int
-    loads: int
-    load_seconds: float
-    load_bytes: int
-    prefetches: int
-    cancelled_loads: int
-    memory_squashes: int
-    bypass_squashes: int
-    bypasses: int
-    faults: int
+    loop: LoopCounters
+    cache: CacheCounters
+    scheduler: SchedulerCounters
+    length_proxy: ProxyCounters | None
 
 
 def take_stats(engine: LLMEngine) -> EngineStats:
-    """For the thread that owns the engine."""
+    """Take a snapshot, on the thread that owns the engine."""
     loop, now = engine.loop, engine.clock()
-    scheduler, cache = loop.scheduler, loop.cache
-    order = scheduler.order
-    if isinstance(order, MultiLevelQueue):
-        queues = tuple(
-            QueueStats(str(i), len(level.waiting), level.quota, level.remaining) for i, level in enumerate(order.levels)
-        )
-        bypasses = order.num_bypasses
-    else:
-        queues, bypasses = (QueueStats("0", scheduler.num_waiting),), 0
     system = engine.config.system
-    names = engine.adapters.names_by_hash()
+    names = loop.adapters.names_by_hash()
+    unfinished = sorted(loop.unfinished, key=lambda request: request.state is not RequestState.RUNNING)
     return EngineStats(
         system=system if isinstance(system, str) else "custom",
-        running=len(scheduler.running),
-        waiting=scheduler.num_waiting,
-        queues=queues,
-        requests=tuple(
-            RequestStats(
-                r.request_id,
-                r.adapter_name,
-                r.state.value,
-                len(r.prompt_token_ids),
-                len(r.output_token_ids),
-                now - r.arrival_time,
-            )
-            for state in (RequestState.RUNNING, RequestState.WAITING)
-            for r in loop.unfinished
-            if r.state is state
-        ),
-        adapters=tuple(
-            AdapterStats(
-                names=tuple(names.get(e.info.content_hash, ())),
-                content_hash=e.info.content_hash,
-                rank=e.info.rank,
-                tier=e.tier.value,
-                num_bytes=e.info.num_bytes,
-                num_pages=e.info.num_pages,
-                references=e.references,
-                waiting=e.requests - e.references,
-                pinned=e.pinned,
-                uses=e.use.uses,
-                loads=e.loads,
-                idle_s=now - e.use.last_used,
-            )
-            for e in cache.entries()
-        ),
+        running=len(loop.scheduler.running),
+        waiting=loop.scheduler.num_waiting,
+        queues=tuple(loop.scheduler.policy.queues()),
+        requests=tuple(RequestStats.of(request, now) for request in unfinished),
+        adapters=tuple(AdapterStats.of(e, names.get(e.info.content_hash, []), now) for e in loop.cache.entries()),
         pool=loop.pool.usage(),
         page_tokens=engine.layout.page_tokens,
         page_bytes=engine.layout.page_bytes(engine.dtype.itemsize),
         host_bytes=engine.store.bytes_in_memory,
         spills=engine.store.num_spills,
-        steps=loop.counters.steps,
-        prompt_tokens=loop.counters.prefill_tokens,
-        generation_tokens=loop.counters.generation_tokens,
-        finished=loop.counters.finished,
-        hits=cache.counters.hits,
-        misses=cache.counters.misses,
-        evictions=cache.counters.evictions,
-        loads=cache.counters.loads,
-        load_seconds=cache.counters.load_seconds,
-        load_bytes=cache.counters.bytes_sent,
-        prefetches=scheduler.num_prefetches,
-        cancelled_loads=scheduler.num_cancelled_loads,
-        memory_squashes=scheduler.counters.memory_squashes,
-        bypass_squashes=scheduler.counters.bypass_squashes,
-        bypasses=bypasses,
-        faults=loop.counters.faults,
+        loop=dataclasses.replace(loop.counters),
+        cache=dataclasses.replace(loop.cache.counters),
+        scheduler=dataclasses.replace(loop.scheduler.counters),
+        length_proxy=engine.proxy_counters,
     )

@@ -71,9 +71,9 @@ async def soak(llm: AsyncLLM, adapter_dir: Path, jobs: Jobs, plan: Soak) -> dict
     return {
         **seen,
         "drained": drained,
-        "faults": stats.faults,
-        "loads": stats.loads,
-        "evictions": stats.evictions,
+        "faults": stats.loop.faults,
+        "loads": stats.cache.loads,
+        "evictions": stats.cache.evictions,
         "held_before": dataclasses.asdict(before),
         "held_after": dataclasses.asdict(after),
         "milliseconds": times.summary(),

@@ -1,4 +1,4 @@
-"""Which idle adapter leaves the pool first: policies give scores, the lowest leaves."""
+"""Eviction policies: each scores idle adapters, and the one with the lowest score leaves the pool first."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from chameleon_jax.checks import require
+
 WINDOW_S = 300.0
 """Seconds over which uses are counted and recency falls from 1 to 0: the paper's T_refresh."""
 HALF_LIFE_S = 120.0
-"""Seconds in which an adapter's use loses half its weight in `AdapterUse.rate`."""
+"""Seconds in which a use loses half its weight in `AdapterUse.rate`."""
 LOAD_LATENCY_S, LINK_BYTES_PER_S = 2e-3, 12e9
-"""What a reload is assumed to cost: only the ratio of the two matters, as scores are compared with one another."""
+"""Assumed cost of a reload. Only the ratio of the two matters, since scores are compared with one another."""
 
 
 @dataclasses.dataclass
 class AdapterUse:
-    """What a policy may look at.
+    """Size and uses of one adapter, from which policies compute scores.
 
     Attributes:
-        num_pages: pages it takes.
-        num_bytes: bytes a load moves.
-        last_used: seconds of the loop's clock.
-        uses: how often a request took it since it became known.
-        priority: what the policy remembers about it.
+        num_pages: pages of the adapter.
+        num_bytes: bytes that a load moves.
+        last_used: seconds of the loop's clock at the last use, or when the adapter was added.
+        uses: requests that started with the adapter.
+        priority: memory of the policy.
     """
 
     num_pages: int
@@ -40,23 +42,29 @@ class AdapterUse:
 
     @property
     def load_seconds(self) -> float:
+        """Assumed seconds of a load."""
         return LOAD_LATENCY_S + self.num_bytes / LINK_BYTES_PER_S
 
     def use(self, now: float) -> None:
+        """Count a request that starts with the adapter."""
         self._roll(now)
         self._window_uses += 1
         self._decayed = self.rate(now) * HALF_LIFE_S / math.log(2) + 1
         self.uses, self.last_used, self._decayed_at = self.uses + 1, now, now
 
     def frequency(self, now: float) -> float:
-        """Uses in the last WINDOW_S; the part of the window before the current one counts in proportion."""
+        """Count the uses of the last WINDOW_S seconds.
+
+        Windows are fixed; uses of the one before the current one count in proportion to its part of the last WINDOW_S seconds.
+        """
         self._roll(now)
         share = 1 - (now - self._window_start) / WINDOW_S
         return self._window_uses + self._previous_uses * share
 
     def rate(self, now: float) -> float:
-        """Uses a second, decayed."""
-        return self._decayed * 0.5 ** ((now - self._decayed_at) / HALF_LIFE_S) * math.log(2) / HALF_LIFE_S
+        """Estimate the uses a second, older ones counting less."""
+        decay: float = 0.5 ** ((now - self._decayed_at) / HALF_LIFE_S)
+        return self._decayed * decay * math.log(2) / HALF_LIFE_S
 
     def _roll(self, now: float) -> None:
         passed = int((now - self._window_start) // WINDOW_S)
@@ -70,16 +78,18 @@ class Policy(Protocol):
     """Scores idle adapters against one another."""
 
     def used(self, use: AdapterUse, now: float) -> None:
-        """A request took the adapter."""
+        """Learn that a request started with the adapter."""
 
     def scores(self, uses: Sequence[AdapterUse], now: float) -> list[float]:
-        """One score each; the lowest leaves first."""
+        """Return one score for each adapter; the lowest leaves first."""
 
     def evicted(self, score: float) -> None:
-        """The adapter of that score left."""
+        """Learn that the adapter with this score left."""
 
 
 class _Stateless:
+    """Base of policies that learn nothing."""
+
     def used(self, use: AdapterUse, now: float) -> None:
         pass
 
@@ -96,9 +106,14 @@ class Lru(_Stateless):
 
 @dataclasses.dataclass(frozen=True)
 class Compound(_Stateless):
-    """Chameleon's score, weights of frequency + recency + size, each term in [0, 1] (paper, section 4.1; normalisation ours).
+    """Chameleon's score: a weighted sum of frequency, recency and size (paper, section 4.1).
 
-    Small adapters leave first, since large ones cost more to bring back.
+    Each term is in [0, 1]; the normalisation is ours. Small adapters leave first, since large ones cost more to bring back.
+
+    Attributes:
+        frequency: weight of the uses in the last WINDOW_S seconds, relative to the most used adapter's.
+        recency: weight of the last use, which falls from 1 to 0 over WINDOW_S seconds.
+        size: weight of the pages, relative to the largest adapter's.
     """
 
     frequency: float = 0.45
@@ -134,11 +149,11 @@ class Gdsf:
 
 
 class CostAware:
-    """Seconds of reloading that keeping an adapter is expected to save, per second and page: rate x load time / pages.
+    """Seconds of reloading that keeping an adapter should save, per second and page: rate x load time / pages.
 
-    Multiplies what Chameleon adds (as ELORA and FASTLIBRA do): a large adapter that nobody asks for is worth nothing. All rates
-    decay alike, so their order does not change between uses: the score is the logarithm of the value at the last use, moved
-    by the time that has passed until then, and is taken once a use.
+    Chameleon adds these terms; here they are multiplied (as ELORA and FASTLIBRA do), so a large adapter without uses is worth
+    nothing. All rates decay alike, so their order does not change between uses. The score is therefore computed once a use: the
+    logarithm of the value at that time, plus the half-lives that had passed by then.
     """
 
     NEVER_USED = -1e9
@@ -154,9 +169,8 @@ class CostAware:
 
 
 def make_policy(name: str) -> Policy:
-    """Raises ValueError for a name that is none of POLICIES."""
-    if name not in POLICIES:
-        raise ValueError(f"eviction is {name!r}; allowed: {', '.join(POLICIES)}")
+    """Make the policy of a name; raise ValueError for a name outside POLICIES."""
+    require(name in POLICIES, "eviction", name, ", ".join(POLICIES))
     return POLICIES[name]()
 
 
@@ -167,4 +181,4 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "gdsf": Gdsf,
     "cost-aware": CostAware,
 }
-"""Constructors by name."""
+"""Constructors of the policies by name."""

@@ -1,4 +1,4 @@
-"""What runs in the next step."""
+"""Plans of steps: which requests run next, and which adapters load for them."""
 
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
 from chameleon_jax.scheduler.scheduler import Scheduler

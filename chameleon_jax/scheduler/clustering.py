@@ -1,4 +1,4 @@
-"""Where one queue ends and the next begins: clusters of request sizes (paper, section 4.2)."""
+"""Clusters of request sizes, which set where one queue ends and the next begins (paper, section 4.2)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from scipy.cluster import vq
 
 MAX_LEVELS = 4
 ELBOW_SHARE = 0.05
-"""One more cluster must take away that share of the sizes' total variation to be worth having."""
+"""Share of the sizes' total variation that one more cluster must remove."""
 
 
 def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list[float]:
-    """Sizes at which levels part, ascending: midpoints between the centroids of K-means, at most `max_levels` - 1.
+    """Sizes at which levels part: midpoints between the centroids of K-means, at most `max_levels` - 1, ascending.
 
     K is chosen by an elbow rule. (The paper takes the K of least within-cluster variation, which is always the largest.)
     """
@@ -23,7 +23,7 @@ def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list
     centroids = [np.array([values.mean()])]
     for k in range(2, max_levels + 1):
         start = np.unique(np.quantile(values, (np.arange(k) + 0.5) / k))
-        if len(start) < k:  # most are equal
+        if len(start) < k:  # most sizes are equal
             start = np.linspace(values.min(), values.max(), k)
         centroids.append(np.sort(vq.kmeans(values, start)[0]))
     variation = [_variation(values, c) for c in centroids]
@@ -32,7 +32,7 @@ def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list
         if variation[k - 1] - variation[k] < ELBOW_SHARE * variation[0]:
             break
         best = centroids[k]
-    return ((best[1:] + best[:-1]) / 2).tolist()
+    return [float(bound) for bound in (best[1:] + best[:-1]) / 2]
 
 
 def equal_bounds(sizes: Sequence[float], levels: int = MAX_LEVELS) -> list[float]:
@@ -46,7 +46,7 @@ def _variation(values: np.ndarray, centroids: np.ndarray) -> float:
 
 
 def distributions_differ(before: Sequence[float], now: Sequence[float], critical: float = 1.95) -> bool:
-    """Two-sample Kolmogorov-Smirnov test; `critical` 1.95 is a chance of 0.001 to call equal ones different."""
+    """Two-sample Kolmogorov-Smirnov test; with `critical` 1.95, equal distributions differ with a probability of 0.001."""
     if not before or not now:
         return bool(before) != bool(now)
     a, b = np.sort(before), np.sort(now)

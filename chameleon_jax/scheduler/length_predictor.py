@@ -1,4 +1,4 @@
-"""How many tokens a request will answer with. Nobody knows; the scheduler needs a number."""
+"""Predictions of output lengths, which the scheduler needs before it can know them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from chameleon_jax.checks import require
 from chameleon_jax.request import Request
 
 CLASS_CUTS = (141, 503)
-"""Output tokens at which the paper's proxy predictor parts short, medium and long answers (three classes)."""
+"""Output tokens that part the short, medium and long class of the paper's proxy predictor."""
 
 
 class LengthPredictor(Protocol):
+    """Predicts output lengths. No method may block."""
+
     def predict(self, request: Request) -> int:
-        """Output tokens that a new request is expected to take, 1 to max_tokens. Called once, when it is submitted; must not
-        block."""
+        """Predict the output tokens of a new request, 1 to max_tokens. Called once, when it is submitted."""
 
     def updates(self) -> list[tuple[Request, int]]:
-        """Later, better predictions for requests passed to `predict`, each at most once. Polled each step; must not block."""
+        """Return later, better predictions for requests passed to `predict`, each at most once. Called each step."""
 
     def observe(self, request: Request) -> None:
-        """The request ended with len(request.output_token_ids) output tokens."""
+        """Learn from a request that ended with len(request.output_token_ids) output tokens."""
 
     def forget(self, content_hash: str) -> None:
-        """An adapter is not known any more."""
+        """Drop the history of an adapter."""
 
 
 def _clip(tokens: float, request: Request) -> int:
@@ -32,7 +34,7 @@ def _clip(tokens: float, request: Request) -> int:
 
 
 class _Immediate:
-    """A predictor that has nothing to add later."""
+    """Base of predictors that neither learn nor update a prediction."""
 
     def updates(self) -> list[tuple[Request, int]]:
         return []
@@ -45,7 +47,7 @@ class _Immediate:
 
 
 class _DecayingHistogram:
-    """Output lengths on a logarithmic scale; each new one makes the others count `DECAY` times as much."""
+    """Output lengths on a logarithmic scale; each new one multiplies the weight of the others by `DECAY`."""
 
     BINS_PER_DOUBLING = 4
     DECAY = 0.97
@@ -67,26 +69,26 @@ class _DecayingHistogram:
         return (doublings * self.BINS_PER_DOUBLING) + ((tokens - (1 << doublings)) * self.BINS_PER_DOUBLING >> doublings)
 
     def quantile(self, share: float) -> float:
-        """Upper edge of the bin in which the quantile lies."""
+        """Upper edge of the bin that holds the quantile, in tokens."""
         left = share * self.total
         for bin in sorted(self._weights):
             left -= self._weights[bin]
             if left <= 0:
                 break
         doublings, part = divmod(bin + 1, self.BINS_PER_DOUBLING)
-        return (1 + part / self.BINS_PER_DOUBLING) * 2**doublings
+        return (1 + part / self.BINS_PER_DOUBLING) * float(1 << doublings)
 
 
 class HistoryPredictor(_Immediate):
-    """A quantile of what the same adapter's requests took, the recent ones counting most.
+    """Predicts a quantile of the output lengths of the same adapter's requests, the recent ones counting most.
 
     Args:
-        prior: output tokens where nothing was seen yet.
-        share: the quantile, in (0, 1). The higher, the more requests end within what they reserved, and the more they reserve.
+        prior: output tokens predicted before any request has ended.
+        share: the quantile, in (0, 1). A higher one lets more requests end within the pages they reserved, but reserves more.
     """
 
     ENOUGH = 4.0
-    """Weight of observations below which all adapters' history is asked instead."""
+    """Weight of an adapter's observations below which the history of all adapters is used instead."""
 
     def __init__(self, prior: int, share: float = 0.6):
         self._prior = prior
@@ -110,11 +112,11 @@ class HistoryPredictor(_Immediate):
 
 
 TrueLength = Callable[[Request], int]
-"""What an experiment knows and a server does not: the tokens a request will answer with."""
+"""Output tokens that a request will have, known to an experiment and not to a server."""
 
 
 class OraclePredictor(_Immediate):
-    """For experiments: the truth."""
+    """Predicts the true length, for experiments."""
 
     def __init__(self, true_length: TrueLength):
         self._true_length = true_length
@@ -124,13 +126,16 @@ class OraclePredictor(_Immediate):
 
 
 class ConfusionPredictor(_Immediate):
-    """For experiments: names the right length class with probability `accuracy` and otherwise one beside it, and predicts what
-    is typical of the class.
+    """Predicts the length typical of a length class that is right with a given probability, for experiments.
+
+    A wrong class is one beside the right one.
 
     Args:
+        true_length: the truth.
+        accuracy: probability of the right class, 0 to 1.
         cuts: output tokens between classes, ascending.
         typical: predicted tokens of each class, one more than there are cuts.
-        accuracy: 0 to 1.
+        seed: seed of the errors.
     """
 
     def __init__(
@@ -141,8 +146,7 @@ class ConfusionPredictor(_Immediate):
         typical: Sequence[float] = (70, 270, 640),
         seed: int = 0,
     ):
-        if not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy is {accuracy}; allowed: 0 to 1")
+        require(0 <= accuracy <= 1, "accuracy", accuracy, "0 to 1")
         if len(typical) != len(cuts) + 1:
             raise ValueError(f"typical has {len(typical)} lengths; allowed: {len(cuts) + 1}, one a class")
         self._true_length = true_length

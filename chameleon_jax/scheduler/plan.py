@@ -1,4 +1,4 @@
-"""A plan is a value before it is a deed: what one step computes and which adapters start to load."""
+"""The plan of one step: computation, and adapters that start to load. A value before anything is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from chameleon_jax.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """`num_tokens` known tokens of a request from position `start`; the last chunk samples the next token."""
+    """Consecutive known tokens of one request, computed in one step.
+
+    Attributes:
+        request: the request.
+        start: position of the first token.
+        num_tokens: tokens of the chunk.
+        samples: whether it is the prompt's last chunk, after which the next token is sampled.
+    """
 
     request: Request
     start: int
@@ -21,13 +28,15 @@ class PrefillChunk:
 
 @dataclasses.dataclass
 class StepPlan:
-    """One step.
+    """Plan of one step.
 
     Attributes:
-        loads: `(content hash, pages)` of adapters whose transfer starts now.
-        cancels: content hashes of adapters whose transfer is given up, before the loads start.
-        features: what `step_cost.StepCost` learns from; None where nothing is to be learnt.
-        awaited: content hashes of adapters that have to be there before the step may run.
+        prefills: chunks of prompts.
+        decodes: requests that compute their next token.
+        loads: `(content hash, pages)` of adapters that start to load.
+        cancels: content hashes of adapters whose load is given up, before the loads start.
+        awaited: content hashes of adapters that must be resident before the step may run.
+        features: input of `step_cost.StepCost`; None where steps are not timed.
     """
 
     prefills: list[PrefillChunk] = dataclasses.field(default_factory=list)

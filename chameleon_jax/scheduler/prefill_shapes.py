@@ -1,4 +1,4 @@
-"""The sizes in which a device prefills."""
+"""Sizes in which a device prefills."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 PREFILL_TILE = 32
-"""Tokens of one sequence that a device handles as a unit in prefill, unless it says otherwise."""
+"""Tokens of one sequence that a device handles as a unit in prefill, unless it names another number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShapes:
-    """Tiles, and the numbers of them for which there are programs.
+    """Tile of a device, and the numbers of tiles for which it has programs.
 
     Attributes:
         tile: tokens of one sequence that the device handles as a unit.
@@ -22,24 +22,27 @@ class PrefillShapes:
     sizes: tuple[int, ...] = ()
 
     def tiles(self, tokens: int) -> int:
-        """Tiles that so many tokens of one sequence take."""
+        """Tiles that a number of tokens of one sequence takes."""
         return -(-tokens // self.tile)
 
     def padded(self, tokens: int) -> int:
-        """Tokens that are computed for so many of one sequence, the step's padding not counted."""
+        """Tokens computed for a number of tokens of one sequence, the step's padding not counted."""
         return self.tiles(tokens) * self.tile if self.sizes else tokens
 
     def step_tokens(self, chunks: Sequence[int]) -> int:
-        """Tokens that are computed in a step of such chunks, padding included."""
+        """Tokens computed in a step with chunks of these lengths, padding included."""
         if not self.sizes:
             return sum(chunks)
         return self._padded_size(sum(map(self.tiles, chunks))) * self.tile
 
     def size(self, tiles: int, pass_tokens: float) -> int:
-        """The size of a step, in tiles, for which so many wait: the next one, or the one below, which needs no padding, where
-        padding costs more than a further step for the rest. (The rest may need several; one is counted.)
+        """Choose the size of a step, in tiles.
+
+        The next larger size, or the next smaller one, which needs no padding, where padding costs more than a further step for
+        the rest. (The rest may need several steps; one is counted.)
 
         Args:
+            tiles: tiles that wait to be computed.
             pass_tokens: fixed cost of a step's prefill, in prompt tokens.
         """
         padded = self._padded_size(tiles)
@@ -52,4 +55,4 @@ class PrefillShapes:
 
 
 ANY_SIZE = PrefillShapes()
-"""Shapes of a device that computes just the tokens that it is given."""
+"""Shapes of a device that computes exactly the tokens it is given."""

@@ -1,4 +1,4 @@
-"""How much of the pool each queue may hold (paper, section 4.2: every queue is an M/M/1 server)."""
+"""Shares of the pool that the queues may hold (paper, section 4.2: every queue is an M/M/1 server)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class LevelLoad:
-    """What is known of one queue.
+    """Observed traffic of one queue.
 
     Attributes:
-        largest: pages of its largest request (tokens and adapter).
-        mean: pages of its mean request.
-        duration: mean seconds a request runs.
+        largest: pages of its largest request, tokens and adapter.
+        mean: pages of its mean request, tokens and adapter.
+        duration: mean seconds that a request runs.
         rate: arrivals a second.
     """
 
@@ -26,15 +26,20 @@ class LevelLoad:
 def least_quota(load: LevelLoad, slo: float) -> float:
     """Tok_min = S D (1 / SLO + lambda), in pages; at least the largest request, which could not run otherwise (ours).
 
-    In an M/M/1 queue a response time of SLO needs a service rate of 1 / SLO + lambda; a quota of S x D serves one a second.
+    In an M/M/1 queue a response time of SLO seconds needs a service rate of 1 / SLO + lambda. A quota of S x D serves one
+    request a second.
     """
     return max(load.largest * load.duration * (1 / slo + load.rate), load.largest)
 
 
 def share_quotas(loads: Sequence[LevelLoad], total: int, slo: float) -> tuple[list[int], bool]:
-    """Pages of each queue, `total` together, and whether the minima had to be scaled down to fit.
+    """Divide `total` pages among the queues.
 
-    What the minima leave is shared by demand, rate x mean pages x duration (the paper says by the queues' weights, undefined).
+    Pages beyond the least quotas are shared by demand, rate x mean pages x duration. (The paper shares them by the queues'
+    weights, which it does not define.)
+
+    Returns:
+        The pages of each queue, and whether the least quotas exceeded the total and were scaled down.
     """
     least = [least_quota(load, slo) for load in loads]
     scaled = sum(least) > total

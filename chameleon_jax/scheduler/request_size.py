@@ -1,20 +1,54 @@
-"""How big a request is to the queues (paper, section 4.2)."""
+"""Size of a request: in pages of the pool, and as the queues compare it (paper, section 4.2)."""
 
 from __future__ import annotations
 
+from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.request import Request
 
 INPUT_WEIGHT, OUTPUT_WEIGHT = 0.4, 0.6
 
 
+class PageNeeds:
+    """Pages that a request takes from the pool.
+
+    Args:
+        cache: every adapter that a request may name.
+        page_tokens: tokens of a page.
+        reserve_max_tokens: reserve for max_tokens output tokens instead of the predicted number.
+    """
+
+    def __init__(self, cache: AdapterCache, page_tokens: int, reserve_max_tokens: bool = False):
+        self._cache = cache
+        self._page_tokens = page_tokens
+        self._reserve_max_tokens = reserve_max_tokens
+
+    def kv(self, request: Request) -> int:
+        """KV pages with which the request starts: for its prompt and for the output that is reserved."""
+        output = request.params.max_tokens
+        if not self._reserve_max_tokens:
+            output = min(output, max(request.predicted_output_len, len(request.output_token_ids) + 1))
+        return -(-(len(request.prompt_token_ids) + output) // self._page_tokens)
+
+    def adapter(self, request: Request) -> int:
+        """Pages of the request's adapter; 0 without one."""
+        return 0 if request.adapter is None else self._cache.entry(request.adapter).info.num_pages
+
+    def missing_adapter(self, request: Request) -> int:
+        """Pages of the request's adapter that no running request holds already."""
+        if request.adapter is None:
+            return 0
+        entry = self._cache.entry(request.adapter)
+        return 0 if entry.references else entry.info.num_pages
+
+
 class RequestSizer:
     """Weighted request size: (A input / max input + B output / max output) x adapter pages / max adapter pages.
 
-    The maxima are those of the requests seen so far (the paper does not say which), so sizes are in (0, 1] at the time they
-    are taken. A request without an adapter counts as one with the smallest adapter there can be, of one page.
+    The maxima are those of the requests seen so far (the paper does not say which), so a size is in (0, 1] when it is
+    computed. A request without an adapter counts as one with the smallest possible adapter, of one page.
 
     Args:
-        output_only: the predicted output alone, for comparison.
+        output_only: use the predicted output alone, for comparison.
     """
 
     def __init__(self, output_only: bool = False):
@@ -22,6 +56,7 @@ class RequestSizer:
         self._max_input = self._max_output = self._max_adapter = 1
 
     def size(self, request: Request, adapter_pages: int) -> float:
+        """Compute the size of a request whose output length is predicted, and raise the maxima to it."""
         output, adapter_pages = request.predicted_output_len, max(adapter_pages, 1)
         self._max_output = max(self._max_output, output)
         if self._output_only:

@@ -1,4 +1,4 @@
-"""The requests that run: prompts in chunks, then a token a step."""
+"""Running requests: prompts in chunks, then one token a step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 
-def _place(request: Request) -> tuple[str, int]:
-    """Rows of one adapter side by side."""
+def _row_key(request: Request) -> tuple[str, int]:
+    """Sort key that puts rows of one adapter side by side."""
     return request.adapter or "", request.order
 
 
 class RunningSet:
     """Requests with a slot and pages.
 
+    Attributes:
+        by_age: all of them, in order of arrival.
+
     Args:
-        step_tokens: prompt tokens of a step at most, rounded down to whole tiles, of which there is always one.
-        shapes: the device's; chunks start at multiples of its tile from the first uncomputed token.
-        whole_prompts: cuts no prompt that fits a step.
+        page_tokens: tokens of a page.
+        step_tokens: most prompt tokens of a step, rounded down to whole tiles, but at least one tile.
+        shapes: sizes in which the device prefills. Chunks start at multiples of its tile from the first uncomputed token.
+        whole_prompts: never cut a prompt that fits a step.
     """
 
     def __init__(self, page_tokens: int, step_tokens: int, shapes: PrefillShapes, whole_prompts: bool):
-        self.by_age: list[Request] = []  # in order of arrival
+        self.by_age: list[Request] = []
         self._page_tokens = page_tokens
         self._shapes = shapes
         self._step_tiles = max(1, step_tokens // shapes.tile)
@@ -39,42 +43,48 @@ class RunningSet:
 
     @property
     def step_tokens(self) -> int:
+        """Most prompt tokens of a step."""
         return self._step_tiles * self._shapes.tile
 
     def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
-        """What the prompts of requests that have started still cost, `cost_of(request, tokens)` each."""
+        """Cost of the uncomputed prompt tokens, the sum of `cost_of(request, tokens)`."""
         return sum(cost_of(r, r.num_to_prefill - r.num_computed) for r in self._prefilling)
 
     def add(self, request: Request) -> None:
+        """Let a request run from its first token, or again from its first token."""
         request.num_computed, request.num_to_prefill = 0, request.num_known
         request.state = RequestState.RUNNING
         bisect.insort(self.by_age, request, key=lambda r: r.order)
         self._prefilling.append(request)
 
     def remove(self, request: Request) -> None:
+        """Drop a request that ended or was preempted."""
         self.by_age.remove(request)
         (self._prefilling if request in self._prefilling else self._decoding).remove(request)
 
     def plan_decodes(self, plan: StepPlan, grow: Callable[[Request, int], bool]) -> None:
-        """Every request past its prompt computes its next token, where `grow` finds the page it may need.
+        """Plan the next token of every request past its prompt, where `grow` finds the page it may need.
 
         Args:
-            grow: hands a request that many more pages; may squash others, or the request itself (then it is False).
+            plan: the step, whose decodes are set.
+            grow: hands a request so many more pages. It may preempt other requests. False where it found none or preempted
+                the request itself.
         """
         decodes = plan.decodes = []
         for request in tuple(self._decoding):
-            if request.num_computed >= request.decode_limit and not self._can_decode(request, grow):
+            if request.num_computed >= request.decode_limit and not self._raise_limit(request, grow):
                 continue
             decodes.append(request)
-        if len(decodes) > 1 and any(r.state is not RequestState.RUNNING for r in decodes):  # squashed by a later one's growth
+        if len(decodes) > 1 and any(r.state is not RequestState.RUNNING for r in decodes):  # a later one's growth preempted it
             decodes = plan.decodes = [r for r in decodes if r.state is RequestState.RUNNING]
         for request in decodes:
             request.num_computed += 1
             request.num_in_flight += 1
 
-    def _can_decode(self, request: Request, grow: Callable[[Request, int], bool]) -> bool:
+    def _raise_limit(self, request: Request, grow: Callable[[Request, int], bool]) -> bool:
+        """Make room for the request's next token; False where it cannot be computed now."""
         if request.state is not RequestState.RUNNING or request.num_computed >= request.max_total_tokens - 1:
-            return False  # squashed just now, or its last token is in flight
+            return False  # preempted just now, or its last token is in flight
         missing = request.num_computed // self._page_tokens + 1 - len(request.pages)
         if missing > 0 and not grow(request, missing):
             return False
@@ -84,30 +94,31 @@ class RunningSet:
     def plan_prefills(
         self, plan: StepPlan, seconds: float, seconds_of: Callable[[Request, int], float], pass_tokens: float
     ) -> None:
-        """Cuts prompts into chunks, those that started first first, until the step is full.
+        """Cut prompts into chunks, the prompts that started first before others, until the step is full.
 
         Args:
-            seconds: that the chunks may take, one tile at least and the padding of the step excepted.
-            seconds_of: how long that many tokens of a request take, whole tiles where the device computes those.
-            pass_tokens: see `PrefillShapes.size`.
+            plan: the step, whose prefills are set.
+            seconds: time that the chunks may take. The step has at least one tile, and padding is not counted.
+            seconds_of: seconds that so many tokens of a request take, whole tiles where the device computes those.
+            pass_tokens: fixed cost of a step's prefill, in prompt tokens.
         """
-        plan.prefills = self._chunks(self._step_tiles, seconds, seconds_of)
+        plan.prefills = self._cut(self._step_tiles, seconds, seconds_of)
         if not self._whole_prompts:
             tiles = sum(self._shapes.tiles(chunk.num_tokens) for chunk in plan.prefills)
             size = min(self._shapes.size(tiles, pass_tokens), self._step_tiles)
             if size != tiles:
-                plan.prefills = self._chunks(size, math.inf, lambda request, tokens: 0.0)
+                plan.prefills = self._cut(size, math.inf, lambda request, tokens: 0.0)
         for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.num_tokens
             if chunk.samples:
                 request.num_in_flight += 1
-                request.decode_limit = 0  # looked at before its first decode
+                request.decode_limit = 0  # so that its first decode looks for a page
                 self._prefilling.remove(request)
-                bisect.insort(self._decoding, request, key=_place)
-        plan.prefills.sort(key=lambda chunk: _place(chunk.request))
+                bisect.insort(self._decoding, request, key=_row_key)
+        plan.prefills.sort(key=lambda chunk: _row_key(chunk.request))
 
-    def _chunks(self, tiles: int, seconds: float, seconds_of: Callable[[Request, int], float]) -> list[PrefillChunk]:
+    def _cut(self, tiles: int, seconds: float, seconds_of: Callable[[Request, int], float]) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         tile = self._shapes.tile
         for request in self._prefilling:

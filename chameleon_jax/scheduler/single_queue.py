@@ -1,4 +1,4 @@
-"""One queue: first come first served, or shortest first."""
+"""One queue: first come first served, shortest first, or first come first served with head starts."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import math
 from collections.abc import Callable, Collection
 
 from chameleon_jax.request import Request
-from chameleon_jax.scheduler.admission import Batch, Verdict
+from chameleon_jax.scheduler.admission import AdmissionBatch, Verdict
+from chameleon_jax.scheduler.queue_policy import MAX_OVERTAKEN
 from chameleon_jax.scheduler.request_queue import RequestQueue
-
-MAX_OVERTAKEN = 32
-"""Requests whose adapters load that the ones behind them may pass."""
+from chameleon_jax.scheduler.stats import QueueStats
 
 BOOST_TAIL = 0.01
-"""Share of requests that may miss the TTFT target: with the target it sets how slowly the tail of waiting times may fall."""
+"""Share of requests that may miss the TTFT target. With the target it sets how slowly the tail of waiting times may fall."""
 
 MAX_BOOST = 1.0
-"""Of the TTFT target."""
+"""Largest head start, as a share of the TTFT target."""
 
 TAIL_RATE = 2.0
-"""Over the mean wait, the rate at which the tail falls. 1 would be an exponential's; it makes the 99th percentile up to 18 %
-longer than first come first served has it, 2 up to 5 %, for three fifths of the gain in the median (docs/experiments.md)."""
+"""Rate at which the tail of waiting times falls, times the mean wait.
+
+An exponential tail has 1, but with it the 99th percentile is up to 18 % longer than first come first served has it. With 2 it
+is up to 5 % longer, for three fifths of the gain in the median (docs/experiments.md).
+"""
 
 WAIT_WEIGHT = 0.02
 """Weight of the newest waiting time in their mean."""
@@ -30,11 +32,18 @@ PagesOf = Callable[[Request], int]
 
 
 class SingleQueue:
-    """Requests in the order of a key. One whose adapter is loading is passed by those behind it; one that lacks memory, for its
-    tokens or its adapter, is not: else the small ones behind it would take every page that becomes free.
+    """Requests sorted by a key, the lowest first.
 
-    With a constant key, first come first served, a request starts once those that came before it have run: nothing younger is
-    ever given memory that it waits for. With another key it can wait for ever (the paper's point about SJF).
+    A request whose adapter is loading is passed by those behind it. A request that lacks memory, for its tokens or its adapter,
+    is not: the small ones behind it would take every page that becomes free.
+
+    With a constant key, which is first come first served, a request starts once those that came before it have run: no younger
+    request is ever given memory that it waits for. With another key it can wait for ever (the paper's point about SJF).
+
+    Args:
+        pages_of: KV pages with which a request starts.
+        key: sort key, computed once when a request is added.
+        waited: called with the seconds that a request waited, when it starts for the first time.
     """
 
     def __init__(
@@ -56,13 +65,10 @@ class SingleQueue:
     def remove(self, request: Request) -> None:
         self._queue.remove(request, self._keys.pop(request.request_id))
 
-    def admit(self, batch: Batch, running: Collection[Request], now: float) -> None:
+    def admit(self, batch: AdmissionBatch, running: Collection[Request], now: float) -> None:
         passed = 0
-        while passed <= MAX_OVERTAKEN:
-            request = self._queue.at(passed)
-            if request is None:
-                return
-            verdict = batch.offer(request, self._pages_of(request))
+        while (request := self._queue.at(passed)) is not None and passed <= MAX_OVERTAKEN:
+            verdict = batch.try_admit(request, self._pages_of(request))
             if verdict is Verdict.STARTS:
                 self.remove(request)
                 if request.metrics.first_scheduled_time is None:
@@ -72,7 +78,7 @@ class SingleQueue:
             else:
                 return
 
-    def ended(self, request: Request, now: float) -> None:
+    def release(self, request: Request, now: float) -> None:
         pass
 
     def victim(self, room: int) -> Request | None:
@@ -81,25 +87,29 @@ class SingleQueue:
     def upcoming(self, count: int) -> list[Request]:
         return self._queue.first(count)
 
+    def queues(self) -> tuple[QueueStats, ...]:
+        return (QueueStats("0", len(self._queue)),)
+
 
 def fifo(pages_of: PagesOf) -> SingleQueue:
+    """Make a queue that is first come first served."""
     return SingleQueue(pages_of, lambda request: 0.0)
 
 
 def shortest_first(pages_of: PagesOf) -> SingleQueue:
-    """By predicted output (S-LoRA+SJF in the paper)."""
+    """Make a queue sorted by predicted output length (S-LoRA+SJF in the paper)."""
     return SingleQueue(pages_of, lambda request: float(request.predicted_output_len))
 
 
 class Boost:
-    """Arrival time less a boost that is larger the less work a request is: (1 / gamma) ln(1 / (1 - exp(-gamma work))).
+    """Sort key: arrival time less a boost that is larger the less work a request is.
 
-    Yu and Scully (SIGMETRICS 2024) show that no order has a lighter tail of response times in a light-tailed M/G/1 queue, if
-    gamma is the rate at which that tail falls. Long waits are nearly exponential (Kingman), so that rate is 1 over their mean.
-    Taken here is TAIL_RATE over the mean of the waits so far, but never less than what keeps BOOST_TAIL of the requests beyond
-    `slo`: while waits are short, the order is nearly first come first served. A boost is at most MAX_BOOST: a request can only
-    be passed by those that come within that time after it, so it starts at most as long after it came as first come first
-    served would start the last of these.
+    The boost is (1 / gamma) ln(1 / (1 - exp(-gamma work))). Yu and Scully (SIGMETRICS 2024) show that no order has a lighter
+    tail of response times in a light-tailed M/G/1 queue, if gamma is the rate at which that tail falls. Long waits are nearly
+    exponential (Kingman), so that rate is 1 over their mean. Here gamma is TAIL_RATE over the mean of the waits so far, but
+    never less than the rate with which BOOST_TAIL of the requests wait longer than `slo`: while waits are short, the order is
+    nearly first come first served. A boost is at most MAX_BOOST: a request can only be passed by those that arrive within that
+    time after it, so it starts at most as long after its arrival as first come first served would start the last of these.
 
     Args:
         work_of: seconds for which a request keeps others waiting.
@@ -112,6 +122,7 @@ class Boost:
         self._mean_wait = 0.0
 
     def waited(self, seconds: float) -> None:
+        """Learn from the waiting time of a request that starts."""
         self._mean_wait += WAIT_WEIGHT * (seconds - self._mean_wait)
 
     def __call__(self, request: Request) -> float:
@@ -121,6 +132,6 @@ class Boost:
 
 
 def boosted(pages_of: PagesOf, work_of: Callable[[Request], float], slo: float) -> SingleQueue:
-    """By `Boost`."""
+    """Make a queue sorted by `Boost`."""
     boost = Boost(work_of, slo)
     return SingleQueue(pages_of, boost, boost.waited)

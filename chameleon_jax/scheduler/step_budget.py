@@ -1,4 +1,4 @@
-"""How long prompts may take of a step that also decodes, by what steps have cost so far."""
+"""Time that prompts may take in a step that also decodes, given the cost of steps so far."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
 
 GUESSED_TOKEN_S = 1e-3
-"""Seconds of a prompt token before enough steps were timed."""
+"""Assumed seconds of a prompt token until enough steps were timed."""
 
 
 class StepBudget:
     """Seconds of prompts, of requests and of steps.
 
-    **The share of prompts.** Let F be what a step costs beside its prompts: its decodes, and its fixed part. To end within
+    **The share of prompts.** Let F be the cost of a step beside its prompts: its decodes, and its fixed part. To end within
     the target, prompts may take target - F, a share of 1 - F / target. That share falls to nothing as F nears the target,
     while prompts wait and the throughput that the fixed parts cost is lost. So from F = target / 2 on, the share is F / target
     instead: half of the step where the target is half used up, all of it once the target is out of reach, where no step could
@@ -27,12 +27,12 @@ class StepBudget:
     load: the share is at least the part of `patience` for which the oldest waiting request has waited.
 
     Args:
-        target: seconds between tokens; None: prompts take what they like.
-        patience: seconds of waiting after which prompts take what they like.
+        target: seconds between tokens; None leaves prompts unbounded.
+        patience: seconds of waiting after which prompts are unbounded.
         learns: whether steps are timed.
-        slots: requests that run at once, at most.
+        slots: most requests that run at once.
         rank_of: rank of a request's adapter, 0 without one.
-        shapes: in which the device prefills.
+        shapes: sizes in which the device prefills.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class StepBudget:
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def prefill_seconds(self, request: Request, tokens: int) -> float:
-        """Seconds of that many prompt tokens. Until steps have been seen, a guess."""
+        """Estimate the seconds of so many prompt tokens of a request; a guess until enough steps were timed."""
         tokens = self._shapes.padded(tokens)
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
         return self._cost.prefill_seconds(tokens, self._rank_of(request))
 
     def prompt_seconds(self, request: Request) -> float:
-        """Seconds of the whole prompt, and of the output that has to be computed again."""
+        """Estimate the seconds of the whole prompt, and of output that has to be computed again."""
         return self.prefill_seconds(request, request.num_known)
 
     def work(self, request: Request) -> float:
-        """Seconds of the device for which others wait: the prompt, and its share of full steps for every token of output."""
+        """Device seconds for which other requests wait: the prompt, and a share of a full step for every output token."""
         output = max(request.predicted_output_len - len(request.output_token_ids), 0)
         return self.prompt_seconds(request) + output * self._cost.output_seconds(self._slots)
 
@@ -74,13 +74,14 @@ class StepBudget:
 
     @property
     def pass_tokens(self) -> float:
-        """Fixed cost of a step's prefill, in prompt tokens. Until steps have been seen, 0."""
+        """Fixed cost of a step's prefill, in prompt tokens; 0 until enough steps were timed."""
         return self._cost.pass_tokens if self._cost.known else 0.0
 
-    def decodes_planned(self, plan: StepPlan, waited: float) -> float:
-        """Returns seconds that prompts may take beside the plan's decodes.
+    def bound_prefills(self, plan: StepPlan, waited: float) -> float:
+        """Seconds that prompts may take beside the plan's decodes.
 
         Args:
+            plan: the step, its decodes already planned.
             waited: seconds for which the oldest waiting request has waited.
         """
         if self._learns:
@@ -91,22 +92,24 @@ class StepBudget:
         prefill[PREFILL] = 1.0
         return prompt_share(self._cost.seconds(plan.features + prefill), self._target, waited / self._patience)
 
-    def prefills_planned(self, plan: StepPlan) -> None:
-        """Notes the plan's prompts, for `ran`."""
+    def note_prefills(self, plan: StepPlan) -> None:
+        """Add the plan's prompts to its features, for `observe_step`."""
         if plan.features is not None:
             plan.features += self._cost.features(plan.prefills, (), self._rank_of, self._shapes)
 
-    def ran(self, plan: StepPlan, seconds: float) -> None:
-        """Learns from a step that took that long."""
+    def observe_step(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from a step that took so many seconds."""
         if plan.features is not None:
             self._cost.observe(plan.features, seconds)
 
 
 def prompt_share(fixed: float, target: float, hurry: float = 0.0) -> float:
-    """Seconds of prompts in a step with `fixed` seconds of other work; see `StepBudget`.
+    """Seconds that prompts may take in a step; see `StepBudget`.
 
     Args:
-        hurry: least share of the step.
+        fixed: seconds of a step beside its prompts.
+        target: seconds that the step should take.
+        hurry: least share of the step that prompts get.
     """
     share = max(fixed / target, hurry)
     if share >= 1:

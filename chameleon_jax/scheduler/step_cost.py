@@ -1,4 +1,4 @@
-"""What steps cost on this machine, learnt from the steps that ran."""
+"""Cost of steps on this machine, learnt from the steps that ran."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from chameleon_jax.scheduler.plan import PrefillChunk
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 LEAST_TOKEN_S = 1e-12
-"""Of a prompt token: nothing is free, so that a share of it can be taken."""
+"""Least seconds of a prompt token. Above 0, so that other costs can be divided by it."""
 FEATURES = 6
 PREFILL, TOKENS, TOKEN_RANKS, DECODE, ROWS, CONTEXT = range(FEATURES)
 
 
 class StepCost:
-    """Seconds of a step as a linear function of what is in it: a prefill part, its tokens, its tokens x their adapter's rank, a
-    decode part, its rows, their context tokens. Tokens are those that the device computes, padding included. Fitted by least
-    squares that forget, so it follows the machine.
+    """Seconds of a step as a linear function of its features.
+
+    The features are: a prefill part, its tokens, its tokens x their adapter's rank, a decode part, its rows, their context
+    tokens. Tokens are those that the device computes, padding included. The function is fitted by least squares in which old
+    steps lose weight, so it follows the machine.
     """
 
     FORGET = 0.999
@@ -28,11 +30,11 @@ class StepCost:
     RIDGE = 1e-3
     """Pull of every weight towards 0, which is all that is known of a feature that never varies."""
     ENOUGH = 50
-    """Steps before it is believed."""
+    """Steps that must be seen before the fit is used."""
     LONGEST = 5.0
-    """Seconds; what took longer was an interruption, not a step."""
+    """Seconds above which a step was interrupted and teaches nothing."""
     OUTLIER = 4.0
-    """Times what was expected; a step that took longer counts as that long."""
+    """Multiple of the expected seconds to which a longer step is cut."""
 
     def __init__(self) -> None:
         self._weights: np.ndarray = np.zeros(FEATURES)
@@ -43,6 +45,7 @@ class StepCost:
 
     @property
     def known(self) -> bool:
+        """Whether enough steps were seen."""
         return self.num_steps >= self.ENOUGH
 
     @staticmethod
@@ -52,7 +55,7 @@ class StepCost:
         rank_of: Callable[[Request], int],
         shapes: PrefillShapes,
     ) -> np.ndarray:
-        """`[FEATURES]` of a step."""
+        """Features of a step, `[FEATURES]` float64."""
         x = [0.0] * FEATURES
         if prefills:
             x[PREFILL], x[TOKENS] = 1.0, shapes.step_tokens([chunk.num_tokens for chunk in prefills])
@@ -63,6 +66,7 @@ class StepCost:
         return np.array(x)
 
     def observe(self, features: np.ndarray, seconds: float) -> None:
+        """Learn from a step that took so many seconds."""
         if not 0 < seconds <= self.LONGEST:
             return
         x = features / self.SCALE
@@ -77,19 +81,20 @@ class StepCost:
         self.num_steps += 1
 
     def seconds(self, features: np.ndarray) -> float:
+        """Estimate the seconds of a step."""
         return float(np.maximum(self._weights, 0.0) @ (features / self.SCALE))
 
     @property
     def pass_tokens(self) -> float:
-        """The prefill part, in prompt tokens without an adapter."""
+        """Fixed cost of a step's prefill, in prompt tokens without an adapter."""
         return max(float(self._weights[PREFILL] / self.SCALE[PREFILL]), 0.0) / self._per_token
 
     def prefill_seconds(self, tokens: int, rank: int) -> float:
-        """Of that many prompt tokens in a step that prefills anyway."""
+        """Estimate the seconds of prompt tokens of one adapter's rank, in a step that prefills anyway."""
         return tokens * (self._per_token + rank * self._per_token_rank)
 
     def output_seconds(self, rows: int) -> float:
-        """Of one token of output in a step of that many rows, context not counted."""
+        """Estimate the seconds of one output token in a step of so many rows, context not counted."""
         x = np.zeros(FEATURES)
         x[DECODE], x[ROWS] = 1.0, rows
         return self.seconds(x) / rows

@@ -1,4 +1,4 @@
-"""What an engine says of itself as metric families. Names follow vLLM's, with this project's prefix."""
+"""Metric families of an engine's state. Names follow vLLM's, with this project's prefix."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from chameleon_jax.memory.adapters import AdapterTier
+from chameleon_jax.serving.proxy_predictor import ProxyCounters
 from chameleon_jax.serving.stats import AdapterStats, EngineStats
 
 LEVELS = {AdapterTier.HOST.value: "host", AdapterTier.LOADING.value: "loading", AdapterTier.RESIDENT.value: "device"}
 
 
 def families(stats: EngineStats) -> Iterator[Metric]:
-    """Every family each time, so that what has not happened yet is there as well."""
+    """Yield every family each time, counters at 0 too, so that a dashboard finds them from the start."""
     yield from _load(stats)
     yield from _pool(stats)
     yield from _adapters(stats)
@@ -22,60 +23,78 @@ def families(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _load(stats: EngineStats) -> Iterator[Metric]:
-    yield gauge("num_requests_running", "Requests that run.", stats.running)
+    loop = stats.loop
+    yield gauge("num_requests_running", "Running requests.", stats.running)
     waiting = {q.name: q.waiting for q in stats.queues}
-    yield gauge("num_requests_waiting", "Requests that wait, by queue of the scheduler.", waiting, "queue")
-    yield gauge("num_requests_queued", "Requests that wait, in all queues: what a gateway reads.", stats.waiting)
-    yield counter("prompt_tokens", "Prompt tokens computed, those of recomputed requests again.", stats.prompt_tokens)
-    yield counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
-    yield counter("engine_steps", "Steps dispatched to the device.", stats.steps)
-    yield counter("faults", "Failures of the device that were outlived.", stats.faults)
+    yield gauge("num_requests_waiting", "Waiting requests, by queue of the scheduler.", waiting, "queue")
+    yield gauge("num_requests_queued", "Waiting requests in all queues, for gateways.", stats.waiting)
+    yield counter("prompt_tokens", "Prompt tokens computed; preempted requests count again.", loop.prefill_tokens)
+    yield counter("generation_tokens", "Tokens generated.", loop.generation_tokens)
+    yield counter("engine_steps", "Steps dispatched to the device.", loop.steps)
+    yield counter("decode_rows", "Rows decoded in all steps.", loop.decode_rows)
+    yield counter("load_wait_seconds", "Seconds for which steps were held back by adapter loads.", loop.load_wait_s)
+    yield counter("faults", "Device failures that the engine recovered from.", loop.faults)
 
 
 def _pool(stats: EngineStats) -> Iterator[Metric]:
     pages = {"kv": stats.pool.kv, "adapters": stats.pool.adapters, "free": stats.pool.free}
     yield gauge("pool_pages", "Pages of the device pool, by owner.", pages, "owner")
-    text = "Share that KV takes of the pages it can have: all but those of adapters that may not be evicted. 1: none is left."
+    text = "Share of the pages open to KV that KV has: pages of adapters that cannot be evicted are left out. 1 is full."
     kept = sum(a.num_pages for a in stats.adapters if a.tier != AdapterTier.HOST.value and not _is_idle(a))
     yield gauge("kv_cache_usage_perc", text, stats.pool.kv / max(1, stats.pool.total - kept))
 
 
 def _adapters(stats: EngineStats) -> Iterator[Metric]:
+    cache, scheduler = stats.cache, stats.scheduler
     yield _requests_info(stats)
     yield _adapter_levels(stats)
     size = {"device": stats.pool.adapters * stats.page_bytes, "host": stats.host_bytes}
-    yield gauge("lora_cache_bytes", "Bytes that adapters take, by tier of memory.", size, "tier")
-    text = "Requests that found their adapter on the device when their turn came."
-    yield counter("lora_cache_hits", text, {"device": stats.hits}, "tier")
-    text = "Requests that did not find their adapter on the device when their turn came."
-    yield counter("lora_cache_misses", text, {"device": stats.misses}, "tier")
-    evictions = {"device": stats.evictions, "host": stats.spills}
+    yield gauge("lora_cache_bytes", "Bytes of adapters, by tier of memory.", size, "tier")
+    text = "Requests whose adapter was on the device when their turn came."
+    yield counter("lora_cache_hits", text, {"device": cache.hits}, "tier")
+    text = "Requests whose adapter was not on the device when their turn came."
+    yield counter("lora_cache_misses", text, {"device": cache.misses}, "tier")
+    evictions = {"device": cache.evictions, "host": stats.spills}
     yield counter("lora_cache_evictions", "Adapters that left a tier: the device, or host memory for disk.", evictions, "tier")
-    yield counter("lora_load_bytes", "Bytes of adapters that were sent to the device.", stats.load_bytes)
-    outcomes = {"begun": stats.prefetches, "cancelled": stats.cancelled_loads}
-    text = "Loads begun ahead of a request's turn, and loads given up as nobody waited for them any more."
+    yield counter("lora_loaded_bytes", "Bytes of the pool that adapter loads filled.", cache.bytes_loaded)
+    yield counter("lora_load_bytes", "Bytes of adapters sent to the device.", cache.bytes_sent)
+    outcomes = {"begun": scheduler.prefetches, "cancelled": scheduler.cancelled_loads}
+    text = "Adapter loads begun ahead of a request's turn, and loads cancelled as no request waited for them any more."
     yield counter("lora_prefetch", text, outcomes, "outcome")
 
 
 def _scheduler(stats: EngineStats) -> Iterator[Metric]:
-    tokens = stats.page_tokens
+    tokens, counters = stats.page_tokens, stats.scheduler
     quotas = {q.name: q.quota_pages * tokens for q in stats.queues if q.quota_pages is not None}
-    yield gauge("scheduler_quota_tokens", "What a queue's requests may hold, as tokens of KV.", quotas, "queue")
+    yield gauge("scheduler_quota_tokens", "Quota of a queue, in tokens of KV.", quotas, "queue")
     free = {q.name: q.free_pages * tokens for q in stats.queues if q.free_pages is not None}
-    yield gauge("scheduler_quota_free_tokens", "What is left of a queue's quota; below 0 while it owes.", free, "queue")
-    yield counter("scheduler_bypass", "Requests that passed the head of their queue.", stats.bypasses)
-    reasons = {"memory": stats.memory_squashes, "bypass": stats.bypass_squashes}
-    text = "Requests that were made to wait again: for memory, or since they had passed another."
+    text = "Quota that a queue has left, in tokens of KV; below 0 while it owes."
+    yield gauge("scheduler_quota_free_tokens", text, free, "queue")
+    text = "Times that queues and quotas were formed from recent traffic."
+    yield counter("scheduler_quota_refreshes", text, counters.quota_refreshes)
+    text = "Times that quotas were scaled down, as the least quotas exceeded the pool together."
+    yield counter("scheduler_quotas_scaled", text, counters.scaled_quotas)
+    yield counter("scheduler_bypass", "Requests that started ahead of the head of their queue.", counters.bypasses)
+    reasons = {"memory": counters.memory_preemptions, "bypass": counters.bypass_squashes}
+    text = "Running requests sent back to wait: for memory, or as they had passed the head of their queue."
     yield counter("scheduler_squash", text, reasons, "reason")
-    yield counter("preemptions", "Requests that were made to wait again, for either reason.", sum(reasons.values()))
+    yield counter("preemptions", "Running requests sent back to wait, for either reason.", counters.preemptions)
+    outcomes = {"under": counters.underpredicted, "over": counters.overpredicted}
+    text = "Requests that ended with more output tokens than predicted (under), or with fewer (over)."
+    yield counter("output_len_mispredictions", text, outcomes, "prediction")
+    text = "Waiting requests whose predicted output length was replaced by a later prediction."
+    yield counter("output_len_updates", text, counters.length_updates)
+    proxy = stats.length_proxy or ProxyCounters()
+    outcomes = {"predicted": proxy.predicted, "skipped": proxy.skipped, "failed": proxy.failed}
+    yield counter("length_proxy_requests", "Requests given to the length proxy, by outcome.", outcomes, "outcome")
 
 
 def _requests_info(stats: EngineStats) -> Metric:
-    """What gateways route by: who is here, who is wanted here, and whether one more would fit.
+    """Describe the adapters for gateways: those in the pool, those awaited, and the number that fits.
 
-    They send a request to where its adapter is running, else to a server that has fewer adapters than `max_lora`. So "running"
-    is what lies in the pool, in use or not, and `max_lora` how many adapters of the mean size the pool can hold altogether: as
-    a label it must not follow the load, or each scrape would begin a new series.
+    A gateway sends a request to a server where its adapter is running, else to one that has fewer adapters than `max_lora`. So
+    "running" lists the adapters in the pool, in use or not. `max_lora` is the number of adapters of mean size that fit the
+    whole pool: a label must not follow the load, or each scrape would begin a new series.
     """
     here = [a for a in stats.adapters if a.tier == AdapterTier.RESIDENT.value]
     wanted = [a for a in stats.adapters if a.tier != AdapterTier.RESIDENT.value and a.references + a.waiting]
@@ -89,7 +108,7 @@ def _requests_info(stats: EngineStats) -> Metric:
 
 def _adapter_levels(stats: EngineStats) -> Metric:
     labels = ("adapter_name", "level", "pinned", "rank")
-    text = "1 for each adapter that is known, with where it is."
+    text = "1 for each registered adapter, with its tier of memory as level."
     family = GaugeMetricFamily("chameleon:lora_adapter_loaded", text, labels=labels)
     for a in stats.adapters:
         for name in a.names:
@@ -98,7 +117,7 @@ def _adapter_levels(stats: EngineStats) -> Metric:
 
 
 def _listed(adapters: list[AdapterStats]) -> str:
-    """Names, with commas between; one with a comma in it would be read as two, and is left out."""
+    """Join names with commas. A name with a comma in it would be read as two, and is left out."""
     return ",".join(name for a in adapters for name in a.names if "," not in name)
 
 
@@ -107,7 +126,7 @@ def _is_idle(adapter: AdapterStats) -> bool:
 
 
 Values = float | Mapping[str, float]
-"""Of a family without a label, or by the label's values."""
+"""Value of a family without a label, or values by label."""
 
 
 def gauge(name: str, text: str, values: Values, label: str = "") -> Metric:

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: latencies are observed as they become known, everything else is read from the engine at a scrape."""
+"""Metrics for Prometheus. Latencies are observed when they are known; the rest is read from the engine at a scrape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chameleon_jax.serving.telemetry import engine_metrics
 from chameleon_jax.serving.telemetry.compilations import Compilations
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Of what `render` returns. Every parser in use reads this version."""
+"""Content type of `render`'s return. Every parser in use reads this version."""
 
 REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -26,24 +26,24 @@ LOAD_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 
 
 class Metrics(Observer):
-    """An observer of the engine. Made before the engine, so that it counts what is compiled for it.
+    """Observer of an engine. It is made before the engine, so that it counts the programs compiled for it.
 
-    Times to the first token and in the queue are observed when a first token is there, as a generation may take minutes more;
-    the other latencies are those of requests that ended by themselves.
+    Times to the first token and in the queue are observed with the first token, as a generation may take minutes more. The
+    other latencies are observed for requests that ended by themselves.
     """
 
     def __init__(self) -> None:
         self.compilations = Compilations()
-        self._ttft = _histogram("time_to_first_token_seconds", "From arrival to the first token.", REQUEST_S)
-        self._tpot = _histogram("time_per_output_token_seconds", "Of each request, the mean time between its tokens.", TOKEN_S)
-        self._e2e = _histogram("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_S)
-        text = "From arrival to the start, by queue of the scheduler."
+        self._ttft = _histogram("time_to_first_token_seconds", "Time from arrival to the first token.", REQUEST_S)
+        self._tpot = _histogram("time_per_output_token_seconds", "Mean time between the tokens of a request.", TOKEN_S)
+        self._e2e = _histogram("e2e_request_latency_seconds", "Time from arrival to the last token.", REQUEST_S)
+        text = "Time from arrival to the start, by queue of the scheduler."
         self._queued = _histogram("request_queue_time_seconds", text, REQUEST_S, ("queue",))
-        self._loads = _histogram("lora_adapter_load_seconds", "From a load's begin until the adapter could be used.", LOAD_S)
-        self._finished = _counter("request_success", "Requests that ended, by how.", ("finished_reason",))
+        self._loads = _histogram("lora_adapter_load_seconds", "Time from an adapter load's begin to its end.", LOAD_S)
+        self._finished = _counter("request_success", "Requests that ended, by finish reason.", ("finished_reason",))
         for reason in FinishReason:
             self._finished.labels(reason.value)
-        self._failed_loads = _counter("lora_load_failures", "Loads of adapters that failed.")
+        self._failed_loads = _counter("lora_load_failures", "Adapter loads that failed.")
 
     def close(self) -> None:
         self.compilations.close()
@@ -85,20 +85,20 @@ class Metrics(Observer):
     # -- at a scrape ----------------------------------------------------------------------------------------------------
 
     def render(self, stats: EngineStats | None, up: bool = True) -> bytes:
-        """In Prometheus' text format.
+        """Render every metric in Prometheus' text format.
 
         Args:
-            stats: None: the engine died before it said anything.
-            up: whether the engine lives.
+            stats: State of the engine; None where it died before its first snapshot.
+            up: Whether the engine lives.
         """
         return prometheus_client.generate_latest(_Scrape(self._families(stats, up)))
 
     def _families(self, stats: EngineStats | None, up: bool) -> Iterator[Metric]:
-        yield engine_metrics.gauge("engine_up", "1 while the engine lives, 0 once it is dead: only a restart helps.", up)
+        yield engine_metrics.gauge("engine_up", "1 while the engine lives, 0 once it is dead and must be restarted.", up)
         if stats is not None:
             yield from engine_metrics.families(stats)
         compiled = {"start": self.compilations.at_start, "serving": self.compilations.while_serving}
-        text = "Programs compiled, or read from the cache: before the first request, and while requests waited."
+        text = "Programs compiled or read from the cache, at the start and while serving."
         yield engine_metrics.counter("compilations", text, compiled, "phase")
         for metric in (self._ttft, self._tpot, self._e2e, self._queued, self._loads, self._finished, self._failed_loads):
             for family in metric.collect():

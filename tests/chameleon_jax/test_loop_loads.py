@@ -74,7 +74,7 @@ def test_prefetch_leaves_running_requests_room_to_grow():
     loop.step()
     loop.submit(make_request(2, 4, 4, "waits"))
     run(loop)
-    assert loop.scheduler.num_squashes == 0
+    assert loop.scheduler.counters.preemptions == 0
 
 
 def test_a_load_is_given_up_when_nobody_waits_for_it_any_more():
@@ -87,10 +87,10 @@ def test_a_load_is_given_up_when_nobody_waits_for_it_any_more():
     assert "slow" in executor.loads
     loop.abort("r0")
     loop.step()
-    assert "slow" in executor.loads and loop.scheduler.num_cancelled_loads == 0  # the other one waits for it
+    assert "slow" in executor.loads and loop.scheduler.counters.cancelled_loads == 0  # the other one waits for it
     loop.abort("r1")
     loop.step()
-    assert not executor.loads and loop.scheduler.num_cancelled_loads == 1
+    assert not executor.loads and loop.scheduler.counters.cancelled_loads == 1
     assert loop.cache.entry("slow").tier is AdapterTier.HOST and loop.pool.usage().adapters == 0
     again = make_request(2, 5, 4, "slow")
     loop.submit(again)

@@ -135,7 +135,7 @@ CASES = [
     ),
     Case("{% macro outer() %}[{{ caller(1) }}]{% endmacro %}{% call(x) outer() %}{{ x }}{% endcall %}", "[1]"),
     Case("{% filter upper %}a{% endfilter %}", "A"),
-    # what is given
+    # variables that are given
     Case("{{ messages[0].role }}{% set rest = messages[1:] %}{{ rest | length }}{{ messages[-1].content }}", "system3Bye\r\n"),
     Case("{{ messages[::-1] | map(attribute='role') | join(',') }}", "user,assistant,user,system"),
     Case("{{ tools is defined }}{{ tools is none }}{{ documents is defined }}{{ documents is none }}", "TrueTrueTrueTrue"),
@@ -233,7 +233,7 @@ CASES = [
     Case("{{ '{0.__class__}'.format(1) }}", ""),
     Case("{% for i in range(1000000) %}{% endfor %}", None),
     Case("{% include 'x' %}", None),
-    # what cannot be compiled
+    # templates that cannot be compiled
     Case("{% for m in messages %}", None),
     Case("{{ messages | nonsense }}", None),
     Case("{{ messages is nonsense }}", None),

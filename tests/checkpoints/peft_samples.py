@@ -1,4 +1,4 @@
-"""Adapters in peft's layout, whole or with something changed."""
+"""Adapters in peft's layout, whole or changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def matrices(rank=4, targets=("q_proj", "down_proj"), layers=range(3), seed=0):
 
 
 def write(directory, tensors=None, **settings):
-    """An adapter with some of its settings replaced."""
+    """Write an adapter with some of its settings replaced."""
     peft.save(directory, matrices() if tensors is None else tensors, alpha=8, base_model="base")
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))

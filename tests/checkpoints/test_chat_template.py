@@ -118,7 +118,7 @@ def test_special_tokens_by_name(settings, tokens):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Writes a checkpoint's tokenizer; each file is what it is to hold."""
+    """Save a tokenizer and return a function that writes files beside it, given as names and contents."""
     BACKEND.save(str(tmp_path / "tokenizer.json"))
 
     def write(files: dict[str, object]):

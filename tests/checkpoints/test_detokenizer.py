@@ -47,7 +47,7 @@ def joined(tokenizer, prompt, output, skip_special_tokens=True) -> bytes:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-def test_a_text_cut_anywhere_is_its_prompt_and_what_goes_on(tokenizer, text, skip_special_tokens):
+def test_a_text_cut_anywhere_is_its_prompt_and_its_continuation(tokenizer, text, skip_special_tokens):
     ids = tokenizer.encode(text)
     whole = tokenizer.decode(ids, skip_special_tokens)
     for cut in range(len(ids) + 1):

@@ -63,14 +63,14 @@ MODEL = reference.checkpoint(CONFIG)
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k: `[heads * 2 * half, d_in]`, the two halves interleaved."""
+    """Interleave the two halves of each head of q or k, `[heads * 2 * half, d_in]`, as llama.cpp's converter does."""
     half = weight.shape[0] // heads // 2
     rows = [head * 2 * half + side * half + i for head in range(heads) for i in range(half) for side in (0, 1)]
     return weight[rows]
 
 
 def write(path, kind=Q.F32, tensors=MODEL.tensors, architecture="llama", raw=None, **fields):
-    """A GGUF file; fields with None are left out, raw tensors are written as they are."""
+    """Write a GGUF file; fields with None are left out, raw tensors are written unchanged."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in (FIELDS | {name.replace("__", "."): value for name, value in fields.items()}).items():
         if isinstance(value, str):

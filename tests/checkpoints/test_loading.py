@@ -50,13 +50,13 @@ def test_packaged_model(monkeypatch, tmp_path):
     assert load_checkpoint("smollm2-135m").config.hidden_size == 256
 
 
-def test_anything_else_is_a_hub_id(monkeypatch):
+def test_any_other_model_is_a_hub_id(monkeypatch):
     monkeypatch.setattr(loading.huggingface, "load", lambda name: name)
     assert load_checkpoint("org/model") == "org/model"
 
 
 def quantised(kind: str) -> dict[str, np.ndarray]:
-    """The model's tensors as a quantiser writes them, with its scales."""
+    """Tensors of the model as a quantiser writes them, with its scales."""
     tensors = dict(MODEL.tensors)
     for name in PROJECTIONS:
         weight = tensors.pop(name)

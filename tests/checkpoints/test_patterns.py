@@ -1,4 +1,4 @@
-"""Patterns of strangers: matched as `re` does, and given up when they take too long."""
+"""Patterns of strangers match as in `re`, and are given up when they take too long."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q
         "-",
     ],
 )
-def test_as_re_does(pattern, form):
+def test_patterns_match_as_in_re(pattern, form):
     expected = {name for name in NAMES if re.fullmatch(form % pattern, name)}
     assert patterns.matches([pattern, "x"], NAMES, form) == {pattern: expected, "x": frozenset()}
 
@@ -40,14 +40,14 @@ def test_plain_names_need_no_process(monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", ["(", "*", "a{2,1}", r"\q", "(?P<x", "[z-a]", "\\"])
-def test_what_is_no_pattern(pattern):
+def test_invalid_patterns_are_refused(pattern):
     with pytest.raises(ValueError, match="is no pattern"):
         patterns.matches(["q_proj", pattern], NAMES, "%s")
 
 
 @pytest.mark.parametrize("pattern", [r"(.*)*(.*)*(.*)*x", r"(\w|.)*" * 30 + "x"])
-def test_what_takes_for_ever(pattern, monkeypatch):
-    """Others go on meanwhile: it is not this interpreter that is busy."""
+def test_endless_patterns_time_out_while_other_threads_run(pattern, monkeypatch):
+    """Another thread goes on meanwhile, since this interpreter is not busy."""
     monkeypatch.setattr(patterns, "TIMEOUT_S", 0.5)
     beats, done = [0], threading.Event()
 

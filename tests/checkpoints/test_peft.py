@@ -116,8 +116,8 @@ def test_dtypes_that_numpy_may_not_know_are_refused(dtype, tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError("none left"), TypeError("odd"), KeyError("F9"), OverflowError("large"), PermissionError(13, "denied")]
 )
-@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_by_module"])
-def test_whatever_fails_is_the_adapters_fault(step, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_group_by_module"])
+def test_any_failure_is_an_adapter_error(step, error, tmp_path, monkeypatch):
     write(tmp_path)
 
     def fail(*args):
@@ -153,7 +153,7 @@ def damaged(data: bytes, changes) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An adapter, its config's and its weights' bytes."""
+    """Directory of an adapter, and the bytes of its config and of its weights."""
     directory = write(tmp_path_factory.mktemp("whole"), matrices(2, layers=[0]))
     return directory, *((directory / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
@@ -238,7 +238,7 @@ def test_pickled_weights_are_never_opened(tmp_path):
 
 
 def test_a_file_that_is_truncated_while_it_is_read_ends_no_process(tmp_path):
-    """A training loop may write to the same file again; what is mapped would end the process with a bus error."""
+    """A training loop may write to the same file again; a mapped file would end the process with a bus error."""
     write(tmp_path)
     script = f"""
 import os, pathlib, safetensors.numpy

@@ -59,4 +59,4 @@ def undisturbed(running: Running) -> Iterator[None]:
     status = httpx.get(f"{running.url}/status.json", timeout=TIMEOUT).json()
     assert status["error"] is None and not status["draining"]
     stats = status["stats"]
-    assert (stats["running"], stats["waiting"], stats["faults"]) == (0, 0, 0)
+    assert (stats["running"], stats["waiting"], stats["loop"]["faults"]) == (0, 0, 0)

@@ -47,7 +47,7 @@ def test_a_step_that_raises_once(own_llm, monkeypatch, method, adapter_dir):
         assert [s.output().outputs[0].text for s in streams[:4]] == expected
         assert all(s.output().outputs[0].finish_reason == "length" for s in streams)
         stats = await llm.stats(max_age=0)
-        assert (stats.faults, stats.pool.kv) == (1, 0) and llm.error is None
+        assert (stats.loop.faults, stats.pool.kv) == (1, 0) and llm.error is None
 
     run(main())
 

@@ -1,4 +1,4 @@
-"""Scores worked out by hand, and what every policy must keep to whatever was used."""
+"""Scores computed by hand, and properties of every policy over any uses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_frequency_counts_the_window_and_the_share_of_the_one_before():
     assert (use.uses, use.last_used) == (4, 450.0)
 
 
-def test_a_window_without_uses_forgets_what_was_before_it():
+def test_a_window_without_uses_forgets_earlier_uses():
     use = use_at(10.0, 20.0)
     assert use.frequency(2 * WINDOW_S + 1) == 0
     use.use(2 * WINDOW_S + 2)
@@ -126,7 +126,7 @@ def test_gdsf_scores_are_frequency_times_cost_over_size_on_top_of_the_age():
     assert policy.scores([small, large], 1.0) == pytest.approx([2 * (1 + LOAD_LATENCY_S) / 2, (2 + LOAD_LATENCY_S) / 8])
 
 
-def test_gdsf_ages_what_is_not_used():
+def test_gdsf_ages_unused_adapters():
     policy = Gdsf()
     often, rare = (AdapterUse(1, 0, 0.0) for _ in range(2))
     for _ in range(10):
@@ -160,7 +160,7 @@ def test_cost_aware_scores_are_seconds_saved_per_second_and_page():
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(0.1, 200)), min_size=1, max_size=40))
-def test_cost_aware_order_is_that_of_the_values_at_any_time(events):
+def test_cost_aware_scores_sort_as_the_values_at_any_time(events):
     policy, uses, now = CostAware(), [AdapterUse(1 + i, i * 10**9, 0.0) for i in range(5)], 0.0
     for which, gap in events:
         now += gap
@@ -174,6 +174,6 @@ def test_cost_aware_order_is_that_of_the_values_at_any_time(events):
                 assert (values[i] < values[j]) == (scores[i] < scores[j])
 
 
-def test_an_unknown_policy_is_named_with_those_there_are():
+def test_an_unknown_policy_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match=r"eviction is 'mru'; allowed: lru, chameleon, fairshare, gdsf, cost-aware"):
         make_policy("mru")

@@ -1,4 +1,4 @@
-"""A batch promises memory only where the cache can then give it."""
+"""A batch admits requests only where the cache can then free their memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chameleon_jax.memory.adapters import AdapterInfo, AdapterTier
 from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler.admission import MAX_LOADS, Batch, Verdict
+from chameleon_jax.scheduler.admission import MAX_LOADS, AdmissionBatch, Verdict
 
 
 def request(number: int, prompt: int = 4, adapter: str | None = None) -> Request:
@@ -18,12 +18,12 @@ def request(number: int, prompt: int = 4, adapter: str | None = None) -> Request
     return made
 
 
-def make_batch(cache: AdapterCache, slots: int = 100, prompt_room: float = 1e9, overlap_loads: bool = False) -> Batch:
-    return Batch(cache.pool, cache, slots, prompt_room, lambda r: r.num_known, overlap_loads)
+def make_batch(cache: AdapterCache, slots: int = 100, prompt_room: float = 1e9, overlap_loads: bool = False) -> AdmissionBatch:
+    return AdmissionBatch(cache.pool, cache, slots, prompt_room, lambda r: r.num_known, overlap_loads)
 
 
 def make_cache(num_pages: int, **adapters: tuple[int, str]) -> AdapterCache:
-    """Adapters by name: pages and one of host, loading, idle, used, pinned."""
+    """Cache with adapters, given by name as pages and one of host, loading, idle, used, pinned."""
     cache = AdapterCache(PagePool(num_pages))
     for name, (pages, state) in adapters.items():
         cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), 0.0)
@@ -53,7 +53,7 @@ STATES = st.sampled_from(["host", "host", "loading", "idle", "idle", "used", "pi
     overlap_loads=st.booleans(),
     wanted=st.sets(st.sampled_from("abcde")),
 )
-def test_what_was_agreed_to_fits(num_pages, adapters, kv, offers, slots, prompt_room, overlap_loads, wanted):
+def test_an_admitted_batch_fits_the_pool(num_pages, adapters, kv, offers, slots, prompt_room, overlap_loads, wanted):
     cache = make_cache(num_pages, **dict(zip("abcde", adapters)))
     pool = cache.pool
     pool.extend_kv("running", min(kv, pool.num_free))
@@ -61,7 +61,7 @@ def test_what_was_agreed_to_fits(num_pages, adapters, kv, offers, slots, prompt_
     for number, (kv_pages, adapter, prompt) in enumerate(offers):
         before, taken = batch.room(), (batch.pages, len(batch.starts), len(batch.loads))
         made = request(number, prompt, adapter)
-        verdict = batch.offer(made, kv_pages)
+        verdict = batch.try_admit(made, kv_pages)
         assert batch.room() >= 0
         if verdict is Verdict.STARTS:
             assert batch.starts[-1] is made and before - batch.room() >= kv_pages
@@ -85,15 +85,15 @@ def test_what_was_agreed_to_fits(num_pages, adapters, kv, offers, slots, prompt_
         pool.extend_kv(made.request_id, pages[made.request_id])
 
 
-def test_verdicts_say_what_is_missing():
+def test_verdicts_name_the_missing_memory():
     cache = make_cache(11, big=(8, "host"), idle=(3, "idle"))
     batch = make_batch(cache)
     assert batch.room() == 10
-    assert batch.offer(request(0), 11) is Verdict.NO_MEMORY
-    assert batch.offer(request(1, adapter="big"), 11) is Verdict.NO_MEMORY
-    assert batch.offer(request(2, adapter="big"), 3) is Verdict.NO_ADAPTER_MEMORY
-    assert batch.offer(request(3, adapter="idle"), 8) is Verdict.NO_MEMORY  # its adapter must stay
-    assert batch.offer(request(4, adapter="idle"), 7) is Verdict.STARTS
+    assert batch.try_admit(request(0), 11) is Verdict.NO_MEMORY
+    assert batch.try_admit(request(1, adapter="big"), 11) is Verdict.NO_MEMORY
+    assert batch.try_admit(request(2, adapter="big"), 3) is Verdict.NO_ADAPTER_MEMORY
+    assert batch.try_admit(request(3, adapter="idle"), 8) is Verdict.NO_MEMORY  # its adapter must stay
+    assert batch.try_admit(request(4, adapter="idle"), 7) is Verdict.STARTS
     assert (batch.room(), batch.pages, set(batch.keep), batch.loads) == (0, 7, {"idle"}, [])
     assert batch.lacks_memory
 
@@ -101,45 +101,45 @@ def test_verdicts_say_what_is_missing():
 def test_an_adapter_is_counted_once_a_batch():
     cache = make_cache(21, cold=(8, "host"), warm=(4, "idle"))
     batch = make_batch(cache)
-    assert [batch.offer(request(i, adapter="cold"), 2) for i in range(2)] == [Verdict.STARTS] * 2
-    assert [batch.offer(request(i, adapter="warm"), 2) for i in range(2)] == [Verdict.STARTS] * 2
+    assert [batch.try_admit(request(i, adapter="cold"), 2) for i in range(2)] == [Verdict.STARTS] * 2
+    assert [batch.try_admit(request(i, adapter="warm"), 2) for i in range(2)] == [Verdict.STARTS] * 2
     assert (batch.room(), batch.pages, batch.loads) == (0, 16, ["cold"])
 
 
 def test_slots_and_prompt_room_fill_a_batch():
     cache = make_cache(50)
     batch = make_batch(cache, slots=2)
-    assert [batch.offer(request(i), 1) for i in range(3)] == [Verdict.STARTS, Verdict.STARTS, Verdict.FULL]
+    assert [batch.try_admit(request(i), 1) for i in range(3)] == [Verdict.STARTS, Verdict.STARTS, Verdict.FULL]
     batch = make_batch(cache, prompt_room=10)
-    assert [batch.offer(request(i, prompt=6), 1) for i in range(3)] == [Verdict.STARTS, Verdict.STARTS, Verdict.FULL]
-    assert make_batch(cache, prompt_room=0).offer(request(0), 1) is Verdict.FULL
+    assert [batch.try_admit(request(i, prompt=6), 1) for i in range(3)] == [Verdict.STARTS, Verdict.STARTS, Verdict.FULL]
+    assert make_batch(cache, prompt_room=0).try_admit(request(0), 1) is Verdict.FULL
     assert not batch.lacks_memory
 
 
-def test_tokens_in_flight_hold_a_squashed_request_back():
+def test_tokens_in_flight_hold_a_preempted_request_back():
     batch = make_batch(make_cache(50))
-    squashed = request(0)
-    squashed.num_in_flight = 1
-    assert batch.offer(squashed, 1) is Verdict.WAITS
-    squashed.num_in_flight = 0
-    assert batch.offer(squashed, 1) is Verdict.STARTS
+    preempted = request(0)
+    preempted.num_in_flight = 1
+    assert batch.try_admit(preempted, 1) is Verdict.WAITS
+    preempted.num_in_flight = 0
+    assert batch.try_admit(preempted, 1) is Verdict.STARTS
 
 
 def test_overlapping_loads_begin_and_their_requests_wait():
     cache = make_cache(30, **{name: (2, "host") for name in "abcdef"}, hot=(3, "loading"))
     batch = make_batch(cache, overlap_loads=True)
-    assert batch.offer(request(0, adapter="hot"), 1) is Verdict.WAITS
-    assert [batch.offer(request(i, adapter=name), 1) for i, name in enumerate("aabcdef")] == [Verdict.WAITS] * 7
+    assert batch.try_admit(request(0, adapter="hot"), 1) is Verdict.WAITS
+    assert [batch.try_admit(request(i, adapter=name), 1) for i, name in enumerate("aabcdef")] == [Verdict.WAITS] * 7
     assert batch.loads == ["a", "b", "c"]  # with `hot` MAX_LOADS
     assert (batch.starts, batch.pages) == ([], 6)
     crowded = make_batch(make_cache(5, big=(5, "host")), overlap_loads=True)
-    assert crowded.offer(request(0, adapter="big"), 1) is Verdict.NO_ADAPTER_MEMORY and crowded.lacks_memory
+    assert crowded.try_admit(request(0, adapter="big"), 1) is Verdict.NO_ADAPTER_MEMORY and crowded.lacks_memory
 
 
-def test_the_first_offer_notes_whether_the_adapter_was_there():
+def test_the_first_offer_records_whether_the_adapter_was_resident():
     cache = make_cache(30, warm=(2, "idle"), cold=(2, "host"))
     batch = make_batch(cache)
     requests = [request(0, adapter="warm"), request(1, adapter="cold"), request(2)]
     for made in requests:
-        batch.offer(made, 1)
+        batch.try_admit(made, 1)
     assert [r.metrics.adapter_was_resident for r in requests] == [True, False, None]

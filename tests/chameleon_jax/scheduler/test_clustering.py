@@ -27,7 +27,7 @@ def test_no_more_levels_than_allowed():
 
 
 def test_a_cluster_that_gains_little_is_not_made():
-    """Two tight groups: the third and fourth cluster take away less than ELBOW_SHARE of the variation."""
+    """Two tight groups, so that a third and fourth cluster remove less than ELBOW_SHARE of the variation."""
     assert len(cluster_bounds(groups(0.2, 0.8, width=0.05))) == 1
 
 
@@ -66,7 +66,7 @@ def test_the_drift_test_seldom_calls_equal_ones_different():
 
 
 @pytest.mark.parametrize("sizes", [[1.0] * 99 + [2.0], [0.1] + [1.0] * 99, [1.0] * 60 + [1.0, 1.1]])
-def test_a_few_that_differ_from_the_rest_are_no_error(sizes):
+def test_bounds_of_a_few_outliers_lie_within_the_sizes(sizes):
     assert all(min(sizes) < bound < max(sizes) for bound in cluster_bounds(sizes))
 
 

@@ -1,4 +1,4 @@
-"""Predictions against quantiles counted one by one, and the errors that experiments ask for."""
+"""Predictions against quantiles counted one by one, and the error rates of the experiments' predictor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def observe(predictor: HistoryPredictor, outputs: list[int], adapter: str | None
 
 
 def weighted_quantile(outputs: list[int], share: float) -> int:
-    """The least length so that `share` of the weight lies at or below it; the newest weighs 1."""
+    """Least length so that `share` of the weight lies at or below it; the newest weighs 1."""
     weights = [DECAY**age for age in range(len(outputs))][::-1]
     below = 0.0
     for output, weight in sorted(zip(outputs, weights)):
@@ -138,6 +138,6 @@ def test_the_confusion_predictor_repeats_itself_and_takes_other_classes():
         ({"accuracy": 0.8, "typical": (1, 2)}, r"typical has 2 lengths; allowed: 3, one a class"),
     ],
 )
-def test_the_confusion_predictor_names_what_is_wrong(options, error):
+def test_the_confusion_predictor_names_invalid_options(options, error):
     with pytest.raises(ValueError, match=error):
         ConfusionPredictor(lambda r: 1, **options)

@@ -1,4 +1,4 @@
-"""The paper's queues by hand, on the order alone."""
+"""The paper's queues by hand, without a scheduler around them."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler import multilevel
-from chameleon_jax.scheduler.admission import Batch
+from chameleon_jax.scheduler import level_planner
+from chameleon_jax.scheduler.admission import AdmissionBatch
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, MultiLevelQueue
-from chameleon_jax.systems import SYSTEMS
+from chameleon_jax.scheduler.request_size import PageNeeds
+from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
 
-PAGE_TOKENS = 4
 START = 100.0
-"""Of the clock, seconds."""
-MULTILEVEL = [name for name, system in SYSTEMS.items() if system.order == "multilevel"]
+"""Seconds of the clock at the start."""
 
 
 def request(number: int, pages: int, size: float = 0.0, adapter: str | None = None, tokens: int = 10) -> Request:
-    """Starts with that many KV pages (its prompt has as many tokens)."""
+    """Request that starts with so many KV pages: its prompt has as many tokens."""
     made = Request(f"r{number}", [1] * pages, SamplingParams(max_tokens=100), START, seed=0, adapter=adapter, order=number)
     made.size, made.predicted_output_len = size, tokens
     return made
 
 
+class PromptPages(PageNeeds):
+    """A page for every prompt token and none for the output."""
+
+    def kv(self, request: Request) -> int:
+        return len(request.prompt_token_ids)
+
+
 class Order:
-    """A `MultiLevelQueue` over a pool, with what the scheduler does around it."""
+    """A `MultiLevelQueue` over a pool, driven as the scheduler drives it."""
 
     def __init__(self, total: int = 1000, quotas: tuple[int, ...] = (), bounds: tuple[float, ...] = (), **adapters: int):
         self.cache = AdapterCache(PagePool(total + 1))
         for name, pages in adapters.items():
             self.cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), START)
-        self.queue = MultiLevelQueue(total, lambda r: len(r.prompt_token_ids), self._missing, self._missing, slo=5.0)
+        self.counters = SchedulerCounters()
+        self.queue = MultiLevelQueue(total, PromptPages(self.cache, page_tokens=1), 5.0, self.counters)
         if quotas:
             self.queue.bounds, self.queue.levels = list(bounds), [Level(quota) for quota in quotas]
         self.running: list[Request] = []
 
-    def _missing(self, request: Request) -> int:
-        if request.adapter is None or self.cache.entry(request.adapter).references:
-            return 0
-        return self.cache.entry(request.adapter).info.num_pages
-
     def admit(self, now: float = START, slots: int = 100) -> list[int]:
-        batch = Batch(self.cache.pool, self.cache, slots, 1e9, lambda r: r.num_known, overlap_loads=False)
+        batch = AdmissionBatch(self.cache.pool, self.cache, slots, 1e9, lambda r: r.num_known, overlap_loads=False)
         self.queue.admit(batch, self.running, now)
         assert self.cache.reserve(batch.pages, now, keep=batch.keep)
         for adapter in batch.loads:
@@ -70,7 +72,7 @@ class Order:
         self.cache.pool.free_kv(request.request_id)
         if request.adapter is not None:
             self.cache.release(request.adapter, START)
-        self.queue.ended(request, START)
+        self.queue.release(request, START)
 
     def remaining(self) -> list[int]:
         return [level.remaining for level in self.queue.levels]
@@ -85,7 +87,7 @@ def test_every_level_starts_on_its_own_quota_small_ones_first():
     assert order.admit() == []
 
 
-def test_what_is_lent_is_taken_from_the_donor_and_comes_back():
+def test_lent_quota_is_taken_from_the_donor_and_comes_back():
     order = Order(quotas=(10, 20), bounds=(0.5,))
     order.wait(request(1, 15, 0.9), request(2, 8, 0.9))
     assert order.admit() == [1, 2]
@@ -113,7 +115,7 @@ def test_a_loan_may_come_from_several_levels_but_from_none_with_waiting_requests
     assert order.admit() == [] and order.remaining() == [4, 4, 0]
 
 
-def test_one_that_exceeds_its_quota_starts_when_nothing_is_charged_to_its_level():
+def test_a_request_larger_than_its_quota_starts_when_nothing_is_charged_to_its_level():
     order = Order(quotas=(10, 20), bounds=(0.5,))
     order.wait(request(1, 5, 0.1), request(2, 40, 0.1))
     assert order.admit() == [1]
@@ -123,7 +125,7 @@ def test_one_that_exceeds_its_quota_starts_when_nothing_is_charged_to_its_level(
     assert order.remaining() == [10, 20]
 
 
-def test_nobody_starts_before_a_head_that_has_waited_for_memory():
+def test_no_request_starts_before_a_head_that_has_waited_for_memory():
     order = Order(total=20, quotas=(20, 20), bounds=(0.5,))
     order.wait(request(1, 12, 0.1))
     assert order.admit() == [1]
@@ -137,7 +139,7 @@ def test_nobody_starts_before_a_head_that_has_waited_for_memory():
     assert order.admit(START + HEAD_TIMEOUT_S + 1) == [2, 4]
 
 
-def test_nobody_starts_before_a_head_that_has_waited_for_a_slot():
+def test_no_request_starts_before_a_head_that_has_waited_for_a_slot():
     order = Order(quotas=(20, 20), bounds=(0.5,))
     order.wait(request(1, 1, 0.1), request(2, 1, 0.9), request(3, 1, 0.1))
     assert order.admit(START, slots=1) == [1]
@@ -156,7 +158,7 @@ def test_a_head_that_goes_away_gives_up_its_place():
 
 
 def blocked_head(**other) -> Order:
-    """r0 runs and will for 50 tokens; r1's adapter lacks memory, though not quota; r2 comes behind it."""
+    """r0 runs for 50 more tokens; r1's adapter lacks memory, though not quota; r2 is behind it."""
     order = Order(total=20, quotas=(40,), big=12)
     order.wait(request(0, 8, tokens=50))
     assert order.admit() == [0]
@@ -165,39 +167,46 @@ def blocked_head(**other) -> Order:
     return order
 
 
-def test_a_younger_one_may_pass_a_head_whose_adapter_lacks_memory():
+def test_a_younger_request_may_pass_a_head_whose_adapter_lacks_memory():
     order = blocked_head()
-    assert order.admit() == [2] and order.queue.num_bypasses == 1
+    assert order.admit() == [2] and order.counters.bypasses == 1
     order.wait(request(3, 1, tokens=1))
     assert order.admit() == []  # one passes already, of two that started
 
 
 @pytest.mark.parametrize("other", [{"tokens": 50}, {"tokens": 5, "done": 46}])
-def test_nobody_passes_who_would_run_longer_than_the_head_waits(other):
+def test_a_request_that_would_outlast_the_head_s_wait_does_not_pass(other):
     order = blocked_head(**other)
-    assert order.admit() == [] and order.queue.num_bypasses == 0
+    assert order.admit() == [] and order.counters.bypasses == 0
 
 
-def test_nobody_passes_a_head_whose_own_tokens_lack_memory():
+def test_no_request_passes_a_head_whose_own_tokens_lack_memory():
     order = Order(total=20, quotas=(40,))
     order.wait(request(0, 8, tokens=50))
     order.admit()
     order.wait(request(1, 14), request(2, 3, tokens=5))
-    assert order.admit() == [] and order.queue.num_bypasses == 0
+    assert order.admit() == [] and order.counters.bypasses == 0
 
 
-def test_who_passed_goes_when_the_head_could_have_its_memory():
+def test_a_bypasser_is_squashed_when_the_head_could_have_its_memory():
     order = blocked_head()
     order.admit()
     passer = order.running[1]
     assert order.queue.victim(10) is None  # 10 and 3 are not the 14 that the head needs
     assert order.queue.victim(14) is None  # it can start anyway
     assert order.queue.victim(11) is passer
-    assert order.queue.num_bypass_squashes == 1
+    assert order.counters.bypass_squashes == 1
     assert order.queue.victim(11) is None  # no more than SQUASH_SHARE of those that started
     order.end(passer)
     order.wait(request(3, 3, tokens=5))
-    assert order.admit() == []  # nor passes anybody who might have to
+    assert order.admit() == []  # nor does a further bypasser start, which might be squashed too
+
+
+def test_queues_report_their_quotas_and_what_is_left_of_them():
+    order = Order(quotas=(10, 20), bounds=(0.5,))
+    order.wait(request(1, 8, 0.1), request(2, 8, 0.1), request(3, 30, 0.9))
+    assert order.admit() == [1, 3]
+    assert order.queue.queues() == (QueueStats("0", 1, 10, 2), QueueStats("1", 0, 20, -10))
 
 
 def test_upcoming_takes_turns():
@@ -207,23 +216,23 @@ def test_upcoming_takes_turns():
     assert [r.order for r in order.queue.upcoming(10)] == [3, 0, 4, 1, 2]
 
 
-def test_a_refresh_moves_who_waits_and_who_runs():
+def test_a_refresh_moves_waiting_and_running_requests():
     order = Order(total=100)
-    for number in range(multilevel.FIRST_REFRESH):
+    for number in range(level_planner.FIRST_REFRESH):
         order.wait(request(number, 1 + 9 * (number % 2), 0.9 if number % 2 else 0.1))
     assert sorted(order.admit()) == list(range(18))  # the minima are as 1 to 10, 9 and 91 pages
-    assert order.queue.num_refreshes == order.queue.num_scaled_quotas == 1
+    assert order.counters.quota_refreshes == order.counters.scaled_quotas == 1
     assert order.queue.bounds == pytest.approx([0.5]) and order.remaining() == [0, 1]
-    assert order.admit(START + multilevel.REFRESH_S - 1) == []
-    assert order.admit(START + multilevel.REFRESH_S + 1) == [18]  # nothing came of late: one level, one page of it left
-    assert order.queue.num_refreshes == 2 and order.remaining() == [0]
+    assert order.admit(START + level_planner.REFRESH_S - 1) == []
+    assert order.admit(START + level_planner.REFRESH_S + 1) == [18]  # nothing came of late: one level, one page of it left
+    assert order.counters.quota_refreshes == 2 and order.remaining() == [0]
     assert [r.order for r in order.queue.upcoming(100)] == list(range(19, 100))
     for running in list(order.running):
         order.end(running)
     assert order.remaining() == [100]
 
 
-def test_the_door_opens_for_a_head_blocked_at_time_0():
+def test_a_head_blocked_at_time_0_times_out():
     order = Order(total=20, quotas=(20, 20), bounds=(0.5,))
     order.wait(request(1, 12, 0.1))
     order.admit(0.0)

@@ -21,7 +21,7 @@ def test_the_least_quota_by_hand():
     assert least_quota(LevelLoad(largest=10, mean=3.0, duration=0.1, rate=0.0), slo=5.0) == 10  # else it could never run
 
 
-def test_what_the_minima_leave_is_shared_by_demand():
+def test_pages_beyond_the_minima_are_shared_by_demand():
     """Minima 10 and 20; demands 1 x 2 x 1 = 2 and 1 x 6 x 1 = 6 share 40."""
     loads = [LevelLoad(10, 2.0, 1.0, 1.0), LevelLoad(20, 6.0, 1.0, 1.0)]
     assert [least_quota(load, 1e9) for load in loads] == pytest.approx([10, 20])
@@ -29,7 +29,7 @@ def test_what_the_minima_leave_is_shared_by_demand():
     assert quotas == pytest.approx([20, 50], abs=1) and sum(quotas) == 70 and not scaled
 
 
-def test_without_demand_the_rest_is_shared_equally():
+def test_without_demand_pages_beyond_the_minima_are_shared_equally():
     quotas, scaled = share_quotas([LevelLoad(10, 2.0, 1.0, 0.0), LevelLoad(20, 6.0, 1.0, 0.0)], total=70, slo=5.0)
     assert quotas == [30, 40] and not scaled
 

@@ -1,4 +1,4 @@
-"""Prompts in chunks, then a token a step."""
+"""Running requests: prompts in chunks, then one token a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def running(
 def prefill(
     made: RunningSet, seconds: float = float("inf"), pass_tokens: float = 0.0, shapes: PrefillShapes = ANY_SIZE
 ) -> StepPlan:
-    """A second for each token that the device computes."""
+    """One second for each token that the device computes."""
     plan = StepPlan()
     made.plan_prefills(plan, seconds, lambda request, tokens: float(shapes.padded(tokens)), pass_tokens)
     return plan
@@ -152,7 +152,7 @@ def test_every_prompt_is_computed_once_in_order_and_within_the_step(
 
 
 def test_decodes_follow_the_prompt_and_end_one_short_of_the_last_token():
-    """The last token is sampled, never fed."""
+    """The last token is sampled and never computed."""
     one = request(0, 5, output=3)
     made = running(one)
     assert decode(made).decodes == []
@@ -183,7 +183,7 @@ def test_pages_are_asked_for_when_the_next_token_needs_one():
     assert one.num_computed == 16
 
 
-def test_who_cannot_grow_waits_for_the_next_step():
+def test_a_request_that_cannot_grow_waits_for_the_next_step():
     one, other = request(0, 4, output=8, pages=1), request(1, 4, output=8)
     made = running(one, other)
     prefill(made)
@@ -193,7 +193,7 @@ def test_who_cannot_grow_waits_for_the_next_step():
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_who_is_squashed_by_growth_does_not_decode(victim):
+def test_a_request_preempted_by_growth_does_not_decode(victim):
     requests = [request(i, 4, output=8, pages=1 if i == 1 else None) for i in range(3)]
     made = running(*requests)
     prefill(made)

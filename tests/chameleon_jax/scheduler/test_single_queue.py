@@ -1,4 +1,4 @@
-"""Orders of one queue."""
+"""Head starts of the boosted queue."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_less_work_is_a_larger_head_start_within_the_bound(works, wait):
     assert -MAX_BOOST * SLO <= key(request(small)) <= key(request(large)) <= 0
 
 
-def test_while_nobody_waits_the_order_is_first_come_first_served():
+def test_without_waits_the_order_is_first_come_first_served():
     key = boost([])
     assert key(request(10.0, arrival=0.0)) < key(request(1e-3, arrival=0.01))
 
@@ -49,7 +49,7 @@ def test_the_longer_others_wait_the_larger_is_the_head_start_up_to_what_the_targ
         assert boost([wait] * 1000)(request(0.1)) == pytest.approx(expected)
 
 
-def test_it_follows_waits_that_grow_and_fall():
+def test_head_starts_follow_waits_that_grow_and_fall():
     key = boost([1.0] * 500)
     high = key(request(0.01))
     for _ in range(500):

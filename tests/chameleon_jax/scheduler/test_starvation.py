@@ -18,7 +18,7 @@ from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler import multilevel, single_queue
+from chameleon_jax.scheduler import level_planner, single_queue
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, MultiLevelQueue
 from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE
@@ -27,13 +27,13 @@ from tests.chameleon_jax.fake_executor import FakeExecutor
 
 PAGE_TOKENS = 4
 START = 100.0
-"""Of the clock, seconds."""
+"""Seconds of the clock at the start."""
 MULTILEVEL = [name for name, system in SYSTEMS.items() if system.order == "multilevel"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """`gap` seconds after the one before it."""
+    """A request that arrives `gap` seconds after the one before it."""
 
     gap: float
     prompt: int
@@ -51,7 +51,7 @@ def after(gap: float, kind: Arrival) -> Arrival:
 
 
 class Zeros(FakeExecutor):
-    """Every token is 0; what pages hold is looked at in `tests/serving/test_loop.py`."""
+    """Executor whose every token is 0. The content of pages is tested in `tests/chameleon_jax/test_loop.py`."""
 
     def _sample(self, request, length: int) -> int:
         return self.slots.setdefault(request.slot, 0)
@@ -61,8 +61,8 @@ class Simulation:
     """A loop whose every step takes a second.
 
     Attributes:
-        ahead: of each request, the older ones that waited when it came, and those that were squashed while it waited.
-        most_levels: of each request, while it waited.
+        ahead: for each request, the older ones that waited when it arrived, and those preempted while it waited.
+        most_levels: for each request, the most levels while it waited.
     """
 
     def __init__(self, system: str, num_pages: int, slots: int = 8, step_tokens: int = 512, first_refresh: int = 10):
@@ -82,11 +82,13 @@ class Simulation:
         self.ahead: list[int] = []
         self.most_levels: list[int] = []
         self._unstarted: list[int] = []
+        self._submitted: list[int] = []  # since the last step
+        self._levels = 1
         self.first_refresh = first_refresh
 
     @property
     def levels(self) -> list[Level]:
-        return self.loop.scheduler.order.levels  # type: ignore[attr-defined]
+        return self.loop.scheduler.policy.levels  # type: ignore[attr-defined]
 
     def submit(self, kind: Arrival) -> Request:
         tokens = [len(self.requests) % 50] * kind.prompt
@@ -98,18 +100,22 @@ class Simulation:
         self.requests.append(made)
         self.most_levels.append(1)
         self._unstarted.append(len(self.requests) - 1)
+        self._submitted.append(len(self.requests) - 1)
         return made
 
     def step(self) -> None:
         self._unstarted = [i for i in self._unstarted if self.requests[i].metrics.first_scheduled_time is None]
         squashes = {r.order: r.metrics.num_squashes for r in self.loop.scheduler.running}
-        with mock.patch.object(multilevel, "FIRST_REFRESH", self.first_refresh):
+        with mock.patch.object(level_planner, "FIRST_REFRESH", self.first_refresh):
             self.loop.step()
         squashed = [order for order, n in squashes.items() if self.requests[order - 1].metrics.num_squashes > n]
-        count = len(getattr(self.loop.scheduler.order, "levels", "1"))
-        for i in self._unstarted:
-            self.ahead[i] += sum(order < self.requests[i].order for order in squashed)
+        count = len(getattr(self.loop.scheduler.policy, "levels", "1"))
+        if squashed:
+            for i in self._unstarted:
+                self.ahead[i] += sum(order < self.requests[i].order for order in squashed)
+        for i in self._unstarted if count > self._levels else self._submitted:
             self.most_levels[i] = max(self.most_levels[i], count)
+        self._levels, self._submitted = count, []
         self.now += 1
 
     def run(self, arrivals: list[Arrival] | None = None, limit: int = 20_000) -> Simulation:
@@ -124,13 +130,13 @@ class Simulation:
         raise AssertionError("the loop does not end")
 
     def warm(self) -> Simulation:
-        """Small and large ones, so that levels form."""
+        """Run small and large requests, so that levels form."""
         self.run([after(1.0, LARGE if i % 3 == 0 else SMALL) for i in range(12)])
         assert len(self.levels) > 1
         return self
 
     def longest_run(self) -> float:
-        """L: a step for every prompt where they do not fit one together, and one for every output token."""
+        """L: one step for every prompt where they do not fit one step together, and one for every output token."""
         tiles = [-(-r.max_total_tokens // PREFILL_TILE) for r in self.requests]
         slots, step_tiles = self.loop.config.max_num_seqs, self.loop.config.max_num_batched_tokens // PREFILL_TILE
         assert max(tiles) <= step_tiles
@@ -158,7 +164,7 @@ def test_small_requests_do_not_wait_behind_large_ones():
 
 @pytest.mark.parametrize("slots", [2, 8])
 def test_large_requests_are_not_starved_by_a_stream_of_small_ones(slots):
-    """More small ones come than can run, and they find room where the large one does not."""
+    """More small requests arrive than can run, and they find room where the large one does not."""
     simulation = Simulation("chameleon", 40, slots).warm()
     for _ in range(2 * slots):
         simulation.submit(SMALL)
@@ -184,7 +190,7 @@ PHASES = st.lists(
 
 
 def arrivals_of(phases) -> list[Arrival]:
-    """Prompts differ by a few tokens, as those of one kind do."""
+    """Arrivals in which the prompts of one kind differ by a few tokens."""
     kinds = [(kinds[i % len(kinds)], gap) for kinds, gap, count in phases for i in range(count)]
     return [dataclasses.replace(kind, gap=gap, prompt=kind.prompt + i % 4) for i, (kind, gap) in enumerate(kinds)]
 
@@ -193,7 +199,7 @@ def arrivals_of(phases) -> list[Arrival]:
 @given(phases=PHASES, num_pages=st.integers(27, 80), system=st.sampled_from(MULTILEVEL))
 def test_quotas_are_whole_again_when_everything_has_ended(phases, num_pages, system):
     simulation = Simulation(system, num_pages)
-    with mock.patch.object(multilevel, "REFRESH_S", 30.0):
+    with mock.patch.object(level_planner, "REFRESH_S", 30.0):
         for number, arrival in enumerate(arrivals_of(phases)):
             simulation.submit(arrival)
             if number % 7 == 6:
@@ -201,11 +207,11 @@ def test_quotas_are_whole_again_when_everything_has_ended(phases, num_pages, sys
             if arrival.gap >= 1:
                 simulation.step()
         simulation.run()
-    order = simulation.loop.scheduler.order
-    assert isinstance(order, MultiLevelQueue)
-    assert not any(level.waiting for level in order.levels) and all(level.remaining == level.quota for level in order.levels)
+    policy = simulation.loop.scheduler.policy
+    assert isinstance(policy, MultiLevelQueue)
+    assert not any(level.waiting for level in policy.levels) and all(level.remaining == level.quota for level in policy.levels)
     assert all(r.state is RequestState.FINISHED for r in simulation.requests)
-    assert order.num_bypass_squashes <= SQUASH_SHARE * len(simulation.requests) + 1
+    assert simulation.loop.scheduler.counters.bypass_squashes <= SQUASH_SHARE * len(simulation.requests) + 1
     assert simulation.loop.counters.finished == len(simulation.requests)
 
 
@@ -217,7 +223,7 @@ STREAMS = st.builds(
     st.sampled_from([0.125, 0.25, 0.5]),
     st.integers(150, 350),
 )
-"""One request that comes when others have taken what there is, and more of them than can run follow."""
+"""One request arrives when others have taken all memory, and more of the others than can run follow."""
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)
@@ -228,7 +234,7 @@ STREAMS = st.builds(
     step_tokens=st.sampled_from([64, 512]),
     system=st.sampled_from(MULTILEVEL),
 )
-def test_nobody_waits_longer_than_the_starvation_bound(phases, num_pages, slots, step_tokens, system):
+def test_no_request_waits_longer_than_the_starvation_bound(phases, num_pages, slots, step_tokens, system):
     simulation = Simulation(system, num_pages, slots, step_tokens).run([after(1.0, KINDS[i % 6]) for i in range(12)])
     simulation.run(arrivals_of(phases))
     longest = simulation.longest_run()
@@ -239,11 +245,9 @@ def test_nobody_waits_longer_than_the_starvation_bound(phases, num_pages, slots,
 
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(phases=PHASES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
-def test_a_head_start_is_never_larger_than_its_most(phases, num_pages, slots):
-    """Of the boosted order, without adapters: who comes later than that starts later."""
-    system = SYSTEMS.get("chameleon-plus")
-    if system is None or system.order != "boost":
-        pytest.skip("no boosted order")
+def test_a_head_start_is_never_larger_than_its_bound(phases, num_pages, slots):
+    """Without adapters, a request that arrives later than the largest head start also starts later."""
+    assert SYSTEMS["chameleon-plus"].order == "boost"
     simulation = Simulation("chameleon-plus", num_pages, slots)
     simulation.run([dataclasses.replace(arrival, adapter=None) for arrival in arrivals_of(phases)])
     most = single_queue.MAX_BOOST * simulation.loop.config.ttft_slo

@@ -1,4 +1,4 @@
-"""Seconds of prompts beside decodes."""
+"""Time of prompts beside decodes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ PATIENCE = 5.0
 
 
 def planned(budget: StepBudget, prompts: int, rows: int, waited: float = 0.0) -> tuple[float, StepPlan]:
-    """Seconds for prompts of a step with that many decodes, and the step with that many prompt tokens in it."""
+    """Seconds for prompts in a step with `rows` decodes, and the step with `prompts` prompt tokens in it."""
     plan = StepPlan(decodes=[request(i) for i in range(rows)])
-    seconds = budget.decodes_planned(plan, waited)
+    seconds = budget.bound_prefills(plan, waited)
     if prompts:
         plan.prefills = [PrefillChunk(request(99), 0, prompts, samples=True)]
-    budget.prefills_planned(plan)
+    budget.note_prefills(plan)
     return seconds, plan
 
 
 def taught(target: float | None, slots: int = 8, slowness: float = 1.0, shapes: PrefillShapes = ANY_SIZE) -> StepBudget:
-    """Knows a device on which steps cost what the constants above say, times `slowness`."""
+    """Budget that has seen a device whose steps cost the constants above, times `slowness`."""
     budget = StepBudget(target, PATIENCE, True, slots, lambda request: 0, shapes)
     for i in range(3 * StepCost.ENOUGH):
         prompts, rows = (i * 37) % 200, i % 7
         computed = shapes.step_tokens([prompts] if prompts else [])
         seconds = bool(prompts) * PREFILL_S + computed * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
-        budget.ran(planned(budget, prompts, rows)[1], slowness * seconds)
+        budget.observe_step(planned(budget, prompts, rows)[1], slowness * seconds)
     return budget
 
 
@@ -119,7 +119,7 @@ def test_work_is_the_prompt_and_the_outputs_share_of_full_steps(slots):
     made = request(0, prompt=100, output=20)
     per_token = DECODE_S / slots + ROW_S
     assert budget.work(made) == pytest.approx(100 * TOKEN_S + 20 * per_token, rel=0.02)
-    made.output_token_ids += [1] * 5  # squashed: it recomputes what it had, and goes on from there
+    made.output_token_ids += [1] * 5  # preempted: it recomputes these and goes on from there
     assert budget.work(made) == pytest.approx(105 * TOKEN_S + 15 * per_token, rel=0.02)
     made.output_token_ids += [1] * 30  # more than predicted
     assert budget.work(made) == pytest.approx(135 * TOKEN_S, rel=0.02)

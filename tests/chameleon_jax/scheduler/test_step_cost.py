@@ -31,7 +31,7 @@ def taught(steps: int, seed: int = 0, **kind: bool) -> StepCost:
     return cost
 
 
-def test_features_say_what_is_in_a_step():
+def test_features_of_a_step():
     requests = [Request(str(i), [1] * 100, SamplingParams(), 0.0, 0, adapter="a") for i in range(3)]
     for request in requests:
         request.num_computed = 70
@@ -42,7 +42,7 @@ def test_features_say_what_is_in_a_step():
     assert StepCost.features((), (), lambda r: 8, padding).tolist() == [0] * 6
 
 
-def test_it_learns_what_steps_cost():
+def test_costs_of_steps_are_learnt():
     cost, rng = taught(300), np.random.default_rng(1)
     assert cost.known
     for _ in range(20):
@@ -52,7 +52,7 @@ def test_it_learns_what_steps_cost():
 
 
 @pytest.mark.parametrize("kind", [{"adapters": True}, {"adapters": False}, {"prefill": False}])
-def test_it_follows_a_machine_that_has_become_slower_however_long_it_was_the_same(kind):
+def test_a_slower_machine_is_followed_after_any_number_of_equal_steps(kind):
     cost, rng = taught(20_000, **kind), np.random.default_rng(2)
     for _ in range(3000):
         x = step(rng, **kind)
@@ -74,7 +74,7 @@ def test_an_interruption_is_not_taken_for_a_cost():
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_what_is_no_time_teaches_nothing(seconds):
+def test_invalid_seconds_teach_nothing(seconds):
     cost = taught(100)
     before = cost.seconds(np.ones(6))
     cost.observe(np.ones(6), seconds)

@@ -162,7 +162,7 @@ def test_an_engine_that_is_dead_is_still_scraped(stats):
 
 def test_last_stats_of_a_dead_engine_list_no_requests():
     stats = get(make_app(StubService(StubLLM(engine_stats(["a"]), "the device is gone"))), "/status.json").json()["stats"]
-    assert (stats["running"], stats["waiting"], stats["requests"], stats["finished"]) == (0, 0, [], 50)
+    assert (stats["running"], stats["waiting"], stats["requests"], stats["loop"]["finished"]) == (0, 0, [], 50)
 
 
 def test_the_page_may_only_run_its_own_script_and_ask_its_own_server():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from chameleon_jax.loop import LoopCounters
+from chameleon_jax.memory.adapter_cache import CacheCounters
 from chameleon_jax.memory.page_pool import PoolUsage
-from chameleon_jax.serving.stats import AdapterStats, EngineStats, QueueStats, RequestStats
+from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
+from chameleon_jax.serving.proxy_predictor import ProxyCounters
+from chameleon_jax.serving.stats import AdapterStats, EngineStats, RequestStats
 
 
 def engine_stats(names: list[str], num_running: int = 4, num_waiting: int = 1) -> EngineStats:
@@ -44,20 +48,27 @@ def engine_stats(names: list[str], num_running: int = 4, num_waiting: int = 1) -
         page_bytes=4096,
         host_bytes=4096 * len(names),
         spills=3,
-        steps=100,
-        prompt_tokens=1000,
-        generation_tokens=2000,
-        finished=50,
-        hits=30,
-        misses=10,
-        evictions=5,
-        loads=12,
-        load_seconds=0.5,
-        load_bytes=1 << 20,
-        prefetches=6,
-        cancelled_loads=2,
-        memory_squashes=3,
-        bypass_squashes=1,
-        bypasses=4,
-        faults=1,
+        loop=LoopCounters(
+            steps=100,
+            generation_tokens=2000,
+            prefill_tokens=1000,
+            decode_rows=1900,
+            finished=50,
+            load_wait_s=0.25,
+            faults=1,
+        ),
+        cache=CacheCounters(hits=30, misses=10, loads=12, evictions=5, bytes_sent=1 << 20, load_seconds=0.5),
+        scheduler=SchedulerCounters(
+            prefetches=6,
+            cancelled_loads=2,
+            memory_preemptions=3,
+            bypasses=4,
+            bypass_squashes=1,
+            underpredicted=20,
+            overpredicted=25,
+            length_updates=7,
+            quota_refreshes=8,
+            scaled_quotas=2,
+        ),
+        length_proxy=ProxyCounters(predicted=40, skipped=9, failed=1),
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -52,6 +53,10 @@ PUBLISHED = {
 """What dashboards and gateways of users rely on: names and labels."""
 
 
+ELSEWHERE = {"finished": "request_success", "loads": "lora_adapter_load_seconds", "load_seconds": "lora_adapter_load_seconds"}
+"""Counters of the engine that an observed metric has too."""
+
+
 @pytest.fixture
 def metrics() -> Iterator[Metrics]:
     metrics = Metrics()
@@ -74,6 +79,20 @@ def value(found: dict[str, Metric], name: str, suffix: str = "", **labels: str) 
         if s.name == f"chameleon:{name}{suffix}" and labels.items() <= s.labels.items()
     ]
     return sample.value
+
+
+def test_every_counter_of_the_engine_is_a_metric(metrics):
+    numbers = itertools.count(1_000_003, 17)
+    stats = engine_stats(["a"])
+    filled, expected = {}, {}
+    for part in ("loop", "cache", "scheduler", "length_proxy"):
+        counters = getattr(stats, part)
+        values = {field.name: next(numbers) for field in dataclasses.fields(counters)}
+        expected |= {f"{part}.{name}": value for name, value in values.items() if name not in ELSEWHERE}
+        filled[part] = dataclasses.replace(counters, **values)
+    text = metrics.render(dataclasses.replace(stats, **filled)).decode()
+    published = {float(line.rpartition(" ")[2]) for line in text.splitlines() if not line.startswith("#")}
+    assert {name: value for name, value in expected.items() if value not in published} == {}
 
 
 def ended(

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.scheduler.likely_adapters import HEAD, LEAST_GAPS, TAIL, UseHistory, UsePredictor
+from chameleon_jax.scheduler.prefetch import HEAD, LEAST_GAPS, TAIL, UseHistory, UsePredictor
 
 
 def history(*gaps: float) -> UseHistory:
     made = UseHistory(0.0)
     for gap in gaps:
-        made.used(made.last + gap)
+        made.record_use(made.last + gap)
     return made
 
 
@@ -22,7 +22,7 @@ def test_a_periodic_use_is_expected_when_it_is_due_and_not_before():
     assert made.last == 80.0
     assert made.chance(85.0, 1.0) == 0
     assert made.chance(89.5, 1.0) == 1
-    assert made.chance(90.5, 1.0) == 0  # it did not come; nobody knows when it will
+    assert made.chance(90.5, 1.0) == 0  # it did not come, and may come at any time
 
 
 def test_too_few_gaps_predict_nothing():
@@ -34,7 +34,7 @@ def test_gaps_beyond_the_histogram_are_not_learnt_from():
     made = history(*[10.0] * 3, *[241.0] * 10)
     assert made.last == 30.0 + 2410.0
     assert made.chance(made.last + 9.5, 1.0) == 0  # three gaps only
-    made.used(made.last + 240.0)
+    made.record_use(made.last + 240.0)
     assert made.chance(made.last + 9.5, 1.0) > 0
 
 
@@ -66,9 +66,9 @@ def test_a_chance_is_the_share_of_the_gaps_left_that_end_in_time(gaps, idle, hor
 def test_periodic_adapters_are_named_best_first_once_in_a_horizon():
     predictor = UsePredictor(horizon=2.0)
     for now in range(0, 101, 10):
-        predictor.used("periodic", now)
+        predictor.record_use("periodic", now)
     for now in [0, 3, 10, 24, 36, 40, 52, 60, 73, 80, 91, 100]:
-        predictor.used("irregular", now)
+        predictor.record_use("irregular", now)
     assert predictor.candidates(["irregular", "unknown", "periodic"], 109.0) == ["periodic", "irregular"]
     assert predictor.candidates(["periodic"], 110.5) == []
     assert predictor.candidates(["irregular", "periodic"], 111.0)[0] == "irregular"
@@ -78,22 +78,22 @@ def test_random_uses_and_too_few_of_them_are_not_named():
     predictor = UsePredictor(horizon=1.0)
     generator, now = random.Random(0), 0.0
     for _ in range(UseHistory.LIMIT + 1):
-        predictor.used("random", now)
+        predictor.record_use("random", now)
         last, now = now, now + generator.uniform(1, 200)
     for i in range(LEAST_GAPS):
-        predictor.used("new", last + 10.0 * i)
+        predictor.record_use("new", last + 10.0 * i)
     assert predictor.candidates(["random", "new"], last + 10.0 * LEAST_GAPS - 0.5) == []
-    predictor.used("new", last + 10.0 * LEAST_GAPS)
+    predictor.record_use("new", last + 10.0 * LEAST_GAPS)
     assert predictor.candidates(["random", "new"], last + 10.0 * (LEAST_GAPS + 1) - 0.5) == ["new"]
 
 
-def test_what_was_forgotten_is_learnt_anew():
+def test_a_forgotten_adapter_is_learnt_anew():
     predictor = UsePredictor()
     for now in range(0, 60, 10):
-        predictor.used("a", now)
+        predictor.record_use("a", now)
     assert predictor.candidates(["a"], 59.5) == ["a"]
     predictor.forget("a")
     predictor.forget("never known")
     assert predictor.candidates(["a"], 60.6) == []
-    predictor.used("a", 70.0)
+    predictor.record_use("a", 70.0)
     assert predictor.candidates(["a"], 79.5) == []
