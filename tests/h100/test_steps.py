@@ -14,7 +14,7 @@ from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
 
 MIB = 1 << 20
 model = functools.cache(Model.of)
@@ -80,11 +80,11 @@ def test_the_largest_rank_fits_the_device(tiles, tile_tokens):
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
 def test_sampling_waits_for_nothing(mode):
-    draws = jax.ShapeDtypeStruct((128, DRAW_COLUMNS), jnp.int32)
+    sampling_rows = jax.ShapeDtypeStruct((128, SAMPLING_COLUMNS), jnp.int32)
     head, hidden = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (32_000, 128))
     slots = jax.ShapeDtypeStruct((129,), jnp.int32)
     sample_step = functools.partial(steps.sample_step, mode=mode, backend="triton")
-    launched = operations(compile_for_h100(sample_step, head, hidden, slots, draws, donate_argnums=2))
+    launched = operations(compile_for_h100(sample_step, head, hidden, slots, sampling_rows, donate_argnums=2))
     assert not {"while", "conditional"} & set(launched)
     assert launched["fusion"] < 100
 

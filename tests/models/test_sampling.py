@@ -5,21 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows
 from chameleon_jax.models.sampling import SamplingMode, sample
 
 VOCAB = 64
 LOGITS = jnp.array(np.random.default_rng(0).standard_normal((4, VOCAB)) * 2, jnp.float32)
 
 
-def draw(**fields) -> Draw:
-    defaults = dict(slot=0, position=7, seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, banned=(), logprobs=False)
-    return Draw(**(defaults | fields))
+def sampling_row(**fields) -> SamplingRow:
+    defaults = dict(slot=0, position=7, seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, suppressed=(), logprobs=False)
+    return SamplingRow(**(defaults | fields))
 
 
 def counts(logits, draws: int, **fields) -> np.ndarray:
     """How often each token is drawn over many positions."""
-    rows, mode = pack_draws({i: draw(position=i, **fields) for i in range(draws)}, draws, 0)
+    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **fields) for i in range(draws)}, draws, 0)
     logits = jnp.broadcast_to(logits, (draws, VOCAB))
     tokens, again = (jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens for guesses in (1, 7))
     np.testing.assert_array_equal(tokens, again)
@@ -86,7 +86,7 @@ def test_draws_are_what_a_plain_reference_keeps():
         )
         for _ in logits
     ]
-    rows, mode = pack_draws({i: draw(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
+    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
     for guesses in (1, 7):
         tokens = np.asarray(jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens)
         for row, token, cut in zip(logits, tokens.tolist(), cuts):
@@ -94,24 +94,26 @@ def test_draws_are_what_a_plain_reference_keeps():
 
 
 def test_rows_do_not_depend_on_their_neighbours():
-    rows, mode = pack_draws({i: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9)
+    rows, mode = pack_sampling_rows(
+        {i: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9
+    )
     together = sample(LOGITS, rows, mode).tokens
     for i in range(4):
-        one, _ = pack_draws({0: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
+        one, _ = pack_sampling_rows({0: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
         assert int(sample(LOGITS[i : i + 1], one, SamplingMode.RANDOM).tokens[0]) == int(together[i])
     assert int(together[0]) == int(LOGITS[0].argmax())
 
 
 def test_64_bit_seeds_and_positions_differ():
     seeds = [0, 1, 1 << 32, (1 << 32) + 1, (1 << 63) + 5]
-    rows, mode = pack_draws({i: draw(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
+    rows, mode = pack_sampling_rows({i: sampling_row(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
     noise = [tuple(rows[i, 2:4]) for i in range(len(seeds))]
     assert len(set(noise)) == len(seeds) and mode is SamplingMode.RANDOM
 
 
 def test_banned_ids_are_never_chosen_but_keep_their_logprob():
     best = int(LOGITS[0].argmax())
-    rows, mode = pack_draws({0: draw(temperature=0, banned=(best,), logprobs=True)}, 1, 0)
+    rows, mode = pack_sampling_rows({0: sampling_row(temperature=0, suppressed=(best,), logprobs=True)}, 1, 0)
     result = sample(LOGITS[:1], rows, mode)
     logprobs = jax.nn.log_softmax(LOGITS[0])
     assert int(result.tokens[0]) == int(np.argsort(-np.asarray(LOGITS[0]))[1])

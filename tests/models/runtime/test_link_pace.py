@@ -195,9 +195,9 @@ class RecordingDevice(FakeDevice):
         super().__init__()
         self.order: list[str] = []
 
-    def send(self, segments, draws) -> int:
+    def send(self, chunks, sampling_rows) -> int:
         self.order.append("inputs")
-        return len(segments)
+        return len(chunks)
 
     def dispatch(self, sent: int) -> DispatchedStep:
         self.order.append("step")

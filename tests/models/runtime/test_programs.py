@@ -16,7 +16,7 @@ from chameleon_jax.models.llama import Llama, random_model
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.model_runner import PAGES_ROUNDED_TO, ModelRunner
 from chameleon_jax.models.runtime.programs import STEPS_IN_FLIGHT, Programs
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
 from chameleon_jax.models.sampling import SamplingMode
 
@@ -84,8 +84,8 @@ def test_scratch_is_what_two_of_the_largest_steps_take():
         memory = compiled.memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    steps, draws = (max(map(needs, kind.values())) for kind in (made.forward, made.sample))
-    assert scratch == STEPS_IN_FLIGHT * (steps + draws) + PIECES.device_bytes
+    steps, samples = (max(map(needs, kind.values())) for kind in (made.forward, made.sample))
+    assert scratch == STEPS_IN_FLIGHT * (steps + samples) + PIECES.device_bytes
 
 
 class Stats:
@@ -113,7 +113,7 @@ def test_the_pool_takes_what_is_left(monkeypatch):
 def test_using_every_program_changes_nothing():
     engine = ModelRunner(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, 40, DTYPE)
     prompt = SequenceChunk([3, 1, 4, 1, 5], 0, 1, (7,), None)
-    draw = {0: Draw(1, 5, 0, 0.0, 0, 1.0, 0.0, (), False)}
+    draw = {0: SamplingRow(1, 5, 0, 0.0, 0, 1.0, 0.0, (), False)}
     first = int(engine.run([prompt], draw).sampled.tokens[0])
     engine.reset()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models import llama
-from chameleon_jax.models.model_tensors import ModelTensors, tensor_shapes
+from chameleon_jax.models.llama import ModelTensors, tensor_shapes
 from tests import reference_models as reference
 
 GQA, TIED = reference.checkpoint(reference.CONFIGS["gqa"]), reference.checkpoint(reference.CONFIGS["tied"])

@@ -1,0 +1,67 @@
+"""Shapes in signatures: every public device function has them, and a wrong one is an error."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from chameleon_jax.models.ops.linear import linear
+from chameleon_jax.models.ops.paged_attention import write_kv
+from tests import shape_checks
+
+MODELS = Path(__file__).parents[2] / "models"
+HOST_SIDE = {"executor.py", "model_runner.py", "programs.py", "adapter_loads.py"}
+"""Files whose functions pass arrays on without a look at their shapes."""
+
+checked = pytest.mark.skipif(not shape_checks.INSTALLED, reason="jaxtyping and beartype are not installed")
+
+
+@checked
+@pytest.mark.parametrize(("x", "weight"), [((3, 8), (4, 7)), ((3, 8), (4,)), ((), (4, 8))])
+def test_a_wrong_shape_is_an_error(x, weight):
+    with pytest.raises(Exception, match=r"Type-check error[\s\S]*(d_in|d_out)"):
+        linear(jnp.ones(x), jnp.ones(weight))
+
+
+@checked
+def test_one_name_is_one_size_across_arguments():
+    pages, k, v = jnp.zeros((4, 64)), jnp.zeros((2, 1, 8)), jnp.zeros((2, 1, 8))
+    with pytest.raises(Exception, match=r"Type-check error[\s\S]*slots"):
+        write_kv(pages, k, v, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
+
+
+def functions(file: Path) -> Iterator[ast.FunctionDef]:
+    """Public functions and methods, `__call__` among them."""
+    for node in ast.parse(file.read_text()).body:
+        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(part, ast.FunctionDef) and (part.name == "__call__" or not part.name.startswith("_")):
+                yield part
+
+
+def arrays(function: ast.FunctionDef) -> Iterator[bool]:
+    """For each mention of an array in a signature, whether it has a shape."""
+    arguments = function.args
+    hints = [argument.annotation for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg) if argument]
+    for hint in filter(None, [*hints, function.returns]):
+        with_shape = [
+            n.slice for n in ast.walk(hint) if isinstance(n, ast.Subscript) and ast.unparse(n.value) in shape_checks.NAMES
+        ]
+        inside = {id(node) for part in with_shape for node in ast.walk(part)}
+        for node in ast.walk(hint):
+            if ast.unparse(node) in ("Array", "jax.Array") and isinstance(node, (ast.Name, ast.Attribute)):
+                yield id(node) in inside
+
+
+def test_every_public_device_function_has_shapes():
+    without, count = [], 0
+    for file in sorted(MODELS.rglob("*.py")):
+        for function in functions(file) if file.name not in HOST_SIDE else ():
+            found = list(arrays(function))
+            count += bool(found)
+            if not all(found):
+                without.append(f"{file.relative_to(MODELS)}:{function.name}")
+    assert not without and count >= 34
