@@ -10,19 +10,21 @@ from typing import Any
 
 NAMES = ("Array", "Bool", "Float", "Int", "Shaped")
 """Names of jaxtyping in signatures. The modules import them for type checkers alone."""
+DEVICE_MODULES = ("ops", "llama", "sampling", "length_proxy", "adapters.transfers", "runtime.steps", "runtime.step_inputs")
+"""Modules of `chameleon_jax.models` that are checked. Others call small functions so often that wrapping them would be slow."""
 INSTALLED = all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype"))
 """False on the GPU machine, which has neither package and checks no shapes."""
 
 
 def switch_on() -> None:
-    """Have the modules of `chameleon_jax.models` that are imported from now on check their shapes."""
+    """Have DEVICE_MODULES check their shapes; to be called before any of them is imported."""
     if not INSTALLED:
         return
     import jaxtyping
 
     for name in NAMES:  # annotations are evaluated among a module's globals, then among builtins
         setattr(builtins, name, getattr(jaxtyping, name))
-    jaxtyping.install_import_hook("chameleon_jax.models", "tests.shape_checks.check")
+    jaxtyping.install_import_hook([f"chameleon_jax.models.{name}" for name in DEVICE_MODULES], "tests.shape_checks.check")
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Whatever parameters and logits there are, a row gets a token that may be drawn, and the same one in every batch."""
+"""Sampling with extreme parameters and logits: a row gets a token that may be drawn, and the same one in every batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(logits: np.ndarray, sampling_rows: list[SamplingRow], mode: SamplingMode
 
 
 def make_logits(vocab: int) -> dict[str, np.ndarray]:
-    """A row of each kind."""
+    """Make a row of each kind."""
     drawn = RNG.standard_normal(vocab) * 3
     one = np.full(vocab, -INF)
     one[vocab // 2] = 1.0
@@ -63,7 +63,7 @@ def make_logits(vocab: int) -> dict[str, np.ndarray]:
 
 
 def best_of(logits: np.ndarray, suppressed=()) -> set[int]:
-    """The tokens that share the largest logit; NaN is none, and bans that leave nothing are not heeded."""
+    """Find the tokens that share the largest logit. NaN is no logit, and suppressed ids that leave no token are ignored."""
     numbers = np.where(np.isnan(logits), -np.inf, logits)
     allowed = numbers.copy()
     allowed[list(suppressed)] = -np.inf
@@ -72,7 +72,7 @@ def best_of(logits: np.ndarray, suppressed=()) -> set[int]:
 
 
 def every_sampling_row() -> list[SamplingRow]:
-    """Each parameter at its extremes: alone with each temperature, and many together."""
+    """Set each parameter to its extremes: alone with each temperature, and many together."""
     one = [dict(temperature=t) for t in TEMPERATURES]
     one += [dict(temperature=t, **{f: v}) for t in TEMPERATURES for f, vs in FIELDS.items() for v in vs]
     several = [dict(zip(("temperature", *FIELDS), values)) for values in itertools.product(TEMPERATURES, *FIELDS.values())]
@@ -119,7 +119,7 @@ def test_a_row_has_the_same_token_in_every_batch(vocab, dtype, guesses):
 
 
 def test_shares_that_end_on_a_token_are_the_same_in_every_batch():
-    """Rounding, which differs with the number of rows, decides nothing where a sum is just what was asked for."""
+    """Rounding, which differs with the number of rows, decides nothing where a sum is exactly the share asked for."""
     vocab = 257
     sampling_rows, logits = [], []
     for count, k in itertools.product((2, 5, 10, 40), range(1, 10)):
@@ -138,7 +138,7 @@ def test_shares_that_end_on_a_token_are_the_same_in_every_batch():
 
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
-def test_bans_leave_the_best_of_the_others_and_are_not_heeded_where_there_are_none(mode):
+def test_suppressed_ids_leave_the_best_of_the_others_and_are_ignored_where_there_are_none(mode):
     vocab = 64
     for name, row in make_logits(vocab).items():
         best = int(np.nanargmax(np.where(np.isnan(row), -np.inf, row)))
@@ -156,7 +156,7 @@ def test_bans_leave_the_best_of_the_others_and_are_not_heeded_where_there_are_no
     assert tokens[:2].tolist() == few[:2].argmax(1).tolist()
 
 
-def test_a_banned_token_is_never_drawn_at_any_temperature():
+def test_a_suppressed_token_is_never_drawn_at_any_temperature():
     sampling_rows = [sampling_row(position=i, temperature=t, suppressed=(3, 5, 9)) for t in TEMPERATURES for i in range(50)]
     logits = np.zeros((len(sampling_rows), 12), np.float32)
     logits[:, [3, 5]] = HUGE
@@ -179,7 +179,7 @@ def test_a_row_of_nan_leaves_the_others_as_they_are():
 
 
 def test_log_probabilities_are_finite_numbers():
-    """JSON knows no others."""
+    """JSON has no NaN and no infinity."""
     for name, row in make_logits(64).items():
         result = run(row[None], [sampling_row(logprobs=True, suppressed=(0,))], SamplingMode.LOGPROBS)
         for values in (result.logprobs, result.top_logprobs):
@@ -187,7 +187,7 @@ def test_log_probabilities_are_finite_numbers():
         assert ((result.top_tokens >= 0) & (result.top_tokens < 64)).all()
 
 
-def test_at_small_temperatures_only_what_is_close_to_the_best_is_drawn():
+def test_at_small_temperatures_only_tokens_close_to_the_best_are_drawn():
     """No temperature is clamped: a gap counts by its ratio to the temperature."""
     gap = np.float32(1e-7)
     logits = np.zeros((2000, 16), np.float32)
