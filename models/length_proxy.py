@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from chameleon_jax import checks
 from chameleon_jax.scheduler.length_predictor import CLASS_CUTS
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class LengthProxyConfig:
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, allowed: str) -> None:
-            if not condition:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
+            checks.require(condition, field, getattr(self, field), allowed)
 
         def positive(values: Sequence[int]) -> bool:
             return all(isinstance(v, numbers.Integral) and v >= 1 for v in values)

@@ -130,7 +130,7 @@ class LlamaLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Decoder. Weights are random after construction; `load_tensors` puts those of a checkpoint in their place."""
+    """Decoder. Weights are random after construction; `load_tensors` puts a checkpoint's in their place."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -221,7 +221,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 class ModelTensors(Mapping[str, np.ndarray]):
-    """Tensors of a Llama by Hugging Face name: the model's own among those of a checkpoint, checked as they are read.
+    """Tensors of a Llama by Hugging Face name: the model's own part of a checkpoint, checked as it is read.
 
     Raises:
         ValueError: A tensor is missing or has no place in the model, or, when it is read, has another shape or dtype. The
@@ -277,7 +277,7 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
         dtype: Dtype of the weights.
 
     Raises:
-        ValueError: The tensors are not those of the model (see `ModelTensors`).
+        ValueError: The tensors do not fit the model (see `ModelTensors`).
     """
     checked = ModelTensors(config, tensors)
 

@@ -21,9 +21,9 @@ That is 0.3 to 0.7 ms at 55 to 25 GB/s, and four times as much with 64 MiB. Larg
 cost, 10 to 20 us, is 2 to 6 % of this one, and a piece is written by one launch whatever its size (`ops/write_pages.py`)."""
 
 MIN_TRANSFER_BYTES = 128 << 20
-"""Device memory for pieces on small devices, and on those of unknown size."""
+"""Bytes for pieces on small devices, and on devices of unknown size."""
 MAX_TRANSFER_BYTES = 1 << 30
-"""Device memory for pieces on large devices."""
+"""Bytes for pieces on large devices."""
 TRANSFER_SHARE = 1 / 64
 """Share of JAX's device memory for pieces that were sent and are not yet written to their pages, within those bounds. A piece
 is held for three steps (`models/runtime/link_pace.py`). At 8 ms a step and 40 GB/s that is 1 GB, so 1 GiB of an 80 GB card. A

@@ -1,4 +1,4 @@
-"""The 7B's programs as an H100 would run them: nothing copies the pool, every kernel is there, nothing waits for the host."""
+"""Programs of a 7B, compiled for an H100: nothing copies the pool, every kernel is there, nothing waits for the host."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ model = functools.cache(Model.of)
 
 
 def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
-    """Bytes that a step may need besides weights and pool.
+    """Bound the bytes that a step needs besides weights and pool.
 
-    A layer's activations, float32 where products are split over d_in (8 parts at most) or wait for an adapter's update; and
-    with adapters the partial products of the largest launch and every target's addresses.
+    They are a layer's activations, float32 where products are split over d_in (8 parts at most) or wait for an adapter's
+    update. With adapters the partial products of the largest launch and every target's addresses are added.
     """
     config, tokens = of.config, tiles * tile_tokens
     widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
@@ -50,7 +50,7 @@ def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
         pytest.param("llama-3-8b", 4, 32, 64, 7, id="8b-prefill"),
     ],
 )
-def test_a_step(preset, num_layers, tiles, tile_tokens, adapted):
+def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, tiles, tile_tokens, adapted):
     of = model(preset, num_layers)
     compiled = of.compile_step(tiles, tile_tokens, adapted)
     memory = compiled.memory_analysis()

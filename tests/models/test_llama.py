@@ -24,7 +24,7 @@ def test_names_and_shapes_are_those_of_a_checkpoint(name):
 
 
 class Counted(Mapping[str, np.ndarray]):
-    """Tensors that are read from a slow disk, as those of large checkpoints are."""
+    """Tensors that count their reads, as a large checkpoint is on a slow disk."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
         self.tensors, self.reads = tensors, Counter[str]()

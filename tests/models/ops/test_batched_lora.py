@@ -1,4 +1,4 @@
-"""Every backend against plain NumPy on unpacked weights, and the plan's own promises."""
+"""Comparison of every backend with plain NumPy on unpacked weights, and promises of the plan."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
     picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
     tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
     if backend == "reference":
-        pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore what is in foreign pages
+        pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore the content of foreign pages
     check(backend, pool, tile_adapters, tiles, tile_tokens, window)
 
 
@@ -122,7 +122,7 @@ def test_the_largest_ranks(backend, tile_tokens):
 @pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])
 def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
     monkeypatch.setattr(triton, "SPLIT_ELEMS", 24)
-    compiled.cache_clear()  # what is traced has read the constant
+    compiled.cache_clear()  # traced programs have read the constant
     pool, adapters = make_pool([{t: r for t in TARGETS} for r in (3, 40)])
     check("triton", pool, [adapters[0], None, *adapters], tiles, tile_tokens)
     compiled.cache_clear()

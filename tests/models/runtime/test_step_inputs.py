@@ -36,7 +36,7 @@ def chunk(tokens: int, adapter: PlacedAdapter | None = None) -> SequenceChunk:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_program_follows_what_the_batch_adapts(alone):
+def test_the_program_covers_the_targets_of_the_batch(alone):
     buckets = dataclasses.replace(BUCKETS, attention_alone=alone)
     narrow, wide = placed(*ATTENTION_TARGETS), placed("q_proj", "up_proj")
     cases = {
