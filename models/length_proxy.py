@@ -103,7 +103,7 @@ class LengthProxyConfig:
         """Tokens that a row is padded to."""
         return self.window // 4, self.window
 
-    def classes_of(self, output_lens: Sequence[int] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def classes_of(self, output_lens: Sequence[int] | Int[np.ndarray, " prompts"]) -> Int[np.ndarray, " prompts"]:
         """Sort output lengths, in tokens, into classes."""
         return np.searchsorted(self.class_cuts, output_lens, side="left")
 
@@ -196,7 +196,7 @@ class LengthProxy:
         for rows, length in itertools.product(ROW_BUCKETS, self.config.length_buckets):
             self.classify([[0] * length] * rows)
 
-    def classify(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " n"]:
+    def classify(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " prompts"]:
         """Predict the class of each prompt's output length, and block for the result."""
         classes = np.zeros(len(prompts), np.int64)
         short, long = self.config.length_buckets
@@ -210,7 +210,7 @@ class LengthProxy:
                 classes[batch] = np.asarray(found)[: len(batch)]
         return classes
 
-    def predict_lens(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " n"]:
+    def predict_lens(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " prompts"]:
         """Predict each prompt's output length in tokens, and block for the result."""
         return self.class_lens[self.classify(prompts)]
 

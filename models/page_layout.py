@@ -51,7 +51,7 @@ class AdapterPlacement:
         return 1 + max(TARGETS.index(t) for t in self.ranks)
 
     @functools.cached_property
-    def start_of_runs(self) -> Int[np.ndarray, " starts"]:
+    def start_of_runs(self) -> Int[np.ndarray, " _"]:
         """Start of A and start of B of each target in turn, int32."""
         return np.array([self.starts.get(t, (0, 0)) for t in TARGETS], np.int32).ravel()
 

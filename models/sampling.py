@@ -99,7 +99,7 @@ def sample(
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
-def _without_suppressed(logits: Float[Array, "rows vocab"], suppressed: Int[Array, "rows ids"]) -> Float[Array, "rows vocab"]:
+def _without_suppressed(logits: Float[Array, "rows vocab"], suppressed: Int[Array, "rows _"]) -> Float[Array, "rows vocab"]:
     """Set the logits of suppressed ids to -inf, except in rows that would have no candidate left."""
     rows = jnp.arange(logits.shape[0])[:, None]
     allowed = logits.at[rows, jnp.where(suppressed < 0, logits.shape[1], suppressed)].set(-jnp.inf, mode="drop")

@@ -127,7 +127,7 @@ def pinned_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | No
     return sharding.with_memory_kind("pinned_host") if has_it else None
 
 
-def measure_link(piece: Shaped[Array | np.ndarray, ...], memory: jax.sharding.Sharding, clock: Callable[[], float]) -> float:
+def measure_link(piece: Shaped[Array | np.ndarray, "..."], memory: jax.sharding.Sharding, clock: Callable[[], float]) -> float:
     """Measure the bytes a second at which staged pieces reach `memory` of an idle device.
 
     Four transfers go at a time, so that their fixed cost shows as little as when adapters load. The best of four attempts

@@ -112,7 +112,7 @@ def call(
         Function of the arguments' arrays.
     """
 
-    def run(*arguments: Shaped[Array, ...]) -> Any:
+    def run(*arguments: Shaped[Array, "..."]) -> Any:
         outputs, tree = jax.tree.flatten(out_shape)
         made = Kernel(
             kernel,
@@ -155,7 +155,7 @@ def _code(kernel: Kernel) -> dict[str, Any] | None:
 
 
 def _translate(kernel: Kernel) -> dict[str, Any] | None:
-    inputs, outputs = ([jax.ShapeDtypeStruct(*shape) for shape in side] for side in (kernel.inputs, kernel.outputs))
+    inputs, outputs = ([jax.ShapeDtypeStruct(*batch) for shape in side] for side in (kernel.inputs, kernel.outputs))
     lowered = jax.jit(kernel.launch((2, 2, 2), outputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
     found: list[dict[str, Any]] = []
 
@@ -177,7 +177,7 @@ def _value(attribute: Any) -> Any:
     return attribute.value if isinstance(attribute, ir.BoolAttr) else np.int32(attribute.value)
 
 
-def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = None) -> Shaped[Array, ...]:
+def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = None) -> Shaped[Array, "..."]:
     """Load the elements at `index`, a tuple of scalars and arrays that broadcast. `other` stands where the mask is False."""
     index, shape = _arrays(index)
     if mask is None:
@@ -185,7 +185,7 @@ def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = N
     return plgpu.load(ref.at[index], mask=_wide(mask, shape), other=other)
 
 
-def store(ref: Any, index: Index, value: Shaped[Array, ...], mask: Any = None) -> None:
+def store(ref: Any, index: Index, value: Shaped[Array, "..."], mask: Any = None) -> None:
     """Store a value of the shape that `index` broadcasts to, where the mask is True."""
     index, shape = _arrays(index)
     plgpu.store(ref.at[index], value, mask=None if mask is None else _wide(mask, shape))
@@ -201,13 +201,13 @@ def _wide(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mask if mask.shape == shape else jnp.broadcast_to(mask, shape)
 
 
-def dot(a: Float[Array, "m k"], b: Float[Array, "_ _"], *, transpose_b: bool = False) -> Float[Array, "m _"]:
+def dot(a: Float[Array, "rows _"], b: Float[Array, "_ _"], *, transpose_b: bool = False) -> Float[Array, "rows _"]:
     """Multiply to float32 by `b [k, n]`, or `[n, k]` if it is transposed. Float32 operands are not rounded to tf32."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, trans_b=transpose_b, precision=exact)
 
 
-def multiple_of(value: Int[Array, "*shape"], divisor: int) -> Int[Array, "*shape"]:
+def multiple_of(value: Int[Array, "*batch"], divisor: int) -> Int[Array, "*batch"]:
     """Tell the compiler that `divisor` divides every element of `value`, which decides how wide loads are."""
     return pl.multiple_of(value, divisor)
 

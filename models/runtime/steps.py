@@ -67,8 +67,8 @@ class StepInputs:
     """
 
     tokens: Int[Any, " tokens"]
-    tiles: Int[Any, "tiles columns"]
-    sampling_rows: Int[Any, "tiles sampling_columns"]
+    tiles: Int[Any, "tiles 3+width"]
+    sampling_rows: Int[Any, "tiles columns"]
     lora: LoraPlan | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,15 +43,23 @@ def functions(file: Path) -> Iterator[ast.FunctionDef]:
                 yield part
 
 
+def shapes(node: ast.AST) -> Iterator[ast.Tuple]:
+    """Find the parts of a tree that give an array's type and its shape."""
+    for part in ast.walk(node):
+        if (
+            isinstance(part, ast.Subscript)
+            and ast.unparse(part.value) in shape_checks.NAMES
+            and isinstance(part.slice, ast.Tuple)
+        ):
+            yield part.slice
+
+
 def arrays(function: ast.FunctionDef) -> Iterator[bool]:
     """Tell of each mention of an array in a signature whether it has a shape."""
     arguments = function.args
     hints = [argument.annotation for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg) if argument]
     for hint in filter(None, [*hints, function.returns]):
-        with_shape = [
-            n.slice for n in ast.walk(hint) if isinstance(n, ast.Subscript) and ast.unparse(n.value) in shape_checks.NAMES
-        ]
-        inside = {id(node) for part in with_shape for node in ast.walk(part)}
+        inside = {id(node) for part in shapes(hint) for node in ast.walk(part)}
         for node in ast.walk(hint):
             if ast.unparse(node) in ("Array", "jax.Array") and isinstance(node, (ast.Name, ast.Attribute)):
                 yield id(node) in inside
@@ -66,3 +75,10 @@ def test_every_public_device_function_has_shapes_and_is_checked():
             if not all(found) or (found and not module.startswith(shape_checks.DEVICE_MODULES)):
                 without.append(f"{module}.{function.name}")
     assert not without and count >= 34
+
+
+def test_every_dimension_is_in_the_vocabulary():
+    vocabulary = set(re.findall(r"[a-z_]+", ast.get_docstring(ast.parse((MODELS / "__init__.py").read_text())) or ""))
+    texts = [ast.unparse(part.elts[1]) for file in MODELS.rglob("*.py") for part in shapes(ast.parse(file.read_text()))]
+    names = {name for text in texts for name in re.findall(r"[a-z][a-z_]*", text)}
+    assert names and not names - vocabulary

@@ -31,14 +31,14 @@ def batched_lora(
 
 
 def _add_target(
-    y: Float[Array, "tokens outputs"],
+    y: Float[Array, "tokens d_out"],
     x: Float[Array, "tokens d_in"],
     pages: Float[Array, "num_pages page_elems"],
     targets: LoraTargets,
     t: int,
     column: int,
     d_out: int,
-) -> Float[Array, "tokens outputs"]:
+) -> Float[Array, "tokens d_out"]:
     """Add the updates of target `t`, whose outputs are the `d_out` columns from `column` on."""
     window_tokens, d_in = targets.window_tokens, x.shape[1]
 

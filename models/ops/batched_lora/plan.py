@@ -214,7 +214,7 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     blocks = rank_rows.shape[0] // BLOCK_ROWS
     block = jnp.arange(blocks)[:, None, None]
 
-    def by_blocks(rows: Shaped[Array, "capacity targets *address"]) -> Shaped[Array, "blocks targets *rows_and_address"]:
+    def by_blocks(rows: Shaped[Array, "capacity ..."]) -> Shaped[Array, "blocks ..."]:
         """Group the rows by blocks, `[blocks, ..., BLOCK_ROWS]`, the page and the offset of an address last."""
         last = min(3, rows.ndim)
         return jnp.moveaxis(rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]), 1, last)
@@ -238,7 +238,7 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
 
 def gather_rows(
     pages: Float[Array, "num_pages page_elems"], addresses: Int[Array, "rank_rows 2"], width: int
-) -> Float[Array, "rank_rows d"]:
+) -> Float[Array, "rank_rows _"]:
     """Gather rows of `width` elements at `(page, offset)` addresses. A row never straddles a page."""
     dimensions = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
     return lax.gather(pages, addresses, dimensions, (1, width), mode="promise_in_bounds")

@@ -83,7 +83,7 @@ def _shrink(
     numbers: list[int],
     splits: int,
     interpret: bool,
-) -> Float[Array, "blocks splits names tile block_rows"]:
+) -> Float[Array, "blocks splits targets tile block_rows"]:
     """Multiply windows' tokens by their own adapters' rows of A, in float32, to be summed over the splits.
 
     Products of blocks that are not there are left unwritten.
@@ -169,7 +169,7 @@ def _shrink_kernel(
 
 def _expand(
     y: Float[Array, "tokens d_out"],
-    low: Float[Array, "blocks splits names tile block_rows"],
+    low: Float[Array, "blocks splits targets tile block_rows"],
     pages: Float[Array, "num_pages page_elems"],
     targets: LoraTargets,
     columns: list[tuple[int, int, int]],

@@ -84,7 +84,7 @@ class Shares:
         most = pt.ceil_div(capacity, least_blocks * block_tokens)
         return cls(max(1, min(wanted, most, MAX_SPLITS)), block_tokens, least_blocks)
 
-    def bounds(self, starts: Any, counts: Any, tile: Int[Array, ""], split: Int[Array, ...]) -> tuple[Int[Array, ...], ...]:
+    def bounds(self, starts: Any, counts: Any, tile: Int[Array, ""], split: Int[Array, "..."]) -> tuple[Int[Array, "..."], ...]:
         """Find a tile's first position, its sequence's end, and the first and the last (excluded) block of a split's share."""
         start, count = pt.load(starts, (tile,)), pt.load(counts, (tile,))
         end = jnp.where(count > 0, start + count, 0)
