@@ -155,7 +155,7 @@ def _code(kernel: Kernel) -> dict[str, Any] | None:
 
 
 def _translate(kernel: Kernel) -> dict[str, Any] | None:
-    inputs, outputs = ([jax.ShapeDtypeStruct(*batch) for shape in side] for side in (kernel.inputs, kernel.outputs))
+    inputs, outputs = ([jax.ShapeDtypeStruct(*shape) for shape in side] for side in (kernel.inputs, kernel.outputs))
     lowered = jax.jit(kernel.launch((2, 2, 2), outputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
     found: list[dict[str, Any]] = []
 
