@@ -22,7 +22,7 @@ from chameleon_jax.models.llama import random_model
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache
 from chameleon_jax.models.runtime.model_runner import ModelRunner
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 from chameleon_jax.models.runtime.steps import StepBuckets
 
 
@@ -76,16 +76,16 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
             n = placement.num_pages
             placed = [PlacedAdapter(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
         owner = sorted(i % len(placed) for i in range(rows))
-        segments = [
+        chunks = [
             SequenceChunk(None, context, i, tuple(range(1 + i * width, 1 + (i + 1) * width)), placed[owner[i]])
             for i in range(rows)
         ]
-        draws = {i: Draw(i, context, 0, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
-        engine.run(segments, draws)
+        sampling_rows = {i: SamplingRow(i, context, 0, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
+        engine.run(chunks, sampling_rows)
         engine.block_until_ready()
         begin = time.perf_counter()
         for _ in range(steps):
-            engine.run(segments, draws)
+            engine.run(chunks, sampling_rows)
             engine.block_until_ready()
         return (time.perf_counter() - begin) / steps
 

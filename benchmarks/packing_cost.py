@@ -42,9 +42,9 @@ class PackingEngine:
         self.buckets = buckets
         self.pieces = PieceSizes.fit(LAYOUT.page_bytes(2), buckets.max_adapter_pages, 0)
 
-    def send(self, segments: Sequence[Any], draws: dict[int, Any]) -> PackedStep:
-        self.last = segments, draws
-        return pack_step(segments, draws, self.buckets)
+    def send(self, chunks: Sequence[Any], sampling_rows: dict[int, Any]) -> PackedStep:
+        self.last = chunks, sampling_rows
+        return pack_step(chunks, sampling_rows, self.buckets)
 
     def dispatch(self, sent: PackedStep) -> DispatchedStep:
         done: Any = None
@@ -90,8 +90,8 @@ def measure(rows: int, context: int, adapters: str) -> dict[str, Any]:
         executor.collect(executor.dispatch(StepPlan(decodes=requests)))
 
     dispatch()
-    segments, draws = engine.last
-    packed = median_ms(lambda: pack_step(segments, draws, buckets))
+    chunks, sampling_rows = engine.last
+    packed = median_ms(lambda: pack_step(chunks, sampling_rows, buckets))
     return {"rows": rows, "context": context, "adapters": adapters, "pack ms": packed, "dispatch ms": median_ms(dispatch)}
 
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.model_tensors import ModelTensors, tensor_shapes
+from chameleon_jax.models.llama import ModelTensors, tensor_shapes
 
 SUPPORTED = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
 _CONTROL, _USER_DEFINED = 3, 4  # token types

@@ -14,7 +14,7 @@ from chameleon_jax.checkpoints.json_file import read_json
 from chameleon_jax.checkpoints.safetensors_file import SafetensorsMapping
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.model_tensors import ModelTensors
+from chameleon_jax.models.llama import ModelTensors
 
 GENERATION_FILE = "generation_config.json"
 

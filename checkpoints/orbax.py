@@ -8,7 +8,7 @@ from pathlib import Path
 from chameleon_jax.checkpoints import huggingface
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.models.model_tensors import ModelTensors
+from chameleon_jax.models.llama import ModelTensors
 
 _WEIGHTS = "orbax_weights"
 

@@ -1,4 +1,4 @@
-"""What a Llama-shaped model is: sizes, rotary embedding, presets. Host-side values only."""
+"""Configuration of a Llama-shaped model: sizes, rotary embedding, presets. Host-side values only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 from chameleon_jax.models import hf_fields
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The matrices of a layer that a LoRA adapter may change, in the order their rows are packed."""
+"""Matrices of a layer that a LoRA adapter may change, in the order in which their rows are packed."""
 ATTENTION_TARGETS = TARGETS[:4]
-"""Those that most adapters keep to."""
+"""Matrices of attention, to which most adapters keep."""
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's frequency scaling: low frequencies are slowed by `factor`, high ones are kept, those between are blended."""
+    """Frequency scaling of Llama 3.1: low frequencies are slowed by `factor`, high ones kept, and those between blended."""
 
     factor: float
     low_freq_factor: float
@@ -32,7 +35,11 @@ class Llama3RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama-shaped decoder. `head_dim * num_heads` need not equal `hidden_size`."""
+    """Sizes of a Llama-shaped decoder. `head_dim * num_heads` need not equal `hidden_size`.
+
+    Raises:
+        ValueError: A size is out of range. The message names the field.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -50,15 +57,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
+        for field in _SIZES:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -67,7 +66,7 @@ class LlamaConfig:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
 
     def target_shape(self, target: str) -> tuple[int, int]:
-        """`(d_in, d_out)` of a target matrix, in elements."""
+        """Look up `(d_in, d_out)` of a target matrix, in elements."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         d, f = self.hidden_size, self.intermediate_size
         shapes = {
@@ -83,17 +82,18 @@ class LlamaConfig:
 
     @property
     def num_params(self) -> int:
-        """Weights of the model, embeddings included."""
+        """Number of weights of the model, embeddings included."""
         layer = sum(i * o for i, o in map(self.target_shape, TARGETS)) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> LlamaConfig:
-        """Reads a Hugging Face `config.json`.
+        """Read a Hugging Face `config.json`.
 
         Raises:
-            ValueError: naming the field, where the model is not Llama-shaped, is quantised, or computes what is not served.
+            ValueError: The model is not Llama-shaped, is quantised, or needs a computation that is not served. The message
+                names the field.
         """
         hf = hf_fields.checked(hf)
         rope = hf_fields.rope(hf)
@@ -116,7 +116,7 @@ class LlamaConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that `from_hf` and transformers read back."""
+        """Write the `config.json` that `from_hf` and transformers read back."""
         hf: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

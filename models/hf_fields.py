@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face config.json: read with their types, and refused where they would change the answer unheard."""
+"""Fields of a Hugging Face config.json, read with their types. A field that would change the answer unnoticed is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Fields = Mapping[str, Any]
 
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 _MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-"""Where transformers has another default for a Mistral than for a Llama."""
+"""Defaults of transformers for a Mistral that differ from those for a Llama."""
 
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 _NEUTRAL: dict[str, Any] = {
@@ -47,14 +47,18 @@ _NEUTRAL: dict[str, Any] = {
     "num_experts": 0,
     "num_local_experts": 0,
 }
-"""The one value of each field, beside null, that means what the layers here do."""
+"""The one value of each field, beside null, that agrees with the layers here."""
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_SCALING)
 
 
 def checked(hf: Fields) -> dict[str, Any]:
-    """The fields with their family's defaults. Raises ValueError, naming the field, where the model is not Llama-shaped."""
+    """Check that the model is Llama-shaped, and fill in its family's defaults.
+
+    Raises:
+        ValueError: It is not, or its weights are quantised. The message names the field.
+    """
     architectures = hf.get("architectures") or []
     names = architectures if isinstance(architectures, list) else [architectures]
     if any(name not in list(_ARCHITECTURES) for name in names):
@@ -80,7 +84,11 @@ def checked(hf: Fields) -> dict[str, Any]:
 
 
 def rope(hf: Fields) -> dict[str, float]:
-    """Fields of the rotary embedding: rope_theta, and LLAMA3_SCALING where it is scaled. Raises ValueError."""
+    """Read the fields of the rotary embedding: rope_theta, and LLAMA3_SCALING where it is scaled.
+
+    Raises:
+        ValueError: A field has a value that is not served, or two fields contradict each other.
+    """
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
     given = {name: _one_rope(name, hf[name]) for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
     scalings = [{field: rope.get(field) for field in ("rope_type", *LLAMA3_SCALING)} for rope in given.values()]
@@ -107,7 +115,11 @@ def _one_rope(name: str, value: Any) -> dict[str, Any]:
 
 
 def integer(hf: Fields, field: str, default: int | None = None) -> int:
-    """An integer from 1. Raises ValueError where it is none, or missing without a default."""
+    """Read an integer from 1.
+
+    Raises:
+        ValueError: The field has another value, or is missing and has no default.
+    """
     value = _value(hf, field, default)
     if type(value) is not int or value < 1:
         raise _error(field, value, "an integer from 1")
@@ -115,7 +127,11 @@ def integer(hf: Fields, field: str, default: int | None = None) -> int:
 
 
 def number(hf: Fields, field: str, default: float | None = None) -> float:
-    """A finite number above 0. Raises as `integer`."""
+    """Read a finite number above 0.
+
+    Raises:
+        ValueError: The field has another value, or is missing and has no default.
+    """
     value = _value(hf, field, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise _error(field, value, "a finite number above 0")
@@ -123,7 +139,11 @@ def number(hf: Fields, field: str, default: float | None = None) -> float:
 
 
 def flag(hf: Fields, field: str) -> bool:
-    """False where it is missing. Raises ValueError."""
+    """Read true or false; a missing field is false.
+
+    Raises:
+        ValueError: The field has another value.
+    """
     value = _value(hf, field, False)
     if type(value) is not bool:
         raise _error(field, value, "true or false")
@@ -131,7 +151,11 @@ def flag(hf: Fields, field: str) -> bool:
 
 
 def token_ids(hf: Fields, field: str) -> tuple[int, ...]:
-    """One, several or none. Raises ValueError."""
+    """Read one token id, several or none.
+
+    Raises:
+        ValueError: The field has another value.
+    """
     value = hf.get(field)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int for token in ids):
@@ -147,7 +171,7 @@ def _value(hf: Fields, field: str, default: Any) -> Any:
 
 
 def _quantised(hf: Fields) -> Iterator[tuple[str, Any]]:
-    """Fields that say how the weights were quantised, with the method; also one level deeper, as in text_config."""
+    """Find the fields that describe a quantisation, with its method, here and one level deeper (as in text_config)."""
     parts = [("", hf), *((f"{name}.", part) for name, part in hf.items() if isinstance(part, dict))]
     for path, part in parts:
         for field in _QUANTISED:

@@ -1,8 +1,8 @@
-"""The paper's proxy predictor (section 3): a small encoder that tells from a prompt's tokens how long the output will be.
+"""The paper's proxy predictor (section 3): a small encoder that predicts from a prompt's tokens how long the output will be.
 
 It sorts prompts into classes of output length, and a class stands for one number of tokens. Of a long prompt it reads the
 first and the last tokens; the prompt's length is a feature of its own. Ids are hashed (modulo `vocab_buckets`), so one size
-of table serves every vocabulary: in BPE vocabularies low ids are the frequent tokens, which so keep apart from each other.
+of table serves every vocabulary: in BPE vocabularies low ids are the frequent tokens, so these keep rows of their own.
 
 It runs on the host's CPU where JAX has one, in few shapes, so that it neither queues behind the served model nor compiles
 once it is warm. The thread that runs it beside serving is `serving/proxy_predictor.py`.
@@ -15,33 +15,43 @@ import functools
 import itertools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
+from chameleon_jax import checks
 from chameleon_jax.scheduler.length_predictor import CLASS_CUTS
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
 ROW_BUCKETS = (1, 8)
-"""Rows a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""
+"""Rows that a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthProxyConfig:
-    """The network and how it is trained.
+    """Sizes of the network, and settings of its training.
 
     Attributes:
-        class_cuts: output tokens; class i holds lengths above cut i - 1, up to and including cut i.
-        class_lens: output tokens that each class predicts; None: the class's mean in training.
-        window: tokens of a prompt that are read, half of them its first and half its last where it has more.
-        vocab_buckets: rows of the embedding that token ids share.
-        token_dropout: share of tokens that are hidden in training, so that no prompt is learned by heart.
-        epochs: passes over the training split; the learning rate warms up over a tenth and falls to zero along a cosine.
-        held_out: share of each class's examples that is kept from training and measured on.
+        class_cuts: Output tokens. Class i holds lengths above cut i - 1, up to and including cut i.
+        class_lens: Output tokens that each class predicts. None: the class's mean in training.
+        window: Tokens read of a prompt: its first and its last half window where it has more.
+        vocab_buckets: Rows of the embedding that token ids share.
+        hidden_size: Size of a hidden state.
+        num_heads: Attention heads.
+        num_layers: Encoder layers.
+        token_dropout: Share of tokens hidden in training, so that no prompt is learned by heart.
+        epochs: Passes over the training split.
+        batch_size: Examples of a training step.
+        learning_rate: Peak of a warm-up over a tenth of the steps and a fall to zero along a cosine.
+        weight_decay: Decay of the weights.
+        held_out: Share of each class's examples that is kept from training and measured on.
+        seed: Seed of weights, split, order and dropout.
     """
 
     class_cuts: Sequence[int] = CLASS_CUTS
@@ -61,8 +71,7 @@ class LengthProxyConfig:
 
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, allowed: str) -> None:
-            if not condition:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
+            checks.require(condition, field, getattr(self, field), allowed)
 
         def positive(values: Sequence[int]) -> bool:
             return all(isinstance(v, numbers.Integral) and v >= 1 for v in values)
@@ -86,20 +95,21 @@ class LengthProxyConfig:
 
     @property
     def num_classes(self) -> int:
+        """Classes of output length."""
         return len(self.class_cuts) + 1
 
     @property
     def length_buckets(self) -> tuple[int, int]:
-        """Tokens a row is padded to."""
+        """Tokens that a row is padded to."""
         return self.window // 4, self.window
 
-    def classes_of(self, output_lens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Class of each length, `[n]`."""
+    def classes_of(self, output_lens: Sequence[int] | Int[np.ndarray, " prompts"]) -> Int[np.ndarray, " prompts"]:
+        """Sort output lengths, in tokens, into classes."""
         return np.searchsorted(self.class_cuts, output_lens, side="left")
 
 
 class _Block(nnx.Module):
-    """One encoder layer: every token attends to all tokens of its row."""
+    """Encoder layer: every token attends to all tokens of its row."""
 
     def __init__(self, config: LengthProxyConfig, rngs: nnx.Rngs):
         d = config.hidden_size
@@ -108,7 +118,9 @@ class _Block(nnx.Module):
         self.qkv, self.out = nnx.Linear(d, 3 * d, rngs=rngs), nnx.Linear(d, d, rngs=rngs)
         self.up, self.down = nnx.Linear(d, 4 * d, rngs=rngs), nnx.Linear(4 * d, d, rngs=rngs)
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "rows length hidden"], valid: Bool[Array, "rows length"]
+    ) -> Float[Array, "rows length hidden"]:
         q, k, v = jnp.split(self.qkv(self.attention_norm(x)).reshape(*x.shape[:2], 3 * self.num_heads, -1), 3, axis=2)
         x = x + self.out(jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :]).reshape(x.shape))
         return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
@@ -128,10 +140,8 @@ class LengthClassifier(nnx.Module):
         self.mix = nnx.Linear(d + 1, d, rngs=rngs)
         self.head = nnx.Linear(d, config.num_classes, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, prompt_lens: jax.Array) -> jax.Array:
-        """Logits `[rows, classes]` of hashed `tokens [rows, length]` int32 and whole prompts' `prompt_lens [rows]` int32."""
-        chex.assert_rank([tokens, prompt_lens], [2, 1])
-        chex.assert_equal_shape_prefix([tokens, prompt_lens], 1)
+    def __call__(self, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]) -> Float[Array, "rows classes"]:
+        """Compute the classes' logits from hashed tokens and from the lengths of the whole prompts, both int32."""
         places = jnp.arange(tokens.shape[1])
         valid = places < jnp.maximum(prompt_lens, 1)[:, None]  # a row that pads the batch reads one token
         x = self.embed(tokens) + self.places(places)
@@ -145,21 +155,30 @@ class LengthClassifier(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _classify(graph: Any, params: Any, tokens: jax.Array, prompt_lens: jax.Array) -> jax.Array:
+def _classify(
+    graph: Any, params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
     model: LengthClassifier = nnx.merge(graph, params)
     return jnp.argmax(model(tokens, prompt_lens), -1)
 
 
 class LengthProxy:
-    """A trained classifier. Thread-safe.
+    """Trained classifier. Thread-safe.
 
     Args:
-        params: the state of a `LengthClassifier`.
-        class_lens: output tokens that each class predicts, `[classes]`.
-        confusion: held-out examples by class and predicted class, `[classes, classes]`.
+        config: Settings that it was trained with.
+        params: State of a `LengthClassifier`.
+        class_lens: Output tokens that each class predicts.
+        confusion: Held-out examples by class and predicted class.
     """
 
-    def __init__(self, config: LengthProxyConfig, params: Any, class_lens: np.ndarray, confusion: np.ndarray):
+    def __init__(
+        self,
+        config: LengthProxyConfig,
+        params: Any,
+        class_lens: np.ndarray,
+        confusion: np.ndarray,
+    ):
         self.config = config
         self.class_lens = np.asarray(class_lens, np.int64)
         self.confusion = np.asarray(confusion, np.int64)
@@ -173,12 +192,12 @@ class LengthProxy:
         return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
 
     def warm_up(self) -> None:
-        """Compiles every shape; `classify` compiles nothing from then on."""
+        """Compile every shape, so that `classify` compiles nothing from then on."""
         for rows, length in itertools.product(ROW_BUCKETS, self.config.length_buckets):
             self.classify([[0] * length] * rows)
 
-    def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Class `[n]` of each prompt's output length; blocks for the result."""
+    def classify(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " prompts"]:
+        """Predict the class of each prompt's output length, and block for the result."""
         classes = np.zeros(len(prompts), np.int64)
         short, long = self.config.length_buckets
         is_long = np.array([len(p) > short for p in prompts], bool)
@@ -191,8 +210,8 @@ class LengthProxy:
                 classes[batch] = np.asarray(found)[: len(batch)]
         return classes
 
-    def predict_lens(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Output tokens `[n]` that each prompt's class predicts."""
+    def predict_lens(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " prompts"]:
+        """Predict each prompt's output length in tokens, and block for the result."""
         return self.class_lens[self.classify(prompts)]
 
 
@@ -202,15 +221,16 @@ def train(
     config: LengthProxyConfig,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> LengthProxy:
-    """Trains on all but a held-out share of each class, on which `confusion` is measured. The seed decides everything.
+    """Train on all but a held-out share of each class, on which `confusion` is measured. The seed decides everything.
 
     Args:
-        prompts: token ids.
-        output_lens: tokens that each prompt's answer had.
-        report: gets each step's number, the number of steps, and the loss in nats.
+        prompts: Token ids.
+        output_lens: Tokens of the answer to each prompt.
+        config: Settings.
+        report: Callback after each step, with its number, the number of steps, and the loss in nats.
 
     Raises:
-        ValueError: the examples cannot be trained on; says why.
+        ValueError: The examples cannot be trained on. The message says why.
     """
     if len(prompts) != len(output_lens):
         raise ValueError(f"output_lens has {len(output_lens)} entries; needed: one for each of {len(prompts)} prompts")
@@ -236,13 +256,15 @@ def train(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
     state = jax.jit(optimizer.init)(params)
 
-    def loss(params: Any, tokens: jax.Array, prompt_lens: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+    def loss(
+        params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"], labels: Int[Array, " rows"], key: Any
+    ) -> Float[Array, ""]:
         hidden = jax.random.bernoulli(key, config.token_dropout, tokens.shape)
         logits = nnx.merge(graph, params)(jnp.where(hidden, config.vocab_buckets, tokens), prompt_lens)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def update(params: Any, state: Any, key: jax.Array, step: int, *batch: jax.Array) -> Any:
+    def update(params: Any, state: Any, key: Any, step: Any, *batch: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(params, *batch, jax.random.fold_in(key, step))
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
@@ -263,8 +285,8 @@ def train(
 
 def _encode(
     prompts: Sequence[Sequence[int]], config: LengthProxyConfig, rows: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hashed tokens `[rows, length]` int32 and the prompts' lengths `[rows]` int32; rows without a prompt have length 0."""
+) -> tuple[Int[np.ndarray, "rows length"], Int[np.ndarray, " rows"]]:
+    """Hash the tokens that are read, and measure the prompts; both int32. Rows without a prompt have length 0."""
     tokens, prompt_lens = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
     half = config.window // 2
     for i, prompt in enumerate(prompts):
@@ -275,7 +297,7 @@ def _encode(
 
 
 def _split(classes: np.ndarray, config: LengthProxyConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the held-out examples; every class is in both."""
+    """Choose the indices of the training and of the held-out examples. Every class is in both."""
     train, held = [], []
     for c in range(config.num_classes):
         members = rng.permutation(np.flatnonzero(classes == c))
@@ -290,7 +312,7 @@ def _split(classes: np.ndarray, config: LengthProxyConfig, rng: np.random.Genera
 
 
 def abstract_model(config: LengthProxyConfig) -> LengthClassifier:
-    """Shapes without values."""
+    """Build the classifier with shapes in place of values."""
     return nnx.eval_shape(lambda: LengthClassifier(config, nnx.Rngs(0)))
 
 

@@ -1,9 +1,9 @@
-"""What one page of the pool holds, as KV and as LoRA rows, and how an adapter is packed into pages.
+"""Content of a page of the pool, as KV and as LoRA rows, and the packing of an adapter into pages.
 
-The pool is one array `[num_pages, page_elems]` for each layer; a page id means the same page in every layer. As KV a page
-is `[2, num_kv_heads, page_tokens, head_dim]`. As adapter storage it holds rows: for each target the r rows of A (`d_in`
-elements each), then the r rows of B transposed (`d_out` each), back to back, a row never straddling a page. Where row i of
-such a run lies follows from where the run starts (`row_address`), so a device step needs one number a run, not a table.
+The pool is one array `[num_pages, page_elems]` for each layer; a page id means the same page in every layer. A page with KV is
+`[2, num_kv_heads, page_tokens, head_dim]`. A page with an adapter holds rows: for each target the r rows of A (`d_in` elements
+each), then the r rows of B transposed (`d_out` each), back to back, a row never straddling a page. The address of row i of
+such a run follows from the run's start (`row_address`), so a device step needs one number a run, not a table.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 TRASH_PAGE = 0
-"""Padding rows of a step write here and nothing reads it. Never handed out."""
+"""Page that padding reads. It is never handed out, and its content means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlacement:
-    """Where an adapter's rows lie in its own pages, counted from its first page.
+    """Places of an adapter's rows in its own pages, counted from its first page.
 
     Attributes:
         ranks: `target -> rank`.
         starts: `target -> (start of A, start of B)`, in elements from the adapter's first page.
-        num_pages: pages the adapter takes.
+        num_pages: Pages that the adapter takes.
     """
 
     ranks: dict[str, int]
@@ -37,31 +41,31 @@ class AdapterPlacement:
     num_pages: int
 
     @functools.cached_property
-    def rank_of_targets(self) -> np.ndarray:
-        """`[targets]` int32, 0 where the adapter lacks the target."""
+    def rank_of_targets(self) -> Int[np.ndarray, " targets"]:
+        """Rank of each target, int32; 0 where the adapter lacks the target."""
         return np.array([self.ranks.get(t, 0) for t in TARGETS], np.int32)
 
     @functools.cached_property
     def num_targets(self) -> int:
-        """How many of TARGETS, from the first on, hold all that the adapter has."""
+        """Targets, from the first of TARGETS on, that cover all of the adapter's."""
         return 1 + max(TARGETS.index(t) for t in self.ranks)
 
     @functools.cached_property
-    def start_of_runs(self) -> np.ndarray:
-        """`[2 * targets]` int32: A's and B's start of each target in turn."""
+    def start_of_runs(self) -> Int[np.ndarray, " _"]:
+        """Start of A and start of B of each target in turn, int32."""
         return np.array([self.starts.get(t, (0, 0)) for t in TARGETS], np.int32).ravel()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlacedAdapter:
-    """An adapter in the pool: its layout, and the ids of its pages in order."""
+    """Adapter in the pool: its placement, and the ids of its pages in order."""
 
     placement: AdapterPlacement
     pages: Sequence[int]
 
     @functools.cached_property
-    def table_row(self) -> np.ndarray:
-        """`[2 * targets + num_pages]` int32: the starts of its runs, then its pages."""
+    def table_row(self) -> Int[np.ndarray, " starts_and_pages"]:
+        """Starts of the adapter's runs, then its pages; int32."""
         return np.concatenate([self.placement.start_of_runs, np.asarray(self.pages, np.int32)])
 
 
@@ -74,7 +78,7 @@ class PageLayout:
 
     @classmethod
     def for_model(cls, config: LlamaConfig, page_tokens: int = 16) -> PageLayout:
-        """At least `page_tokens` tokens a page: more where the model's widest LoRA row would not fit one."""
+        """Choose the page size: at least `page_tokens` tokens, more where the model's widest LoRA row would not fit."""
         widest = max(max(config.target_shape(t)) for t in TARGETS)
         token_elems = 2 * config.num_kv_heads * config.head_dim
         while page_tokens * token_elems < widest:
@@ -83,22 +87,24 @@ class PageLayout:
 
     @property
     def page_elems(self) -> int:
+        """Elements of a page in one layer."""
         return 2 * self.config.num_kv_heads * self.page_tokens * self.config.head_dim
 
     @functools.cached_property
     def row_unit(self) -> int:
-        """Divides where any LoRA row begins in its page and how long it is, in elements; at most 16."""
+        """Number of elements, at most 16, that divides every LoRA row's offset in its page and its length."""
         return math.gcd(16, *(width for target in TARGETS for width in self.config.target_shape(target)))
 
     def page_bytes(self, itemsize: int) -> int:
-        """Bytes of a page over all layers; `itemsize` is the pool's dtype in bytes."""
+        """Compute the bytes of a page over all layers, from the bytes of an element."""
         return self.page_elems * self.config.num_layers * itemsize
 
     def pages_for_tokens(self, tokens: int) -> int:
+        """Count the pages that hold the KV of `tokens` tokens."""
         return -(-tokens // self.page_tokens)
 
     def row_address(self, start: int, row: int, width: int) -> tuple[int, int]:
-        """`(page, offset)` of a run's row, the run starting at element `start` and its rows being `width` long."""
+        """Compute `(page, offset)` of a row in a run that starts at element `start` and has rows of `width` elements."""
         page, offset = divmod(start, self.page_elems)
         first = (self.page_elems - offset) // width
         if row < first:
@@ -107,7 +113,7 @@ class PageLayout:
         return page + 1 + page_step, slot * width
 
     def place(self, ranks: dict[str, int]) -> AdapterPlacement:
-        """Packs runs of rows back to back, in the order of TARGETS."""
+        """Place runs of rows back to back, in the order of TARGETS."""
         starts: dict[str, tuple[int, int]] = {}
         end = 0
         for target in TARGETS:
@@ -121,13 +127,10 @@ class PageLayout:
                 page, offset = self.row_address(end, ranks[target] - 1, width)
                 end = page * self.page_elems + offset + width
             starts[target] = (pair[0], pair[1])
-        return AdapterPlacement(dict(ranks), starts, self.pages_for_elems(end))
+        return AdapterPlacement(dict(ranks), starts, math.ceil(end / self.page_elems))
 
-    def pages_for_elems(self, elems: int) -> int:
-        return -(-elems // self.page_elems)
-
-    def pack(self, weights: AdapterWeights, dtype: np.dtype) -> np.ndarray:
-        """Packs an adapter: `[num_layers, num_pages, page_elems]`; rows a layer does not have are zero."""
+    def pack(self, weights: AdapterWeights, dtype: np.dtype) -> Float[np.ndarray, "layers pages page_elems"]:
+        """Pack an adapter. Rows that a layer does not have are zero."""
         placement = self.place(weights.ranks)
         block = np.zeros((self.config.num_layers, placement.num_pages, self.page_elems), dtype)
         for (layer, target), (a, b) in weights.tensors.items():

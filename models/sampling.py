@@ -1,10 +1,10 @@
-"""Choosing the next token, every row by its own parameters, vectorised over rows.
+"""Sampling of the next token: vectorised over rows, each with its own parameters.
 
 A row's random numbers come from its seed and the token's position alone, so its text does not depend on how it was batched,
-chunked or recomputed. Top-k and top-p cut by a threshold found by bisection: no sort over the vocabulary.
+chunked or recomputed. Top-k and top-p cut at a threshold found by bisection, without sorting the vocabulary.
 
-Whatever the parameters, the best token stays: logits are taken as gaps to the largest, which is exactly 0 for the best one, and
-no threshold is above 0. A logit that is NaN counts as -inf. Bans that would leave nothing are not heeded.
+The best token always stays a candidate: logits are taken as gaps to the largest, which is exactly 0 for the best one, and no
+threshold is above 0. A logit that is NaN counts as -inf. Suppressed ids that would leave no candidate are ignored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import enum
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,64 +22,75 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.outputs import LEAST_LOGPROB
+from chameleon_jax.sampling_params import MAX_STOP_IDS
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 MAX_LOGPROBS = 20
 """Alternatives reported beside the chosen token, as OpenAI's API allows."""
-MAX_BANNED = 8
-"""Token ids a row may forbid (stop ids before min_tokens)."""
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-"""A smaller one is greedy, as is 0: float32 cannot divide by it."""
+"""Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""
 _THRESHOLD_BITS = 32
-"""How finely a threshold is found."""
+"""Precision of a threshold: halvings of the interval that holds it."""
 _LEAST_SCORE = -88.0
-"""Tokens below are never drawn: exp of it is 0 in float32."""
+"""Lowest score that can be drawn: exp of it is 0 in float32."""
 _MOST_SCORE = 1e-6
-"""Above every score."""
+"""Upper end of the search for a threshold, above every score."""
 _SHARE = 1 - 2e-6
-"""Of top_p's mass and of min_p is enough. A sum's rounding differs with the number of rows, and would otherwise decide where a
-token ends just the mass that was asked for: the same row would be cut differently in another batch."""
+"""Share of top_p's mass, and of min_p, that is enough. The rounding of a sum differs with the number of rows. Without this
+margin it would decide where a token ends exactly the mass asked for: the same row would be cut differently in another batch."""
 
 
 class SamplingMode(enum.Enum):
-    """What a batch of rows needs; each mode is a program of its own."""
+    """Kind of sampling that a batch of rows needs. Each mode is a program of its own."""
 
     GREEDY = "greedy"
     RANDOM = "random"
     LOGPROBS = "logprobs"
 
 
-DRAW_COLUMNS = 8 + MAX_BANNED
-"""Columns of a row of draws, int32: slot, position of the token to draw, seed (low word, high word), top_k (0: all), the bits
-of three float32 (temperature, below LEAST_TEMPERATURE: greedy; top_p; min_p), banned ids (-1: none)."""
+SAMPLING_COLUMNS = 8 + MAX_STOP_IDS
+"""Columns of packed sampling rows, int32: slot, position of the token to sample, seed (low word, high word), top_k (0: all),
+the bits of three float32 (temperature, greedy below LEAST_TEMPERATURE; top_p; min_p), suppressed ids (-1: none)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Tokens `[rows]` int32 and, in LOGPROBS mode, the chosen one's log-probability and the `MAX_LOGPROBS` best."""
+    """Sampled tokens and, in LOGPROBS mode, the log-probabilities of each token and of the `MAX_LOGPROBS` best."""
 
-    tokens: jax.Array
-    logprobs: jax.Array | None = None
-    top_tokens: jax.Array | None = None
-    top_logprobs: jax.Array | None = None
+    tokens: Int[Array, " rows"]
+    logprobs: Float[Array, " rows"] | None = None
+    top_tokens: Int[Array, "rows best"] | None = None
+    top_logprobs: Float[Array, "rows best"] | None = None
 
 
-def sample(logits: jax.Array, draws: jax.Array, mode: SamplingMode, guesses: int = 1) -> Sampled:
-    """Draws one token a row from `logits [rows, vocab]`. Log-probabilities are the model's, before temperature and bans.
+def sample(
+    logits: Float[Array, "rows vocab"],
+    sampling_rows: Int[Array | np.ndarray, "rows columns"],
+    mode: SamplingMode,
+    guesses: int = 1,
+) -> Sampled:
+    """Draw one token a row.
+
+    Log-probabilities are the model's, before temperature and suppressed ids.
 
     Args:
-        draws: `[rows, DRAW_COLUMNS]` int32.
-        guesses: thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so
-            1; a GPU by the number of passes.
+        logits: Floats of any width; computed with in float32.
+        sampling_rows: Packed parameters, int32, of SAMPLING_COLUMNS columns.
+        mode: Kind of sampling that the rows need together.
+        guesses: Thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so 1
+            is best there; a GPU is bound by the number of passes.
     """
-    draws = jnp.asarray(draws)
+    sampling_rows = jnp.asarray(sampling_rows)
     largest = jnp.finfo(jnp.float32).max
     logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
-    allowed = _without_banned(logits, draws[:, 8:])
+    allowed = _without_suppressed(logits, sampling_rows[:, 8:])
     tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
     if mode is SamplingMode.GREEDY:
         return Sampled(tokens=tokens)
-    tokens = _draw(_gaps_to_best(allowed), draws, guesses, tokens)
+    tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
     logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
@@ -87,44 +99,49 @@ def sample(logits: jax.Array, draws: jax.Array, mode: SamplingMode, guesses: int
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
-def _without_banned(logits: jax.Array, banned: jax.Array) -> jax.Array:
-    """`logits` with -inf for the ids `banned [rows, MAX_BANNED]`; as they are in rows that would have nothing left."""
+def _without_suppressed(logits: Float[Array, "rows vocab"], suppressed: Int[Array, "rows _"]) -> Float[Array, "rows vocab"]:
+    """Set the logits of suppressed ids to -inf, except in rows that would have no candidate left."""
     rows = jnp.arange(logits.shape[0])[:, None]
-    allowed = logits.at[rows, jnp.where(banned < 0, logits.shape[1], banned)].set(-jnp.inf, mode="drop")
+    allowed = logits.at[rows, jnp.where(suppressed < 0, logits.shape[1], suppressed)].set(-jnp.inf, mode="drop")
     return jnp.where(allowed.max(-1, keepdims=True) > -jnp.inf, allowed, logits)
 
 
-def _gaps_to_best(logits: jax.Array) -> jax.Array:
-    """How far each is below the row's largest: 0 for that one, also where all are -inf."""
+def _gaps_to_best(logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+    """Subtract each row's largest logit. The largest itself gives 0, even where all are -inf."""
     best = logits.max(-1, keepdims=True)
     return jnp.where(logits == best, 0.0, logits - best)
 
 
-def _draw(gaps: jax.Array, draws: jax.Array, guesses: int, best: jax.Array) -> jax.Array:
-    """Gumbel-max over what top-k, top-p and min-p leave; `best` in rows that are greedy."""
-    temperature, top_p, min_p = lax.bitcast_convert_type(draws[:, 5:8], jnp.float32).T
+def _draw(
+    gaps: Float[Array, "rows vocab"], sampling_rows: Int[Array, "rows columns"], guesses: int, best: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
+    """Draw by Gumbel-max from the tokens that top-k, top-p and min-p leave. Greedy rows take `best`."""
+    temperature, top_p, min_p = lax.bitcast_convert_type(sampling_rows[:, 5:8], jnp.float32).T
     random = temperature >= LEAST_TEMPERATURE
     scores = gaps * (1 / jnp.where(random, temperature, 1.0))[:, None]  # at most 0; the best token has 0
     weights = jnp.exp(scores)
     scores = jnp.where((scores > _LEAST_SCORE) & (weights >= _SHARE * min_p[:, None]), scores, -jnp.inf)
-    keep = scores >= _threshold(scores, draws[:, 4], top_p, guesses)[:, None]
+    keep = scores >= _threshold(scores, sampling_rows[:, 4], top_p, guesses)[:, None]
 
-    def gumbel(row: jax.Array) -> jax.Array:
+    def gumbel(row: Int[Array, " columns"]) -> Float[Array, " vocab"]:
         key = jax.random.wrap_key_data(row[2:4].astype(jnp.uint32), impl="threefry2x32")  # the 64 bits of the seed
         return jax.random.gumbel(jax.random.fold_in(key, row[1]), gaps.shape[1:], jnp.float32)
 
-    noisy = jnp.where(keep, scores, -jnp.inf) + jax.vmap(gumbel)(draws)
+    noisy = jnp.where(keep, scores, -jnp.inf) + jax.vmap(gumbel)(sampling_rows)
     return jnp.where(random, jnp.argmax(noisy, -1).astype(jnp.int32), best)
 
 
-def _threshold(scores: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: int) -> jax.Array:
-    """The largest score `[rows]`, at most 0, at or above which at least top_k tokens and a share top_p of the mass lie.
+def _threshold(
+    scores: Float[Array, "rows vocab"], top_k: Int[Array, " rows"], top_p: Float[Array, " rows"], guesses: int
+) -> Float[Array, " rows"]:
+    """Find each row's largest score, at most 0, that top_k tokens and a share top_p of the mass reach.
 
-    Ties at the threshold are all kept, as Hugging Face does. top_p applies to what min_p and top_k left (vLLM's order).
+    Ties at the threshold are all kept, as Hugging Face does. top_p applies to the tokens that min_p and top_k left (vLLM's
+    order).
     """
 
-    def search(amount: jax.Array, least: jax.Array) -> jax.Array:
-        """The largest threshold at or above which scores lie whose amounts sum to at least `least`."""
+    def search(amount: Float[Array, "rows vocab"], least: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """Find the largest threshold where the amounts of the scores that reach it sum to at least `least`."""
         low = jnp.full(scores.shape[0], _LEAST_SCORE)
         rounds = math.ceil(_THRESHOLD_BITS / math.log2(guesses + 1))
         high = jnp.full_like(low, _MOST_SCORE)
@@ -143,9 +160,14 @@ def _threshold(scores: jax.Array, top_k: jax.Array, top_p: jax.Array, guesses: i
 
 @functools.partial(jax.jit, static_argnums=5)  # lowered once for all rounds; XLA inlines it
 def _narrow(
-    scores: jax.Array, amount: jax.Array, least: jax.Array, low: jax.Array, high: jax.Array, guesses: int
-) -> tuple[jax.Array, jax.Array]:
-    """One round of a search between `low` and `high`, which it cuts in `guesses` places."""
+    scores: Float[Array, "rows vocab"],
+    amount: Float[Array, "rows vocab"],
+    least: Float[Array, " rows"],
+    low: Float[Array, " rows"],
+    high: Float[Array, " rows"],
+    guesses: int,
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """Cut the interval from `low` to `high` in `guesses` places and keep the part that holds the threshold."""
     cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
     nothing = lax.full_like(amount, 0.0)
     above = [lax.ge(scores, lax.broadcast_in_dim(cut, scores.shape, (0,))) for cut in cuts]
@@ -155,7 +177,7 @@ def _narrow(
     return low, high
 
 
-def _sums(arrays: list[jax.Array]) -> Sequence[jax.Array]:
-    """Row sums of arrays that are made from one another, in one pass: XLA does not join separate reductions of this kind."""
+def _sums(arrays: list[Float[Array, "rows vocab"]]) -> Sequence[Float[Array, " rows"]]:
+    """Sum the rows of several arrays in one pass. XLA does not join separate reductions of this kind."""
     zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
     return lax.reduce(tuple(arrays), zeros, lambda xs, ys: tuple(x + y for x, y in zip(xs, ys)), dimensions=(1,))

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests. Compiled programs are kept between runs, in the repository's own ignored folder."""
+"""Settings and fixtures of all tests: the folder of compiled programs, checks of shapes, and engines to borrow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from chameleon_jax import LLM
     from tests.engines import Engines
 
+from tests import shape_checks
+
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+shape_checks.switch_on()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small models and adapters drawn from a seed with NumPy, so that other libraries can be given the very same ones."""
+"""Small models and adapters drawn from a seed with NumPy, so that other libraries get the same ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALPHA = 16.0
 
 
 def checkpoint(config: LlamaConfig, seed: int = 0) -> Checkpoint:
-    """Weights large enough that greedy choices are far from ties."""
+    """Draw weights that are large enough to keep greedy choices far from ties."""
     rng = np.random.default_rng(seed)
 
     def matrix(d_out: int, d_in: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def checkpoint(config: LlamaConfig, seed: int = 0) -> Checkpoint:
 
 
 def save_model(directory: Path, name: str, text: bool = False) -> Path:
-    """With `text`, a tokenizer of one token per byte comes along, and a chat template."""
+    """Save a model; with `text`, a tokenizer of one token per byte and a chat template too."""
     huggingface.save(checkpoint(CONFIGS[name]), directory)
     if text:
         byte_tokenizer().save(directory)
@@ -77,7 +77,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def save_adapter(directory: Path, config: LlamaConfig, rank: int, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> Path:
-    """A random adapter that changes the output visibly."""
+    """Save a random adapter that changes the output visibly."""
     rng = np.random.default_rng([seed, rank])
     tensors = {}
     for layer in range(config.num_layers):
@@ -91,7 +91,7 @@ def save_adapter(directory: Path, config: LlamaConfig, rank: int, targets: tuple
 
 
 def save_adapters(directory: Path, config: LlamaConfig) -> dict[str, Path]:
-    """The eight adapters of ADAPTER_RANKS."""
+    """Save the eight adapters of ADAPTER_RANKS."""
     return {
         name: save_adapter(directory / name, config, rank, ADAPTER_TARGETS[name], seed)
         for seed, (name, rank) in enumerate(ADAPTER_RANKS.items())

@@ -17,7 +17,7 @@ from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Programs
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk, pack_step
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
 from chameleon_jax.models.runtime.steps import StepBuckets
 
 SCALE_OF_ROWS = 0.02
@@ -34,8 +34,8 @@ class Batch:
         note: what is not as asked for; empty where all is.
     """
 
-    segments: list[SequenceChunk]
-    draws: dict[int, Draw]
+    chunks: list[SequenceChunk]
+    sampling_rows: dict[int, SamplingRow]
     floor_bytes: float
     note: str
 
@@ -46,14 +46,14 @@ class BenchEngine(ModelRunner):
     def prepare(self, batches: Iterable[Batch]) -> tuple[int, float]:
         """Compiles the forward programs of some steps, on some threads; returns how many and the seconds."""
         begin = time.perf_counter()
-        keys = dict.fromkeys(pack_step(batch.segments, batch.draws, self.buckets).program for batch in batches)
+        keys = dict.fromkeys(pack_step(batch.chunks, batch.sampling_rows, self.buckets).program for batch in batches)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             list(threads.map(self.programs.forward.__getitem__, keys))
         return len(keys), time.perf_counter() - begin
 
     def compile(self, batch: Batch, buckets: StepBuckets | None = None, programs: Programs | None = None) -> None:
         """Compiles a step's forward program, among other `programs` if any. Thread-safe where programs differ."""
-        program = pack_step(batch.segments, batch.draws, buckets or self.buckets).program
+        program = pack_step(batch.chunks, batch.sampling_rows, buckets or self.buckets).program
         (programs or self.programs).forward[program]
 
     def fill(self, seed: int = 0) -> None:
@@ -75,15 +75,15 @@ class BenchEngine(ModelRunner):
 
     def packed(self, batch: Batch) -> Callable[[], jax.Array]:
         """Dispatches the step with arguments that are on the device already: what remains is the device's time."""
-        packed, program, _, mode = pack_step(batch.segments, batch.draws, self.buckets)
+        packed, program, _, mode = pack_step(batch.chunks, batch.sampling_rows, self.buckets)
         if mode is None:
             raise ValueError("a step to measure draws tokens")
         forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode]
         inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:
-            hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+            hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
             return sampled.tokens
 
         return step

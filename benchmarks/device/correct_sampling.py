@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
-from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode, sample
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode, sample
 
 
 def cases(scale: Scale) -> list[Case]:
@@ -20,12 +20,12 @@ def cases(scale: Scale) -> list[Case]:
     ]
 
 
-def _rows(seeds: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, banned: int = -1) -> np.ndarray:
+def _rows(seeds: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, suppressed: int = -1) -> np.ndarray:
     count = len(seeds)
-    rows = np.full((count, DRAW_COLUMNS), -1, np.int32)
+    rows = np.full((count, SAMPLING_COLUMNS), -1, np.int32)
     rows[:, :5] = np.stack([np.arange(count), np.arange(count) % 97, seeds, 0 * seeds, 0 * seeds + top_k], 1)
     rows[:, 5:8] = np.array([temperature, top_p, 0.0], np.float32).view(np.int32)
-    rows[:, 8] = banned
+    rows[:, 8] = suppressed
     return rows
 
 
@@ -58,7 +58,7 @@ def tokens(scale: Scale) -> list[Row]:
             for t in (1e-40, 1.2e-38, 1e-9)
         ],
         *[row(f"top_p {p}", int((draw(_rows(seeds, 9.0, top_p=p), SamplingMode.RANDOM) != best).sum())) for p in (0.0, 1e-30)],
-        row("banned", int((draw(_rows(seeds, 0.0, banned=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())),
+        row("banned", int((draw(_rows(seeds, 0.0, suppressed=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())),
         # where two tokens are a rounding apart they may change places
         row("random, as on the CPU", int((drawn != here).sum()), 1),
     ]

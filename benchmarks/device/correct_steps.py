@@ -74,7 +74,7 @@ class Sequences:
 
     def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:
         """The program of a step, without tf32 where it is float32's."""
-        packed, program, _, _ = pack_step(self._segments(int(decode)), {}, self.buckets)
+        packed, program, _, _ = pack_step(self._chunks(int(decode)), {}, self.buckets)
         forward = functools.partial(
             steps.forward, graph, program=program, buckets=self.buckets, layout=self.layout, backend=backend
         )
@@ -105,7 +105,7 @@ class Sequences:
         hiddens: list[np.ndarray] = []
         tokens: list[np.ndarray] = []
         for i, step in enumerate(which):
-            packed, _, last, _ = pack_step(self._segments(step), {}, self.buckets)
+            packed, _, last, _ = pack_step(self._chunks(step), {}, self.buckets)
             hidden, _, pages = programs[step > 0](params, pages, slots, packed)
             hidden = hidden[np.array(last)]
             hiddens.append(np.asarray(hidden, np.float32))
@@ -119,7 +119,7 @@ class Sequences:
         numbers = jax.random.normal(key, (self.num_pages, self.layout.page_elems), jnp.bfloat16) * SCALE_OF_ROWS
         return numbers.astype(dtype)
 
-    def _segments(self, step: int) -> list[SequenceChunk]:
+    def _chunks(self, step: int) -> list[SequenceChunk]:
         """The prompts, or one more token of each."""
         rows = zip(self.prompts, self.tables, self.adapters)
         if step == 0:

@@ -50,7 +50,7 @@ def parts(bench: Workbench, rows: int, mix: Mix) -> list[Row]:
     step, packed = bench.run(batch), engine.packed(batch)
     jax.block_until_ready([step(), packed()])
     ms = {
-        "pack": _median(engine, lambda: pack_step(batch.segments, batch.draws, engine.buckets)),
+        "pack": _median(engine, lambda: pack_step(batch.chunks, batch.sampling_rows, engine.buckets)),
         "dispatch, arguments on the device": _median(engine, packed),
         "run": _median(engine, step),
     }

@@ -114,7 +114,7 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
     rank = scale.load_ranks[len(scale.load_ranks) // 2]
     store = Store(bench)
     size = store.block(rank).num_pages
-    taken = {page for s in batch.segments for page in (*s.pages, *(s.adapter.pages if s.adapter else ()))}
+    taken = {page for s in batch.chunks for page in (*s.pages, *(s.adapter.pages if s.adapter else ()))}
     free = [page for page in range(1, bench.engine.num_pages) if page not in taken]
     if len(free) < 2 * size:
         return [{"rows": rows, "skipped": f"two adapters of rank {rank} do not fit beside the batch"}]
@@ -131,7 +131,7 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
 
     def step() -> Any:
         """In serving's order: pieces go behind the step's inputs and ahead of its programs."""
-        sent = engine.send(batch.segments, batch.draws)
+        sent = engine.send(batch.chunks, batch.sampling_rows)
         loads.send_beside_step()
         return engine.dispatch(sent).done
 

@@ -28,7 +28,7 @@ from chameleon_jax.models import ops
 from chameleon_jax.models.ops.batched_lora import LoraTargets, batched_lora, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
-from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws, pack_step
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows, pack_step
 from chameleon_jax.models.sampling import SamplingMode
 
 RESULT_BYTES = 1 << 30
@@ -118,8 +118,8 @@ class Alone:
         engine, result = self._bench.engine, []
         hidden = self._normal(0, (rows, self._config.hidden_size))
         for mode, temperature in ((SamplingMode.GREEDY, 0.0), (SamplingMode.RANDOM, 0.8)):
-            draws = {i: Draw(i, 5, i, temperature, 50, 0.9, 0.0, (), False) for i in range(rows)}
-            packed, _ = pack_draws(draws, rows, engine.buckets.max_num_seqs)
+            sampling_rows = {i: SamplingRow(i, 5, i, temperature, 50, 0.9, 0.0, (), False) for i in range(rows)}
+            packed, _ = pack_sampling_rows(sampling_rows, rows, engine.buckets.max_num_seqs)
             packed = jax.device_put(packed, engine.head.sharding)
             program = engine.programs.sample[rows, mode]
             slots = jnp.zeros(engine.buckets.max_num_seqs + 1, jnp.int32)
@@ -160,7 +160,7 @@ class Alone:
 
     def _attention_of(self, batch: Batch, layers: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         engine = self._bench.engine
-        packed, program, _, _ = pack_step(batch.segments, batch.draws, engine.buckets)
+        packed, program, _, _ = pack_step(batch.chunks, batch.sampling_rows, engine.buckets)
         inputs = engine.buckets.view(packed, program)
         tiles, tile_tokens, _ = program
         starts, counts, tables = (jnp.asarray(a) for a in (inputs.tiles[:, 0], inputs.tiles[:, 1], inputs.tiles[:, 3:]))
@@ -174,12 +174,12 @@ class Alone:
     def _adapters_of(self, batch: Batch, tokens: int, tile_tokens: int, name: str) -> list[Row]:
         """Each group of targets: y goes through the layers, updated in place as in a step."""
         engine, layout = self._bench.engine, self._bench.layout
-        packed, program, _, _ = pack_step(batch.segments, batch.draws, engine.buckets)
+        packed, program, _, _ = pack_step(batch.chunks, batch.sampling_rows, engine.buckets)
         plan = engine.buckets.view(packed, program).lora
         addresses = jax.jit(functools.partial(resolve, layout=layout, tile_tokens=tile_tokens))
         plan = jax.device_put(plan, engine.head.sharding)
         targets = addresses(plan)
-        placed = {id(s.adapter): s.adapter for s in batch.segments if s.adapter is not None}
+        placed = {id(s.adapter): s.adapter for s in batch.chunks if s.adapter is not None}
         programs: Programs = {}
         work = {}
         for group in GROUPS:

@@ -21,7 +21,7 @@ from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.model_runner import ModelRunner
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 from chameleon_jax.models.runtime.steps import StepBuckets
 
 
@@ -67,8 +67,8 @@ def build(scale: Scale) -> dict[str, float]:
     engine.block_until_ready()
     lap("s for programs and pool", compiling)
     begin = time.perf_counter()
-    segment = SequenceChunk([1] * 5, 0, 0, tuple(range(1, 3)), None)
-    engine.run([segment], {0: Draw(0, 5, 0, 0.0, 0, 1.0, 0.0, (), False)})
+    chunk = SequenceChunk([1] * 5, 0, 0, tuple(range(1, 3)), None)
+    engine.run([chunk], {0: SamplingRow(0, 5, 0, 0.0, 0, 1.0, 0.0, (), False)})
     engine.block_until_ready()
     lap("s for the first step", begin)
     pool = engine.num_pages * layout.page_bytes(dtype.itemsize)

@@ -22,7 +22,7 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.programs import Programs
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 
 
 class Workbench:
@@ -120,11 +120,11 @@ class Workbench:
         if mix.ranks and not adapters:
             return "no adapter fits beside the KV"
         owners = [adapters[i % len(adapters)] if adapters else None for i in range(rows)]
-        segments = [SequenceChunk(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
-        draws = {i: Draw(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
+        chunks = [SequenceChunk(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
+        sampling_rows = {i: SamplingRow(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
         note = f"{len(adapters)} adapters" if mix.ranks and len(adapters) < rows else ""
         return Batch(
-            segments, draws, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
+            chunks, sampling_rows, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
         )
 
     def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch | str:
@@ -139,9 +139,9 @@ class Workbench:
         if mix.ranks and len(adapters) < count:
             return "the adapters do not fit beside the KV"
         words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
-        segments = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
-        draws = {i: Draw(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
-        return Batch(segments, draws, self.weight_bytes + self.adapter_bytes(adapters), "")
+        chunks = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
+        sampling_rows = {i: SamplingRow(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
+        return Batch(chunks, sampling_rows, self.weight_bytes + self.adapter_bytes(adapters), "")
 
     def adapters(self, mix: Mix, count: int, deal: Iterator[int], room: int) -> list[PlacedAdapter]:
         """Up to `count` adapters, as many as `room` pages hold."""
@@ -177,7 +177,7 @@ class Workbench:
         engine = self.engine
 
         def step() -> Any:
-            return engine.run(batch.segments, batch.draws).done
+            return engine.run(batch.chunks, batch.sampling_rows).done
 
         return step
 

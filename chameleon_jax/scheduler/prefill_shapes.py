@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-PREFILL_TILE = 32
-"""Tokens of one sequence that a device handles as a unit in prefill, unless it names another number."""
-
 
 @dataclasses.dataclass(frozen=True)
 class PrefillShapes:
@@ -18,7 +15,7 @@ class PrefillShapes:
         sizes: tiles of a step, ascending; a step is padded to the next size. Empty: nothing is padded.
     """
 
-    tile: int = PREFILL_TILE
+    tile: int
     sizes: tuple[int, ...] = ()
 
     def tiles(self, tokens: int) -> int:
@@ -54,5 +51,5 @@ class PrefillShapes:
         return next((size for size in self.sizes if size >= tiles), tiles) if tiles else 0
 
 
-ANY_SIZE = PrefillShapes()
-"""Shapes of a device that computes exactly the tokens it is given."""
+ANY_SIZE = PrefillShapes(tile=32)
+"""Shapes of a device that computes just the tokens that it is given."""

@@ -1,4 +1,4 @@
-"""The weights of one LoRA adapter on the host, as read from a checkpoint and before they are packed into pages."""
+"""Weights of one LoRA adapter on the host, as read from a checkpoint and before they are packed into pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chameleon_jax.models.config import TARGETS, LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class AdapterWeights:
-    """Low-rank updates `y += B @ (A @ x)`, the LoRA scale (alpha / r, or alpha / sqrt(r) for rsLoRA) already folded into B.
+    """Low-rank updates `y += B @ (A @ x)`, with the LoRA scale (alpha / r, or alpha / sqrt(r) for rsLoRA) folded into B.
 
     Attributes:
         tensors: `(layer, target) -> (A [r, d_in], B [d_out, r])`, float32. Absent pairs are not adapted; r may differ from
@@ -22,7 +22,11 @@ class AdapterWeights:
     tensors: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 
     def check(self, config: LlamaConfig) -> None:
-        """Raises ValueError, naming the matrix, where the adapter does not fit the model."""
+        """Check that the adapter fits the model.
+
+        Raises:
+            ValueError: It does not. The message names the matrix.
+        """
         if not self.tensors:
             raise ValueError("the adapter adapts no matrix of the model")
         for (layer, target), (a, b) in self.tensors.items():
@@ -42,7 +46,7 @@ class AdapterWeights:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """`target -> rank`: the largest over the layers, since a page id means the same rows in every layer."""
+        """Rank of each target: the largest over the layers, since a page id means the same rows in every layer."""
         ranks: dict[str, int] = {}
         for (_, target), (a, _) in self.tensors.items():
             ranks[target] = max(ranks.get(target, 0), a.shape[0])

@@ -14,5 +14,5 @@ INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 def default_backend() -> str:
-    """The platform's fastest backend."""
+    """Name the platform's fastest backend."""
     return "triton" if jax.default_backend() == "gpu" else "blocked"

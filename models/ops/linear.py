@@ -1,20 +1,33 @@
-"""The product with a weight matrix `[d_out, d_in]`, the form in which each platform multiplies fastest."""
+"""Product with a weight matrix `[d_out, d_in]`, in the form in which each platform multiplies fastest."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 WEIGHTS_FIRST_ROWS = range(2, 257)
-"""With one row XLA has a matrix-vector product of its own; with more than 256 the transposition costs what is won."""
+"""Rows for which a CPU takes the weights first. XLA has a matrix-vector product of its own for one row; above 256 rows the
+transposition costs what is won."""
 
 
-def linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`[..., d_out]` of `x [..., d_in]` and `weight [d_out, d_in]`.
+def linear(
+    x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], out_dtype: jnp.dtype | None = None
+) -> Float[Array, "*batch d_out"]:
+    """Multiply `x` by the transposed weights.
 
     On CPU the weights come first: XLA's matrix product packs its second operand anew at every call, which for a few rows
     costs as much as multiplying (up to 1.6 times the whole, docs/experiments.md).
+
+    Args:
+        x: Inputs.
+        weight: Matrix.
+        out_dtype: Dtype of the result. None: that of `x`.
     """
     out_dtype = out_dtype or x.dtype
 

@@ -1,10 +1,11 @@
 """The part of Pallas Triton that the kernels use, in one place: it is deprecated, and its successor needs a change here only.
 
-Kernels get whole arrays as refs, load by index arrays and mask what does not exist. All extents of a tile are powers of two.
+Kernels get whole arrays as refs, load by index arrays, and mask elements that do not exist. All extents of a tile are powers of
+two.
 
-A kernel must not use the first extent of its arrays, the one in which batches of different sizes differ. So one translation to
-Triton's code serves all of them: tracing and lowering a kernel takes 30 to 110 ms of processor time, and a server of a 7B has
-some 200 launches to compile that differ in nothing else.
+A kernel must not use the first extent of its arrays, in which batches of different sizes differ. So one translation to Triton's
+code serves all of them. Tracing and lowering a kernel takes 30 to 110 ms of processor time, and a server of a 7B has some 200
+launches to compile that differ in nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.mlir import ir
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Shaped
 
 program_id = pl.program_id
 when = pl.when
@@ -39,11 +43,16 @@ LARGE_BYTES = 1 << 31
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel, and all that its code depends on in a process that has one kind of GPU and one configuration of JAX.
+    """A kernel with everything that its code depends on, in a process with one kind of GPU and one configuration of JAX.
 
     Attributes:
-        function: takes the refs of arguments and results, and `static` as keywords.
-        inputs, outputs: arrays as the code sees them.
+        function: Body, which takes the refs of arguments and results, and `static` as keywords.
+        static: Names and values of keywords.
+        inputs: Arguments as the code sees them.
+        outputs: Results as the code sees them.
+        num_warps: Warps of a program.
+        num_stages: Stages of Triton's pipeline for loads.
+        name: Name in profiles.
         aliases: `(argument, result)` that share memory.
     """
 
@@ -57,7 +66,7 @@ class Kernel:
     aliases: tuple[tuple[int, int], ...]
 
     def launch(self, grid: tuple[int, ...], outputs: Sequence[jax.ShapeDtypeStruct], interpret: bool = False) -> Any:
-        """A Pallas call, for arrays of any first extent."""
+        """Make a Pallas call, for arrays of any first extent."""
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         # jax 0.11 warns when the program around the call is lowered, after the call has returned
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -86,14 +95,24 @@ def call(
     interpret: bool,
     aliases: Mapping[int, int] | None = None,
 ) -> Callable[..., Any]:
-    """A launch of `kernel` whose refs are the whole arguments and results.
+    """Make a launch of `kernel`, whose refs are the whole arguments and results.
 
     Args:
-        static: keywords of `kernel`.
-        aliases: argument -> result that takes its place in memory.
+        kernel: Body of the kernel.
+        out_shape: Pytree of the results' shapes and dtypes.
+        static: Keywords of `kernel`.
+        grid: Programs along each axis, three at most.
+        num_warps: Warps of a program.
+        num_stages: Stages of Triton's pipeline for loads.
+        name: Name in profiles.
+        interpret: Run without a GPU.
+        aliases: Argument -> result that takes its place in memory.
+
+    Returns:
+        Function of the arguments' arrays.
     """
 
-    def run(*arguments: jax.Array) -> Any:
+    def run(*arguments: Shaped[Array, "..."]) -> Any:
         outputs, tree = jax.tree.flatten(out_shape)
         made = Kernel(
             kernel,
@@ -118,7 +137,7 @@ def call(
 
 
 def _seen(array: Any) -> Shape:
-    """An array as a kernel's code sees it."""
+    """Describe an array as a kernel's code sees it."""
     size = math.prod(array.shape) * array.dtype.itemsize
     return ((array.shape[0] if size >= LARGE_BYTES else 1, *array.shape[1:]), array.dtype.name)
 
@@ -128,8 +147,8 @@ _codes: dict[Kernel, dict[str, Any] | None] = {}
 
 
 def _code(kernel: Kernel) -> dict[str, Any] | None:
-    """The launch's attributes, Triton's code among them; None where this jax launches Triton in another way."""
-    with _lock:  # programs are traced on many threads, which the interpreter's lock lets run one at a time anyway
+    """Look up the launch's attributes, Triton's code among them. None where this jax launches Triton in another way."""
+    with _lock:  # programs are traced on many threads; the interpreter's lock lets one run at a time anyway
         if kernel not in _codes:
             _codes[kernel] = _translate(kernel)
         return _codes[kernel]
@@ -152,27 +171,28 @@ def _translate(kernel: Kernel) -> dict[str, Any] | None:
 
 
 def _value(attribute: Any) -> Any:
-    """An attribute as `ffi_call` takes it; integers of 32 bits are all there are."""
+    """Convert an attribute to the form that `ffi_call` takes. All integers have 32 bits."""
     if isinstance(attribute, ir.StringAttr):
-        return attribute.value_bytes  # the code is no text
+        return attribute.value_bytes  # the code is not text
     return attribute.value if isinstance(attribute, ir.BoolAttr) else np.int32(attribute.value)
 
 
-def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = None) -> jax.Array:
-    """Elements at `index`, a tuple of scalars and arrays that broadcast; `other` where the mask is False."""
+def load(ref: Any, index: Index, mask: Any = None, other: float | int | None = None) -> Shaped[Array, "..."]:
+    """Load the elements at `index`, a tuple of scalars and arrays that broadcast. `other` stands where the mask is False."""
     index, shape = _arrays(index)
     if mask is None:
         return plgpu.load(ref.at[index])
     return plgpu.load(ref.at[index], mask=_wide(mask, shape), other=other)
 
 
-def store(ref: Any, index: Index, value: jax.Array, mask: Any = None) -> None:
+def store(ref: Any, index: Index, value: Shaped[Array, "..."], mask: Any = None) -> None:
+    """Store a value of the shape that `index` broadcasts to, where the mask is True."""
     index, shape = _arrays(index)
     plgpu.store(ref.at[index], value, mask=None if mask is None else _wide(mask, shape))
 
 
 def _arrays(index: Index) -> tuple[Index, tuple[int, ...]]:
-    """The index without Python numbers, which interpret mode does not take, and its shape."""
+    """Replace the Python numbers of an index, which interpret mode does not take, and compute its shape."""
     index = tuple(i if isinstance(i, jax.Array) else jnp.int32(i) for i in index)
     return index, np.broadcast_shapes(*(i.shape for i in index))
 
@@ -181,19 +201,19 @@ def _wide(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mask if mask.shape == shape else jnp.broadcast_to(mask, shape)
 
 
-def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
-    """Product `[m, n]` float32 of `a [m, k]` and `b [k, n]`, or `[n, k]`; float32 operands are not rounded to tf32."""
+def dot(a: Float[Array, "rows _"], b: Float[Array, "_ _"], *, transpose_b: bool = False) -> Float[Array, "rows _"]:
+    """Multiply to float32 by `b [k, n]`, or `[n, k]` if it is transposed. Float32 operands are not rounded to tf32."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, trans_b=transpose_b, precision=exact)
 
 
-def multiple_of(value: jax.Array, divisor: int) -> jax.Array:
-    """`value`, of which the compiler may know that `divisor` divides every element: it decides how wide loads are."""
+def multiple_of(value: Int[Array, "*batch"], divisor: int) -> Int[Array, "*batch"]:
+    """Tell the compiler that `divisor` divides every element of `value`, which decides how wide loads are."""
     return pl.multiple_of(value, divisor)
 
 
-def pick(values: Sequence[Any], place: jax.Array) -> Any:
-    """`values[place]` of a few integers."""
+def pick(values: Sequence[Any], place: Int[Array, ""]) -> Any:
+    """Select `values[place]` among a few integers."""
     picked = jnp.int32(values[0])
     for i, value in enumerate(values[1:], 1):
         picked = jnp.where(place >= i, jnp.int32(value), picked)
@@ -201,4 +221,5 @@ def pick(values: Sequence[Any], place: jax.Array) -> Any:
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Divide and round up."""
     return -(-a // b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
@@ -10,34 +10,52 @@ import jax.numpy as jnp
 
 from chameleon_jax.models.ops import pallas_triton as pt
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 CHUNK = 1024
 """Elements of a page that one program copies, in every layer: 16 bytes a thread in bfloat16."""
 LOADS_AHEAD = 8
-"""Layers that a program loads before it stores the first: a store waits for its load, and eight waits pass together."""
+"""Layers that a program loads before it stores the first one: a store waits for its load, and eight waits pass together."""
 
 
-def write_pages(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array, *, backend: str) -> list[jax.Array]:
-    """The pool with a packed block in some of its pages.
+def write_pages(
+    pages: list[Float[Array, "num_pages page_elems"]],
+    block: Float[Array, "layers pages page_elems"],
+    page_ids: Int[Array, " pages"],
+    *,
+    backend: str,
+) -> list[Float[Array, "num_pages page_elems"]]:
+    """Write a packed block into some pages of the pool, in place where the pool is donated.
 
     Args:
-        pages: `[num_pages, page_elems]` of each layer.
-        block: `[layers, n, page_elems]`.
-        page_ids: `[n]` int32, all different, each below num_pages.
+        pages: Pool of each layer.
+        block: Content of the pages.
+        page_ids: Pages to write; int32, all different, each below num_pages.
         backend: One of `ops.BACKENDS`.
     """
+    # the kernel writes by address, so a wrong shape must not reach it
     chex.assert_shape(block, (len(pages), page_ids.shape[0], pages[0].shape[1]))
     return write_in_one_launch(pages, block, page_ids) if backend == "triton" else write_by_layers(pages, block, page_ids)
 
 
-def write_by_layers(pages: list[jax.Array], block: jax.Array, page_ids: jax.Array) -> list[jax.Array]:
-    """See `write_pages`. Plain JAX, a scatter a layer."""
+def write_by_layers(
+    pages: list[Float[Array, "num_pages page_elems"]],
+    block: Float[Array, "layers pages page_elems"],
+    page_ids: Int[Array, " pages"],
+) -> list[Float[Array, "num_pages page_elems"]]:
+    """Write as `write_pages`, in plain JAX: a scatter a layer."""
     return [layer.at[page_ids].set(block[i], mode="promise_in_bounds", unique_indices=True) for i, layer in enumerate(pages)]
 
 
 def write_in_one_launch(
-    pages: list[jax.Array], block: jax.Array, page_ids: jax.Array, *, interpret: bool = False
-) -> list[jax.Array]:
-    """See `write_pages`. `interpret` runs the kernel without a GPU.
+    pages: list[Float[Array, "num_pages page_elems"]],
+    block: Float[Array, "layers pages page_elems"],
+    page_ids: Int[Array, " pages"],
+    *,
+    interpret: bool = False,
+) -> list[Float[Array, "num_pages page_elems"]]:
+    """Write as `write_pages`, in one kernel. `interpret` runs it without a GPU.
 
     XLA launches a scatter for each layer, and two for a single page: 33 launches a piece of Llama-7B, 66 for one page, 264 in
     128 MiB (0.6 ms). One kernel that is handed all layers' arrays copies as fast and is launched once.
@@ -56,7 +74,7 @@ def write_in_one_launch(
 
 
 def _kernel(block: Any, page_ids: Any, *pools: Any, num_layers: int) -> None:
-    """`pools`: every layer's array as an argument, then every layer's as a result, in the same memory."""
+    """Copy one chunk of one page. `pools` are all layers' arguments, then all layers' results, in the same memory."""
     written, page_elems = pools[num_layers:], block.shape[2]
     n, chunk = pt.program_id(0), pt.program_id(1)
     page = pt.load(page_ids, (n,))

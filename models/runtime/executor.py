@@ -11,7 +11,7 @@ from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, SentStep
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
@@ -59,13 +59,13 @@ class JaxExecutor:
         sent = []
         if plan.prefills:
             chunks = plan.prefills
-            draws = {i: _draw(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
-            inputs = self._runner.send([self._chunk(c) for c in chunks], draws)
-            sent.append((inputs, [(i, chunks[i].request) for i in draws]))
+            sampling_rows = {i: _sampling_row(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
+            inputs = self._runner.send([self._chunk(c) for c in chunks], sampling_rows)
+            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows]))
         if plan.decodes:
             rows = plan.decodes
-            draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
-            inputs = self._runner.send([self._row(r) for r in rows], draws)
+            sampling_rows = {i: _sampling_row(r, r.num_computed) for i, r in enumerate(rows)}
+            inputs = self._runner.send([self._row(r) for r in rows], sampling_rows)
             sent.append((inputs, list(enumerate(rows))))
         self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
         handle = [self._dispatch(inputs, owners) for inputs, owners in sent]
@@ -124,11 +124,11 @@ class JaxExecutor:
         return None if request.adapter is None else self._placed[request.adapter]
 
 
-def _draw(request: Request, position: int) -> Draw:
+def _sampling_row(request: Request, position: int) -> SamplingRow:
     """Return the sampling parameters of the token at `position`."""
     params = request.params
     drawn = position - len(request.prompt_token_ids)
-    return Draw(
+    return SamplingRow(
         slot=request.slot,
         position=position,
         seed=request.seed,
@@ -136,7 +136,7 @@ def _draw(request: Request, position: int) -> Draw:
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
-        banned=sorted(request.stop_ids) if drawn < params.min_tokens else (),
+        suppressed=sorted(request.stop_ids) if drawn < params.min_tokens else (),
         logprobs=params.logprobs is not None,
     )
 

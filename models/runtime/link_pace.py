@@ -1,8 +1,8 @@
-"""How much of an adapter may be on its way to the device, from the link's rate and the length of a step.
+"""Pace of adapters on their way to the device, from the link's rate and the length of a step.
 
-XLA lets a transfer into fresh device memory begin when all that was dispatched before it has run, and a step's own small inputs
-share the link with it. It gives pinned pieces streams of their own, of which inputs feel one piece at most, and pieces from
-NumPy the stream of the inputs. So its source says; nothing here was measured on a GPU. Three things follow:
+XLA lets a transfer into fresh device memory begin when everything that was dispatched before it has run, and a step's own small
+inputs share the link with it. It gives pinned pieces streams of their own, of which inputs feel one piece at most, and pieces
+from NumPy the stream of the inputs. So its source says; nothing here was measured on a GPU. Three things follow:
 
 - New pieces are sent behind a step's inputs, which would wait for them, and ahead of its programs, for which they would wait.
 - Pieces sent beside one step keep the link no longer than a step takes, or the inputs of the next one wait for the rest. At
@@ -19,17 +19,17 @@ from collections import deque
 from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES
 
 TRIP_STEPS = 2
-"""Steps from when a piece is sent until it is seen to have arrived."""
+"""Steps from the sending of a piece until it is seen to have arrived."""
 REMEMBERED_STEPS = 4
-"""The shortest of so many counts: one long step (of prompts, or of a busy host) must not make the next one wait."""
+"""Last steps of which the shortest counts: a long step (of prompts, or of a busy host) must not make the next one wait."""
 
 
 class LinkPace:
-    """Bytes that may be sent now, beside steps of the length seen lately.
+    """Limits on the bytes that may be sent now, beside steps of the length seen lately.
 
     Args:
         rate: Bytes a second of the link.
-        max_bytes: The window's upper bound.
+        max_bytes: Upper bound of the window.
     """
 
     def __init__(self, rate: float, max_bytes: int):
@@ -50,7 +50,7 @@ class LinkPace:
         return min(self._max_bytes, max(MIN_TRANSFER_BYTES, TRIP_STEPS * self.step_bytes))
 
     def dispatched(self, now: float) -> None:
-        """Notes that a step was dispatched at `now`, in seconds.
+        """Record that a step was dispatched at `now`, in seconds.
 
         Dispatches are a step apart while the device works all the time. The first two after a pause are not: they come one
         right after the other.
@@ -61,5 +61,5 @@ class LinkPace:
         self._busy = True
 
     def paused(self) -> None:
-        """Notes that the device has nothing to do."""
+        """Record that the device has nothing to do."""
         self._last, self._busy = None, False

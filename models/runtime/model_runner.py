@@ -22,11 +22,11 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.programs import Programs, Progress
 from chameleon_jax.models.runtime.step_inputs import (
-    Draw,
     PackedStep,
+    SamplingRow,
     SequenceChunk,
-    pack_draws,
     pack_padding,
+    pack_sampling_rows,
     pack_step,
 )
 from chameleon_jax.models.runtime.steps import StepBuckets
@@ -154,38 +154,39 @@ class ModelRunner:
             inputs = pack_padding(program, self.buckets)
             _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         for (rows, _), sample in self.programs.sample.items():
-            draws, _ = pack_draws({}, rows, padding_slot)
+            sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
             hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
-            _, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+            _, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
         for size, write in self.programs.write.items():
             if size <= self.num_pages:  # the pool is empty, and stays so
                 piece = jnp.zeros((config.num_layers, size, self.layout.page_elems), self.dtype)
                 self._pages, _ = write(self._pages, piece, np.arange(size, dtype=np.int32))
         self.block_until_ready()
 
-    def send(self, segments: Sequence[SequenceChunk], draws: Mapping[int, Draw]) -> SentStep:
+    def send(self, chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow]) -> SentStep:
         """Pack a step and start the transfer of its inputs.
 
         Args:
-            draws: `index of a segment -> how the token behind its last one is drawn`.
+            chunks: Sequences of the step, decodes or chunks of prompts.
+            sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample.
         """
-        step = pack_step(segments, draws, self.buckets)
+        step = pack_step(chunks, sampling_rows, self.buckets)
         return SentStep(step, jax.device_put(step.packed, self._memory))
 
     def dispatch(self, sent: SentStep) -> DispatchedStep:
         """Dispatch the programs of a step whose inputs were sent."""
         step, inputs = sent
         forward = self.programs.forward[step.program]
-        hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
         sample = self.programs.sample[step.program.tiles, step.mode]
-        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, draws)
+        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
         return DispatchedStep(sampled, step.last, sampled.tokens)
 
-    def run(self, segments: Sequence[SequenceChunk], draws: Mapping[int, Draw]) -> DispatchedStep:
+    def run(self, chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow]) -> DispatchedStep:
         """`send`, then `dispatch`."""
-        return self.dispatch(self.send(segments, draws))
+        return self.dispatch(self.send(chunks, sampling_rows))
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """Stage a packed adapter `[layers, pages, page_elems]` for `put`. Thread-safe.

@@ -17,7 +17,7 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
-from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
 
 Progress = Callable[[int, int], None]
 """`(programs compiled, programs in all)`."""
@@ -128,8 +128,8 @@ class Programs:
     def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
         fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
         hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
-        draws = jax.ShapeDtypeStruct((rows, DRAW_COLUMNS), jnp.int32)
-        return self._compile(fn, self._head, hidden, self._slot_tokens, draws, donated=2)
+        sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
+        return self._compile(fn, self._head, hidden, self._slot_tokens, sampling_rows, donated=2)
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)

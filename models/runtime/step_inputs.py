@@ -1,30 +1,33 @@
-"""Packs a step's inputs into one fresh host array, padded to a bucket.
+"""Packing of a step's inputs into one host array, padded to a bucket.
 
-Fresh on purpose: a dispatched step may still be reading its argument when the next one is packed.
+The array is fresh for each step on purpose: a dispatched step may still be reading its own when the next one is packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from chameleon_jax.models.ops.batched_lora import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
 from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
-from chameleon_jax.models.sampling import DRAW_COLUMNS, LEAST_TEMPERATURE, SamplingMode
+from chameleon_jax.models.sampling import LEAST_TEMPERATURE, SAMPLING_COLUMNS, SamplingMode
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 class SequenceChunk(NamedTuple):
     """Consecutive tokens of one sequence.
 
     Attributes:
-        tokens: their ids; None for one token that the device has (decode).
-        start: position of the first.
-        slot: the sequence's place among the running ones.
-        pages: the sequence's block table; fastest where it is an `array("i")`.
-        adapter: None for the base model.
+        tokens: Token ids. None: one token that the device has (decode).
+        start: Position of the first token.
+        slot: Place of the sequence among the running ones.
+        pages: Block table of the sequence; fastest where it is an `array("i")`.
+        adapter: Adapter of the sequence. None: the base model.
     """
 
     tokens: Sequence[int] | None
@@ -34,8 +37,20 @@ class SequenceChunk(NamedTuple):
     adapter: PlacedAdapter | None
 
 
-class Draw(NamedTuple):
-    """How one row's token is drawn. `position` is the token's own; `banned` ids cannot be drawn."""
+class SamplingRow(NamedTuple):
+    """Sampling parameters of one row.
+
+    Attributes:
+        slot: Place of the sequence among the running ones.
+        position: Position of the token to sample.
+        seed: Seed of the row's random numbers, 64 bits.
+        temperature: Temperature; greedy below LEAST_TEMPERATURE.
+        top_k: Best tokens that stay candidates. 0 or less: all.
+        top_p: Share of the mass that stays.
+        min_p: Share of the best token's probability that a candidate needs.
+        suppressed: Ids that cannot be sampled, MAX_STOP_IDS at most.
+        logprobs: Whether log-probabilities are needed.
+    """
 
     slot: int
     position: int
@@ -44,38 +59,40 @@ class Draw(NamedTuple):
     top_k: int
     top_p: float
     min_p: float
-    banned: Sequence[int]
+    suppressed: Sequence[int]
     logprobs: bool
 
 
 class PackedStep(NamedTuple):
-    """A step ready to be dispatched.
+    """Step ready to be dispatched.
 
     Attributes:
-        packed: the inputs, see `StepBuckets.view`.
-        program: the forward program that takes them.
-        last: for each segment the tile that holds its last token.
-        mode: the sampling program; None: nothing is drawn.
+        packed: Inputs (see `StepBuckets.view`).
+        program: Forward program that takes them.
+        last: For each chunk the tile that holds its last token.
+        mode: Sampling program. None: no token is sampled.
     """
 
-    packed: np.ndarray
+    packed: Int[np.ndarray, " packed"]
     program: Program
     last: list[int]
     mode: SamplingMode | None
 
 
-def pack_step(segments: Sequence[SequenceChunk], draws: Mapping[int, Draw], buckets: StepBuckets) -> PackedStep:
-    """Packs one step of decode rows (all `tokens` None) or of prefill chunks.
+def pack_step(chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow], buckets: StepBuckets) -> PackedStep:
+    """Pack one step of decode rows (all `tokens` None) or of prefill chunks.
 
     Args:
-        draws: `index of a segment -> how the token behind its last one is drawn`.
+        chunks: Chunks of the step, at least one.
+        sampling_rows: `index of a chunk -> parameters of the token behind the chunk's last one`.
+        buckets: Shapes that are compiled.
     """
-    decode = segments[0].tokens is None
+    decode = chunks[0].tokens is None
     size = DECODE_TILE if decode else buckets.prefill_tile
-    counts = [1 if s.tokens is None else -(-len(s.tokens) // size) for s in segments]
+    counts = [1 if c.tokens is None else -(-len(c.tokens) // size) for c in chunks]
     ends = np.cumsum(counts)
     last = (ends - 1).tolist()
-    needed = max([s.adapter.placement.num_targets for s in segments if s.adapter is not None], default=0)
+    needed = max([c.adapter.placement.num_targets for c in chunks if c.adapter is not None], default=0)
     program = Program(
         tiles=buckets.bucket(last[-1] + 1, size),
         tile_tokens=size,
@@ -83,72 +100,80 @@ def pack_step(segments: Sequence[SequenceChunk], draws: Mapping[int, Draw], buck
     )
     packed, inputs = _empty_step(program, buckets)
     if decode:
-        rows = len(segments)
+        rows = len(chunks)
         inputs.tokens[:rows] = FROM_SLOT
-        inputs.tiles[:rows, 0] = [s.start for s in segments]
+        inputs.tiles[:rows, 0] = [c.start for c in chunks]
         inputs.tiles[:rows, 1] = 1
-        inputs.tiles[:rows, 2] = [s.slot for s in segments]
-        for table, segment in zip(inputs.tiles[:, 3:], segments):
-            table[: len(segment.pages)] = segment.pages
+        inputs.tiles[:rows, 2] = [c.slot for c in chunks]
+        for table, chunk in zip(inputs.tiles[:, 3:], chunks):
+            table[: len(chunk.pages)] = chunk.pages
     else:
-        for segment, end, count in zip(segments, ends.tolist(), counts):
-            _fill_chunk(inputs.tokens[(end - count) * size :], inputs.tiles[end - count : end], segment, size)
+        for chunk, end, count in zip(chunks, ends.tolist(), counts):
+            _fill_chunk(inputs.tokens[(end - count) * size :], inputs.tiles[end - count : end], chunk, size)
     if inputs.lora is not None:
-        fill_plan(inputs.lora, [s.adapter for s, count in zip(segments, counts) for _ in range(count)])
-    mode = fill_draws(inputs.draws, {last[i]: draw for i, draw in draws.items()}, buckets.max_num_seqs)
-    return PackedStep(packed, program, last, mode if draws else None)
+        fill_plan(inputs.lora, [c.adapter for c, count in zip(chunks, counts) for _ in range(count)])
+    rows_of_tiles = {last[i]: row for i, row in sampling_rows.items()}
+    mode = fill_sampling_rows(inputs.sampling_rows, rows_of_tiles, buckets.max_num_seqs)
+    return PackedStep(packed, program, last, mode if sampling_rows else None)
 
 
-def pack_padding(program: Program, buckets: StepBuckets) -> np.ndarray:
-    """The inputs of a step of padding, which changes nothing."""
+def pack_padding(program: Program, buckets: StepBuckets) -> Int[np.ndarray, " packed"]:
+    """Pack a step of padding, which changes nothing."""
     packed, inputs = _empty_step(program, buckets)
-    fill_draws(inputs.draws, {}, buckets.max_num_seqs)
+    fill_sampling_rows(inputs.sampling_rows, {}, buckets.max_num_seqs)
     if inputs.lora is not None:
         fill_plan(inputs.lora, [])
     return packed
 
 
-def _empty_step(program: Program, buckets: StepBuckets) -> tuple[np.ndarray, StepInputs]:
-    """A step's array, and its parts: all tiles are padding, draws and adapters are still to be filled in."""
+def _empty_step(program: Program, buckets: StepBuckets) -> tuple[Int[np.ndarray, " packed"], StepInputs]:
+    """Make a step's array and views of its parts. All tiles are padding, and sampling rows and adapters are not filled in."""
     packed = np.zeros(buckets.packed_size(program), np.int32)
     inputs = buckets.view(packed, program)
     inputs.tiles[:, 2] = buckets.max_num_seqs  # padding's slot
     return packed, inputs
 
 
-def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, segment: SequenceChunk, size: int) -> None:
-    """Writes a chunk of a prompt into its tiles, and its tokens from the first one on."""
-    assert segment.tokens is not None
-    length, before = len(segment.tokens), size * np.arange(len(tiles))
-    tokens[:length] = segment.tokens
-    tiles[:, 0] = segment.start + before
+def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, chunk: SequenceChunk, size: int) -> None:
+    """Write a chunk of a prompt into its tiles, and its tokens to the start of `tokens`."""
+    assert chunk.tokens is not None
+    length, before = len(chunk.tokens), size * np.arange(len(tiles))
+    tokens[:length] = chunk.tokens
+    tiles[:, 0] = chunk.start + before
     tiles[:, 1] = np.minimum(size, length - before)
-    tiles[:, 2] = segment.slot
-    tiles[:, 3 : 3 + len(segment.pages)] = segment.pages
+    tiles[:, 2] = chunk.slot
+    tiles[:, 3 : 3 + len(chunk.pages)] = chunk.pages
 
 
-def pack_draws(draws: Mapping[int, Draw], rows: int, padding_slot: int) -> tuple[np.ndarray, SamplingMode]:
-    """`[rows, DRAW_COLUMNS]` int32 of `row -> Draw`, and the sampling program that they need."""
-    table = np.zeros((rows, DRAW_COLUMNS), np.int32)
-    return table, fill_draws(table, draws, padding_slot)
+def pack_sampling_rows(
+    sampling_rows: Mapping[int, SamplingRow], rows: int, padding_slot: int
+) -> tuple[Int[np.ndarray, "rows columns"], SamplingMode]:
+    """Pack sampling rows by number into `rows` rows, and choose the sampling program that they need together."""
+    table = np.zeros((rows, SAMPLING_COLUMNS), np.int32)
+    return table, fill_sampling_rows(table, sampling_rows, padding_slot)
 
 
-def fill_draws(table: np.ndarray, draws: Mapping[int, Draw], padding_slot: int) -> SamplingMode:
-    """Writes `row -> Draw` into `table` `[rows, DRAW_COLUMNS]`, zeros; rows without one draw an unused token."""
+def fill_sampling_rows(
+    table: Int[np.ndarray, "rows columns"], sampling_rows: Mapping[int, SamplingRow], padding_slot: int
+) -> SamplingMode:
+    """Write sampling rows by number into a table of zeros, and choose the sampling program that they need together.
+
+    The other rows of the table sample a token that nothing uses.
+    """
     table[:, 0] = padding_slot
     table[:, 8:] = -1
-    if not draws:
+    if not sampling_rows:
         return SamplingMode.GREEDY
-    rows, values = list(draws), list(draws.values())
-    table[rows, :2] = [d[:2] for d in values]
-    seeds = np.array([d.seed & 0xFFFFFFFFFFFFFFFF for d in values], "<u8")
+    rows, values = list(sampling_rows), list(sampling_rows.values())
+    table[rows, :2] = [row[:2] for row in values]
+    seeds = np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in values], "<u8")
     table[rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
-    table[rows, 4] = [max(d.top_k, 0) for d in values]
-    floats = np.array([(0.0 if d.top_k == 1 else d.temperature, d.top_p, d.min_p) for d in values], np.float32)
+    table[rows, 4] = [max(row.top_k, 0) for row in values]
+    floats = np.array([(0.0 if row.top_k == 1 else row.temperature, row.top_p, row.min_p) for row in values], np.float32)
     table[rows, 5:8] = floats.view(np.int32)
-    for row, draw in draws.items():
-        if draw.banned:
-            table[row, 8 : 8 + len(draw.banned)] = draw.banned
-    if any([d.logprobs for d in values]):
+    for number, row in sampling_rows.items():
+        if row.suppressed:
+            table[number, 8 : 8 + len(row.suppressed)] = row.suppressed
+    if any([row.logprobs for row in values]):
         return SamplingMode.LOGPROBS
     return SamplingMode.RANDOM if (floats[:, 0] >= LEAST_TEMPERATURE).any() else SamplingMode.GREEDY

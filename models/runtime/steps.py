@@ -1,7 +1,7 @@
-"""The programs that run on the device, one for each shape bucket, compiled before the first request.
+"""Programs that run on the device, one for each shape bucket, compiled before the first request.
 
-`forward` runs a batch of tiles through the model and `sample` chooses tokens from its last hidden states; apart, so that
-their variants add up instead of multiplying. Sampled tokens stay on the device, one place for each running request
+`forward` runs a batch of tiles through the model, and `sample_step` chooses tokens from its last hidden states. They are apart
+so that their variants add up instead of multiplying. Sampled tokens stay on the device, one place for each running request
 (`slot_tokens`), and feed the next step from there: the host never waits for a token before it can dispatch.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,27 @@ from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batch
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import DRAW_COLUMNS, Sampled, SamplingMode, sample
-from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE, PrefillShapes
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample
+from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 DECODE_TILE = 1
+"""Tokens of a tile in decode."""
+PREFILL_TILE = 32
+"""Tokens of a tile in prefill on a CPU."""
 FROM_SLOT = -1
-"""A token id that says: take the token that was last sampled for this slot."""
+"""Token id that stands for the token last sampled for this slot."""
 
 
 class Program(NamedTuple):
     """Key of a forward program.
 
     Attributes:
-        tiles: tiles of the step, padding included.
-        tile_tokens: tokens of a tile.
-        adapted: how many of TARGETS are adapted; 0: a program without LoRA work.
+        tiles: Tiles of the step, padding included.
+        tile_tokens: Tokens of a tile.
+        adapted: Targets, from the first of TARGETS on, that are adapted. 0: a program without LoRA work.
     """
 
     tiles: int
@@ -48,42 +54,52 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """The parts of a step's one input array, as views (host) or slices (device); padding tiles come last and have count 0.
+    """Parts of a step's one input array, as views (host) or slices (device). Padding tiles come last and have count 0.
 
-    One array, as each one that is sent waits for the program before it: eight were predicted to cost an H100 1 to 2 % of a
-    decode step.
+    The inputs are one array, as each array that is sent waits for the program before it. Eight arrays were predicted to cost an
+    H100 1 to 2 % of a decode step.
 
     Attributes:
-        tokens: `[tiles * tile_tokens]` int32, or FROM_SLOT.
-        tiles: `[tiles, 3 + table_width]` int32: position of the first token, tokens in the tile, slot, block table.
-        draws: `[tiles, DRAW_COLUMNS]` int32: how the token behind each tile is drawn.
-        lora: which adapters; None in a program that has no LoRA work.
+        tokens: Token ids, or FROM_SLOT.
+        tiles: Position of the first token, tokens in the tile, slot, block table; `[tiles, 3 + width]`.
+        sampling_rows: Parameters of the token behind each tile.
+        lora: Adapters of the batch. None in a program without LoRA work.
     """
 
-    tokens: Any
-    tiles: Any
-    draws: Any
+    tokens: Int[Any, " tokens"]
+    tiles: Int[Any, "tiles 3+width"]
+    sampling_rows: Int[Any, "tiles columns"]
     lora: LoraPlan | None = None
 
 
 def forward(
     graph: Any,
     params: Any,
-    pages: list[jax.Array],
-    slot_tokens: jax.Array,
-    packed: jax.Array,
+    pages: list[Float[Array, "num_pages page_elems"]],
+    slot_tokens: Int[Array, " slots"],
+    packed: Int[Array, " packed"],
     *,
     program: Program,
     buckets: StepBuckets,
     layout: PageLayout,
     backend: str,
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """Hidden states `[tiles, hidden]` of each tile's last token, the draws that came with the step, for `sample_step`, and the
-    pool with the tokens' KV in it.
+) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], list[Float[Array, "num_pages page_elems"]]]:
+    """Run a step's tiles through the model.
 
     Args:
-        packed: the step's inputs, `[buckets.packed_size(program)]` int32.
-        backend: of the device ops, one of `ops.BACKENDS`.
+        graph: Model without its weights (`nnx.split`).
+        params: Weights.
+        pages: Pool of each layer.
+        slot_tokens: Token last sampled for each slot; int32.
+        packed: Inputs of the step, `buckets.packed_size(program)` elements; int32.
+        program: Shape of the step.
+        buckets: Shapes that are compiled.
+        layout: Geometry of a page.
+        backend: Backend of the device ops, one of `ops.BACKENDS`.
+
+    Returns:
+        Hidden state of each tile's last token and the sampling rows that came with the step, both for `sample_step`, and the
+        pool with the tokens' KV in it.
     """
     model: Llama = nnx.merge(graph, params)
     inputs = buckets.view(packed, program)
@@ -100,7 +116,12 @@ def forward(
     page_slots = jax.lax.rem(positions, layout.page_tokens).reshape(-1)
     tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens.at[slots].get(**INSIDE), tile_tokens), inputs.tokens)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(
+        q: Float[Array, "tokens heads head_dim"],
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads head_dim"],
+        pages: Float[Array, "num_pages page_elems"],
+    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "num_pages page_elems"]]:
         pages = write_kv(pages, k, v, page_ids, page_slots)
         tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])
         kv_heads = layout.config.num_kv_heads
@@ -111,7 +132,12 @@ def forward(
     if inputs.lora is not None:
         targets = resolve(inputs.lora, layout, tile_tokens)
 
-        def adapt(names: tuple[str, ...], y: jax.Array, x: jax.Array, pages: jax.Array) -> jax.Array:
+        def adapt(
+            names: tuple[str, ...],
+            y: Float[Array, "tokens d_out"],
+            x: Float[Array, "tokens d_in"],
+            pages: Float[Array, "num_pages page_elems"],
+        ) -> Float[Array, "tokens d_out"]:
             if not targets.adapts(names):
                 return y
             with jax.named_scope("lora"):
@@ -119,42 +145,59 @@ def forward(
 
     hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
-    return hidden.at[last].get(**INSIDE), inputs.draws, pages
+    return hidden.at[last].get(**INSIDE), inputs.sampling_rows, pages
 
 
 def sample_step(
-    head: jax.Array, hidden: jax.Array, slot_tokens: jax.Array, draws: jax.Array, *, mode: SamplingMode, backend: str
-) -> tuple[Sampled, jax.Array]:
-    """Draws one token for each of `hidden [rows, hidden]` and puts it where the next step looks for it.
+    head: Float[Array, "vocab hidden"],
+    hidden: Float[Array, "rows hidden"],
+    slot_tokens: Int[Array, " slots"],
+    sampling_rows: Int[Array, "rows columns"],
+    *,
+    mode: SamplingMode,
+    backend: str,
+) -> tuple[Sampled, Int[Array, " slots"]]:
+    """Sample one token a row and put it into its slot, where the next step looks for it.
 
     Args:
-        head: the output matrix, `Llama.output_matrix`.
-        draws: `[rows, DRAW_COLUMNS]` int32, as `forward` returns them.
-        backend: of the device ops, one of `ops.BACKENDS`.
+        head: Output matrix (`Llama.output_matrix`).
+        hidden: Hidden states, as `forward` returns them.
+        slot_tokens: Token last sampled for each slot; int32.
+        sampling_rows: Packed parameters, as `forward` returns them.
+        mode: Kind of sampling that the rows need together.
+        backend: Backend of the device ops, one of `ops.BACKENDS`.
     """
-    sampled = sample(logits(hidden, head), draws, mode, guesses=7 if backend == "triton" else 1)
-    return sampled, slot_tokens.at[draws[:, 0]].set(sampled.tokens)
+    sampled = sample(logits(hidden, head), sampling_rows, mode, guesses=7 if backend == "triton" else 1)
+    return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens)
 
 
 def write_adapter(
-    pages: list[jax.Array], block: jax.Array, page_ids: jax.Array, *, backend: str
-) -> tuple[list[jax.Array], jax.Array]:
-    """Puts a packed adapter `[layers, n, page_elems]` into pages `page_ids [n]`, all different, of every layer.
+    pages: list[Float[Array, "num_pages page_elems"]],
+    block: Float[Array, "layers pages page_elems"],
+    page_ids: Int[Array, " pages"],
+    *,
+    backend: str,
+) -> tuple[list[Float[Array, "num_pages page_elems"]], Int[Array, ""]]:
+    """Write a packed adapter into pages `page_ids`, all different, of every layer.
 
-    Besides the pool it returns an unused number: the pool is donated to the next program, so that only another
-    output can tell when this one was executed.
+    Returns:
+        The pool, and an unused number. The pool is donated to the next program, so that only another output can tell when this
+        one was executed.
     """
     return write_pages(pages, block, page_ids, backend=backend), page_ids[0]
 
 
 def shapes_for(backend: str) -> dict[str, Any]:
-    """Fields of `StepBuckets` in which backends differ. On a GPU larger tiles of prompts do more of their work on tensor
-    cores, which multiply 16 rows at least, so that smaller windows of decode save nothing."""
+    """Look up the fields of `StepBuckets` in which backends differ.
+
+    On a GPU larger tiles of prompts do more of their work on tensor cores. These multiply 16 rows at least, so that smaller
+    windows of decode save nothing.
+    """
     return {"prefill_tile": 64, "attention_alone": True, "decode_window": 16} if backend == "triton" else {}
 
 
 def powers_of_two(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, ... up to last, which is always among them."""
+    """List first, 2 first, 4 first ... up to last, which is always in the list."""
     sizes = list(itertools.takewhile(lambda n: n < last, (first << i for i in itertools.count())))
     return (*sizes, last)
 
@@ -164,15 +207,15 @@ class StepBuckets:
     """Shapes that are compiled.
 
     Attributes:
-        max_num_seqs: rows of the largest decode step.
-        max_prefill_tokens: tokens of the largest prefill step.
-        table_width: pages of the longest sequence.
-        max_rank: largest LoRA rank.
-        max_adapter_pages: pages of the largest adapter; 0: no adapters are served and no LoRA program is compiled.
-        prefill_tile: tokens of one sequence handled as a unit in prefill.
-        attention_alone: whether batches whose adapters keep to ATTENTION_TARGETS decode with programs of their own. On a GPU
-            what is launched costs time even where it finds nothing to do.
-        decode_window: rows that are multiplied with the same adapters in decode.
+        max_num_seqs: Rows of the largest decode step.
+        max_prefill_tokens: Tokens of the largest prefill step.
+        table_width: Pages of the longest sequence.
+        max_rank: Largest LoRA rank.
+        max_adapter_pages: Pages of the largest adapter. 0: no adapters are served and no LoRA program is compiled.
+        prefill_tile: Tokens of one sequence handled as a unit in prefill.
+        attention_alone: Whether batches whose adapters keep to ATTENTION_TARGETS decode with programs of their own. On a GPU a
+            launch costs time even where it finds nothing to do.
+        decode_window: Rows that are multiplied with the same adapters in decode.
     """
 
     max_num_seqs: int
@@ -186,11 +229,15 @@ class StepBuckets:
 
     @property
     def decode(self) -> tuple[int, ...]:
+        """Rows of decode steps, ascending."""
         return powers_of_two(1, self.max_num_seqs)
 
     @property
     def prefill(self) -> tuple[int, ...]:
-        """Tiles of `prefill_tile` tokens. From 8 on in half steps: padding is computed, and a prompt is bound by computing."""
+        """Tiles of prefill steps, ascending.
+
+        From 8 on there are half steps too: padding is computed, and a prompt is bound by computing.
+        """
         last = -(-self.max_prefill_tokens // self.prefill_tile)
         powers = powers_of_two(1, last)
         return tuple(sorted({*powers, *(n + n // 2 for n in powers if n >= 8 and n + n // 2 < last)}))
@@ -201,22 +248,22 @@ class StepBuckets:
         return PrefillShapes(self.prefill_tile, self.prefill)
 
     def sizes(self, tile_tokens: int) -> tuple[int, ...]:
-        """Buckets, in tiles, of a step of such tiles."""
+        """List the buckets, in tiles, of steps of such tiles."""
         return self.decode if tile_tokens == DECODE_TILE else self.prefill
 
     def bucket(self, needed: int, tile_tokens: int) -> int:
-        """The smallest bucket that holds `needed` tiles."""
+        """Find the smallest bucket that holds `needed` tiles."""
         return next(n for n in self.sizes(tile_tokens) if n >= needed)
 
     def adapted(self, tile_tokens: int) -> tuple[int, ...]:
-        """How many of TARGETS the programs for such tiles adapt, a program for each number."""
+        """List the numbers of TARGETS that programs for such tiles adapt, a program for each number."""
         if not self.max_adapter_pages:
             return (0,)
         alone = self.attention_alone and tile_tokens == DECODE_TILE
         return (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
 
     def _plan(self, program: Program) -> dict[str, int]:
-        """Arguments of `plan_shapes`."""
+        """Collect the arguments of `plan_shapes`."""
         return {
             "tiles": program.tiles,
             "tile_tokens": program.tile_tokens,
@@ -227,24 +274,29 @@ class StepBuckets:
         }
 
     def _parts(self, program: Program) -> dict[str, tuple[int, ...]]:
-        """Shapes of a packed step's parts by name, in order."""
+        """Compute the shapes of a packed step's parts by name, in order."""
         tiles, tile_tokens, adapted = program
-        step = {"tokens": (tiles * tile_tokens,), "tiles": (tiles, 3 + self.table_width), "draws": (tiles, DRAW_COLUMNS)}
+        step = {
+            "tokens": (tiles * tile_tokens,),
+            "tiles": (tiles, 3 + self.table_width),
+            "sampling_rows": (tiles, SAMPLING_COLUMNS),
+        }
         return step | (plan_shapes(**self._plan(program)) if adapted else {})
 
     def packed_size(self, program: Program) -> int:
-        """Elements of a packed step."""
+        """Count the elements of a packed step."""
         return sum(math.prod(shape) for shape in self._parts(program).values())
 
-    def view(self, packed: Any, program: Program) -> StepInputs:
-        """The parts of a packed step: views of a NumPy array, slices of a JAX array."""
-        parts, begin = {}, 0
+    def view(self, packed: Int[Array | np.ndarray, " packed"], program: Program) -> StepInputs:
+        """Take a packed step apart, into views of a NumPy array or slices of a JAX array."""
+        parts: dict[str, Any] = {}
+        begin = 0
         for name, shape in self._parts(program).items():
             end = begin + math.prod(shape)
             part = packed[begin:end] if isinstance(packed, np.ndarray) else jax.lax.slice(packed, (begin,), (end,))
             parts[name] = part.reshape(shape)
             begin = end
-        step = {name: parts.pop(name) for name in ("tokens", "tiles", "draws")}
+        step = {name: parts.pop(name) for name in ("tokens", "tiles", "sampling_rows")}
         lora = None
         if parts:
             lora = LoraPlan(**parts, window_tiles=window_tiles(program.tiles, program.tile_tokens, self.decode_window))
@@ -252,5 +304,5 @@ class StepBuckets:
 
     @property
     def sample_rows(self) -> tuple[int, ...]:
-        """Rows of the sampling programs: whatever a forward step may end with."""
+        """Rows of the sampling programs: any number of tiles that a forward step may have."""
         return tuple(sorted({*self.decode, *self.prefill}))

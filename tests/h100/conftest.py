@@ -1,4 +1,4 @@
-"""No GPU is looked for, and none is needed to choose matrix products; what is compiled cannot be loaded, so no cache."""
+"""Settings without a GPU: JAX looks for none, XLA chooses products untimed, and programs that cannot run are not cached."""
 
 from __future__ import annotations
 

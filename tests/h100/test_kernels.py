@@ -1,4 +1,4 @@
-"""Kernels are translated once for batches of all sizes: the code must be what each size would have been given."""
+"""Kernels are translated once for batches of all sizes: the code must equal a translation for each size."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PROGRAMS = (Program(1, 1, 7), Program(4, 1, 4), Program(128, 1, 7), Program(1, 6
 
 
 def simplified(code: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of a launch with Triton's code as text: constants in order, then the rest.
+    """Read the attributes of a launch with Triton's code as text: constants in order, then the rest.
 
-    As it comes it has every first extent times the constant zero, where an array's only block begins.
+    The raw code multiplies every first extent by the constant zero, where an array's only block begins.
     """
     with ir.Context() as context, ir.Location.unknown():
         dialect.register_dialect(context)
@@ -66,7 +66,7 @@ def test_code_does_not_depend_on_first_extents(preset, monkeypatch):
     assert len(shared) < 0.7 * len(codes)
 
 
-def test_where_launches_have_another_name_pallas_makes_them(monkeypatch):
+def test_pallas_launches_kernels_where_launches_have_another_name(monkeypatch):
     monkeypatch.setattr(pt, "_codes", {})
     monkeypatch.setattr(pt, "TARGET", "another name")
     compiled = Model.of("llama-7b", 1).compile_step(4, 1, 7)

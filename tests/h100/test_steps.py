@@ -1,4 +1,4 @@
-"""The 7B's programs as an H100 would run them: nothing copies the pool, every kernel is there, nothing waits for the host."""
+"""Programs of a 7B, compiled for an H100: nothing copies the pool, every kernel is there, nothing waits for the host."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.sampling import DRAW_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
 
 MIB = 1 << 20
 model = functools.cache(Model.of)
 
 
 def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
-    """Bytes that a step may need besides weights and pool.
+    """Bound the bytes that a step needs besides weights and pool.
 
-    A layer's activations, float32 where products are split over d_in (8 parts at most) or wait for an adapter's update; and
-    with adapters the partial products of the largest launch and every target's addresses.
+    They are a layer's activations, float32 where products are split over d_in (8 parts at most) or wait for an adapter's
+    update. With adapters the partial products of the largest launch and every target's addresses are added.
     """
     config, tokens = of.config, tiles * tile_tokens
     widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
@@ -50,7 +50,7 @@ def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
         pytest.param("llama-3-8b", 4, 32, 64, 7, id="8b-prefill"),
     ],
 )
-def test_a_step(preset, num_layers, tiles, tile_tokens, adapted):
+def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, tiles, tile_tokens, adapted):
     of = model(preset, num_layers)
     compiled = of.compile_step(tiles, tile_tokens, adapted)
     memory = compiled.memory_analysis()
@@ -80,11 +80,11 @@ def test_the_largest_rank_fits_the_device(tiles, tile_tokens):
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
 def test_sampling_waits_for_nothing(mode):
-    draws = jax.ShapeDtypeStruct((128, DRAW_COLUMNS), jnp.int32)
+    sampling_rows = jax.ShapeDtypeStruct((128, SAMPLING_COLUMNS), jnp.int32)
     head, hidden = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (32_000, 128))
     slots = jax.ShapeDtypeStruct((129,), jnp.int32)
     sample_step = functools.partial(steps.sample_step, mode=mode, backend="triton")
-    launched = operations(compile_for_h100(sample_step, head, hidden, slots, draws, donate_argnums=2))
+    launched = operations(compile_for_h100(sample_step, head, hidden, slots, sampling_rows, donate_argnums=2))
     assert not {"while", "conditional"} & set(launched)
     assert launched["fusion"] < 100
 

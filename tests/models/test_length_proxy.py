@@ -16,7 +16,7 @@ CONFIG = LengthProxyConfig(
 
 
 def task(count: int, marked: bool) -> tuple[list[list[int]], list[int]]:
-    """Prompts with output lengths; a token 1, 2 or 3 somewhere in a marked one says which class its length is in."""
+    """Make prompts with output lengths. A token 1, 2 or 3 somewhere in a marked prompt gives the class of its length."""
     rng = np.random.default_rng(0)
     prompts, output_lens = [], []
     for _ in range(count):
@@ -39,12 +39,12 @@ def test_a_marker_token_is_learned(proxy):
     assert proxy.accuracy > 0.9
 
 
-def test_labels_without_a_cause_are_not():
+def test_labels_without_a_cause_are_not_learned():
     proxy = length_proxy.train(*task(600, marked=False), CONFIG)
     assert 0.33 - 0.13 < proxy.accuracy < 0.33 + 0.13  # three standard deviations of 120 guesses
 
 
-def test_a_class_predicts_its_mean_length_or_what_the_config_says(proxy):
+def test_a_class_predicts_its_mean_length_or_the_length_in_the_config(proxy):
     prompts, output_lens = task(600, marked=True)
     for c, predicted in enumerate(proxy.class_lens):
         mean = np.mean([n for n in output_lens if CONFIG.classes_of([n]) == c])
@@ -67,7 +67,7 @@ def test_long_prompts_are_read_at_both_ends(proxy):
     np.testing.assert_array_equal(logits[4], logits[5])
 
 
-def test_a_prompt_alone_and_in_a_batch(proxy):
+def test_a_prompt_has_the_same_class_alone_and_in_a_batch(proxy):
     prompts, _ = task(40, marked=True)
     np.testing.assert_array_equal(proxy.classify(prompts), [proxy.classify([p])[0] for p in prompts])
     prompts = [p for p in prompts if len(p) <= 8]

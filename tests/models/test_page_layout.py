@@ -31,7 +31,7 @@ def test_rows_do_not_overlap_straddle_or_leave_the_adapter(preset, ranks):
     assert all(at + width <= following for (at, width), (following, _) in zip(spans, spans[1:]))
 
 
-def test_pages_of_llama_7b_are_what_the_paper_charges():
+def test_pages_of_llama_7b_take_the_bytes_of_the_paper():
     layout = PageLayout.for_model(PRESETS["llama-7b"])
     assert layout.page_bytes(2) // layout.page_tokens == 512 * 1024  # 0.5 MiB a token
     for rank, mebibytes in ((8, 16), (16, 32), (32, 64), (64, 128), (128, 256)):

@@ -18,7 +18,7 @@ SMALL = dict(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_
 
 
 @pytest.mark.parametrize("name", reference.CONFIGS)
-def test_dense_logits(name):
+def test_dense_logits_are_those_of_transformers(name):
     config = reference.CONFIGS[name]
     model = llama.load_tensors(config, reference.checkpoint(config).tensors, jnp.dtype("float32"))
     tokens = jnp.array([reference.prompt(1)])
@@ -27,13 +27,13 @@ def test_dense_logits(name):
 
 
 @pytest.mark.parametrize("name", reference.CONFIGS)
-def test_greedy_tokens(name, tmp_path):
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     with LLM(str(reference.save_model(tmp_path, name)), max_num_seqs=2, enable_lora=False, **SMALL) as llm:
         [output] = llm.generate([reference.prompt(1)], GREEDY)
     assert output.outputs[0].token_ids == GOLDEN[f"{name}/tokens"].tolist()
 
 
-def test_a_batch_that_mixes_ranks_gives_each_row_what_peft_gives_it_alone(tmp_path):
+def test_each_row_of_a_batch_of_mixed_ranks_has_the_tokens_that_peft_gives_it_alone(tmp_path):
     config = reference.CONFIGS["gqa"]
     adapters = reference.save_adapters(tmp_path / "adapters", config)
     directory = reference.save_model(tmp_path / "model", "gqa")

@@ -5,23 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chameleon_jax.models.runtime.step_inputs import Draw, pack_draws
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows
 from chameleon_jax.models.sampling import SamplingMode, sample
 
 VOCAB = 64
+compiled = jax.jit(sample, static_argnums=(2, 3))
 LOGITS = jnp.array(np.random.default_rng(0).standard_normal((4, VOCAB)) * 2, jnp.float32)
 
 
-def draw(**fields) -> Draw:
-    defaults = dict(slot=0, position=7, seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, banned=(), logprobs=False)
-    return Draw(**(defaults | fields))
+def sampling_row(**fields) -> SamplingRow:
+    defaults = dict(slot=0, position=7, seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, suppressed=(), logprobs=False)
+    return SamplingRow(**(defaults | fields))
 
 
 def counts(logits, draws: int, **fields) -> np.ndarray:
-    """How often each token is drawn over many positions."""
-    rows, mode = pack_draws({i: draw(position=i, **fields) for i in range(draws)}, draws, 0)
+    """Count how often each token is drawn over many positions."""
+    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **fields) for i in range(draws)}, draws, 0)
     logits = jnp.broadcast_to(logits, (draws, VOCAB))
-    tokens, again = (jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens for guesses in (1, 7))
+    tokens, again = (compiled(logits, rows, mode, guesses).tokens for guesses in (1, 7))
     np.testing.assert_array_equal(tokens, again)
     return np.bincount(np.asarray(tokens), minlength=VOCAB)
 
@@ -52,7 +53,7 @@ def test_a_top_p_below_float32_keeps_the_best():
     assert np.flatnonzero(counts(LOGITS[1], 500, top_p=1e-46)).tolist() == [int(LOGITS[1].argmax())]
 
 
-def test_min_p():
+def test_min_p_keeps_tokens_near_the_best():
     p = np.asarray(jax.nn.softmax(LOGITS[2]))
     drawn = np.flatnonzero(counts(LOGITS[2], 5_000, min_p=0.3))
     assert (p[drawn] >= 0.3 * p.max() * (1 - 1e-5)).all()
@@ -60,11 +61,11 @@ def test_min_p():
 
 def test_min_p_comes_before_top_p():
     p = jnp.log(jnp.array([0.4, 0.3, 0.1, 0.1, 0.1] + [1e-9] * (VOCAB - 5)))
-    assert np.flatnonzero(counts(p, 2_000, min_p=0.5, top_p=0.5)).tolist() == [0]  # 0.4 of what min_p left is 0.57
+    assert np.flatnonzero(counts(p, 2_000, min_p=0.5, top_p=0.5)).tolist() == [0]  # 0.4 of the mass that min_p left is 0.57
 
 
 def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """Tokens that may be drawn, in float64 and by sorting; ties at each cut stay."""
+    """List the tokens that may be drawn, in float64 and by sorting; ties at each cut stay."""
     p = np.exp((logits - logits.max()) / temperature)
     p[p < min_p * (1 - 1e-5)] = 0
     if top_k > 0:
@@ -74,7 +75,7 @@ def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p
     return set(np.flatnonzero((p > 0) & (p >= best_first[enough] * (1 - 1e-5))).tolist())
 
 
-def test_draws_are_what_a_plain_reference_keeps():
+def test_drawn_tokens_are_kept_by_a_plain_reference():
     rng = np.random.default_rng(3)
     logits = (rng.standard_normal((400, VOCAB)) * rng.choice([0.1, 2, 20], (400, 1))).astype(np.float32)
     cuts = [
@@ -86,32 +87,34 @@ def test_draws_are_what_a_plain_reference_keeps():
         )
         for _ in logits
     ]
-    rows, mode = pack_draws({i: draw(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
+    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
     for guesses in (1, 7):
-        tokens = np.asarray(jax.jit(sample, static_argnums=(2, 3))(logits, rows, mode, guesses).tokens)
+        tokens = np.asarray(compiled(logits, rows, mode, guesses).tokens)
         for row, token, cut in zip(logits, tokens.tolist(), cuts):
             assert token in kept(row.astype(np.float64), **cut), cut
 
 
 def test_rows_do_not_depend_on_their_neighbours():
-    rows, mode = pack_draws({i: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9)
-    together = sample(LOGITS, rows, mode).tokens
+    rows, mode = pack_sampling_rows(
+        {i: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9
+    )
+    together = compiled(LOGITS, rows, mode).tokens
     for i in range(4):
-        one, _ = pack_draws({0: draw(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
-        assert int(sample(LOGITS[i : i + 1], one, SamplingMode.RANDOM).tokens[0]) == int(together[i])
+        one, _ = pack_sampling_rows({0: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
+        assert int(compiled(LOGITS[i : i + 1], one, SamplingMode.RANDOM).tokens[0]) == int(together[i])
     assert int(together[0]) == int(LOGITS[0].argmax())
 
 
 def test_64_bit_seeds_and_positions_differ():
     seeds = [0, 1, 1 << 32, (1 << 32) + 1, (1 << 63) + 5]
-    rows, mode = pack_draws({i: draw(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
+    rows, mode = pack_sampling_rows({i: sampling_row(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
     noise = [tuple(rows[i, 2:4]) for i in range(len(seeds))]
     assert len(set(noise)) == len(seeds) and mode is SamplingMode.RANDOM
 
 
-def test_banned_ids_are_never_chosen_but_keep_their_logprob():
+def test_suppressed_ids_are_never_chosen_but_keep_their_logprob():
     best = int(LOGITS[0].argmax())
-    rows, mode = pack_draws({0: draw(temperature=0, banned=(best,), logprobs=True)}, 1, 0)
+    rows, mode = pack_sampling_rows({0: sampling_row(temperature=0, suppressed=(best,), logprobs=True)}, 1, 0)
     result = sample(LOGITS[:1], rows, mode)
     logprobs = jax.nn.log_softmax(LOGITS[0])
     assert int(result.tokens[0]) == int(np.argsort(-np.asarray(LOGITS[0]))[1])

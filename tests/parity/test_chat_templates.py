@@ -1,4 +1,4 @@
-"""Chat templates against transformers itself: every construct, and the files that may hold them."""
+"""Comparison of chat templates with transformers: every construct, and the files that may hold templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Against transformers and peft themselves: `make parity`."""
+"""Comparison with transformers and peft themselves (`make parity`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 @pytest.mark.parametrize("name", reference.CONFIGS)
-def test_goldens_are_what_transformers_gives_today(name, tmp_path):
+def test_goldens_agree_with_transformers(name, tmp_path):
     model = torch_reference.load(reference.save_model(tmp_path, name))
     golden = np.load(GOLDEN)
     assert torch_reference.greedy(model, reference.prompt(1), TOKENS) == golden[f"{name}/tokens"].tolist()
     np.testing.assert_allclose(torch_reference.logits(model, reference.prompt(1)), golden[f"{name}/logits"], atol=1e-4)
 
 
-def test_goldens_are_what_peft_gives_today(tmp_path):
+def test_goldens_agree_with_peft(tmp_path):
     directory = reference.save_model(tmp_path / "model", "gqa")
     golden = np.load(GOLDEN)
     for name, adapter in reference.save_adapters(tmp_path / "adapters", reference.CONFIGS["gqa"]).items():
@@ -42,7 +42,7 @@ def test_goldens_are_what_peft_gives_today(tmp_path):
         {"target_modules": "all-linear"},
     ],
 )
-def test_adapters_that_peft_writes(options, tmp_path):
+def test_adapters_that_peft_wrote_give_its_tokens(options, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -58,7 +58,7 @@ def test_adapters_that_peft_writes(options, tmp_path):
     assert output.outputs[0].token_ids == expected
 
 
-def test_smollm2(tmp_path):
+def test_smollm2_gives_the_tokens_of_transformers(tmp_path):
     huggingface.save(load_checkpoint("smollm2-135m"), tmp_path)
     model = torch_reference.load(tmp_path)
     with LLM("smollm2-135m", max_num_seqs=4, max_model_len=128, enable_lora=False, **SETTINGS) as llm:
@@ -68,7 +68,7 @@ def test_smollm2(tmp_path):
         assert output.outputs[0].token_ids == torch_reference.greedy(model, output.prompt_token_ids, 64), output.prompt
 
 
-def test_peft_loads_what_finetune_writes(tmp_path):
+def test_peft_loads_an_adapter_that_finetune_wrote(tmp_path):
     config = reference.CONFIGS["gqa"]
     directory = reference.save_model(tmp_path / "model", "gqa")
     settings = finetune.FinetuneConfig(rank=4, targets=("q_proj", "down_proj"))

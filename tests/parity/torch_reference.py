@@ -1,4 +1,4 @@
-"""What transformers and peft make of the reference models: greedy tokens and logits. Needs torch."""
+"""Greedy tokens and logits of the reference models by transformers and peft. Needs torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_adapter(directory: Path, adapter: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
-    """Without end-of-sequence: exactly `tokens` ids."""
+    """Generate exactly `tokens` ids; an end-of-sequence id does not end them."""
     ids = torch.tensor([prompt])
     cache = None
     out: list[int] = []
@@ -36,5 +36,5 @@ def greedy(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, prompt: list[int]) -> np.ndarray:
-    """`[tokens, vocab]`."""
+    """Compute the logits `[tokens, vocab]` of a prompt."""
     return model(input_ids=torch.tensor([prompt])).logits[0].numpy()

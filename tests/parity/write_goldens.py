@@ -1,4 +1,4 @@
-"""Writes tests/golden/parity.npz from transformers and peft: `python -m tests.parity.write_goldens`."""
+"""Script that writes tests/golden/parity.npz from transformers and peft: `python -m tests.parity.write_goldens`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,18 @@
-"""Picks a backend. Every backend has the signature and the meaning of `batched_lora` below."""
+"""Choice of a backend. Every backend has the signature and the meaning of `batched_lora` below."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import chex
 import jax
 
 from chameleon_jax.models.ops.batched_lora import blocked, reference, triton
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.batched_lora,
@@ -18,28 +22,30 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def batched_lora(
-    y: jax.Array,
-    x: jax.Array,
-    pages: jax.Array,
+    y: Float[Array, "tokens d_out"],
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
     targets: LoraTargets,
     names: tuple[str, ...],
     *,
     backend: str = "blocked",
-) -> jax.Array:
-    """Adds each token's own adapter: `y[n] + B @ (A @ x[n])`, with the A and B of token n's adapter.
+) -> Float[Array, "tokens d_out"]:
+    """Add each token's own adapter: `y[n] + B @ (A @ x[n])`, with the A and B of token n's adapter.
 
     Matrices that share an input are adapted together: their outputs stand side by side in y.
 
     Args:
-        y: `[tokens, d_out of names[0] + d_out of names[1] + ...]`, what the base matrices gave.
-        x: `[tokens, d_in]`, what went into them.
-        pages: one layer's pool, `[num_pages, page_elems]`.
-        targets: where the rank rows of the batch lie (`plan.resolve`).
-        names: which matrices, of `models.config.TARGETS`.
+        y: Outputs of the base matrices; d_out is the sum over `names`.
+        x: Inputs of the matrices.
+        pages: Pool of one layer.
+        targets: Addresses of the batch's rank rows (`plan.resolve`).
+        names: Matrices, of `models.config.TARGETS`.
+        backend: One of BACKENDS.
 
     Returns:
-        y's shape and dtype. Tokens without an adapter, or whose adapter lacks a target, are unchanged in its columns.
+        y with the updates, in its dtype. Tokens without an adapter, or whose adapter lacks a target, keep its columns.
     """
+    # kernels read by address, so a wrong shape must not reach them
     chex.assert_rank([y, x, pages], 2)
     chex.assert_equal_shape_prefix([y, x], 1)
     return BACKENDS[backend](y, x, pages, targets, names)

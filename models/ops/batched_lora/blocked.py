@@ -1,28 +1,45 @@
 """Batched LoRA in plain XLA: a loop over the plan's blocks of rank rows, each against its own window of tokens.
 
-The trip count is data: no adapter, no iteration. Floor of a call: the bytes of the distinct adapters' rows in each window,
-read once. On a GPU such loops synchronise with the host: `triton.py` is for those.
+The trip count is data: without adapters there is no iteration. Floor of a call: the bytes of the distinct adapters' rows in
+each window, read once. On a GPU such loops synchronise with the host; `triton.py` is for those.
 """
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from jax import lax
 
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, gather_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, names: tuple[str, ...]) -> jax.Array:
-    """See `api.batched_lora`."""
+
+def batched_lora(
+    y: Float[Array, "tokens d_out"],
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
+    targets: LoraTargets,
+    names: tuple[str, ...],
+) -> Float[Array, "tokens d_out"]:
+    """Add the adapters' updates as in `api.batched_lora`."""
     for t, column, d_out in targets.columns(names):
         y = _add_target(y, x, pages, targets, t, column, d_out)
     return y
 
 
 def _add_target(
-    y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, t: int, column: int, d_out: int
-) -> jax.Array:
+    y: Float[Array, "tokens d_out"],
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
+    targets: LoraTargets,
+    t: int,
+    column: int,
+    d_out: int,
+) -> Float[Array, "tokens d_out"]:
+    """Add the updates of target `t`, whose outputs are the `d_out` columns from `column` on."""
     window_tokens, d_in = targets.window_tokens, x.shape[1]
 
     def one_block(block, y):
@@ -38,7 +55,7 @@ def _add_target(
         b = gather_rows(pages, addresses[1], d_out)
         low = jnp.einsum("nd,rd->nr", tokens, a, preferred_element_type=jnp.float32)
         low = jnp.where(mine, low, 0.0).astype(b.dtype)
-        # rows that pad a block hold whatever the trash page does, even NaN, and 0 * NaN is NaN
+        # rows that pad a block are read from the trash page, which may hold NaN, and 0 * NaN is NaN
         b = jnp.where((owner >= 0)[:, None], b, 0)
         update = jnp.einsum("nr,rd->nd", low, b, preferred_element_type=jnp.float32)
         before = lax.dynamic_slice(y, (window, column), (window_tokens, d_out))

@@ -1,10 +1,10 @@
-"""Which rank rows a batch needs and where they lie.
+"""Plan of a batch's LoRA work: the rank rows that it needs, and where they lie in the pool.
 
 The tokens of a batch are cut into windows. For each target the host lists, window after window, the rank rows of the
-adapters that occur in the window: true ranks, nothing for an absent target, each list filled up to whole blocks of
-BLOCK_ROWS. A device step walks the blocks: it gathers a block's rows of A and B from the pool, multiplies the window's
+adapters that occur in the window: true ranks, no rows for an absent target, each list filled up to whole blocks of
+BLOCK_ROWS. A device step walks the blocks. It gathers a block's rows of A and B from the pool, multiplies the window's
 tokens by them, and keeps the products of a token with its own adapter's rows. Work grows with the ranks that are in the
-batch, never with the largest rank or with how many adapters are resident.
+batch, never with the largest rank or with the number of resident adapters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,97 +24,100 @@ from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Shaped
+
 BLOCK_ROWS = 32
-"""Rank rows gathered and multiplied in one iteration (docs/experiments.md has what others cost)."""
+"""Rank rows gathered and multiplied in one iteration (docs/experiments.md has the cost of other sizes)."""
 DECODE_WINDOW = 8
 """Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
 NO_TOKEN = -3
-"""Adapter of padding tokens."""
+"""Adapter number of padding tokens."""
 TOKENS_ROUNDED_TO = 128
-"""Tokens of a batch as kernels see it."""
+"""Tokens that kernels see are a multiple of this."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraPlan:
-    """Adapters of a batch, as the host packs them.
+    """Adapters of a batch, as the host packs them, for the first targets of TARGETS. All arrays are int32.
+
+    The program that takes the plan adapts no other targets.
 
     Attributes:
-        adapters: `[tiles, 2 * len(TARGETS) + max_pages]` int32; for each adapter of the batch the starts of its A and B runs
-            (`PageLayout.place`), then its pages.
-        rank_rows: `[targets, capacity]` int32 codes, adapter * MAX_RANK + row; -1 where a block is not full.
-        first_blocks: `[targets, windows + 1]` int32, blocks of all windows before each one; the last is their number.
-        tile_adapter: `[tiles]` int32, the batch's index of each tile's adapter, -1 for the base model.
-        window_tiles: tiles of a window (static).
-
-    `targets` are the first so many of TARGETS: the program that takes the plan adapts no others.
+        adapters: For each adapter of the batch the starts of its A and B runs (`PageLayout.place`), then its pages.
+        rank_rows: Codes, adapter * MAX_RANK + row; -1 where a block is not full.
+        first_blocks: Blocks of all windows before each one; the last entry is the number of blocks.
+        tile_adapter: Number of each tile's adapter in the batch; -1 for the base model.
+        window_tiles: Tiles of a window (static).
     """
 
-    adapters: jax.Array | np.ndarray
-    rank_rows: jax.Array | np.ndarray
-    first_blocks: jax.Array | np.ndarray
-    tile_adapter: jax.Array | np.ndarray
+    adapters: Int[Array | np.ndarray, "tiles starts_and_pages"]
+    rank_rows: Int[Array | np.ndarray, "targets capacity"]
+    first_blocks: Int[Array | np.ndarray, "targets windows+1"]
+    tile_adapter: Int[Array | np.ndarray, " tiles"]
     window_tiles: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_targets(self) -> int:
+        """Targets that the plan covers."""
         return self.rank_rows.shape[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraTargets:
-    """A `LoraPlan` with addresses, resolved once a step and used by every layer.
+    """A `LoraPlan` with addresses, resolved once a step and used by every layer. All arrays are int32.
 
     The first axis of each array grows with the batch, and the others do not: a kernel's code does not depend on the batch. A
     block's rows stand side by side.
 
     Attributes:
-        addresses: `[capacity / BLOCK_ROWS, targets, 2, BLOCK_ROWS, 2]` int32: page and offset of the rows of A and of B.
-        row_adapter: `[capacity / BLOCK_ROWS, targets, BLOCK_ROWS]` int32, -2 where there is no row.
-        first_blocks: `[windows + 1, targets]` int32, as in the plan.
-        block_window: `[capacity / BLOCK_ROWS, targets]` int32, the window that a block belongs to.
-        token_adapter: `[tokens of all windows, rounded up]` int32, -1 for the base model, NO_TOKEN behind the last token.
-        window_tokens: tokens of a window (static).
-        d_out: outputs of each target's matrix (static).
-        row_unit: a number that divides every offset and every row's width (static).
+        addresses: Page and offset of the rows of A and of B.
+        row_adapter: Adapter of each rank row; -2 where there is no row.
+        first_blocks: Blocks before each window, as in the plan.
+        block_window: Window of each block.
+        token_adapter: Adapter of each token of all windows, rounded up; -1 for the base model, NO_TOKEN behind the last token.
+        window_tokens: Tokens of a window (static).
+        d_out: Outputs of each target's matrix (static).
+        row_unit: Number that divides every offset and every row's width (static).
     """
 
-    addresses: jax.Array
-    row_adapter: jax.Array
-    first_blocks: jax.Array
-    block_window: jax.Array
-    token_adapter: jax.Array
+    addresses: Int[Array, "blocks targets 2 block_rows 2"]
+    row_adapter: Int[Array, "blocks targets block_rows"]
+    first_blocks: Int[Array, "windows+1 targets"]
+    block_window: Int[Array, "blocks targets"]
+    token_adapter: Int[Array, " tokens"]
     window_tokens: int = dataclasses.field(metadata={"static": True})
     d_out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     row_unit: int = dataclasses.field(metadata={"static": True})
 
     def columns(self, names: Sequence[str]) -> list[tuple[int, int, int]]:
-        """`(target, first column, columns)` of each of `names` where their outputs stand side by side."""
+        """Locate each matrix of `names` where their outputs stand side by side: `(target, first column, columns)`."""
         numbers = [TARGETS.index(name) for name in names]
         ends = itertools.accumulate(self.d_out[t] for t in numbers)
         return [(t, end - self.d_out[t], self.d_out[t]) for t, end in zip(numbers, ends)]
 
     @property
-    def num_blocks(self) -> jax.Array:
-        """`[targets]` int32."""
+    def num_blocks(self) -> Int[Array, " targets"]:
+        """Blocks of each target."""
         return self.first_blocks[-1]
 
     def adapts(self, names: Sequence[str]) -> bool:
-        """Whether the program may find rows for any of `names`."""
+        """Tell whether the program may find rows for any matrix of `names`."""
         return TARGETS.index(names[0]) < self.first_blocks.shape[1]
 
 
 def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
-    """Tiles of a window: so many rows in decode, 128 tokens in prefill."""
+    """Count the tiles of a window: `decode_window` rows in decode, 128 tokens in prefill."""
     return min(tiles, decode_window if tile_tokens == 1 else max(1, 128 // tile_tokens))
 
 
 def plan_shapes(
     *, tiles: int, tile_tokens: int, max_rank: int, max_pages: int, num_targets: int, decode_window: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a plan's arrays by name, in the order in which a step packs them. Arguments as in `plan_batch`."""
-    # A tile needs a whole number of blocks of its own only if ranks are; rounding up keeps the worst case safe.
+    """Compute the shapes of a plan's arrays by name, in the order in which a step packs them. Arguments as in `plan_batch`."""
+    # only a tile whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
     windows = -(-tiles // window_tiles(tiles, tile_tokens, decode_window))
     return {
@@ -134,15 +138,17 @@ def plan_batch(
     num_targets: int = len(TARGETS),
     decode_window: int = DECODE_WINDOW,
 ) -> LoraPlan:
-    """Lists the rank rows of a batch (host).
+    """List the rank rows of a batch (host).
 
     Args:
-        tile_adapters: the adapter of each tile; fewer than `tiles` leave padding at the end. Tiles of one adapter that stand
-            side by side share reads.
-        max_rank: capacity is for every tile to have another adapter of this rank.
-        max_pages: pages of the largest adapter that is served.
-        num_targets: how many of TARGETS, from the first on; no adapter of the batch has others.
-        decode_window: rows of a window in decode.
+        tile_adapters: Adapter of each tile. Fewer than `tiles` leave padding at the end. Tiles of one adapter that stand side
+            by side share reads.
+        tiles: Tiles of the step.
+        tile_tokens: Tokens of a tile.
+        max_rank: Rank for which there is room if every tile has another adapter.
+        max_pages: Pages of the largest adapter that is served.
+        num_targets: Targets from the first of TARGETS on. No adapter of the batch has others.
+        decode_window: Rows of a window in decode.
     """
     shapes = plan_shapes(
         tiles=tiles,
@@ -159,7 +165,7 @@ def plan_batch(
 
 
 def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> None:
-    """Writes a batch into a plan whose arrays are zeros (host)."""
+    """Write a batch into a plan whose arrays are zeros (host)."""
     adapters, rank_rows, first_blocks, tile_adapter = map(
         np.asarray, (plan.adapters, plan.rank_rows, plan.first_blocks, plan.tile_adapter)
     )
@@ -177,7 +183,7 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
     ranks_of = np.array([a.placement.rank_of_targets for a in numbers], np.int32).reshape(-1, len(TARGETS))
     ranks = ranks_of[owner].T
     for t in range(plan.num_targets):
-        if t and (ranks[t] == ranks[t - 1]).all():  # as a rule an adapter has one rank, so that most targets are alike
+        if t and (ranks[t] == ranks[t - 1]).all():  # most adapters have one rank, so that most targets are alike
             rank_rows[t], first_blocks[t] = rank_rows[t - 1], first_blocks[t - 1]
             continue
         rows = np.bincount(window, ranks[t], windows).astype(np.int32)
@@ -190,7 +196,7 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
 
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
-    """Turns codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
+    """Turn codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
     adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
     rank_rows, first_blocks = rank_rows.T, first_blocks.T
     valid = rank_rows >= 0
@@ -208,8 +214,8 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     blocks = rank_rows.shape[0] // BLOCK_ROWS
     block = jnp.arange(blocks)[:, None, None]
 
-    def by_blocks(rows: jax.Array) -> jax.Array:
-        """`[capacity, ...]` as `[blocks, ..., BLOCK_ROWS]`, the page and the offset of an address behind it."""
+    def by_blocks(rows: Shaped[Array, "capacity ..."]) -> Shaped[Array, "blocks ..."]:
+        """Group the rows by blocks, `[blocks, ..., BLOCK_ROWS]`, the page and the offset of an address last."""
         last = min(3, rows.ndim)
         return jnp.moveaxis(rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]), 1, last)
 
@@ -230,7 +236,9 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     )
 
 
-def gather_rows(pages: jax.Array, addresses: jax.Array, width: int) -> jax.Array:
-    """`[rows, width]` elements at `addresses` `[rows, 2]` (page, offset); a row never straddles a page."""
+def gather_rows(
+    pages: Float[Array, "num_pages page_elems"], addresses: Int[Array, "rank_rows 2"], width: int
+) -> Float[Array, "rank_rows _"]:
+    """Gather rows of `width` elements at `(page, offset)` addresses. A row never straddles a page."""
     dimensions = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
     return lax.gather(pages, addresses, dimensions, (1, width), mode="promise_in_bounds")

@@ -1,15 +1,25 @@
-"""The oracle: every listed rank row against every token, then a mask. Work grows with tokens times rows; for tests."""
+"""Oracle for tests: every listed rank row against every token, then a mask. Work grows with tokens times rows."""
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets, gather_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def batched_lora(y: jax.Array, x: jax.Array, pages: jax.Array, targets: LoraTargets, names: tuple[str, ...]) -> jax.Array:
-    """See `api.batched_lora`."""
+
+def batched_lora(
+    y: Float[Array, "tokens d_out"],
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
+    targets: LoraTargets,
+    names: tuple[str, ...],
+) -> Float[Array, "tokens d_out"]:
+    """Add the adapters' updates as in `api.batched_lora`."""
     updates = []
     for t, _, d_out in targets.columns(names):
         a, b = (

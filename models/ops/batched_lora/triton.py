@@ -1,10 +1,10 @@
 """Batched LoRA for NVIDIA GPUs, in Pallas Triton: two launches for all matrices that share an input.
 
-`shrink` walks the plan's blocks of rank rows: a fixed number of programs takes turns, so that work follows the blocks there
-are and not those there could be, and d_in is split so that a few blocks still fill the device. `expand` gives each program
-some columns of one window's tokens and adds up the window's blocks: every element of y has one writer, nothing is atomic and
-sums do not depend on what else is in the batch. Both read rank rows in place, 16 bytes a load, through addresses that were
-resolved once for all layers. Tokens of a window share what is read.
+`shrink` walks the plan's blocks of rank rows. A fixed number of programs takes turns, so that work follows the blocks there are
+and not those there could be, and d_in is split so that a few blocks still fill the device. `expand` gives each program some
+columns of one window's tokens and adds up the window's blocks: every element of y has one writer, so nothing is atomic and sums
+do not depend on the rest of the batch. Both read rank rows in place, 16 bytes a load, through addresses that were resolved once
+for all layers. Tokens of a window share the rows that are read.
 
 Floor of a call: the bytes of the distinct adapters' true rank rows in each window at the memory bandwidth, and in prefill
 y read and written once.
@@ -13,7 +13,7 @@ y read and written once.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +22,32 @@ from jax import lax
 from chameleon_jax.models.ops import pallas_triton as pt
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, TOKENS_ROUNDED_TO, LoraTargets
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 SHRINK_PROGRAMS = 132
-"""Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. As many where there
-are fewer blocks, so that batches of all sizes share a kernel."""
+"""Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. Batches of
+fewer blocks have as many, so that batches of all sizes share a kernel."""
 SHRINK_ROWS = 16
 """Rank rows that one program multiplies at a time, the fewest that a tensor core takes."""
 MAX_SPLITS = 4
 """Parts of d_in; each costs `expand` a partial sum to read."""
 SPLIT_ELEMS = 1024
-"""d_in is split into parts of at least this."""
+"""Elements of a part of d_in, at least."""
 EXPAND_COLUMNS = 128
+"""Columns of y that one program of `expand` writes."""
 
 
 def batched_lora(
-    y: jax.Array,
-    x: jax.Array,
-    pages: jax.Array,
+    y: Float[Array, "tokens d_out"],
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
     targets: LoraTargets,
     names: tuple[str, ...],
     *,
     interpret: bool = False,
-) -> jax.Array:
-    """See `api.batched_lora`. `interpret` runs the kernels without a GPU."""
+) -> Float[Array, "tokens d_out"]:
+    """Add the adapters' updates as in `api.batched_lora`. `interpret` runs the kernels without a GPU."""
     columns = targets.columns(names)
     splits = max(1, min(MAX_SPLITS, x.shape[1] // SPLIT_ELEMS))
     low = _shrink(x, pages, targets, [t for t, _, _ in columns], splits, interpret)
@@ -51,29 +55,39 @@ def batched_lora(
 
 
 def _tile(window_tokens: int) -> int:
-    """Tokens of a window as a tile, a power of two that a tensor core takes: as a rule 16 in decode, 128 in prefill. A prompt
-    of fewer tokens fits a smaller tile; that would be another kernel to compile and save nothing, as rank rows are the work."""
+    """Round a window up to a tile, a power of two that a tensor core takes: as a rule 16 in decode, 128 in prefill.
+
+    A prompt of fewer tokens fits a smaller tile. That would be another kernel to compile and save nothing, as rank rows are the
+    work.
+    """
     size = max(16, 1 << (window_tokens - 1).bit_length())
     return size if size <= 32 else max(TOKENS_ROUNDED_TO, size)
 
 
 def _window_tokens(targets: LoraTargets) -> int:
-    """Tokens from one window to the next; the same in all batches of a single window, so that they share a kernel."""
+    """Count the tokens from one window to the next: equal for all batches of a single window, so that they share a kernel."""
     single = targets.first_blocks.shape[0] == 2
     return _tile(targets.window_tokens) if single else targets.window_tokens
 
 
-def _adapter_of(token_adapter: Any, token: jax.Array, window_tokens: int) -> jax.Array:
-    """Adapters of a window's tokens; NO_TOKEN where the tile is larger than the window, or the window than the batch."""
+def _adapter_of(token_adapter: Any, token: Int[Array, " tile"], window_tokens: int) -> Int[Array, " tile"]:
+    """Load the adapters of a window's tokens: NO_TOKEN where the tile exceeds the window, or the window the batch."""
     whole = token.shape[0] == window_tokens
     return pt.load(token_adapter, (token,), None if whole else jnp.arange(token.shape[0]) < window_tokens, NO_TOKEN)
 
 
 def _shrink(
-    x: jax.Array, pages: jax.Array, targets: LoraTargets, numbers: list[int], splits: int, interpret: bool
-) -> jax.Array:
-    """Products of windows' tokens with their own adapters' rows of A: `[blocks, splits, names, tile, BLOCK_ROWS]` float32,
-    to be summed over the splits. Blocks that are not there are left unwritten."""
+    x: Float[Array, "tokens d_in"],
+    pages: Float[Array, "num_pages page_elems"],
+    targets: LoraTargets,
+    numbers: list[int],
+    splits: int,
+    interpret: bool,
+) -> Float[Array, "blocks splits targets tile block_rows"]:
+    """Multiply windows' tokens by their own adapters' rows of A, in float32, to be summed over the splits.
+
+    Products of blocks that are not there are left unwritten.
+    """
     programs = SHRINK_PROGRAMS if not interpret else 4
     tile = _tile(targets.window_tokens)
     return pt.call(
@@ -154,14 +168,14 @@ def _shrink_kernel(
 
 
 def _expand(
-    y: jax.Array,
-    low: jax.Array,
-    pages: jax.Array,
+    y: Float[Array, "tokens d_out"],
+    low: Float[Array, "blocks splits targets tile block_rows"],
+    pages: Float[Array, "num_pages page_elems"],
     targets: LoraTargets,
     columns: list[tuple[int, int, int]],
     interpret: bool,
-) -> jax.Array:
-    """y with `low @ B` added, in place."""
+) -> Float[Array, "tokens d_out"]:
+    """Add `low @ B` to y, in place."""
     windows = targets.first_blocks.shape[0] - 1
     tile = low.shape[3]
     return pt.call(
@@ -217,7 +231,7 @@ def _expand_kernel(
             owner = pt.load(row_adapter, (block, t, row))
             page = pt.load(addresses, (block, t, 1, row, 0))
             offset = pt.multiple_of(pt.load(addresses, (block, t, 1, row, 1)), unit)
-            # what pads a block lies on the trash page, which may hold NaN, and 0 * NaN is NaN
+            # rows that pad a block lie on the trash page, which may hold NaN, and 0 * NaN is NaN
             b = pt.load(pages, (page[:, None], offset[:, None] + column[None, :]), (owner >= 0)[:, None] & inside, 0.0)
             tokens, rows = jnp.arange(tile)[:, None], jnp.arange(BLOCK_ROWS)[None, :]
             parts = [pt.load(low, (block, split, place, tokens, rows)) for split in range(splits)]

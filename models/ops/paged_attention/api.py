@@ -1,14 +1,18 @@
-"""Picks a backend. Every backend has the signature and the meaning of `paged_attention` below."""
+"""Choice of a backend. Every backend has the signature and the meaning of `paged_attention` below."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from chameleon_jax.models.ops.paged_attention import blocked, reference, triton
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.paged_attention,
@@ -18,43 +22,53 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def paged_attention(
-    q: jax.Array,
-    pages: jax.Array,
-    block_tables: jax.Array,
-    starts: jax.Array,
-    counts: jax.Array,
+    q: Float[Array, "tiles tile_tokens heads head_dim"],
+    pages: Float[Array, "num_pages page_elems"],
+    block_tables: Int[Array, "tiles width"],
+    starts: Int[Array, " tiles"],
+    counts: Int[Array, " tiles"],
     *,
     num_kv_heads: int,
     backend: str = "blocked",
-) -> jax.Array:
-    """Causal attention of tiles of new tokens over what their sequences have in the pool.
+) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    """Attend causally from tiles of new tokens to everything that their sequences have in the pool.
 
     A tile is a run of consecutive tokens of one sequence: one token in decode, up to `tile_tokens` in prefill. The tokens'
     own keys and values are in the pool already (`write_kv`), so a token at position p reads positions 0 to p.
 
     Args:
-        q: `[tiles, tile_tokens, heads, head_dim]`.
-        pages: one layer's pool, `[num_pages, page_elems]`; as KV a page is `[2, num_kv_heads, page_tokens, head_dim]`.
-        block_tables: `[tiles, width]` int32, the pages of each tile's sequence in order.
-        starts: `[tiles]` int32, the position of the tile's first token.
-        counts: `[tiles]` int32, tokens in the tile; 0 marks padding.
+        q: Queries.
+        pages: Pool of one layer. A page with KV is `[2, num_kv_heads, page_tokens, head_dim]`.
+        block_tables: Pages of each tile's sequence, in order; int32.
+        starts: Position of each tile's first token; int32.
+        counts: Tokens in each tile; int32. 0 marks padding.
+        num_kv_heads: Key and value heads.
+        backend: One of BACKENDS.
 
     Returns:
-        `[tiles, tile_tokens, heads, head_dim]`; rows past a tile's count are unspecified but finite.
+        Attended values. Rows past a tile's count are unspecified but finite.
     """
+    # kernels read by address, so a wrong shape must not reach them
     chex.assert_rank([q, pages, block_tables, starts, counts], [4, 2, 2, 1, 1])
     chex.assert_equal_shape_prefix([q, block_tables, starts, counts], 1)
     return BACKENDS[backend](q, pages, block_tables, starts, counts, num_kv_heads=num_kv_heads)
 
 
-def write_kv(pages: jax.Array, k: jax.Array, v: jax.Array, page_ids: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes new tokens' keys and values into their pages, in place where `pages` is donated.
+def write_kv(
+    pages: Float[Array, "num_pages page_elems"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    page_ids: Int[Array, " tokens"],
+    slots: Int[Array, " tokens"],
+) -> Float[Array, "num_pages page_elems"]:
+    """Write new tokens' keys and values into their pages, in place where `pages` is donated.
 
     Args:
-        pages: `[num_pages, page_elems]`.
-        k, v: `[tokens, num_kv_heads, head_dim]`.
-        page_ids, slots: `[tokens]` int32, the page and the place in it of each token, no two the same; what has a page past the
-            pool's end (`num_pages`) is padding and is not written.
+        pages: Pool of one layer.
+        k: Keys.
+        v: Values.
+        page_ids: Page of each token; int32. A page past the pool's end (`num_pages`) marks padding, which is not written.
+        slots: Place of each token in its page; int32. No two tokens share a page and a place.
     """
     chex.assert_equal_shape([k, v])
     if k.shape[0] == 1:  # XLA would make one write a slice update, fuse that into each reader and copy the pool for each

@@ -1,26 +1,38 @@
 """Attention in plain XLA that reads only a sequence's own pages: a loop over groups of tiles, inside it over blocks of pages.
 
 The loops' trip counts are data, so one program serves every length. Tiles of like length share a group, so that little is
-padded to the longest of it, and a group's block of keys and values stays in the core's cache between the two products. On
-CPU this is 5 times as fast as one large gather for 32 rows, whose temporary is touched once and thrown away, and groups of
-8 rows 1.5 times as fast as row by row (docs/experiments.md). On a GPU such loops synchronise with the host: a kernel
+padded to the longest one, and a group's block of keys and values stays in the core's cache between the two products. On
+CPU this is 5 times as fast as one large gather for 32 rows, whose temporary is touched once and thrown away. Groups of
+8 rows are 1.5 times as fast as row by row (docs/experiments.md). On a GPU such loops synchronise with the host: a kernel
 belongs there.
 """
 
 from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from jax import lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 BLOCK_TOKENS = 64
 """Tokens of a sequence handled in one iteration."""
 GROUP_QUERIES = 8
-"""Query tokens handled in one iteration: that many decode rows, or one tile of a prompt."""
+"""Query tokens handled in one iteration: 8 decode rows, or one tile of a prompt."""
 
 
-def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int) -> jax.Array:
-    """See `api.paged_attention`."""
+def paged_attention(
+    q: Float[Array, "tiles tile_tokens heads head_dim"],
+    pages: Float[Array, "num_pages page_elems"],
+    block_tables: Int[Array, "tiles width"],
+    starts: Int[Array, " tiles"],
+    counts: Int[Array, " tiles"],
+    *,
+    num_kv_heads: int,
+) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape
     page_tokens = pages.shape[1] // (2 * num_kv_heads * head_dim)
     block_pages = max(1, BLOCK_TOKENS // page_tokens)
@@ -53,7 +65,7 @@ def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int
             )
             position = block * block_tokens + jnp.arange(block_tokens)
             written = position < end[:, None]
-            # what an earlier owner left in a page may be anything, even NaN, and 0 * NaN is NaN
+            # an earlier owner may have left anything in a page, even NaN, and 0 * NaN is NaN
             v = jnp.where(written[:, None, :, None], v, 0)
             scores = jnp.einsum("gkqd,gknd->gkqn", query, k, preferred_element_type=jnp.float32)
             visible = written[:, None] & (position <= start[:, None, None] + within[:, None])

@@ -1,13 +1,26 @@
-"""The oracle: gather every page of the table, one dense softmax. Memory grows with the table's width; for tests."""
+"""Oracle for tests: gather every page of the table, then one dense softmax. Memory grows with the table's width."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
-def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int) -> jax.Array:
-    """See `api.paged_attention`."""
+
+def paged_attention(
+    q: Float[Array, "tiles tile_tokens heads head_dim"],
+    pages: Float[Array, "num_pages page_elems"],
+    block_tables: Int[Array, "tiles width"],
+    starts: Int[Array, " tiles"],
+    counts: Int[Array, " tiles"],
+    *,
+    num_kv_heads: int,
+) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape
     kv = pages[block_tables].reshape(tiles, block_tables.shape[1], 2, num_kv_heads, -1, head_dim).astype(jnp.float32)
     k, v = (kv[:, :, i].transpose(0, 2, 1, 3, 4).reshape(tiles, num_kv_heads, -1, head_dim) for i in (0, 1))

@@ -1,13 +1,14 @@
 """Attention over the page pool for NVIDIA GPUs, in Pallas Triton: reads pages in place through the block table.
 
-One kernel for prefill and decode over a grid of (groups of query heads, tiles, splits). The tokens of a tile, of as many query
-heads of one key head as make a full tile, are the rows of products on tensor cores; keys and values are fetched up to two
-blocks ahead into shared memory. Decode is the case of one token, its rows padded to 16: it does not wait for the products, and
-multiplying single queries in registers took twice the instructions and left the compiler free to wait for each load in turn.
+One kernel serves prefill and decode, over a grid of (groups of query heads, tiles, splits). A program takes a tile's tokens in
+several query heads of one key head, as many as make a full tile: they are the rows of products on tensor cores. Keys and values
+are fetched up to two blocks ahead into shared memory. Decode is the case of one token, its rows padded to 16. It does not wait
+for the products. Multiplying single queries in registers took twice the instructions and left the compiler free to wait for
+each load in turn.
 
 A split takes an equal share of its tile's own sequence, in whole blocks, so that few sequences fill the device. A split
-without a share returns at once, and `_merge_kernel`, which joins the shares, does not read what it left unwritten. Where one
-split is enough there is nothing to merge.
+without a share returns at once and leaves its results unwritten; `_merge_kernel`, which joins the shares, does not read them.
+Where one split is enough there is nothing to merge.
 
 Floor of decode: `2 * head_dim * itemsize` bytes for each token of a sequence and key head, once, at the memory bandwidth.
 Offsets into the pool have 64 bits where a layer's pool exceeds 2**32 bytes and 32 below (jax's lowering chooses by the size of
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +28,38 @@ from jax import lax
 
 from chameleon_jax.models.ops import pallas_triton as pt
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 BLOCK_BYTES = 128
-"""Bytes that one lane of a head has in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and
-larger tiles of it would not fit the registers."""
+"""Bytes of one lane of a head in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and larger
+tiles of it would not fit the registers."""
 TILE_BYTES = 256
-"""The same of the query vectors, tokens times heads, that one program takes at most."""
+"""Bytes of one lane in the query vectors, tokens times heads, that one program takes at most."""
 DECODE_PROGRAMS = 2 * 132
 """Programs that decode is split into where it has fewer: two for each multiprocessor of an H100 keep its memory busy."""
 PREFILL_PROGRAMS = 132
-"""The same for prefill, whose partial results cost more."""
+"""Programs that prefill is split into: one for each multiprocessor, as its partial results cost more."""
 SHARE_TOKENS = 2048
-"""Decode splits longer sequences however many programs there are, or the longest would finish last..."""
+"""Tokens of a share in decode, however many programs there are. With larger shares the longest sequence would finish last."""
 MOST_PROGRAMS = 8192
-"""...up to so many programs: those without a share cost time too."""
+"""Programs that SHARE_TOKENS may lead to at most. Programs without a share cost time too."""
 MAX_SPLITS = 64
 TOKENS_PER_ROW = 4
-"""A share has at least so many keys for each query vector: a partial result costs as much traffic as 2 keys."""
+"""Keys in a share, at least, for each query vector: a partial result costs as much traffic as 2 keys."""
 NO_SCORE, NO_PEAK = -1e30, -1e20
-"""A masked score, and what any peak exceeds: weights are exp2(NO_SCORE - NO_PEAK) = 0 where no key is visible. Were they near
-each other, a fused multiply-add of the two could round to exp2 of something large."""
+"""Score of a masked key, and a bound below every peak. Weights are exp2(NO_SCORE - NO_PEAK) = 0 where no key is visible. Were
+the two near each other, a fused multiply-add could round to exp2 of something large."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """How programs share a sequence.
+    """Division of a sequence among programs.
 
     Attributes:
-        splits: programs.
-        block_tokens: keys handled in one iteration.
-        least_blocks: blocks that a program takes at least, but for the last.
+        splits: Programs.
+        block_tokens: Keys handled in one iteration.
+        least_blocks: Blocks that each program but the last takes at least.
     """
 
     splits: int
@@ -64,7 +68,15 @@ class Shares:
 
     @classmethod
     def of(cls, programs: int, rows: int, decode: bool, capacity: int, block_tokens: int) -> Shares:
-        """`programs` there are without splits, of `rows` query vectors each; `capacity` is the longest sequence in tokens."""
+        """Choose how many programs share a sequence.
+
+        Args:
+            programs: Programs that there are without splits.
+            rows: Query vectors of a program.
+            decode: Whether a tile is one token.
+            capacity: Longest sequence, in tokens.
+            block_tokens: Keys handled in one iteration.
+        """
         least_blocks = pt.ceil_div(TOKENS_PER_ROW * rows, block_tokens)
         wanted = (DECODE_PROGRAMS if decode else PREFILL_PROGRAMS) // programs
         if decode:
@@ -72,8 +84,8 @@ class Shares:
         most = pt.ceil_div(capacity, least_blocks * block_tokens)
         return cls(max(1, min(wanted, most, MAX_SPLITS)), block_tokens, least_blocks)
 
-    def bounds(self, starts: Any, counts: Any, tile: jax.Array, split: jax.Array) -> tuple[jax.Array, ...]:
-        """A tile's first position, the end of its sequence, and the first and last (excluded) block of a split's share."""
+    def bounds(self, starts: Any, counts: Any, tile: Int[Array, ""], split: Int[Array, "..."]) -> tuple[Int[Array, "..."], ...]:
+        """Find a tile's first position, its sequence's end, and the first and the last (excluded) block of a split's share."""
         start, count = pt.load(starts, (tile,)), pt.load(counts, (tile,))
         end = jnp.where(count > 0, start + count, 0)
         blocks = lax.div(end + (self.block_tokens - 1), self.block_tokens)
@@ -81,8 +93,17 @@ class Shares:
         return start, end, split * share, jnp.minimum((split + 1) * share, blocks)
 
 
-def paged_attention(q, pages, block_tables, starts, counts, *, num_kv_heads: int, interpret: bool = False) -> jax.Array:
-    """See `api.paged_attention`. `interpret` runs the kernels without a GPU."""
+def paged_attention(
+    q: Float[Array, "tiles tile_tokens heads head_dim"],
+    pages: Float[Array, "num_pages page_elems"],
+    block_tables: Int[Array, "tiles width"],
+    starts: Int[Array, " tiles"],
+    counts: Int[Array, " tiles"],
+    *,
+    num_kv_heads: int,
+    interpret: bool = False,
+) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    """Attend as in `api.paged_attention`. `interpret` runs the kernels without a GPU."""
     tiles, tile_tokens, heads, head_dim = q.shape
     group, itemsize = heads // num_kv_heads, pages.dtype.itemsize
     # keys of head h are at h, its values at num_kv_heads + h
@@ -116,7 +137,7 @@ def _attention_kernel(
     q: Any, kv: Any, tables: Any, starts: Any, counts: Any, order: Any, *outs: Any, shares: Shares, rows: int
 ) -> None:
     tile, split = pt.program_id(1), pt.program_id(2)
-    if q.shape[1] > 1:  # a prompt's later tiles see more keys: what starts last should end soon
+    if q.shape[1] > 1:  # a prompt's later tiles see more keys: tiles that start last should end soon
         tile = pt.load(order, (tile,))
     (_, tile_tokens, heads, head_dim), (_, kv_heads, page_tokens, _) = q.shape, kv.shape
     first_head = pt.program_id(0) * (rows // tile_tokens)
@@ -138,7 +159,7 @@ def _attention_kernel(
             written: Any = None if whole else position < end
             page = pt.load(tables, (tile, lax.div(position, page_tokens)), written, None if whole else 0)
             slot = lax.rem(position, page_tokens)[:, None]
-            # values too: what an earlier owner left in a page may be anything, even NaN, and 0 * NaN is NaN
+            # values too: an earlier owner may have left anything in a page, even NaN, and 0 * NaN is NaN
             mask = _both(None if whole else written[:, None], across)
             at = [(page[:, None], part, slot, lanes[None, :]) for part in (kv_head, kv_heads // 2 + kv_head)]
             k, v = (pt.load(kv, index, mask, None if mask is None else 0).astype(query.dtype) for index in at)
@@ -184,26 +205,26 @@ def _merge_kernel(accs: Any, peaks: Any, totals: Any, starts: Any, counts: Any, 
 
 
 def _score_scale(head_dim: int) -> float:
-    """What a product of query and key is multiplied with before `exp2`."""
+    """Compute the factor of a product of query and key before `exp2`."""
     return head_dim**-0.5 * math.log2(math.e)
 
 
 def _normalised(acc: jax.Array, total: jax.Array, out: Any) -> jax.Array:
-    """The result as stored; zeros where there was no key."""
+    """Divide by the total weight, in the dtype of `out`. Zeros where there was no key."""
     return (acc / jnp.maximum(total, 1e-30)).astype(out.dtype)
 
 
 def _lanes(head_dim: int) -> tuple[jax.Array, jax.Array | None]:
-    """Indices along a head, padded to a power of two, and which of them exist; None: all."""
+    """Count the elements of a head up to a power of two, and mask those that exist. None: all exist."""
     lanes = jnp.arange(_power_of_two(head_dim))
     return lanes, None if lanes.shape[0] == head_dim else lanes < head_dim
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """Round up to a power of two."""
     return 1 << (n - 1).bit_length()
 
 
 def _both(a: Any, b: Any) -> Any:
-    """Where both masks hold; None holds everywhere."""
+    """Combine two masks. None holds everywhere."""
     return b if a is None else a if b is None else a & b

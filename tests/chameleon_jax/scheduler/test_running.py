@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import StepPlan
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PREFILL_TILE, PrefillShapes
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.running import RunningSet
 
 PAGE_TOKENS = 4
-PADDING = PrefillShapes(PREFILL_TILE, (1, 2, 4, 8))
+PADDING = PrefillShapes(ANY_SIZE.tile, (1, 2, 4, 8))
 
 
 def request(number: int, prompt: int, output: int = 4, adapter: str | None = None, pages: int | None = None) -> Request:
@@ -132,21 +132,21 @@ def test_every_prompt_is_computed_once_in_order_and_within_the_step(
     prompts, tiles, whole_prompts, seconds, shapes, pass_tokens
 ):
     requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
-    made = running(*requests, step_tokens=tiles * PREFILL_TILE, whole_prompts=whole_prompts, shapes=shapes)
+    made = running(*requests, step_tokens=tiles * ANY_SIZE.tile, whole_prompts=whole_prompts, shapes=shapes)
     computed, sampled = [0] * len(prompts), []
-    for _ in range(sum(-(-prompt // PREFILL_TILE) for prompt in prompts)):
+    for _ in range(sum(-(-prompt // ANY_SIZE.tile) for prompt in prompts)):
         plan = prefill(made, seconds, pass_tokens, shapes)
-        assert sum(-(-c.num_tokens // PREFILL_TILE) for c in plan.prefills) <= tiles
-        computed_tiles = sum(-(-c.num_tokens // PREFILL_TILE) for c in plan.prefills)
-        assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, PREFILL_TILE) + (pass_tokens if shapes.sizes else 0)
+        assert sum(-(-c.num_tokens // ANY_SIZE.tile) for c in plan.prefills) <= tiles
+        computed_tiles = sum(-(-c.num_tokens // ANY_SIZE.tile) for c in plan.prefills)
+        assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, ANY_SIZE.tile) + (pass_tokens if shapes.sizes else 0)
         assert not shapes.sizes or whole_prompts or pass_tokens or computed_tiles in (0, *shapes.sizes)
         for chunk in plan.prefills:
             order = chunk.request.order
-            assert chunk.start == computed[order] and chunk.start % PREFILL_TILE == 0 and chunk.num_tokens > 0
+            assert chunk.start == computed[order] and chunk.start % ANY_SIZE.tile == 0 and chunk.num_tokens > 0
             computed[order] += chunk.num_tokens
             assert chunk.samples == (computed[order] == prompts[order])
             sampled += [order] * chunk.samples
-            if whole_prompts and seconds == float("inf") and prompts[order] <= tiles * PREFILL_TILE:
+            if whole_prompts and seconds == float("inf") and prompts[order] <= tiles * ANY_SIZE.tile:
                 assert chunk.samples
     assert computed == prompts and sampled == sorted(sampled) == list(range(len(prompts)))
 

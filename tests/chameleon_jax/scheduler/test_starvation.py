@@ -21,7 +21,7 @@ from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import level_planner, single_queue
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, MultiLevelQueue
-from chameleon_jax.scheduler.prefill_shapes import PREFILL_TILE
+from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
 from chameleon_jax.systems import SYSTEMS
 from tests.chameleon_jax.fake_executor import FakeExecutor
 
@@ -136,9 +136,9 @@ class Simulation:
         return self
 
     def longest_run(self) -> float:
-        """L: one step for every prompt where they do not fit one step together, and one for every output token."""
-        tiles = [-(-r.max_total_tokens // PREFILL_TILE) for r in self.requests]
-        slots, step_tiles = self.loop.config.max_num_seqs, self.loop.config.max_num_batched_tokens // PREFILL_TILE
+        """L: a step for every prompt where they do not fit one together, and one for every output token."""
+        tiles = [-(-r.max_total_tokens // ANY_SIZE.tile) for r in self.requests]
+        slots, step_tiles = self.loop.config.max_num_seqs, self.loop.config.max_num_batched_tokens // ANY_SIZE.tile
         assert max(tiles) <= step_tiles
         prefill = 1 if slots * max(tiles) <= step_tiles else slots
         return prefill + max(r.params.max_tokens for r in self.requests)

@@ -33,7 +33,7 @@ def opened(byte_limit, directory=None):
 
 
 def settle(store: HostStore, byte_limit: int) -> None:
-    """Waits until the background thread has caught up."""
+    """Wait until the background thread has caught up."""
     deadline = time.monotonic() + 10
     while store.bytes_in_memory > byte_limit:
         assert time.monotonic() < deadline, "nothing was spilled"
@@ -42,7 +42,7 @@ def settle(store: HostStore, byte_limit: int) -> None:
 
 @contextlib.contextmanager
 def slow_disk(monkeypatch):
-    """Files are not written until the given event is set."""
+    """Hold back the writing of files until the given event is set."""
     started, go = threading.Event(), threading.Event()
     save_file = host_store.safetensors.numpy.save_file
 
@@ -122,7 +122,7 @@ def test_put_and_fetch_do_not_wait_for_the_disk(monkeypatch):
         settle(store, 0)
 
 
-def test_removed_while_it_is_written(monkeypatch, tmp_path):
+def test_a_block_removed_while_it_is_written_leaves_no_file(monkeypatch, tmp_path):
     with slow_disk(monkeypatch) as (started, go), opened(0, tmp_path) as store:
         store.put("a", block(0))
         assert started.wait(10)
@@ -150,7 +150,7 @@ def test_put_again_after_remove_keeps_its_own_file(monkeypatch):
             np.testing.assert_array_equal(store.fetch("a").result(10), block(2))
 
 
-def test_unknown_and_removed():
+def test_unknown_and_removed_blocks_are_key_errors():
     with opened(0) as store:
         store.put("a", block(0))
         settle(store, 0)
@@ -185,7 +185,7 @@ def test_a_lost_file_fails_the_fetch(tmp_path):
             store.fetch("a").result(10)
 
 
-def test_after_close():
+def test_after_close_memory_is_served_and_the_disk_is_not():
     with opened(BLOCK_BYTES) as store:
         store.put("a", block(0))
         store.put("b", block(1))
@@ -199,12 +199,12 @@ def test_after_close():
     store.close()
 
 
-def test_negative_limit():
+def test_a_negative_limit_is_refused():
     with pytest.raises(ValueError, match="byte_limit is -1"):
         HostStore(-1)
 
 
-def test_many_threads():
+def test_many_threads_put_and_fetch():
     with opened(3 * BLOCK_BYTES) as store:
 
         def work(seed: int) -> None:
@@ -260,7 +260,7 @@ def test_it_is_a_dictionary_within_its_limit(limit, operations):
 
 
 class Staged:
-    """What a test's `stage` makes of an array: a copy in other words."""
+    """Result of `stage` in a test: a copy of the array in another form."""
 
     def __init__(self, array: np.ndarray):
         self._rows = [row.copy() for row in array]

@@ -63,7 +63,7 @@ def test_every_number_of_pages_is_cut_exactly(load_pages):
         (1000, 0, 0),
     ],
 )
-def test_a_full_piece(page_bytes, max_adapter_pages, load_pages):
+def test_a_full_piece_has_load_bytes_at_most(page_bytes, max_adapter_pages, load_pages):
     sizes = PieceSizes.fit(page_bytes, max_adapter_pages)
     assert sizes.load_pages == load_pages
     assert sizes.all == tuple(n for n in (1, 2, 4, 8) if n <= load_pages)
@@ -80,7 +80,7 @@ def test_transfers_take_a_small_share_of_the_device(device_memory, reserved):
     assert PieceSizes.fit(1 << 20, 0, device_memory).device_bytes == 0
 
 
-def test_the_links_rate_is_that_of_the_fastest_attempt():
+def test_the_fastest_attempt_gives_the_rate_of_the_link():
     seconds = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
     piece = np.zeros(1000, np.uint8)
     assert measure_link(piece, DEVICE, lambda: next(seconds)) == 4 * 1000 / 1.0
@@ -110,7 +110,7 @@ def test_a_staged_block_is_the_same_bytes(num_pages, dtype, pinned):
         np.testing.assert_array_equal(np.asarray(staged), expected)
 
 
-def test_without_pinned_memory(monkeypatch):
+def test_adapters_load_without_pinned_memory(monkeypatch):
     class Device:
         def addressable_memories(self):
             return [dataclasses.make_dataclass("Memory", ["kind"])("device")]
@@ -125,14 +125,14 @@ def test_without_pinned_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("load_pages", [1, 4, 32])
-def test_every_page_holds_what_was_packed(monkeypatch, load_pages):
+def test_every_page_holds_its_part_of_the_packed_adapter(monkeypatch, load_pages):
     engine = make_engine(monkeypatch, load_pages)
     assert engine.pieces.load_pages == load_pages
     check_loads(engine)
 
 
 def check_loads(engine: ModelRunner) -> None:
-    """Loads of all kinds of sizes, several at a time and in scattered pages, each with a page of the one before."""
+    """Load adapters of many sizes, several at a time and in scattered pages, over the pages of earlier ones."""
     rng = np.random.default_rng(engine.pieces.load_pages)
     store = HostStore(1 << 30, stage=engine.stage)
     loads = AdapterLoads(engine, store)
@@ -158,7 +158,7 @@ def check_loads(engine: ModelRunner) -> None:
     store.close()
 
 
-def test_what_comes_back_from_disk_is_staged_again(monkeypatch, tmp_path):
+def test_a_block_from_disk_is_staged_again(monkeypatch, tmp_path):
     engine = make_engine(monkeypatch, 4)
     store = HostStore(0, tmp_path, stage=engine.stage)
     array = block(7)

@@ -1,4 +1,4 @@
-"""Every backend against plain NumPy on unpacked weights, and the plan's own promises."""
+"""Comparison of every backend with plain NumPy on unpacked weights, and promises of the plan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Adapter(PlacedAdapter):
 
 
 def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | None = None) -> tuple[jnp.ndarray, list[Adapter]]:
-    """A pool whose other pages hold NaN, and adapters on scattered pages of it; as large as need be, or `num_pages`."""
+    """Make adapters on scattered pages of a pool whose other pages hold NaN.
+
+    The pool has `num_pages` pages, or as many as the adapters need.
+    """
     rng = np.random.default_rng(seed)
     adapters, blocks = [], []
     for ranks in ranks_of:
@@ -58,9 +61,12 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 
 @functools.cache
 def compiled(backend: str):
-    """The op; a GPU's kernels in interpret mode."""
+    """Compile the op, with the GPU's kernels in interpret mode."""
     kwargs = {"interpret": True} if backend == "triton" else {}
     return jax.jit(functools.partial(BACKENDS[backend], **kwargs), static_argnums=4)
+
+
+compiled_resolve = jax.jit(resolve, static_argnums=(1, 2))  # op by op it would be some 30 programs a shape
 
 
 def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8, max_rank: int = 256) -> None:
@@ -72,7 +78,7 @@ def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, windo
         max_pages=LAYOUT.place({t: max_rank for t in TARGETS}).num_pages,
         decode_window=window,
     )
-    targets = resolve(plan, LAYOUT, tile_tokens)
+    targets = compiled_resolve(plan, LAYOUT, tile_tokens)
     rng = np.random.default_rng(1)
     for names in GROUPS:
         x = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(names[0])[0])).astype(np.float32)
@@ -100,7 +106,7 @@ def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
     picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
     tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
     if backend == "reference":
-        pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore what is in foreign pages
+        pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore the content of foreign pages
     check(backend, pool, tile_adapters, tiles, tile_tokens, window)
 
 
@@ -116,7 +122,7 @@ def test_the_largest_ranks(backend, tile_tokens):
 @pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])
 def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
     monkeypatch.setattr(triton, "SPLIT_ELEMS", 24)
-    compiled.cache_clear()  # what is traced has read the constant
+    compiled.cache_clear()  # traced programs have read the constant
     pool, adapters = make_pool([{t: r for t in TARGETS} for r in (3, 40)])
     check("triton", pool, [adapters[0], None, *adapters], tiles, tile_tokens)
     compiled.cache_clear()
@@ -156,11 +162,11 @@ def test_a_program_for_attention_alone_has_nothing_of_the_others(backend):
     plan = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES, num_targets=4)
     whole = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES)
     np.testing.assert_array_equal(plan.rank_rows, whole.rank_rows[:4])
-    targets = resolve(plan, LAYOUT, 1)
+    targets = compiled_resolve(plan, LAYOUT, 1)
     assert [targets.adapts(names) for names in GROUPS] == [True, True, False, False]
     x = jnp.ones((4, CONFIG.hidden_size))
     y = jnp.zeros((4, sum(CONFIG.target_shape(t)[1] for t in GROUPS[0])))
-    got = [compiled(backend)(y, x, pool, resolve(p, LAYOUT, 1), GROUPS[0]) for p in (plan, whole)]
+    got = [compiled(backend)(y, x, pool, compiled_resolve(p, LAYOUT, 1), GROUPS[0]) for p in (plan, whole)]
     np.testing.assert_array_equal(*got)
     assert np.abs(got[0]).sum() > 0
 
@@ -170,7 +176,7 @@ def test_a_program_for_attention_alone_has_nothing_of_the_others(backend):
 )
 def test_padding_reaches_as_far_as_a_kernel_reads(tiles, tile_tokens, window):
     plan = plan_batch([], tiles=tiles, tile_tokens=tile_tokens, max_rank=8, max_pages=MAX_PAGES, decode_window=window)
-    targets = resolve(plan, LAYOUT, tile_tokens)
+    targets = compiled_resolve(plan, LAYOUT, tile_tokens)
     windows = targets.first_blocks.shape[0] - 1
     end = (windows - 1) * targets.window_tokens + triton._tile(targets.window_tokens)
     assert targets.token_adapter.shape[0] >= end

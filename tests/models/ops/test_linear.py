@@ -24,5 +24,5 @@ def test_output_dtype():
 
 def test_gradient():
     x = jnp.ones((4, 40))
-    gradient = jax.grad(lambda x: linear(x, WEIGHT).sum())(x)
+    gradient = jax.grad(lambda x: linear(x, jnp.asarray(WEIGHT)).sum())(x)
     np.testing.assert_allclose(gradient, np.tile(WEIGHT.sum(0), (4, 1)), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Every backend against plain NumPy, over random lengths, pages, group and head sizes; kernels run interpreted but on a GPU."""
+"""Comparison of every backend with NumPy, over lengths, pages, group and head sizes; kernels run interpreted but on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Geometry:
 
 
 def naive(q, k, v, start):
-    """`q [tokens, heads, d]` at positions start, start + 1, ... over `k, v [context, kv, d]`."""
+    """Attend from `q [tokens, heads, d]` at positions start, start + 1, ... to `k, v [context, kv, d]`."""
     group = q.shape[1] // k.shape[1]
     out = np.zeros(q.shape)
     for i, h in np.ndindex(q.shape[:2]):
@@ -41,7 +41,7 @@ def naive(q, k, v, start):
 
 
 def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tolerance=2e-5):
-    """Tiles of sequences on scattered pages, whose every other place holds NaN, as earlier owners may have left it."""
+    """Attend in tiles of sequences on scattered pages. All other places hold NaN, as earlier owners may have left it."""
     rng = np.random.default_rng(0)
     ends = np.where(counts, np.add(starts, counts), 0)
     width = -(-ends.max() // geometry.page_tokens) + 1
@@ -79,7 +79,7 @@ def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tol
     ],
     ids=["decode", "short-tiles", "prefill"],
 )
-def test_against_numpy(backend, geometry, tile_tokens, starts, counts):
+def test_every_backend_agrees_with_numpy(backend, geometry, tile_tokens, starts, counts):
     check(backend, geometry, tile_tokens, starts, counts)
 
 
@@ -88,7 +88,7 @@ def test_against_numpy(backend, geometry, tile_tokens, starts, counts):
     "tile_tokens,starts,counts", [(1, [0, 150], [1, 1]), (32, [0, 70], [32, 30])], ids=["decode", "prefill"]
 )
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_bfloat16(backend, tile_tokens, starts, counts, kv_heads):
+def test_every_backend_agrees_with_numpy_in_bfloat16(backend, tile_tokens, starts, counts, kv_heads):
     check(backend, Geometry(4, kv_heads, 64), tile_tokens, starts, counts, jnp.bfloat16, tolerance=1e-2)
 
 

@@ -18,7 +18,7 @@ FORMS = {"layers": write_by_layers, "one launch": functools.partial(write_in_one
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_layers,page_elems", [(1, CHUNK), (3, 2 * CHUNK), (9, 96), (17, CHUNK + 8)])
 @pytest.mark.parametrize("num_written", [1, 4])
-def test_written_pages_hold_the_block_and_others_what_they_held(form, dtype, num_layers, page_elems, num_written):
+def test_written_pages_hold_the_block_and_others_are_unchanged(form, dtype, num_layers, page_elems, num_written):
     rng = np.random.default_rng(page_elems)
     pool = [jnp.asarray(rng.standard_normal((7, page_elems)), dtype) for _ in range(num_layers)]
     block = jnp.asarray(rng.standard_normal((num_layers, num_written, page_elems)), dtype)

@@ -19,7 +19,7 @@ LINK_RATE = 25e9
 
 
 class Event:
-    """What a device array tells of itself. Who blocks on it makes it happen."""
+    """Readiness of a device array. A caller that blocks on it makes it happen."""
 
     def __init__(self, piece: np.ndarray | None = None):
         self.piece = piece
@@ -47,7 +47,7 @@ class Staged(np.ndarray):
 
 
 class FakeDevice:
-    """Transfers wait on `link`, copies in `writes`; `memory` is the pages' content."""
+    """Device whose transfers wait on `link` and copies in `writes`; `memory` is the content of its pages."""
 
     def __init__(self, pieces: PieceSizes = SIZES, link_rate: float = LINK_RATE):
         self.pieces, self.link_rate = pieces, link_rate
@@ -66,7 +66,7 @@ class FakeDevice:
 
     def write_adapter(self, event: Event, pages: list[int]) -> Event:
         if not event.happened or event.error is not None:
-            pytest.fail("the pool is written from what is not there")  # not an Exception, which would be the load's
+            pytest.fail("the pool is written from a piece that has not arrived")  # not an Exception, which would be the load's
         content = np.asarray(event.piece)[0, :, 0].tolist()
         self.memory |= dict(zip(pages, content, strict=True))
         self.written += content
@@ -91,7 +91,7 @@ class FakeDevice:
 
 
 class FakeStore:
-    """Adapter i has as many pages as `begin` said, each with i + page / 1000 in it."""
+    """Store whose adapter i has as many pages as `begin` was told, each holding i + page / 1000."""
 
     def __init__(self):
         self.blocks: dict[str, PinnedBlock] = {}
@@ -115,7 +115,7 @@ def content(number: int, num_pages: int) -> list[float]:
 class Bench:
     """Loads over a fake device and a fake store, with pages that are handed out once.
 
-    `begin` and `poll` are what the executor does on an idle device, `step` what it does around a step. `now` is the time.
+    `begin` and `poll` do the calls of the executor on an idle device, `step` its calls around a step. `now` is the time.
     """
 
     def __init__(self, copies: int = 1, pieces: PieceSizes = SIZES, link_rate: float = LINK_RATE):
@@ -136,7 +136,7 @@ class Bench:
         return name
 
     def stage(self, number: int, num_pages: int) -> str:
-        """Puts an adapter into the store, and finds pages for it."""
+        """Put an adapter into the store, and find pages for it."""
         name = str(number)
         array = np.array(content(number, num_pages)).reshape(1, -1, 1)
         ends = np.cumsum(self.device.pieces.split(num_pages))
@@ -149,7 +149,7 @@ class Bench:
         return self.loads.poll(wait, idle=True)
 
     def step(self, seconds: float) -> list[LoadResult]:
-        """Polls and dispatches a step, `seconds` after the one before."""
+        """Poll, and dispatch a step `seconds` after the last one."""
         self.now += seconds
         ended = self.loads.poll()
         self.loads.send_beside_step()

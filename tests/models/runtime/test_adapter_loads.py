@@ -73,7 +73,7 @@ def test_a_load_from_disk_does_not_hold_the_link():
     assert numbers_sent(bench.device) == [2] * 4 + [1] * 2  # it is the older one
 
 
-def test_what_is_on_the_way_is_bounded():
+def test_bytes_on_the_way_are_bounded():
     bench = Bench()
     for number in range(6):
         bench.begin(number, 3 * LOAD_PAGES + number)
@@ -101,7 +101,7 @@ def test_a_piece_larger_than_the_bound_travels_alone():
     bench.check("1", 1)
 
 
-def test_what_waits_to_be_written_counts_too():
+def test_pieces_that_wait_to_be_written_count_too():
     bench = Bench()
     bench.begin(1, 20 * LOAD_PAGES)
     for _ in range(10):  # the device is busy with a long step
@@ -244,7 +244,7 @@ OPERATIONS = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(operations=st.lists(OPERATIONS, max_size=60))
-def test_whatever_happens(operations):
+def test_random_loads_failures_and_cancels(operations):
     bench = Bench()
     live: dict[str, int] = {}
     waiting: list[str] = []  # on disk

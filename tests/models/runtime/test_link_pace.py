@@ -24,7 +24,7 @@ LARGE = PieceSizes(PAGE_BYTES, LOAD_PAGES, max_bytes=64 * PIECE_BYTES)
 
 
 def pace_of(seconds: list[float], rate: float = LINK_RATE, max_bytes: int = GIB) -> LinkPace:
-    """A pace after dispatches `seconds` apart."""
+    """Make a pace after dispatches `seconds` apart."""
     pace, now = LinkPace(rate, max_bytes), 50.0
     for step in [0.0, 0.0, *seconds]:  # the first two come before the device works all the time
         now += step
@@ -43,7 +43,7 @@ def pace_of(seconds: list[float], rate: float = LINK_RATE, max_bytes: int = GIB)
         (0.0, 0.020, MIN_TRANSFER_BYTES),
     ],
 )
-def test_the_window_is_what_the_link_moves_in_two_steps_within_bounds(rate, step, window):
+def test_the_window_holds_two_steps_of_transfers_within_bounds(rate, step, window):
     pace = pace_of([step] * 5, rate)
     assert pace.step_bytes == pytest.approx(rate * step, abs=10)
     assert pace.window == pytest.approx(window, abs=100)
@@ -66,7 +66,7 @@ def test_a_pause_is_no_step_and_neither_are_two_dispatches_after_it():
 
 
 def sent_by_steps(bench: Bench, seconds: list[float]) -> list[int]:
-    """Bytes sent by each step, where nothing arrives meanwhile."""
+    """Count the bytes sent by each step, where nothing arrives meanwhile."""
     sent, before = [], sum(event.nbytes for event in bench.device.link)
     for step in seconds:
         bench.step(step)
@@ -76,12 +76,12 @@ def sent_by_steps(bench: Bench, seconds: list[float]) -> list[int]:
     return sent
 
 
-def test_a_step_is_followed_by_what_the_link_moves_in_a_step():
+def test_a_step_is_followed_by_a_step_of_transfers():
     step = 4.6 * PIECE_BYTES / LINK_RATE
     bench = Bench(pieces=LARGE)
     bench.begin_beside_steps(1, 100 * LOAD_PAGES)
     sent = [n / PIECE_BYTES for n in sent_by_steps(bench, [step] * 8)]
-    assert sent[:4] == [1, 1, 4, 3]  # a piece until a step's length is known, in the end what two steps have room for
+    assert sent[:4] == [1, 1, 4, 3]  # a piece until a step's length is known, in the end the room of two steps
     assert sum(sent) == int(TRIP_STEPS * 4.6) == 9
     bench.device.arrive(4)
     assert sent_by_steps(bench, [step]) == [4 * PIECE_BYTES]
@@ -125,7 +125,7 @@ def test_pieces_that_wait_to_be_written_leave_room_for_no_others():
 
 
 class Link:
-    """Moves pieces at a rate, one after the other. A piece starts when the step that ran when it was sent has ended."""
+    """Link that moves pieces at a rate, one by one. A piece starts when the step that ran when it was sent has ended."""
 
     def __init__(self, bench: Bench, rate: float):
         self._bench, self._rate, self._free = bench, rate, 0.0
@@ -188,15 +188,15 @@ def test_the_link_is_busy_all_the_time_where_memory_allows(step):
 
 
 class RecordingDevice(FakeDevice):
-    """Notes steps and pieces in the order in which they are sent."""
+    """Record steps and pieces in the order in which they are sent."""
 
     def __init__(self):
         super().__init__()
         self.order: list[str] = []
 
-    def send(self, segments, draws) -> int:
+    def send(self, chunks, sampling_rows) -> int:
         self.order.append("inputs")
-        return len(segments)
+        return len(chunks)
 
     def dispatch(self, sent: int) -> DispatchedStep:
         self.order.append("step")

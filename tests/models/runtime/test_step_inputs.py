@@ -8,7 +8,7 @@ import pytest
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk, pack_step
+from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
 from chameleon_jax.models.runtime.steps import FROM_SLOT, Program, StepBuckets
 from chameleon_jax.models.sampling import SamplingMode
 
@@ -36,7 +36,7 @@ def chunk(tokens: int, adapter: PlacedAdapter | None = None) -> SequenceChunk:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_program_follows_what_the_batch_adapts(alone):
+def test_the_program_covers_the_targets_of_the_batch(alone):
     buckets = dataclasses.replace(BUCKETS, attention_alone=alone)
     narrow, wide = placed(*ATTENTION_TARGETS), placed("q_proj", "up_proj")
     cases = {
@@ -70,25 +70,25 @@ def test_decode_takes_tokens_from_their_slots():
     assert inputs.tiles[:, 2].tolist() == [0, 1, 2, BUCKETS.max_num_seqs]
 
 
-def test_draws_stand_with_the_last_tile_of_their_segment():
-    first = Draw(3, 72, (1 << 63) + 5, 0.5, -1, 0.9, 0.1, (7, 11), False)
+def test_sampling_rows_stand_with_the_last_tile_of_their_chunk():
+    first = SamplingRow(3, 72, (1 << 63) + 5, 0.5, -1, 0.9, 0.1, (7, 11), False)
     packed, program, last, mode = pack_step(
         [chunk(40), chunk(3)], {0: first, 1: first._replace(slot=4, logprobs=True)}, BUCKETS
     )
-    draws = BUCKETS.view(packed, program).draws
+    sampling_rows = BUCKETS.view(packed, program).sampling_rows
     assert last == [1, 2] and mode is SamplingMode.LOGPROBS
-    assert draws[:, 0].tolist() == [BUCKETS.max_num_seqs, 3, 4, BUCKETS.max_num_seqs]
+    assert sampling_rows[:, 0].tolist() == [BUCKETS.max_num_seqs, 3, 4, BUCKETS.max_num_seqs]
     low, high = 5, -(1 << 31)
-    assert draws[1, :5].tolist() == [3, 72, low, high, 0]
-    np.testing.assert_array_equal(draws[1, 5:8].copy().view(np.float32), np.float32([0.5, 0.9, 0.1]))
-    assert draws[1, 8:].tolist() == [7, 11, -1, -1, -1, -1, -1, -1]
+    assert sampling_rows[1, :5].tolist() == [3, 72, low, high, 0]
+    np.testing.assert_array_equal(sampling_rows[1, 5:8].copy().view(np.float32), np.float32([0.5, 0.9, 0.1]))
+    assert sampling_rows[1, 8:].tolist() == [7, 11, -1, -1, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("program", [Program(4, 1, 0), Program(8, 1, 4), Program(4, 32, 7)])
 def test_parts_of_a_step_fill_its_array_without_overlap(program):
     packed = np.zeros(BUCKETS.packed_size(program), np.int32)
     inputs = BUCKETS.view(packed, program)
-    parts = [inputs.tokens, inputs.tiles, inputs.draws]
+    parts = [inputs.tokens, inputs.tiles, inputs.sampling_rows]
     if inputs.lora is not None:
         parts += [inputs.lora.adapters, inputs.lora.rank_rows, inputs.lora.first_blocks, inputs.lora.tile_adapter]
     for part in parts:

@@ -1,4 +1,4 @@
-"""What the compiled programs promise: the pool is updated in place, and no shape is left out."""
+"""Promises of the compiled programs: the pool is updated in place, and no shape is left out."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models import llama
-from chameleon_jax.models.model_tensors import ModelTensors, tensor_shapes
+from chameleon_jax.models.llama import ModelTensors, tensor_shapes
 from tests import reference_models as reference
 
 GQA, TIED = reference.checkpoint(reference.CONFIGS["gqa"]), reference.checkpoint(reference.CONFIGS["tied"])
@@ -24,7 +24,7 @@ def test_names_and_shapes_are_those_of_a_checkpoint(name):
 
 
 class Counted(Mapping[str, np.ndarray]):
-    """Tensors that are read from a slow disk, as those of large checkpoints are."""
+    """Tensors that count their reads, as a large checkpoint is on a slow disk."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
         self.tensors, self.reads = tensors, Counter[str]()
