@@ -92,7 +92,8 @@ def loss(graph: Any, params: Any, adapter: list[LayerAdapter], tokens: jax.Array
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
     hidden, _ = model(tokens[:, :-1], positions, adapter, llama.causal_attention, adapt)
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), tokens[:, 1:]).mean()
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), tokens[:, 1:])
+    return losses.mean()
 
 
 def batches(tokens: np.ndarray, finetune: FinetuneConfig) -> Iterator[np.ndarray]:

@@ -63,7 +63,8 @@ class SafetensorsMapping(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         handle = self._handles[self._files[name]]
         _check_dtype(name, handle.get_slice(name).get_dtype(), FLOATS)
-        return handle.get_tensor(name)
+        tensor: np.ndarray = handle.get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

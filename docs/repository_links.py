@@ -1,7 +1,7 @@
 """Hook of the documentation's build: publish the repository's files that pages link to, such as results and figures.
 
-Pages link to `../benchmarks/results/...`, so that the links also work where the repository is browsed. A link to a file that does
-not exist stays as it is, and the strict build fails on it.
+Pages link to `../benchmarks/results/...`, so that the links also work where the repository is browsed. A link to a file that
+does not exist stays as it is, and the strict build fails on it.
 """
 
 import re

@@ -9,6 +9,7 @@ and load again on demand. The model has random weights, so tokens mean nothing; 
 import asyncio
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from chameleon_jax import AsyncLLM, LoRARequest, SamplingParams
 from chameleon_jax.checkpoints.finetune import FinetuneConfig, init_adapter, save
@@ -40,7 +41,9 @@ async def wave(llm: AsyncLLM, names: list[str]) -> None:
 
 async def serve(folder: Path) -> None:
     """Load 16 adapters into host memory and use them in waves."""
-    settings = dict(load_format="dummy", max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8)
+    settings: dict[str, Any] = dict(
+        load_format="dummy", max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8
+    )
     async with AsyncLLM("tiny", num_pages=120, **settings) as llm:
         names = [f"tenant-{i:02d}" for i in range(16)]
         await asyncio.gather(*(llm.add_lora(name, write_adapter(folder / name, i)) for i, name in enumerate(names)))

@@ -10,6 +10,7 @@ something, the milliseconds do not. `python -m benchmarks.simulate` compares sys
 import dataclasses
 import statistics
 import tempfile
+from typing import Any
 
 from chameleon_jax import LLM, LoRARequest, SamplingParams
 from chameleon_jax.checkpoints.finetune import FinetuneConfig, init_adapter, save
@@ -23,7 +24,9 @@ SHORT, LONG = 4, 32
 
 def mean_ttft(system: str | System, adapters: list[LoRARequest]) -> dict[int, float]:
     """Run 48 requests under a system and return the mean time to first token by output length, in seconds."""
-    settings = dict(load_format="dummy", max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8)
+    settings: dict[str, Any] = dict(
+        load_format="dummy", max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8
+    )
     with LLM("tiny", system=system, num_pages=120, progress=lambda done, total: None, **settings) as llm:
         params = [SamplingParams(temperature=0, max_tokens=(SHORT, LONG)[i % 2], ignore_eos=True) for i in range(48)]
         waits: dict[int, list[float]] = {SHORT: [], LONG: []}

@@ -56,7 +56,7 @@ class AdapterUse:
 
     def rate(self, now: float) -> float:
         """Uses a second, decayed."""
-        return self._decayed * 0.5 ** ((now - self._decayed_at) / HALF_LIFE_S) * math.log(2) / HALF_LIFE_S
+        return float(self._decayed * 0.5 ** ((now - self._decayed_at) / HALF_LIFE_S) * math.log(2) / HALF_LIFE_S)
 
     def _roll(self, now: float) -> None:
         passed = int((now - self._window_start) // WINDOW_S)

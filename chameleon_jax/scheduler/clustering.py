@@ -32,7 +32,7 @@ def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list
         if variation[k - 1] - variation[k] < ELBOW_SHARE * variation[0]:
             break
         best = centroids[k]
-    return ((best[1:] + best[:-1]) / 2).tolist()
+    return [float(bound) for bound in (best[1:] + best[:-1]) / 2]
 
 
 def equal_bounds(sizes: Sequence[float], levels: int = MAX_LEVELS) -> list[float]:

@@ -74,7 +74,7 @@ class _DecayingHistogram:
             if left <= 0:
                 break
         doublings, part = divmod(bin + 1, self.BINS_PER_DOUBLING)
-        return (1 + part / self.BINS_PER_DOUBLING) * 2**doublings
+        return float((1 + part / self.BINS_PER_DOUBLING) * 2**doublings)
 
 
 class HistoryPredictor(_Immediate):

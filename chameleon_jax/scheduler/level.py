@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.quotas import LevelLoad
@@ -58,7 +59,7 @@ class TrafficHistory:
             while events and events[0][0] < now - self.window:
                 events.popleft()
 
-    def loads(self, bounds: list[float], now: float, level_of) -> list[LevelLoad]:
+    def loads(self, bounds: list[float], now: float, level_of: Callable[[list[float], float], int]) -> list[LevelLoad]:
         """One for each level that `bounds` part; levels without a finished request are taken to run as long as the mean one."""
         count = len(bounds) + 1
         pages: list[list[int]] = [[] for _ in range(count)]

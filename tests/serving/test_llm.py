@@ -75,7 +75,7 @@ def test_adapters_evicted_and_reloaded(model, adapters, alone):
         outputs = llm.generate(prompts, GREEDY, lora_request=loras)
         counters, loop = llm.engine.loop.cache.counters, llm.engine.loop
         assert counters.evictions > 0 and counters.loads > len(adapters)
-        sent = loop.executor.load_counters
+        sent = loop.executor.load_counters  # type: ignore[attr-defined]
         assert sent.loads == counters.loads - loop.scheduler.num_cancelled_loads
         assert sent.bytes % llm.engine.device.pieces.page_bytes == 0 and sent.seconds > 0
         usage = loop.pool.usage()

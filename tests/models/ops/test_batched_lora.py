@@ -49,8 +49,9 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
     pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
     for adapter, block in zip(adapters, blocks):
         for page in block:
-            adapter.pages.append(free.pop())
-            pool[adapter.pages[-1]] = page
+            number = free.pop()
+            adapter.pages.append(number)  # type: ignore[attr-defined]
+            pool[number] = page
     return jnp.array(pool), adapters
 
 
