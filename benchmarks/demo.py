@@ -22,7 +22,7 @@ from rich.table import Table
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 
 ADAPTERS = Path(__file__).parent / "demo_adapters"
 BASE = "(base model)"
@@ -53,7 +53,7 @@ def arrivals(count: int, rate: float, names: list[str], seed: int) -> list[tuple
     return plan
 
 
-def serve(engine: Engine, plan: list[tuple[float, str, str, int]], console: Console) -> list[Request]:
+def serve(engine: LLMEngine, plan: list[tuple[float, str, str, int]], console: Console) -> list[Request]:
     """Runs the stream in real time, showing the first text of each adapter as it grows."""
     names = list(dict.fromkeys(name for _, name, _, _ in plan))
     shown: dict[str, Request] = {}
@@ -91,7 +91,7 @@ def serve(engine: Engine, plan: list[tuple[float, str, str, int]], console: Cons
     return requests
 
 
-def report(engine: Engine, requests: list[Request]) -> Table:
+def report(engine: LLMEngine, requests: list[Request]) -> Table:
     """One row for each adapter, and totals."""
     table = Table(title="One batch engine, every adapter", show_footer=True)
     by_name: dict[str, list[Request]] = defaultdict(list)
@@ -100,9 +100,9 @@ def report(engine: Engine, requests: list[Request]) -> Table:
     rows = []
     for name in sorted(by_name):
         group = by_name[name]
-        info = engine.registry.get(name)
+        info = engine.adapters.get(name)
         hits = [bool(r.metrics.adapter_was_resident) for r in group if r.adapter is not None]
-        loads = engine.loop.cache.loads_by_adapter.get(info.content_hash, 0) if info else 0
+        loads = engine.loop.cache.entry(info.content_hash).loads if info else 0
         rank = str(info.rank) if info else "-"
         rows.append(
             [
@@ -151,7 +151,7 @@ def main() -> None:
     config = EngineConfig(max_num_seqs=16, max_model_len=256, max_num_batched_tokens=128, num_pages=260, max_lora_rank=16)
     with console.status("starting") as status:
         begin = time.perf_counter()
-        engine = Engine(
+        engine = LLMEngine(
             "smollm2-135m", config, progress=lambda done, total: status.update(f"compiling programs {done}/{total}")
         )
     console.print(

@@ -1,7 +1,7 @@
 """Host time to pack a decode step of Llama-7B: `python -m benchmarks.packing_cost`.
 
-`pack` is `models/runtime/step_inputs.py` alone, sampling parameters included; `dispatch` is `JaxExecutor.dispatch` over a device that
-does nothing. Every row draws at random; every row of a batch with adapters has another one, of ranks 8 to 128 in turn.
+`pack` is `models/runtime/step_inputs.py` alone, sampling parameters included; `dispatch` is `JaxExecutor.dispatch` over a
+device that does nothing. Every row draws at random. Every row of a batch with adapters has another one, of ranks 8 to 128.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def measure(rows: int, context: int, adapters: str) -> dict[str, Any]:
         placements = {str(i): LAYOUT.place(dict.fromkeys(targets, RANKS[i % len(RANKS)])) for i in range(rows)}
     engine: Any = PackingEngine(buckets)
     store: Any = None
-    executor = JaxExecutor(engine, store, placements)
+    executor = JaxExecutor(engine, store)
     for name, placement in placements.items():
-        executor._resident[name] = PlacedAdapter(placement, tuple(itertools.islice(pages, placement.num_pages)))
+        executor._placed[name] = PlacedAdapter(placement, tuple(itertools.islice(pages, placement.num_pages)))
     params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, max_tokens=100)
     requests = []
     for i in range(rows):

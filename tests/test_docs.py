@@ -1,5 +1,6 @@
 """The documentation names files and tests that exist, and its site has every page."""
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-COMING = {"serving/adapters.py"}
-"""Files that the architecture page names and a later change adds."""
+COMING = {
+    "scheduler/level_planner.py",
+    "scheduler/queue_policy.py",
+    "chameleon_jax/scheduler/queue_policy.py",
+    "test_pages_of_llama_7b_take_the_bytes_of_the_paper",
+    "test_the_program_covers_the_targets_of_the_batch",
+}
+"""Names that the pages have and a later change adds."""
 CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -30,8 +37,8 @@ def test_files_named_in_a_page_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_named_in_a_page_exist(page: Path, tests_source: str) -> None:
-    for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
-        assert f"def {name}(" in tests_source, name
+    names = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
+    assert {name for name in names if f"def {name}(" not in tests_source} <= COMING
 
 
 def test_every_page_is_in_the_site_and_readme_links_to_it() -> None:
@@ -39,3 +46,9 @@ def test_every_page_is_in_the_site_and_readme_links_to_it() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert f": {page.name}\n" in navigation
         assert f"(docs/{page.name})" in readme
+
+
+def test_names_of_the_api_page_exist() -> None:
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) > 10
+    assert [name for name in names if pydoc.locate(name) is None] == []

@@ -242,7 +242,7 @@ def predict(
     )
 
     def cost_model(profile: Profile, ranks: dict[str, int]) -> CostModel:
-        return MeasuredCostModel(profile, ranks, calibration, engine.device.buckets)
+        return MeasuredCostModel(profile, ranks, calibration, engine.runner.buckets)
 
-    shapes = engine.device.buckets.prefill_shapes
+    shapes = engine.runner.buckets.prefill_shapes
     return simulate(workload, profile, system, cost_model=cost_model, shapes=shapes, **settings)

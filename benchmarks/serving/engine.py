@@ -18,7 +18,7 @@ from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.systems import System, get_system
 
 ATTENTION = TARGETS[:4]
@@ -44,7 +44,7 @@ class EndingExecutor(JaxExecutor):
         return token._replace(token_id=TOKEN) if token.token_id == STOP else token
 
 
-class BenchmarkEngine(Engine):
+class BenchmarkEngine(LLMEngine):
     """`Engine` whose weights, programs and adapters in host memory outlive the loop."""
 
     def add_random_loras(self, ranks: Sequence[int], seed: int = 0) -> None:

@@ -12,7 +12,7 @@ from benchmarks.overhead.clients import http_client
 from benchmarks.overhead.paced import pace
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
@@ -70,7 +70,7 @@ def test_a_stream_that_fails_is_not_measured(sent, match):
 
 def test_a_device_that_is_only_waited_for(tmp_path):
     model = str(reference.save_model(tmp_path / "gqa", "gqa", text=True))
-    engine = Engine(model, EngineConfig(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=200))
+    engine = LLMEngine(model, EngineConfig(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=200))
     engine.add_lora("a", reference.save_adapter(tmp_path / "a", reference.CONFIGS["gqa"], 8))
     pace(engine, 0.005)
     requests = make_requests(10, ["gqa", "a"], 6, 256)
