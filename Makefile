@@ -8,13 +8,19 @@ PLUGIN = jax-cuda$(if $(JAX),13,12)
 # hides the packages that the GPU machine lacks from a command and the processes it starts
 GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-.PHONY: demo serve test test-models check parity paper h100 device-plan soak fuzz proto format clean
+.PHONY: demo serve examples docs test test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks.demo
 
 serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and gRPC; ARGS="--port 9000" for more
 	$(BIN)/chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters $(ARGS)
+
+examples: $(VENV)/installed-test ## run the six examples, offline on the CPU
+	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
+
+docs: $(VENV)/docs/bin/mkdocs ## build the documentation's site into build/site; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $< build --site-dir build/site
 
 test: $(VENV)/installed-test ## the test suite
 	$(BIN)/python -m pytest
@@ -79,6 +85,12 @@ $(VENV)/installed-bench: $(VENV)/installed
 $(VENV)/grpc-tools/bin/python: $(VENV)/installed
 	$(PYTHON) -m venv $(VENV)/grpc-tools
 	$@ -m pip install --quiet grpcio-tools==1.62.3 'setuptools<81'
+
+$(VENV)/docs/bin/mkdocs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)/docs/bin/python -m pip install --quiet --group docs
+	@touch $@
 
 $(VENV)/installed-check: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --group check

@@ -65,17 +65,22 @@ class LLM:
         """Read an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
 
         Args:
-            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+            name: A new name, or one that gets new content.
+            path: Directory of the adapter.
+            pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
         """
         self.engine.add_lora(name, path, pinned)
 
     def remove_lora(self, name: str) -> None:
+        """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
         self.engine.remove_lora(name)
 
     def pin_lora(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter in the pool once it is there, or stop to. Raises ValueError or KeyError."""
         self.engine.pin_lora(name, pinned)
 
     def list_loras(self) -> list[str]:
+        """Names of all adapters, sorted."""
         return self.engine.list_loras()
 
     def generate(

@@ -17,7 +17,7 @@ class Turns:
         self._last: dict[str, Future[None]] = {}  # done when the name's last caller is
 
     def __len__(self) -> int:
-        """Number of names with a caller that runs or waits."""
+        """Count the names with a caller that runs or waits."""
         return len(self._last)
 
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: the folder of compiled programs, checks of shapes, and engines to borrow."""
+"""Settings and fixtures of all tests: the folder of compiled programs, hypothesis' profiles, shapes, and engines to borrow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from tests.engines import Engines
 
 from tests import shape_checks
+from tests.properties import load_profiles
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+load_profiles()
 shape_checks.switch_on()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.errors import QueueFull
@@ -12,6 +12,7 @@ from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from chameleon_jax.systems import SYSTEMS
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
+from tests.properties import examples
 from tests.text_models import VARIANTS
 
 TRAFFIC = st.lists(
@@ -27,7 +28,7 @@ TRAFFIC = st.lists(
 )
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@examples(400)
 @given(traffic=TRAFFIC, num_pages=st.integers(26, 60), load_polls=st.integers(0, 5), system=st.sampled_from(list(SYSTEMS)))
 def test_random_traffic(traffic, num_pages, load_polls, system):
     loop, executor, forgotten = make_loop(num_pages, load_polls, system=system)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.memory.adapters import AdapterTier
@@ -11,6 +11,7 @@ from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from chameleon_jax.systems import SYSTEMS
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
+from tests.properties import examples
 
 CALLS = ("dispatch", "collect", "begin_load", "poll_loads", "cancel_load")
 
@@ -53,7 +54,7 @@ def run_recovering(loop, limit: int = 5000) -> int:
     raise AssertionError("the loop does not end")
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@examples(300)
 @given(
     traffic=st.lists(st.tuples(st.integers(1, 45), st.integers(1, 30), st.integers(0, 4)), min_size=1, max_size=15),
     calls=st.lists(st.tuples(st.sampled_from(CALLS), st.integers(1, 40), st.booleans()), min_size=1, max_size=4),

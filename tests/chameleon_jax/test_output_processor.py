@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.output_processor import stable_text, trim_at_stop
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
+from tests.properties import examples
 
 TEXT = st.text(alphabet="ab", max_size=12)
 STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=3)
@@ -21,7 +22,7 @@ def make(text: str, stops: list[str], **params) -> Request:
     return request
 
 
-@settings(max_examples=500, derandomize=True, deadline=None)
+@examples(500)
 @given(text=TEXT, stops=STOPS)
 def test_certain_text(text, stops):
     """What stays whatever follows: all but the longest end that begins a stop string."""
@@ -41,7 +42,7 @@ def ended(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None)
+@examples(1000)
 @given(pieces=st.lists(TEXT, max_size=5), stops=STOPS, include=st.booleans())
 def test_cut_at_stop(pieces, stops, include):
     """However the text comes in pieces, it ends where a stop string is first complete; no letter is shown and taken back."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.checkpoints.detokenizer import shown
+from tests.properties import examples
 from tests.text_models import PROMPT, SPECIAL, VARIANTS, written
 
 TEXTS = [
@@ -61,7 +62,7 @@ def test_a_text_cut_anywhere_is_its_prompt_and_its_continuation(tokenizer, text,
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=200, derandomize=True, deadline=None)
+@examples(200)
 @given(prompt=IDS, output=IDS, skip_special_tokens=st.booleans())
 def test_any_ids(variant, prompt, output, skip_special_tokens):
     tokenizer = VARIANTS[variant]

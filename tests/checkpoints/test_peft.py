@@ -7,12 +7,13 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.models.config import TARGETS
 from tests.checkpoints.peft_samples import CONFIG, NULLS, PREFIX, Q0, change_tensors, matrices, write
+from tests.properties import examples
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -167,7 +168,7 @@ def load_or_refuse(directory, config: bytes, weights: bytes) -> None:
         assert 0 < len(str(error)) < 1000
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@examples(300)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), changes=st.none() | CHANGES)
 def test_any_config_loads_or_is_refused(whole, fields, changes):
     directory, config, weights = whole
@@ -186,7 +187,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@examples(300)
 @given(
     bits=st.dictionaries(st.integers(1, 4), st.sampled_from(list(BITS)), max_size=2),
     entries=st.dictionaries(st.integers(0, 4), ENTRIES, max_size=2),

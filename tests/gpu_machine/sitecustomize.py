@@ -48,7 +48,7 @@ class GpuMachineFinder(PathFinder):
         return super().find_spec(fullname, path, target)
 
     @staticmethod
-    def find_distributions(*args: Any, **kwargs: Any) -> Iterable[Distribution]:
+    def find_distributions(*args: Any, **kwargs: Any) -> Iterable[Distribution]:  # type: ignore[override]
         for distribution in PathFinder.find_distributions(*args, **kwargs):
             if re.sub(r"[-_.]+", "-", distribution.name or "").lower() not in MISSING.values():
                 yield distribution

@@ -4,17 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout
+from tests.properties import examples
 
 RANKS = st.dictionaries(st.sampled_from(TARGETS), st.integers(1, 256), min_size=1)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@examples(60)
 @given(preset=st.sampled_from(sorted(PRESETS)), ranks=RANKS)
 def test_rows_do_not_overlap_straddle_or_leave_the_adapter(preset, ranks):
     layout = PageLayout.for_model(PRESETS[preset])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def every_sampling_row() -> list[SamplingRow]:
     return [sampling_row(position=i, **fields) for i, fields in enumerate(one + [several[i] for i in picks])]
 
 
-FIELDS = {"top_p": TOP_PS, "top_k": TOP_KS, "min_p": MIN_PS, "seed": SEEDS}
+FIELDS: dict[str, Any] = {"top_p": TOP_PS, "top_k": TOP_KS, "min_p": MIN_PS, "seed": SEEDS}
 SAMPLING_ROWS = every_sampling_row()
 
 
@@ -121,7 +122,8 @@ def test_a_row_has_the_same_token_in_every_batch(vocab, dtype, guesses):
 def test_shares_that_end_on_a_token_are_the_same_in_every_batch():
     """Rounding, which differs with the number of rows, decides nothing where a sum is exactly the share asked for."""
     vocab = 257
-    sampling_rows, logits = [], []
+    sampling_rows: list[SamplingRow] = []
+    logits: Any = []
     for count, k in itertools.product((2, 5, 10, 40), range(1, 10)):
         p = np.full(vocab, 0.5 / (vocab - count))
         p[:count] = 0.5 / count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 import shutil
 import threading
 
@@ -261,8 +262,7 @@ def test_hundreds_of_refreshes_leave_nothing_behind(llm, steps):
     async def refresh(times: int):
         streams = collections.deque()
         for i in range(times):
-            reference.save_adapter(steps[0], CONFIG, 8, seed=1000 + refresh.count)
-            refresh.count += 1
+            reference.save_adapter(steps[0], CONFIG, 8, seed=next(seeds))
             await llm.add_lora("x", steps[0])
             streams.append(await llm.open(PROMPTS[0], GREEDY, LoRARequest("x")))
             if i % 3 == 0:
@@ -275,7 +275,7 @@ def test_hundreds_of_refreshes_leave_nothing_behind(llm, steps):
                 pass
         await settled(llm)
 
-    refresh.count = 0
+    seeds = itertools.count(1000)
 
     async def main():
         await llm.add_lora("x", steps[0], pinned=True)

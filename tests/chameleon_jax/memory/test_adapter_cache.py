@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterInfo, AdapterTier
 from chameleon_jax.memory.page_pool import PagePool
+from tests.properties import examples
 
 NAMES = st.sampled_from("abcdef")
 
@@ -100,7 +100,7 @@ class Cache(RuleBasedStateMachine):
             assert not entry.removed or entry.requests or entry.tier is AdapterTier.LOADING
 
 
-Cache.TestCase.settings = settings(max_examples=120, stateful_step_count=80, derandomize=True, deadline=None)
+Cache.TestCase.settings = examples(120, stateful_step_count=80)
 TestCache = Cache.TestCase
 
 

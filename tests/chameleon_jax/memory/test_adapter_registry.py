@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -11,6 +10,7 @@ from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
+from tests.properties import examples
 
 PAGES = {"c0": 1, "c1": 3, "c2": 4, "c3": 6, "c4": 9}
 CAPACITY = 31
@@ -124,7 +124,7 @@ class Names(RuleBasedStateMachine):
         assert self.loop.cache.pinned_pages() == 0
 
 
-Names.TestCase.settings = settings(max_examples=150, stateful_step_count=50, derandomize=True, deadline=None)
+Names.TestCase.settings = examples(150, stateful_step_count=50)
 TestNames = Names.TestCase
 
 

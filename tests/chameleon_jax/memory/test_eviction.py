@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.memory.eviction import (
@@ -22,6 +22,7 @@ from chameleon_jax.memory.eviction import (
     Lru,
     make_policy,
 )
+from tests.properties import examples
 
 
 def use_at(*times: float, pages: int = 1, num_bytes: int = 0) -> AdapterUse:
@@ -91,7 +92,7 @@ USES = st.lists(
 )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@examples(150)
 @given(uses=USES, later=st.floats(0, 2000), weights=st.permutations([1.0, 0.0, 0.0]))
 def test_each_term_of_the_compound_score_is_between_0_and_1(uses, later, weights):
     made = [use_at(*sorted(times), pages=pages, num_bytes=size) for pages, size, times in uses]
@@ -104,7 +105,7 @@ def test_each_term_of_the_compound_score_is_between_0_and_1(uses, later, weights
         assert max(scores) == pytest.approx(1.0) or all(use.frequency(now) == 0 for use in made)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@examples(60)
 @given(uses=USES, name=st.sampled_from(sorted(POLICIES)))
 def test_every_policy_gives_one_finite_score_each(uses, name):
     policy = make_policy(name)
@@ -158,7 +159,7 @@ def test_cost_aware_scores_are_seconds_saved_per_second_and_page():
     assert values == pytest.approx([one / 8 * LOAD_LATENCY_S, one * 2 / 4 * (3 + LOAD_LATENCY_S) / 4])
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@examples(60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(0.1, 200)), min_size=1, max_size=40))
 def test_cost_aware_scores_sort_as_the_values_at_any_time(events):
     policy, uses, now = CostAware(), [AdapterUse(1 + i, i * 10**9, 0.0) for i in range(5)], 0.0

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from chameleon_jax.memory.page_pool import OutOfPages, PagePool
+from tests.properties import examples
 
 
 class Pool(RuleBasedStateMachine):
@@ -53,7 +53,7 @@ class Pool(RuleBasedStateMachine):
         assert (usage.kv, usage.adapters) == (sum(map(len, self.kv.values())), sum(map(len, self.adapters.values())))
 
 
-Pool.TestCase.settings = settings(max_examples=60, stateful_step_count=100, derandomize=True, deadline=None)
+Pool.TestCase.settings = examples(60, stateful_step_count=100)
 TestPool = Pool.TestCase
 
 

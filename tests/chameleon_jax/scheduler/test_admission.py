@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
@@ -11,6 +11,7 @@ from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.admission import MAX_LOADS, AdmissionBatch, Verdict
+from tests.properties import examples
 
 
 def request(number: int, prompt: int = 4, adapter: str | None = None) -> Request:
@@ -42,7 +43,7 @@ def make_cache(num_pages: int, **adapters: tuple[int, str]) -> AdapterCache:
 STATES = st.sampled_from(["host", "host", "loading", "idle", "idle", "used", "pinned"])
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@examples(300)
 @given(
     num_pages=st.integers(5, 60),
     adapters=st.lists(st.tuples(st.integers(1, 12), STATES), min_size=5, max_size=5),

@@ -3,10 +3,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.scheduler.clustering import MAX_LEVELS, cluster_bounds, distributions_differ, equal_bounds
+from tests.properties import examples
 
 
 def groups(*centres: float, count: int = 50, width: float = 0.02) -> list[float]:
@@ -36,7 +37,7 @@ def test_nothing_to_part(sizes):
     assert cluster_bounds(sizes) == [] == equal_bounds(sizes)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@examples(100)
 @given(sizes=st.lists(st.integers(1, 1000).map(lambda n: n / 1000), min_size=20, max_size=60, unique=True))
 def test_bounds_ascend_and_part_something(sizes):
     for bounds in (cluster_bounds(sizes), equal_bounds(sizes)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.request import Request
@@ -14,6 +14,7 @@ from chameleon_jax.scheduler.length_predictor import (
     HistoryPredictor,
     OraclePredictor,
 )
+from tests.properties import examples
 
 DECAY = 0.97
 
@@ -40,7 +41,7 @@ def weighted_quantile(outputs: list[int], share: float) -> int:
     raise AssertionError
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@examples(150)
 @given(
     outputs=st.lists(st.one_of(st.integers(1, 20), st.integers(1, 3000)), min_size=1, max_size=120),
     share=st.sampled_from([0.1, 0.5, 0.6, 0.9, 0.99]),
@@ -88,7 +89,7 @@ def test_a_shift_is_followed():
     assert predictor.predict(request()) in (10, 11, 12)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@examples(60)
 @given(outputs=st.lists(st.integers(0, 3000), max_size=30), max_tokens=st.integers(1, 3000))
 def test_predictions_lie_between_1_and_max_tokens(outputs, max_tokens):
     history = HistoryPredictor(prior=500)

@@ -4,10 +4,11 @@ import bisect
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.scheduler.prefetch import HEAD, LEAST_GAPS, TAIL, UseHistory, UsePredictor
+from tests.properties import examples
 
 
 def history(*gaps: float) -> UseHistory:
@@ -44,7 +45,7 @@ def test_only_the_last_gaps_count():
     assert made.chance(made.last + 19.5, 1.0) == 1
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@examples(200)
 @given(
     gaps=st.lists(st.integers(1, 60).map(lambda quarter: quarter / 4), min_size=LEAST_GAPS, max_size=100),
     idle=st.floats(0, 16),

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.scheduler.quotas import LevelLoad, least_quota, share_quotas
+from tests.properties import examples
 
 LOADS = st.lists(
     st.builds(
@@ -40,7 +41,7 @@ def test_minima_beyond_the_total_are_scaled_down_pro_rata():
     assert share_quotas(loads, total=40, slo=5.0) == ([10, 30], False)
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@examples(200)
 @given(loads=LOADS, total=st.integers(1, 5000), slo=st.floats(0.1, 20))
 def test_quotas_add_up_and_keep_the_minima(loads, total, slo):
     quotas, scaled = share_quotas(loads, total, slo)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.request_queue import RequestQueue
+from tests.properties import examples
 
 KEYS = st.sampled_from([0.0, 1.0, 2.5, -3.0])
 
@@ -71,5 +71,5 @@ class Queue(RuleBasedStateMachine):
             assert self.queue.at(place) is (expected[place] if place < len(expected) else None)
 
 
-Queue.TestCase.settings = settings(max_examples=50, stateful_step_count=50, derandomize=True, deadline=None)
+Queue.TestCase.settings = examples(50, stateful_step_count=50)
 TestQueue = Queue.TestCase

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.request_size import RequestSizer
+from tests.properties import examples
 
 
 def request(prompt: int, predicted: int) -> Request:
@@ -40,7 +41,7 @@ def test_output_only_looks_at_nothing_else():
 REQUESTS = st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 256)), min_size=1, max_size=30)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@examples(100)
 @given(requests=REQUESTS, output_only=st.booleans())
 def test_sizes_lie_between_0_and_1_and_the_largest_so_far_is_1(requests, output_only):
     sizer = RequestSizer(output_only)

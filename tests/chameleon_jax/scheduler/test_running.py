@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.request import Request, RequestState
@@ -11,6 +11,7 @@ from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.running import RunningSet
+from tests.properties import examples
 
 PAGE_TOKENS = 4
 PADDING = PrefillShapes(ANY_SIZE.tile, (1, 2, 4, 8))
@@ -119,7 +120,7 @@ def test_a_step_that_time_ends_is_padded_with_prompts_where_another_would_cost_m
     assert chunks(prefill(made, seconds, 64.0, PADDING)) == [(0, 0, tiles * 32, False)]
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@examples(150)
 @given(
     prompts=st.lists(st.integers(1, 200), min_size=1, max_size=8),
     tiles=st.integers(1, 5),

@@ -10,7 +10,7 @@ import dataclasses
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.config import EngineConfig
@@ -24,6 +24,7 @@ from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, Mul
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
 from chameleon_jax.systems import SYSTEMS
 from tests.chameleon_jax.fake_executor import FakeExecutor
+from tests.properties import examples
 
 PAGE_TOKENS = 4
 START = 100.0
@@ -195,7 +196,7 @@ def arrivals_of(phases) -> list[Arrival]:
     return [dataclasses.replace(kind, gap=gap, prompt=kind.prompt + i % 4) for i, (kind, gap) in enumerate(kinds)]
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@examples(30)
 @given(phases=PHASES, num_pages=st.integers(27, 80), system=st.sampled_from(MULTILEVEL))
 def test_quotas_are_whole_again_when_everything_has_ended(phases, num_pages, system):
     simulation = Simulation(system, num_pages)
@@ -226,7 +227,7 @@ STREAMS = st.builds(
 """One request arrives when others have taken all memory, and more of the others than can run follow."""
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@examples(30)
 @given(
     phases=st.one_of(PHASES, STREAMS, STREAMS),
     num_pages=st.one_of(st.integers(27, 34), st.integers(27, 80)),
@@ -243,7 +244,7 @@ def test_no_request_waits_longer_than_the_starvation_bound(phases, num_pages, sl
         assert waited(request) <= bound, f"{request.request_id}: {ahead} ahead, {count} levels, L = {longest}"
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@examples(25)
 @given(phases=PHASES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
 def test_a_head_start_is_never_larger_than_its_bound(phases, num_pages, slots):
     """Without adapters, a request that arrives later than the largest head start also starts later."""

@@ -9,11 +9,12 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters import host_store
 from chameleon_jax.models.adapters.host_store import HostStore
+from tests.properties import examples
 
 BLOCK_BYTES = 2 * 3 * 8 * 4
 
@@ -233,7 +234,7 @@ def test_many_threads_put_and_fetch():
 OPERATIONS = st.tuples(st.sampled_from(["put", "fetch", "remove", "settle"]), st.integers(0, 4))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(limit=st.integers(0, 4), operations=st.lists(OPERATIONS, max_size=30))
 def test_it_is_a_dictionary_within_its_limit(limit, operations):
     with opened(limit * BLOCK_BYTES) as store:

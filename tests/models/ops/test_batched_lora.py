@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.memory.adapters import MAX_RANK
@@ -18,6 +18,7 @@ from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
 from chameleon_jax.models.ops.batched_lora.plan import NO_TOKEN
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
+from tests.properties import examples
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
 LAYOUT = PageLayout.for_model(CONFIG)
@@ -51,8 +52,9 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
     pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
     for adapter, block in zip(adapters, blocks):
         for page in block:
-            adapter.pages.append(free.pop())
-            pool[adapter.pages[-1]] = page
+            number = free.pop()
+            adapter.pages.append(number)  # type: ignore[attr-defined]
+            pool[number] = page
     return jnp.array(pool), adapters
 
 
@@ -129,7 +131,7 @@ def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
 
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-@settings(max_examples=25, derandomize=True, deadline=None)
+@examples(25)
 @given(
     ranks=st.lists(st.dictionaries(st.sampled_from(TARGETS), st.integers(1, 70), min_size=1), min_size=1, max_size=4),
     picks=st.lists(st.integers(0, 4), min_size=1, max_size=8),

@@ -62,7 +62,7 @@ def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tol
     assert out.dtype == dtype
     chex.assert_tree_all_finite(out)
     for i, (start, count) in enumerate(zip(starts, counts)):
-        expected = naive(q[i, :count].astype(np.float32), *contexts[i], start)
+        expected = naive(q[i, :count].astype(np.float32), contexts[i][0], contexts[i][1], start)
         np.testing.assert_allclose(np.array(out[i, :count], np.float32), expected, atol=tolerance, rtol=tolerance)
 
 

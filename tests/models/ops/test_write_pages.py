@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,10 @@ import pytest
 
 from chameleon_jax.models.ops.write_pages import CHUNK, write_by_layers, write_in_one_launch, write_pages
 
-FORMS = {"layers": write_by_layers, "one launch": functools.partial(write_in_one_launch, interpret=True)}
+FORMS: dict[str, Callable[..., Any]] = {
+    "layers": write_by_layers,
+    "one launch": functools.partial(write_in_one_launch, interpret=True),
+}
 
 
 @pytest.mark.parametrize("form", list(FORMS))

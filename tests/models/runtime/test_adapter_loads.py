@@ -9,11 +9,12 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES, PieceSizes, PinnedBlock
 from tests.models.runtime.adapter_link import LOAD_PAGES, PAGE_BYTES, SIZES, Bench, Event, FakeDevice
+from tests.properties import examples
 
 
 def numbers_sent(device: FakeDevice) -> list[int]:
@@ -242,7 +243,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(operations=st.lists(OPERATIONS, max_size=60))
 def test_random_loads_failures_and_cancels(operations):
     bench = Bench()

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES, PieceSizes
@@ -18,6 +18,7 @@ from chameleon_jax.models.runtime.model_runner import DispatchedStep
 from chameleon_jax.scheduler import StepPlan
 from tests.chameleon_jax.loop_traffic import make_request
 from tests.models.runtime.adapter_link import LINK_RATE, LOAD_PAGES, PAGE_BYTES, PIECE_BYTES, Bench, FakeDevice
+from tests.properties import examples
 
 GIB = 1 << 30
 LARGE = PieceSizes(PAGE_BYTES, LOAD_PAGES, max_bytes=64 * PIECE_BYTES)
@@ -143,7 +144,7 @@ class Link:
             self._ends.popleft()[1].happened = True
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     step=st.floats(0.002, 0.04),
     rate=st.floats(5e9, 60e9),

@@ -65,7 +65,7 @@ def test_sync_and_async_clients_agree(server, client):
             assert [lora.pinned for lora in client.list_loras() if "live" in lora.lora_names] == [True]
             for load in (other.load_lora, functools.partial(asyncio.to_thread, client.load_lora)):
                 with pytest.raises(ValueError, match="lora_name is 'live', which has other content"):
-                    await load("live", "a0", load_inplace=False)
+                    await load("live", "a0", load_inplace=False)  # type: ignore[call-arg]
             await other.unload_lora("live")
             assert await other.get_model_info() == client.get_model_info() and await other.is_serving()
             assert not await other.abort("nobody")

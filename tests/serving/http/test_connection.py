@@ -56,6 +56,8 @@ class Patient:
 
 
 class Silent(uvicorn.Server):
+    port: int
+
     @contextlib.contextmanager
     def capture_signals(self):
         yield
@@ -316,7 +318,7 @@ def test_a_client_that_does_not_read(monkeypatch, loop_factory, whole):
 
     async def main():
         async with serving(endless) as server, connected(server) as (_, writer):
-            writer.transport.pause_reading()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(request())
             await gone.wait()
             await without_connections(server)

@@ -252,5 +252,6 @@ def test_a_value_that_would_change_the_answer_is_refused_by_name(kind, field, va
     if isinstance(error.value, ApiError):
         assert error.value.body["error"]["param"] == field
     else:
+        assert isinstance(error.value, ValidationError)
         (found,) = error.value.errors()
         assert field in found["loc"] or found["ctx"]["field"] == field

@@ -1,0 +1,87 @@
+"""Every example runs offline and prints the lines that its docstring promises; a tiny model stands in for SmolLM2."""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import reference_models as reference
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(reference.save_model(tmp_path_factory.mktemp("model"), "mha", text=True))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("king-james", "shakespeare")):
+        reference.save_adapter(folder / name, reference.CONFIGS["mha"], rank=8, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example's `main` and return its output, without the progress of the compilation."""
+
+    def run_main(name: str, *args: Any) -> str:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*args)
+        return re.sub(r".*\r.*\n", "", capsys.readouterr().out)
+
+    return run_main
+
+
+def test_offline(run: Callable[..., str], model: str, adapters: Path) -> None:
+    lines = run("offline", model, adapters).splitlines()
+    assert [line.split()[0] for line in lines] == ["base", "bard", "bible"]
+    assert len({line.split("The heart of man is")[1] for line in lines}) == 3
+
+
+def test_async_streaming(run: Callable[..., str], model: str, adapters: Path) -> None:
+    output = run("async_streaming", model, adapters)
+    assert output.count("base model") > 1
+    assert output.count(" length\n") == 2
+    assert "finished or aborted: True" in output
+
+
+def test_openai_client(run: Callable[..., str], model: str, adapters: Path) -> None:
+    models, base, adapted = run("openai_client", model, adapters).splitlines()[:3]
+    assert models.endswith("king-james, shakespeare")
+    assert base.split(": ", 1)[1] != "''"
+    assert adapted.startswith("king-james: ") and len(adapted) > len("king-james: ")
+
+
+def test_hot_swapping(run: Callable[..., str]) -> None:
+    output = run("hot_swapping")
+    resident = re.findall(r"(\d+) of (\d+) resident: (.*)", output)
+    assert [int(known) for _, known, _ in resident] == [16, 16, 16, 15]
+    assert all(int(count) < int(known) for count, known, _ in resident)
+    assert all("tenant-00" in names for _, _, names in resident)
+    assert int(re.findall(r"evictions (\d+)", output)[-1]) > 0
+
+
+def test_finetune_and_serve(run: Callable[..., str], model: str) -> None:
+    output = run("finetune_and_serve", model)
+    assert len(re.findall(r"step \d+/20  loss \d", output)) == 2
+    without, adapted = (line.split(": ", 1)[1] for line in output.splitlines()[-2:])
+    assert without != adapted
+
+
+def test_own_system(run: Callable[..., str]) -> None:
+    fifo, own = ([int(ms) for ms in re.findall(r"(\d+) ms", line)] for line in run("own_system").splitlines())
+    assert len(fifo) == len(own) == 2
+    assert own[0] < own[1]
+
+
+def test_every_example_says_how_it_is_run_and_is_tested() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {name.removeprefix("test_") for name in globals() if name.removeprefix("test_") in names}
+    for name in names:
+        source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert f"Run: python examples/{name}.py" in source and "Prints " in source
