@@ -1,4 +1,4 @@
-"""What a run over a workload gave, whether the engine served it or the simulator did."""
+"""Figures of one run over a workload, on the engine or in the simulator, and their recorder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from chameleon_jax.request import Request
 
 @dataclasses.dataclass
 class Outcome:
-    """Seconds, by the clock that started with the run. Arrays have one element a request, in order of arrival, unless they say
-    otherwise.
+    """Figures of a run over a workload.
+
+    Times are seconds of the clock that started with the run. Arrays have one element a request, in order of arrival, unless a
+    shape is given.
 
     Attributes:
-        ttft, e2e: time to first and to last token.
-        queue: from arrival to admission.
-        output: tokens.
-        size: the scheduler's weighted request size.
-        adapter_wait: part of the TTFT that its adapter's load cost, after its turn had come.
-        tbt: `[gaps]` between tokens of a request.
-        memory: `[samples, 4]`: time, pages of KV, of adapters, free.
-        waiting: `[samples]` requests waiting.
-        hit_rate: share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
-        load_wait: for which steps were held back by loads.
-        finished_s: when the last request ended.
+        ttft: Time to first token.
+        queue: Time from arrival to admission.
+        e2e: Time to the last token.
+        output: Output tokens.
+        size: The scheduler's weighted request size.
+        adapter_wait: The part of the TTFT that the load of the request's adapter cost after the request's turn had come.
+        tbt: `[gaps]` between the tokens of a request.
+        memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
+        waiting: `[samples]` waiting requests.
+        hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
+        loads: Adapter loads.
+        bytes_loaded: Bytes of all loads.
+        load_wait: Time for which steps were held back by loads.
+        squashes: Bypassing requests that were squashed.
+        steps: Steps of the loop.
+        finished_s: End of the last request.
     """
 
     ttft: np.ndarray
@@ -50,10 +57,11 @@ class Outcome:
 
 
 class Recorder:
-    """Watches a loop while it serves.
+    """Recorder of a loop while it serves.
 
     Args:
-        sample_s: seconds between samples of memory and queue, at least; a step may take longer.
+        loop: The loop.
+        sample_s: Seconds between samples of memory and queue, at least; a step may take longer.
     """
 
     def __init__(self, loop: ServingLoop, sample_s: float):
@@ -65,7 +73,7 @@ class Recorder:
         self._next = 0.0
 
     def stepped(self, updated: list[Request], now: float) -> None:
-        """A step has ended; `updated` is what it returned."""
+        """Record the end of a step that returned the requests `updated`."""
         latest, gaps = self._latest, self._gaps
         for request in updated:
             name = request.request_id
@@ -74,13 +82,14 @@ class Recorder:
             latest[name] = now
 
     def sample(self, now: float) -> None:
+        """Record memory and queue, unless the sample before is too recent."""
         if now >= self._next:
             usage = self._loop.pool.usage()
             self._samples.append((now, usage.kv, usage.adapters, usage.free, self._loop.scheduler.num_waiting))
             self._next = now + self._sample_s
 
     def measured(self, requests: list[Request], workload: Workload, finished_s: float) -> dict[str, Any]:
-        """Fields of `Outcome`, of requests in order of arrival."""
+        """Fields of `Outcome`; `requests` are in order of arrival."""
         loop, counters, samples = self._loop, self._loop.cache.counters, np.array(self._samples)
         metrics = [request.metrics for request in requests]
         return {

@@ -1,4 +1,4 @@
-"""The engine that a group of sections shares, and steps for it."""
+"""Engine that a group of sections shares, and steps for it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
 
 
 class Workbench:
-    """The engine of a group of sections, and batches for it.
+    """Engine of a group of sections, and batches for it.
 
     Args:
-        config: other than the scale's.
-        pool_bytes: of the pool at most, other than the scale's.
+        scale: Sizes of everything.
+        config: The model. None takes the scale's.
+        pool_bytes: Largest size of the pool. None takes the scale's.
     """
 
     def __init__(self, scale: Scale, config: LlamaConfig | None = None, pool_bytes: int | None = None):
@@ -50,7 +51,7 @@ class Workbench:
 
     @property
     def engine(self) -> BenchEngine:
-        """Built when first asked for, and anew when a failed step took its pool."""
+        """Engine, built when it is first asked for, and anew after a failed step has taken its pool."""
         if self._engine is None or not self._engine.ready:
             self._engine = None
             gc.collect()
@@ -60,7 +61,7 @@ class Workbench:
         return self._engine
 
     def buckets(self, max_tokens: int | None = None) -> ChosenBuckets:
-        """Buckets for sequences of up to `max_tokens`, other than the scale's."""
+        """Buckets for sequences of up to `max_tokens`, or up to the scale's."""
         scale = self.scale
         return ChosenBuckets(
             max_num_seqs=max(scale.rows),
@@ -68,13 +69,13 @@ class Workbench:
             table_width=self.layout.pages_for_tokens(max_tokens or scale.max_tokens),
             max_rank=scale.max_rank,
             max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
-            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also where there is no GPU
+            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also without a GPU
             rows=scale.rows,
-            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # what is shorter is padded
+            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # shorter steps are padded
         )
 
     def programs(self, buckets: ChosenBuckets, options: Mapping[str, Any] | None = None) -> Programs:
-        """For other shapes than the engine's, or by other options of XLA's; compiled as they are used."""
+        """Programs for other shapes than the engine's, or with other XLA options, compiled when they are used."""
         engine = self.engine
         graph, params = nnx.split(self.model)
         made = Programs(
@@ -85,7 +86,7 @@ class Workbench:
 
     @contextlib.contextmanager
     def using(self, buckets: ChosenBuckets, programs: Programs) -> Iterator[BenchEngine]:
-        """The engine with `programs` that were made for `buckets`."""
+        """Let the engine use `programs` that were made for `buckets`."""
         engine = self.engine
         before = engine.buckets, engine.programs
         engine.buckets, engine.programs = buckets, programs
@@ -96,7 +97,7 @@ class Workbench:
 
     @functools.cached_property
     def num_pages(self) -> int:
-        """The same for every engine that is built here, as programs are compiled for it."""
+        """Pages of every engine that is built here, as programs are compiled for them."""
         page_bytes = self.layout.page_bytes(self.dtype.itemsize)
         stats = jax.devices()[0].memory_stats()
         room = self._pool_bytes
@@ -109,7 +110,7 @@ class Workbench:
     # -- batches --------------------------------------------------------------------------------------------------------
 
     def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """A step of `rows` sequences that have `context` tokens with the one that is computed; or why there is none."""
+        """Step of `rows` sequences of `context` tokens, the computed one included, or a reason against it."""
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(context)
         capacity = self.engine.num_pages - 1
@@ -128,7 +129,7 @@ class Workbench:
         )
 
     def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """A step that computes `tokens` tokens of each of `count` prompts, from position `start` on."""
+        """Step that computes `tokens` tokens of each of `count` prompts from position `start` on, or a reason against it."""
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(start + tokens)
         capacity = self.engine.num_pages - 1
@@ -155,7 +156,7 @@ class Workbench:
         return placed
 
     def _deal(self, seed: int) -> Iterator[int]:
-        """Pages in no order, the trash page excepted."""
+        """Pages in random order, the trash page excepted."""
         return iter((1 + np.random.default_rng(seed).permutation(self.engine.num_pages - 1)).tolist())
 
     @property
@@ -168,12 +169,12 @@ class Workbench:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.config.num_layers * self.dtype.itemsize
 
     def adapter_bytes(self, adapters: Sequence[PlacedAdapter]) -> int:
-        """Bytes of true rank rows: each adapter's once, however many rows of the batch use it."""
+        """Bytes of true rank rows, once for each adapter, however many rows of the batch use it."""
         elems = sum(r * sum(self.config.target_shape(t)) for a in adapters for t, r in a.placement.ranks.items())
         return elems * self.config.num_layers * self.dtype.itemsize
 
     def run(self, batch: Batch) -> Callable[[], Any]:
-        """A whole step as serving runs it."""
+        """Return a run of the whole step as serving does it."""
         engine = self.engine
 
         def step() -> Any:
@@ -184,5 +185,5 @@ class Workbench:
 
 @functools.cache
 def shared(scale: Scale) -> Workbench:
-    """One for all sections that run in this process: weights are drawn and a pool is filled once."""
+    """Workbench of all sections in this process, so that weights are drawn and a pool is filled once."""
     return Workbench(scale)

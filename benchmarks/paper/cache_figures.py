@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cost_model import LENGTH_FACTOR, MEDIUM_INPUT, PROFILES
 from benchmarks.paper import plots
 from benchmarks.paper.study import BASELINES, LOW, MEDIUM, Study, known
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, Row, compare
-from benchmarks.simulate import simulate
+from benchmarks.simulator.cost_model import LENGTH_FACTOR, MEDIUM_INPUT, PROFILES
+from benchmarks.simulator.simulate import simulate
 from benchmarks.workload import Workload
 
 IDLE_TTFT_MS = {8: 74, 16: 78, 32: 88, 64: 107, 128: 144}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper import plots
 from benchmarks.paper.study import A40, BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
 from benchmarks.paper.tables import Outcome, Row, compare
+from benchmarks.simulator.cost_model import LENGTH_FACTOR
 from chameleon_jax.systems import SYSTEMS, System
 
 PLUS = "chameleon-plus"
@@ -32,7 +32,7 @@ MEASURES = {
 
 
 def plus(study: Study) -> Outcome:
-    """Loads are shares of chameleon's own knee on each workload."""
+    """Compare at loads that are shares of chameleon's own knee on each workload."""
     names = known("s-lora", "chameleon", PLUS)
     cases = {(name, workload): study.case(name, **fields) for workload, fields in WORKLOADS.items() for name in names}
     knees = study.knees(cases)

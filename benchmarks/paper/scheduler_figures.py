@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper import plots
 from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, compare
+from benchmarks.simulator.cost_model import LENGTH_FACTOR
 
 PREDICTORS = {"100 %": "proxy-1.0", "80 %": "proxy-0.8", "60 %": "proxy-0.6", "exact length": "oracle", "history": "history"}
 STAND_INS: dict[str, dict[str, Any]] = {

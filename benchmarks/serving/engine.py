@@ -1,4 +1,4 @@
-"""The engine that serves, with a loop that can be started anew and outputs whose lengths the benchmark sets."""
+"""Engine whose loop can be started anew, with outputs whose lengths the benchmark sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate import STOP, TOKEN
+from benchmarks.simulator.simulate import STOP, TOKEN
 from chameleon_jax.executor import SampledToken
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
@@ -22,14 +22,16 @@ from chameleon_jax.serving.engine import Engine
 from chameleon_jax.systems import System, get_system
 
 ATTENTION = TARGETS[:4]
-"""What the paper's adapters adapt."""
+"""Targets of the paper's adapters."""
 
 
 class EndingExecutor(JaxExecutor):
-    """Ends each output at a length that only the benchmark knows: the token there becomes STOP, and none before it is.
+    """Executor that ends each output at a length that only the benchmark knows.
+
+    The token at that length becomes STOP, and no token before it is STOP.
 
     Attributes:
-        lengths: request id to output tokens.
+        lengths: Request id to output tokens.
     """
 
     lengths: dict[str, int]
@@ -45,11 +47,14 @@ class EndingExecutor(JaxExecutor):
 
 
 class BenchmarkEngine(Engine):
-    """`Engine` whose weights, programs and adapters in host memory outlive the loop."""
+    """Engine whose weights, programs and adapters in host memory outlive the loop."""
 
     def add_random_loras(self, ranks: Sequence[int], seed: int = 0) -> None:
-        """Names `adapter-i`, of rank ranks[i] on q, k, v and o. Those of one rank have the same random values, each in memory
-        of its own: packing hundreds of large adapters takes minutes, and nothing measured depends on what is in them."""
+        """Register adapters named `adapter-i`, of rank ranks[i] on q, k, v and o.
+
+        Adapters of one rank have the same random values, each in memory of its own: packing hundreds of large adapters takes
+        minutes, and nothing measured depends on their values.
+        """
         rng = np.random.default_rng(seed)
         for rank in dict.fromkeys(ranks):
             placement = self.layout.place(dict.fromkeys(ATTENTION, rank))
@@ -72,11 +77,18 @@ class BenchmarkEngine(Engine):
         executor: type[EndingExecutor] = EndingExecutor,
         **settings: Any,
     ) -> None:
-        """A new loop of another system: an empty pool and cache, nothing learnt; the adapters are known to it.
+        """Start a new loop, of another system, with an empty pool and cache and the same registered adapters.
 
         Args:
-            lengths: output tokens of the requests to come, by id.
-            settings: fields of `EngineConfig` that differ, within what was compiled.
+            system: The system.
+            clock: Clock of the loop, seconds.
+            lengths: Output tokens of the requests to come, by id.
+            predictor: Length predictor. None takes the loop's own.
+            executor: Class of the executor.
+            **settings: Fields of `EngineConfig` that differ, within the compiled sizes.
+
+        Raises:
+            RuntimeError: Requests are unfinished.
         """
         if self.loop.has_unfinished:
             raise RuntimeError("requests are unfinished")
@@ -99,6 +111,6 @@ class BenchmarkEngine(Engine):
             self.loop.add_adapter(self.names.named(name))
 
     def submit_drawn(self, request_id: str, prompt: Sequence[int], max_tokens: int, adapter: int, arrival: float) -> Request:
-        """Greedy; ends at the length given to `restart`."""
+        """Submit a greedy request that ends at the length given to `restart`."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=(STOP,), ignore_eos=True)
         return self.submit(prompt, params, LoRARequest(f"adapter-{adapter}"), request_id, arrival)

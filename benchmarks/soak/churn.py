@@ -1,4 +1,4 @@
-"""Adapters that are loaded, replaced and unloaded the whole time, and what a name may mean meanwhile."""
+"""Adapters that are loaded, replaced and unloaded the whole time, and the possible contents of a name meanwhile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import httpx
 
 
 class Churn:
-    """Names whose content changes over HTTP, as an operator would do it.
+    """Names whose content changes over HTTP, as an operator would change it.
 
     Args:
-        names: of the adapters that change.
-        contents: directories below the server's adapter directory.
+        http: Client of the server.
+        names: Names of the adapters that change.
+        contents: Directories below the server's adapter directory.
+        rng: Source of the changes.
     """
 
     def __init__(self, http: httpx.AsyncClient, names: list[str], contents: list[str], rng: random.Random):
@@ -31,7 +33,7 @@ class Churn:
         return list(self._possible)
 
     def watch(self, name: str) -> set[str | None]:
-        """What the name means from now until `unwatch`: more is added when it changes."""
+        """Contents that the name has from now until `unwatch`; a change adds to them."""
         seen = set(self._possible[name])
         self._watched[name].append(seen)
         return seen
@@ -40,7 +42,7 @@ class Churn:
         self._watched[name] = [other for other in self._watched[name] if other is not seen]
 
     async def run(self, pause: float) -> None:
-        """Until it is cancelled: changes one name after the other."""
+        """Change one name after the other until cancelled."""
         while True:
             await self.change(self._rng.choice(self.names))
             await asyncio.sleep(self._rng.uniform(0, 2 * pause))

@@ -10,9 +10,10 @@ import time
 import jax
 import pytest
 
-from benchmarks.device import runner, supervisor, variants
+from benchmarks.device import runner, supervisor
 from benchmarks.device.report import Case, Report
 from benchmarks.device.scale import SMALL, Mix
+from benchmarks.device.sections import variants
 from benchmarks.device.workbench import shared
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.device import __main__ as command
-from benchmarks.device import calls, gpu, processes, runner, supervisor
+from benchmarks.__main__ import main
+from benchmarks.device import calls, command, gpu, processes, runner, sections, supervisor
 from benchmarks.device.compilation import Compilation
 from benchmarks.device.report import Case, Report
 from benchmarks.device.scale import FULL, SMALL
@@ -54,12 +54,10 @@ def with_worker(monkeypatch, script):
 
 
 def test_calls_cover_every_section_once_within_their_limits():
-    modules = {
-        file.stem
-        for file in Path(runner.__file__).parent.glob("*.py")
-        if "\ndef cases(scale: Scale, report" in file.read_text()
-    }
-    assert sorted(calls.SECTIONS) == sorted({*modules - {"correct_steps"}, "peers"})
+    folder = Path(sections.__file__).parent
+    found = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
+    modules = [file for file in found if "\ndef cases(scale: Scale, report: Report, deadline" in file.read_text()]
+    assert sorted(calls.SECTIONS) == sorted(m.parent.name if m.stem == "__init__" else m.stem for m in modules)
     for groups in calls.CALLS:
         assert sum(group.limit_s for group in groups) + calls.PACK_SECONDS == calls.CALL_SECONDS
         assert all(group.expected_s <= group.limit_s for group in groups)
@@ -68,13 +66,18 @@ def test_calls_cover_every_section_once_within_their_limits():
 
 
 def test_the_plan_names_sections_and_commands(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["device", "--plan"])
-    assert command.main() == 0
+    assert main(["device", "--plan"]) == 0
     told = capsys.readouterr().out
     assert all(section in told for section in calls.SECTIONS)
+    ran = []
+    monkeypatch.setattr(supervisor, "supervise", lambda request: ran.append(request.name) or 0)
+    monkeypatch.setattr(command, "make_writable", lambda out: None)
+    monkeypatch.setattr(gpu, "is_there", lambda: False)
     for number in (1, 2, 3):
-        words = calls.command(number).split()[3:]
-        assert calls.command(number) in told and command.parser().parse_args(words).call == number
+        words = calls.command(number).split()
+        assert words[:3] == ["python", "-m", "benchmarks"] and calls.command(number) in told
+        assert main(words[3:]) == 0
+    assert ran == ["call-1", "call-2", "call-3"]
 
 
 def test_a_group_may_use_what_earlier_ones_left():
@@ -300,7 +303,7 @@ CHEAP = {
 def test_calls_in_small(number, out, tmp_path, monkeypatch):
     """Every group in this process, by its cheap cases."""
     monkeypatch.setattr("benchmarks.device.timing.TARGET_SECONDS", 0.01)
-    monkeypatch.setattr("benchmarks.device.loads.STEPS", 20)
+    monkeypatch.setattr("benchmarks.device.sections.loads.STEPS", 20)
     cases_of = runner.cases_of
 
     def cheap(section, scale, report, deadline):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cost_model import PROFILES
-from benchmarks.simulate import simulate
+from benchmarks.simulator.cost_model import PROFILES
+from benchmarks.simulator.simulate import simulate
 from benchmarks.workload import WorkloadSpec, generate
 
 PROFILE = PROFILES["a40-llama-7b"]

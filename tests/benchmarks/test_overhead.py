@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from benchmarks.overhead.__main__ import bare, make_requests, measure, table
 from benchmarks.overhead.clients import http_client
+from benchmarks.overhead.overhead import bare, make_requests, measure, table
 from benchmarks.overhead.paced import pace
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.padding import DEVICES, serve
+from benchmarks.simulator.padding import DEVICES, serve
 from chameleon_jax.config import EngineConfig
 
 SEEDS = range(6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.slow_devices import serve
+from benchmarks.simulator.slow_devices import serve
 from chameleon_jax.config import EngineConfig
 
 SEEDS = (0, 1, 2)

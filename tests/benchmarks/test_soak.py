@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from benchmarks.soak.__main__ import Soak, failures, soak
 from benchmarks.soak.jobs import prepare
+from benchmarks.soak.soak import Soak, failures, soak
 from chameleon_jax.serving.async_llm import AsyncLLM
 from tests import reference_models as reference
 
