@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 
 import httpx
@@ -41,9 +42,9 @@ class Churn:
     def unwatch(self, name: str, seen: set[str | None]) -> None:
         self._watched[name] = [other for other in self._watched[name] if other is not seen]
 
-    async def run(self, pause: float) -> None:
-        """Change one name after the other until cancelled."""
-        while True:
+    async def run(self, pause: float, until: float) -> None:
+        """Change one name after the other until `until` (`time.monotonic()`), and never leave a change half done."""
+        while time.monotonic() < until:
             await self.change(self._rng.choice(self.names))
             await asyncio.sleep(self._rng.uniform(0, 2 * pause))
 

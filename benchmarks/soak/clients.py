@@ -131,12 +131,9 @@ async def main(jobs: Jobs, task: dict[str, Any]) -> dict[str, Any]:
         fixed = {Path(content).name: content for content in jobs.fixed}
         churn = Churn(http, [f"live-{i}" for i in range(task["names"])], jobs.changing, rng)
         clients = Clients(jobs, http, grpc, churn, fixed, model)
-        changes = asyncio.create_task(churn.run(task["pause"]))
         until = time.monotonic() + task["seconds"]
-        await asyncio.gather(*[clients.run(random.Random(rng.random()), until) for _ in range(task["clients"])])
-        changes.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await changes
+        asking = [clients.run(random.Random(rng.random()), until) for _ in range(task["clients"])]
+        await asyncio.gather(churn.run(task["pause"], until), *asking)
         for name in churn.names:
             await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
     return {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.serving import serve_curve
 from benchmarks.serving.calibrate import Timings, fit, slowness
 from benchmarks.serving.comparison import RATIOS, Settings, build_engine, ratios
 from benchmarks.simulator.calibration import STEP_TERMS
@@ -145,11 +146,18 @@ def test_a_system_that_bounds_stalls_may_take_longer_prompts():
     assert step_tokens("chameleon-plus", 128) == 512
 
 
-def test_a_curve_has_every_system_at_every_load(tmp_path):
+def test_a_curve_has_every_system_at_every_load(engine, tmp_path, monkeypatch):
+    """On the engine of this module; tests/test_gpu_machine.py runs the command with its own."""
+    built = []
+    monkeypatch.setattr(serve_curve, "build_engine", lambda *arguments: built.append(arguments) or engine)
+    monkeypatch.setattr(engine, "close", lambda: None)
     sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
     traffic = "--rps 4 --rps 2 --duration 1.5 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
     out = tmp_path / "curve.json"
     assert main(["serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)]) == 0
+    ((model, workloads, systems, settings, config),) = built
+    assert (model, systems, len(workloads), config["num_pages"]) == ("tiny", ["fifo", "s-lora"], 2, NUM_PAGES)
+    assert (settings.max_num_seqs, settings.batched_tokens) == (2, 32)
     table = json.loads(out.read_text())["table"]
     assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (2, 4) for s in ("fifo", "s-lora")]
     assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)
