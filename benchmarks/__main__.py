@@ -16,7 +16,7 @@ from rich.table import Table
 BENCHMARKS = {
     "demo": ("demo.demo", "Serve a stream of requests with one model and four adapters."),
     "demo-texts": ("demo.texts", "Write the public-domain texts that the demo's adapters are trained on."),
-    "workload": ("workload", "Print the statistics of a workload beside those of Azure's trace."),
+    "workload": ("workload", "Print the statistics of a workload beside the statistics of Azure's trace."),
     "simulate": ("simulator.simulate", "Serve one workload on simulated hardware with several systems in turn."),
     "padding": (
         "simulator.padding",

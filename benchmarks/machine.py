@@ -28,11 +28,7 @@ DRIVER_SECONDS = 60.0
 
 
 def describe(command: str | None = None) -> dict[str, Any]:
-    """Machine, date, versions and command of a result.
-
-    Args:
-        command: The command to name; None for the one that runs.
-    """
+    """Machine, date, versions and command of a result; a `command` of None is the one that runs."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -87,12 +83,9 @@ def publish(result: dict[str, Any], out: Path | None) -> None:
 
 
 def seconds_of(call: Callable[[], object], repeat: int, before: Callable[[], object] | None = None) -> list[float]:
-    """Wall time of each of some calls, seconds.
+    """Wall time of each of some calls, which return when their work is done, seconds.
 
-    Args:
-        call: The work; it returns when the work is done.
-        repeat: The number of calls.
-        before: Called ahead of each call, outside its time.
+    `before` is called ahead of each, outside its time.
     """
     samples = []
     for _ in range(repeat):

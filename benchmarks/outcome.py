@@ -23,18 +23,14 @@ class Outcome:
         ttft: Time to first token.
         queue: Time from arrival to admission.
         e2e: Time to the last token.
-        output: Output tokens.
         size: The scheduler's weighted request size.
         adapter_wait: The part of the TTFT that the load of the request's adapter cost after the request's turn had come.
         tbt: `[gaps]` between the tokens of a request.
         memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
         waiting: `[samples]` waiting requests.
         hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
-        loads: Adapter loads.
-        bytes_loaded: Bytes of all loads.
         load_wait: Time for which steps were held back by loads.
         squashes: Bypassing requests that were squashed.
-        steps: Steps of the loop.
         finished_s: End of the last request.
     """
 
@@ -60,7 +56,6 @@ class Recorder:
     """Recorder of a loop while it serves.
 
     Args:
-        loop: The loop.
         sample_s: Seconds between samples of memory and queue, at least; a step may take longer.
     """
 

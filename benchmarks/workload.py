@@ -1,6 +1,6 @@
 """A stream of requests as Chameleon's evaluation draws them: arrival times, lengths and adapters.
 
-Lengths are those of a trace, or of a small model fitted to the Azure LLM inference trace 2023, conversation (Microsoft,
+Lengths come from a trace, or from a small model fitted to the Azure LLM inference trace 2023, conversation (Microsoft,
 AzurePublicDataset, CC-BY 4.0). Popularity follows the paper (section 5): ranks of equal shares, a power law within each.
 Independent draws have less temporal locality than real adapters do; `WorkloadSpec.locality` adds it.
 
@@ -328,7 +328,7 @@ def main(
     period_s: Annotated[float | None, typer.Option("--period", help="Seconds of one cycle; default: the duration.")] = None,
     trace: Trace = None,
 ) -> None:
-    """Print the statistics of a workload beside those of Azure's trace.
+    """Print the statistics of a workload beside the statistics of Azure's trace.
 
     Example: python -m benchmarks workload --rps 9 --duration 600 --locality 0.84
     """

@@ -29,8 +29,6 @@ class Batch:
     """A step that can be run again and again.
 
     Attributes:
-        segments: Chunks of the sequences.
-        draws: Sampling rows.
         floor_bytes: Bytes that the step must read: the weights but for the embedding, each row's KV, each adapter's rows.
         note: Difference to the batch that was asked for, empty if there is none.
     """

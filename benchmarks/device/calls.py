@@ -18,8 +18,6 @@ class Group:
     """Sections that share a process, and with it an engine.
 
     Attributes:
-        sections: Names of the sections.
-        expected_s: Predicted seconds.
         limit_s: Seconds after which the group is cut off; seconds that groups before it left over are added.
     """
 

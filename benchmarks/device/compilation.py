@@ -21,7 +21,6 @@ class Compilation:
     """Cases that compile before others measure.
 
     Args:
-        report: The report.
         section: Section to which the cases belong.
         jobs: Functions that compile a program, by name; each is called on some thread.
         prepare: Called once before all jobs, on the thread that runs the cases.

@@ -36,7 +36,7 @@ DECODE_MS: dict[str, Mixes] = {
 """Steps of CONTEXT tokens a row, by rows and adapters."""
 PREFILL_MS = {"base": 48.0, "mixed ranks, all seven": 53.8}
 """One prompt of PREFILL_TOKENS, on both devices. With adapters on all seven targets: 48 ms times 1.10 to 1.14
-(docs/experiments.md), of which 1.12 is the middle. Both predate tiles that are ordered, the longest first."""
+(docs/experiments.md), with 1.12 in the middle. Both predate tiles that are ordered, the longest first."""
 LOADED_GB_PER_S = {32: 33.0}
 """Adapters loaded beside decode steps with mixed ranks on q k v o, by the step's rows, on both devices where the link is not
 slower: 1 GiB in three steps of the H100's predicted length."""

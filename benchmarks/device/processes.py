@@ -80,9 +80,7 @@ def adopt_orphans() -> None:
 def kill_descendants(process: subprocess.Popen[bytes], others: frozenset[int]) -> None:
     """Kill a process that was started in a session of its own, and everything that it started.
 
-    Args:
-        process: The process.
-        others: Children of this process that are left alone.
+    Children of this process that are in `others` are left alone.
     """
     end = time.monotonic() + KILL_SECONDS
     known = {process.pid}

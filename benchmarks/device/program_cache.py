@@ -55,12 +55,6 @@ def pack(folder: Path, out: Path, name: str, before: Iterable[str] = ()) -> tupl
     Measured choices come first, then programs, the smallest first: they take about as long to compile as large ones. Entries
     from before the call come last, as an earlier call packed them.
 
-    Args:
-        folder: Folder of the programs.
-        out: Folder of the archives.
-        name: Name of the call.
-        before: Entries that the call did not make.
-
     Returns:
         The number of entries packed, and of entries for which there was no room.
     """

@@ -24,7 +24,6 @@ class Case:
     """One check or measurement.
 
     Attributes:
-        name: Name within the section.
         run: Returns the rows. Each is written when it comes, so a generator keeps its rows; `ok` False marks a failed check.
         limit_s: Seconds after which the case counts as hanging, and its process is killed.
         priority: Cases of sections that share a process run in this order, the lowest number first.
@@ -40,7 +39,6 @@ class Report:
     """Two files of a folder. Processes take turns: each reads the file that the one before wrote.
 
     Args:
-        folder: The folder.
         name: File name without its ending.
         earlier: Further folders with reports of other calls.
     """
@@ -119,7 +117,7 @@ class Report:
         self._write()
 
     def end(self, section: str, case: str, rows: Iterable[Row] = ()) -> None:
-        """End a case, with rows beside those that were added."""
+        """End a case, with rows beside the added ones."""
         self._record(section, case, {"rows": [*self._cases(section).get(case, {}).get("rows", []), *rows]})
 
     def fail(self, section: str, case: str, error: str) -> None:

@@ -24,16 +24,12 @@ class Scale:
     """Sizes of everything.
 
     Attributes:
-        name: Name on command lines.
-        config: The model.
         grouped: A model whose query heads share key heads.
-        dtype: Dtype of weights and pool.
         rows: Rows of decode steps.
         contexts: Tokens of the sequences in decode steps.
         ranks: Ranks of adapters that are mixed.
         load_ranks: Ranks of adapters that are loaded.
         prompt_tokens: Tokens of a prefill step.
-        prefill_tile: See StepBuckets.
         max_tokens: Tokens of the longest sequence.
         scratch_bytes: Device memory that the pool leaves free.
         pool_bytes: Largest size of the pool. None takes all remaining memory.

@@ -35,14 +35,12 @@ OWN_CACHE = ("startup",)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Sections to run, where, and for how long.
+    """Sections to run, their folder, and their limits in seconds.
 
     Attributes:
         name: File name of the report, without its ending.
-        command: Command of the report.
         groups: Groups in order, each with the time (`time.time()`) at which it is cut off.
         end: Time at which everything has ended.
-        out: Folder for the results.
         small: Whether the tiny model is run.
         cache: Folder of the compiled programs.
         earlier: Folders with archives of programs, and with reports.

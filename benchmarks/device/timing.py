@@ -48,13 +48,8 @@ class Timing:
 def time_calls(run: Callable[[], Any], *, calls: int | None = None, repeats: int = 3) -> Timing:
     """Time calls of `run`, which dispatches work and returns arrays that are ready when the work is done.
 
-    The device works through the calls of a repeat back to back. A first repeat is thrown away.
-
-    Args:
-        run: The work.
-        calls: Calls of a repeat. None takes as many as last TARGET_SECONDS, 2 to 50.
-        repeats: The number of repeats.
-    """
+    The device works through the calls of a repeat back to back, and a first repeat is thrown away. With `calls` None a repeat
+    has as many as last TARGET_SECONDS, 2 to 50."""
     jax.block_until_ready(run())
     if calls is None:
         once = _repeat(run, 2)
@@ -90,13 +85,9 @@ def _dispatch(run: Callable[[], Any]) -> float:
 
 
 def columns(step: Timing, device: Timing, floor: float, predicted_ms: float | None) -> Row:
-    """Columns of a step's row.
+    """Columns of a step's row, beside its floor in seconds and its prediction.
 
-    Args:
-        step: The step as serving runs it.
-        device: The step without the host's part, which may be longer.
-        floor: Seconds that the step takes at least.
-        predicted_ms: The predicted time. None if there is none.
+    `step` is timed as serving runs it, `device` without the host's part, which may be longer.
     """
     predicted = predictions.beside(predicted_ms, step.ms)
     return {

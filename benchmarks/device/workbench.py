@@ -29,7 +29,6 @@ class Workbench:
     """Engine of a group of sections, and batches for it.
 
     Args:
-        scale: Sizes of everything.
         config: The model. None takes the scale's.
         pool_bytes: Largest size of the pool. None takes the scale's.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, LOW, MEDIUM, Study, known
+from benchmarks.paper.study import BASELINES, LOW, MEDIUM, Study
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, Row, compare
 from benchmarks.simulator.cost_model import LENGTH_FACTOR, MEDIUM_INPUT, PROFILES
@@ -82,7 +82,7 @@ def number_of_adapters(study: Study) -> Outcome:
 
 
 def spikes(study: Study) -> Outcome:
-    names = known("s-lora", "chameleon", "chameleon-plus")
+    names = ("s-lora", "chameleon", "chameleon-plus")
     points = study.measure({name: study.case(name, 5.0, shape="spike", spike_share=0.2, timeline=True) for name in names})
     rows = []
     for name, point in points.items():
@@ -120,7 +120,7 @@ def _pressure(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def policies(study: Study) -> Outcome:
-    names = known("chameleon-no-cache", "chameleon-lru", "chameleon-fairshare", "chameleon-gdsf", "chameleon", "chameleon-plus")
+    names = ("chameleon-no-cache", "chameleon-lru", "chameleon-fairshare", "chameleon-gdsf", "chameleon", "chameleon-plus")
     loads = _pressure(study)
     first = next(iter(loads))
     points = study.measure({(n, label): study.case(n, **fields) for label, fields in loads.items() for n in names})
@@ -169,7 +169,7 @@ def prefetch(study: Study) -> Outcome:
 
 
 def many_adapters(study: Study) -> Outcome:
-    counts, names = (10, 25, 50, 100, 150, 200), known("s-lora", "chameleon", "chameleon-plus")
+    counts, names = (10, 25, 50, 100, 150, 200), ("s-lora", "chameleon", "chameleon-plus")
     ranks, loads = {"uniform ranks": 0.0, "power-law ranks": 1.0}, (study.near_knee(), 9.5)
     runs = {
         (name, kind, rps, count): study.case(name, rps, num_adapters=count, rank_exponent=exponent)

@@ -61,7 +61,7 @@ def bars(
 ) -> None:
     """Draw a group of bars for each element of `groups`, with one bar a name.
 
-    Whiskers are 95 % intervals. They are drawn if all are shorter than the tallest bar, which those of two seeds seldom are.
+    Whiskers are 95 % intervals. They are drawn if all are shorter than the tallest bar, which is rare with two seeds.
     """
     width = 0.8 / len(series)
     cells = [value for line in series.values() for value in line]

@@ -43,8 +43,6 @@ class Run:
     """One simulation.
 
     Attributes:
-        system: The system that serves.
-        spec: The workload.
         profile: Model and device, a name in PROFILES.
         predictor: See `simulate.make_predictor`.
         timeline: Whether the summary has lines over time.

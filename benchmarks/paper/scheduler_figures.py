@@ -1,11 +1,11 @@
-"""Figures about what the scheduler knows and how it adapts: 19, 21, 22."""
+"""Figures about the scheduler's knowledge and adaptation: 19, 21, 22."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
+from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, compare
 from benchmarks.simulator.cost_model import LENGTH_FACTOR
@@ -22,7 +22,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def predictor_accuracy(study: Study) -> Outcome:
-    names = known("chameleon", "chameleon-plus")
+    names = ("chameleon", "chameleon-plus")
     shapes: dict[str, dict[str, Any]] = {
         "flat": {"rps": MEDIUM},
         "bursts": {"rps": 5.5, "shape": "spike", "spike_share": 0.2, "period_s": study.settings.duration_s / 3},
@@ -59,7 +59,7 @@ def predictor_accuracy(study: Study) -> Outcome:
 
 
 def other_traces(study: Study) -> Outcome:
-    ours = known("chameleon", "chameleon-plus")
+    ours = ("chameleon", "chameleon-plus")
     runs = {(name, trace): study.case(name, **fields) for trace, fields in STAND_INS.items() for name in (*BASELINES, *ours)}
     knees = study.knees(runs)
     loads = {(base, trace): round(RELATIVE["high"] * knees[base, trace], 3) for base in BASELINES for trace in STAND_INS}
@@ -99,7 +99,7 @@ def other_traces(study: Study) -> Outcome:
 
 
 def static_levels(study: Study) -> Outcome:
-    names, loads = known("static", "output-only", "chameleon", "chameleon-plus"), sorted({LOW, MEDIUM, study.near_knee(), HIGH})
+    names, loads = ("static", "output-only", "chameleon", "chameleon-plus"), sorted({LOW, MEDIUM, study.near_knee(), HIGH})
     points = study.measure({(name, rps): study.case(name, rps) for name in names for rps in loads})
     papers = {LOW: 0.0, MEDIUM: 0.0, HIGH: -10.0}
     rows = [

@@ -15,7 +15,7 @@ from benchmarks.paper.summary import SLO_S, Summary
 from benchmarks.paper.tables import Row, Table
 from benchmarks.simulator.cost_model import LENGTH_FACTOR
 from benchmarks.workload import WorkloadSpec
-from chameleon_jax.systems import SYSTEMS, System
+from chameleon_jax.systems import System
 
 K = TypeVar("K", bound=Hashable)
 A40 = "a40-llama-7b"
@@ -28,17 +28,11 @@ KEPT = ("ttft_p50", "ttft_p99", "tbt_p99", "hit_rate")
 """Values that the results list for every seed."""
 
 
-def known(*names: str) -> list[str]:
-    """Names that are in SYSTEMS."""
-    return [name for name in names if name in SYSTEMS]
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Extent of a reproduction.
 
     Attributes:
-        seeds: Seeds of the workloads.
         duration_s: Seconds for which requests arrive in a run.
         loads: Loads of the curves, requests a second.
         tolerance: Relative width to which a knee is bracketed.

@@ -21,10 +21,7 @@ def summarize(result: Result, timeline: bool = False) -> Summary:
 
     `tpot` is a request's mean gap between tokens; `queue_share` is the time to admission over the time to the last token. A
     size class is a tercile of the true weighted size. `worst_*` is the largest mean time to admission among the classes.
-
-    Args:
-        result: The simulation.
-        timeline: Adds lists of BINS elements, None where a bin is empty.
+    With `timeline` there are also lists of BINS elements, None for an empty bin.
     """
     ttft, queue, output = result.ttft, result.queue, result.output
     several = output > 1

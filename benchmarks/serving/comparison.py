@@ -18,7 +18,7 @@ from benchmarks.workload import Workload
 from chameleon_jax.config import EngineConfig
 
 LENGTH_STEP = 64
-"""Tokens to a multiple of which the engine's longest request is rounded up."""
+"""Divisor of the engine's longest request, which is rounded up, tokens."""
 MEMORY_POINTS = 240
 """Samples of memory that a result keeps of a run, at most."""
 RATIOS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "tokens_per_s")
@@ -42,7 +42,6 @@ class Comparison:
     """Runs by system, one a pass.
 
     Attributes:
-        measured: Runs on the engine.
         predicted: Simulations by the calibrated cost model.
         adjusted: Simulations by the calibrated cost model, slowed to the machine's speed during the run.
         slowness: Seconds of the run's steps over their seconds by the calibration.

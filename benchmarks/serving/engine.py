@@ -79,13 +79,8 @@ class BenchmarkEngine(Engine):
     ) -> None:
         """Start a new loop, of another system, with an empty pool and cache and the same registered adapters.
 
-        Args:
-            system: The system.
-            clock: Clock of the loop, seconds.
-            lengths: Output tokens of the requests to come, by id.
-            predictor: Length predictor. None takes the loop's own.
-            executor: Class of the executor.
-            **settings: Fields of `EngineConfig` that differ, within the compiled sizes.
+        `lengths` has the output tokens of the requests to come, by id. A `predictor` of None is the loop's own. `settings` are
+        fields of `EngineConfig` that differ, within the compiled sizes.
 
         Raises:
             RuntimeError: Requests are unfinished.

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-NumPages: TypeAlias = Annotated[int | None, typer.Option(help="Pages in the device pool (default: whatever memory is left).")]
+NumPages: TypeAlias = Annotated[int | None, typer.Option(help="Pages in the device pool (default: all remaining memory).")]
 MaxNumBatchedTokens: TypeAlias = Annotated[int, typer.Option(help="Prompt tokens of a step at most.")]
 LoraHostGib: TypeAlias = Annotated[int, typer.Option(help="Host memory for adapters, GiB.")]
 TtftSlo: TypeAlias = Annotated[float, typer.Option(help="Target for the time to first token, seconds.")]

@@ -16,41 +16,13 @@ import jax
 import numpy as np
 import typer
 
+from benchmarks import workload
 from benchmarks.machine import Out, describe, publish
-from benchmarks.serving.comparison import (
-    Comparison,
-    Settings,
-    build_engine,
-    compare,
-    memory_over_time,
-    orders,
-    ratios,
-    run,
-    tables,
-)
+from benchmarks.serving import comparison
 from benchmarks.serving.engine import ATTENTION, BenchmarkEngine
 from benchmarks.serving.options import LoraHostGib, MaxNumBatchedTokens, NumPages, TbtSlo, TtftSlo
 from benchmarks.simulator.calibration import STEP_TERMS
 from benchmarks.simulator.simulate import Predictor
-from benchmarks.workload import (
-    AdapterExponent,
-    Arrivals,
-    Duration,
-    LengthFactor,
-    Locality,
-    MaxInput,
-    MaxOutput,
-    PeakFactor,
-    Ranks,
-    Rps,
-    Shape,
-    SpikeShare,
-    Trace,
-    Workload,
-    WorkloadSpec,
-    generate,
-    rank_list,
-)
 from chameleon_jax.systems import get_system
 
 DEFAULT_SYSTEMS = ("s-lora", "chameleon-no-sched", "chameleon")
@@ -61,22 +33,22 @@ def main(
     system: Annotated[
         list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(DEFAULT_SYSTEMS)}.")
     ] = None,
-    rps: Rps = 1.5,
-    duration_s: Duration = 60.0,
+    rps: workload.Rps = 1.5,
+    duration_s: workload.Duration = 60.0,
     repeats: Annotated[int, typer.Option(min=1, help="Passes over the systems.")] = 1,
     seed: int = 0,
-    length_factor: LengthFactor = 0.03,
-    max_input: MaxInput = None,
-    max_output: MaxOutput = None,
+    length_factor: workload.LengthFactor = 0.03,
+    max_input: workload.MaxInput = None,
+    max_output: workload.MaxOutput = None,
     num_adapters: int = 30,
-    ranks: Ranks = "8,16,32,64,128",
-    adapter_exponent: AdapterExponent = 1.0,
-    locality: Locality = 0.0,
-    arrivals: Arrivals = "poisson",
-    shape: Shape = "flat",
-    peak_factor: PeakFactor = 3.0,
-    spike_share: SpikeShare = 0.1,
-    trace: Trace = None,
+    ranks: workload.Ranks = "8,16,32,64,128",
+    adapter_exponent: workload.AdapterExponent = 1.0,
+    locality: workload.Locality = 0.0,
+    arrivals: workload.Arrivals = "poisson",
+    shape: workload.Shape = "flat",
+    peak_factor: workload.PeakFactor = 3.0,
+    spike_share: workload.SpikeShare = 0.1,
+    trace: workload.Trace = None,
     num_pages: NumPages = None,
     max_num_seqs: int = 8,
     max_num_batched_tokens: MaxNumBatchedTokens = 128,
@@ -99,34 +71,34 @@ def main(
     Example: python -m benchmarks serve --system s-lora --system chameleon --rps 1.5 --num-pages 300 --repeats 2 --predict
     """
     options: dict[str, Any] = dict(locals())
-    drawn = {field.name: options[field.name] for field in dataclasses.fields(WorkloadSpec) if field.name in options}
+    drawn = {field.name: options[field.name] for field in dataclasses.fields(workload.WorkloadSpec) if field.name in options}
     systems = list(dict.fromkeys(system or DEFAULT_SYSTEMS))
-    settings = Settings(predictor, length_factor, ttft_slo, tbt_slo, max_num_batched_tokens, max_num_seqs)
+    settings = comparison.Settings(predictor, length_factor, ttft_slo, tbt_slo, max_num_batched_tokens, max_num_seqs)
     try:
         for name in systems:
             get_system(name)
-        spec = WorkloadSpec(**drawn | {"ranks": rank_list(ranks)})
-        workloads = [generate(dataclasses.replace(spec, seed=seed + i)) for i in range(repeats)]
-        others = generate(dataclasses.replace(spec, seed=seed + 1000, duration_s=calibration_s))
+        spec = workload.WorkloadSpec(**drawn | {"ranks": workload.rank_list(ranks)})
+        workloads = [workload.generate(dataclasses.replace(spec, seed=seed + i)) for i in range(repeats)]
+        others = workload.generate(dataclasses.replace(spec, seed=seed + 1000, duration_s=calibration_s))
         if not all(map(len, [*workloads, others])):
             raise ValueError("a workload has no request; raise --rps, --duration or --calibration-s")
         config = {"num_pages": num_pages, "load_format": load_format, "dtype": dtype, "lora_host_bytes": lora_host_gib << 30}
         if max_model_len is not None:
             config["max_model_len"] = max_model_len
-        engine = build_engine(model, [*workloads, others], systems, settings, config)
+        engine = comparison.build_engine(model, [*workloads, others], systems, settings, config)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if not predict:
-        run(engine, others, systems[0], settings)  # the first steps of a process are slow
-    comparison = compare(engine, systems, workloads, others if predict else None, settings)
+        comparison.run(engine, others, systems[0], settings)  # the first steps of a process are slow
+    compared = comparison.compare(engine, systems, workloads, others if predict else None, settings)
     engine.close()
-    report(engine, comparison, workloads, ttft_slo, out, plots)
+    report(engine, compared, workloads, ttft_slo, out, plots)
 
 
 def report(
     engine: BenchmarkEngine,
-    comparison: Comparison,
-    workloads: list[Workload],
+    compared: comparison.Comparison,
+    workloads: list[workload.Workload],
     ttft_slo: float,
     out: Path | None,
     plots: Path | None,
@@ -136,24 +108,24 @@ def report(
     page_mib = layout.page_bytes(engine.dtype.itemsize) / 2**20
     adapter_pages = sum(layout.place(dict.fromkeys(ATTENTION, rank)).num_pages for rank in workloads[0].ranks.tolist())
     tokens = [np.concatenate([getattr(w, f) for w in workloads]).mean() for f in ("input_tokens", "output_tokens")]
-    rows, details = tables(comparison, ttft_slo)
+    rows, details = comparison.tables(compared, ttft_slo)
     about: dict[str, Any] = describe() | {
         "device": jax.devices()[0].device_kind,
         "model": engine.model_name,
-        "requests": [len(workload) for workload in workloads],
+        "requests": [len(w) for w in workloads],
         "tokens": f"{tokens[0]:.1f} in, {tokens[1]:.1f} out",
         "pool": f"{engine.num_pages} pages of {page_mib:.3g} MiB; all adapters take {adapter_pages}",
     }
-    if comparison.calibration is not None:
-        terms = dict(zip(STEP_TERMS, comparison.calibration.step, strict=True))
-        about["calibration, seconds"] = dataclasses.asdict(comparison.calibration) | {"step": terms}
-        about["order by TTFT p99"] = orders(comparison)
+    if compared.calibration is not None:
+        terms = dict(zip(STEP_TERMS, compared.calibration.step, strict=True))
+        about["calibration, seconds"] = dataclasses.asdict(compared.calibration) | {"step": terms}
+        about["order by TTFT p99"] = comparison.orders(compared)
     if len(workloads) > 1:
-        rows += ratios(details)
+        rows += comparison.ratios(details)
     publish(about | {"table": rows}, None)
     if out is not None:
-        for name, runs in comparison.measured.items():
-            details[name]["memory"] = memory_over_time(runs[0])
+        for name, runs in compared.measured.items():
+            details[name]["memory"] = comparison.memory_over_time(runs[0])
         text = json.dumps(about | {"table": rows, "systems": details}, indent=1)
         out.write_text(re.sub(r"\[[\d\s.,-]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text) + "\n")
     if plots is not None:
@@ -161,4 +133,4 @@ def report(
 
         plots.mkdir(parents=True, exist_ok=True)
         file = plots / f"{out.stem if out is not None else 'serve'}.png"
-        draw(comparison.measured, comparison.adjusted, page_mib, engine.model_name, file)
+        draw(compared.measured, compared.adjusted, page_mib, engine.model_name, file)

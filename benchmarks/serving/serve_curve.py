@@ -8,6 +8,7 @@ same requests.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Annotated, Any
 
 import jax
@@ -77,7 +78,7 @@ def main(
             summary = summarise(run(engine, workload, name, settings)[0], ttft_slo)
             row = {"requests a second": load, "system": name, "requests": len(workload)}
             about["table"].append(row | {column: float(f"{summary[column]:.4g}") for column in COLUMNS})
-            print(about["table"][-1], flush=True)
+            print(json.dumps(about["table"][-1]), flush=True)
             save(about, out)
     engine.close()
     publish(about, out)

@@ -66,8 +66,6 @@ class Calibration:
         load: Cost of a load, and of each page that it sends, from its start until its adapter may be used.
         host: Cost of a dispatch.
         error: Standard deviation of the residual over the mean step, for the steps that were fitted.
-        num_steps: Steps that were fitted.
-        num_loads: Loads that were fitted.
     """
 
     step: tuple[float, ...]

@@ -26,8 +26,6 @@ class Profile:
     Times are in seconds, rates a second, sizes in bytes.
 
     Attributes:
-        name: Name of the profile.
-        model: The model.
         memory: Memory of all devices; `utilization` of it holds weights, scratch and pool.
         bandwidth: Bytes that kernels read from device memory.
         flops: Operations of large matrix products.
@@ -42,8 +40,6 @@ class Profile:
         scratch: Memory beside weights and pool, of each device.
         utilization: Share of the memory that is used.
         itemsize: Bytes of a weight, and of an element of the pool.
-        page_tokens: Tokens of a page.
-        tensor_parallel: Number of devices.
         tp_overhead: Time of the collectives of one step part, for each doubling of `tensor_parallel`.
         num_pages_override: Pages of the pool. None computes them.
     """
@@ -233,7 +229,7 @@ _ALL = [
     ),
 ]
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}
-"""Profiles by name. Those of A100 and H100 are not calibrated: they have the A40's efficiencies on published rates, and for the
+"""Profiles by name. The A100's and H100's are not calibrated: they have the A40's efficiencies on published rates, and for the
 H100 the efficiencies that we aim at."""
 
 STALL_S = 0.305

@@ -25,7 +25,7 @@ REQUESTS, TTFT_SLO = 300, 2.5
 class Device:
     """Costs of a device's steps in seconds, and the settings to serve with.
 
-    Costs are those of `calibration.STEP_TERMS`; the terms without a field cost nothing.
+    A cost belongs to one of `calibration.STEP_TERMS`; terms without a field cost nothing.
 
     Attributes:
         prefill: Cost of a prefill part.
@@ -34,8 +34,6 @@ class Device:
         decode: Cost of a decode part.
         block: Cost of a LoRA block in a decode part.
         load_page: Cost of a load, for each page.
-        tile: Tokens of a prefill tile.
-        pages: Pages of the pool.
         slots: Requests in a step, at most.
         step_tokens: Prompt tokens of a step, as in `simulate`.
         tbt_slo: Target for the time between tokens, seconds.
@@ -143,15 +141,7 @@ class Served:
 
 
 def serve(device: Device, system: str, rps: float, seeds: Sequence[int], sizes_known: bool = True) -> Served:
-    """Serve REQUESTS requests with each seed.
-
-    Args:
-        device: The device.
-        system: The system that serves.
-        rps: Load, requests a second.
-        seeds: Seeds of the workload.
-        sizes_known: Whether the scheduler knows the device's sizes.
-    """
+    """Serve REQUESTS requests with each seed; `sizes_known` says whether the scheduler knows the device's sizes."""
     buckets, calibration = device.buckets, device.calibration
     profile = measured_profile("", PRESETS["smollm2-135m"], calibration, itemsize=4, page_tokens=16, num_pages=device.pages)
     models: list[CountingCostModel] = []

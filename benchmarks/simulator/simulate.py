@@ -51,11 +51,8 @@ class SimulatedExecutor:
     The device runs one step after the other, the link one transfer after the other. Both run beside the host and each other.
 
     Args:
-        cost: The cost model.
-        clock: The clock to move.
         last: Request id to the position of its last token.
         sizes: Content hash to bytes.
-        copies: Transfers of a load.
     """
 
     def __init__(self, cost: CostModel, clock: VirtualClock, last: dict[str, int], sizes: dict[str, int], copies: int):
@@ -109,12 +106,9 @@ class SimulatedExecutor:
 
 @dataclasses.dataclass
 class Result(Outcome):
-    """Figures of a simulation, beside those of a run on the engine.
+    """Figures of a simulation, beside the figures that every run has.
 
     Attributes:
-        arrival: Arrival of each request, seconds.
-        input: Prompt tokens of each request.
-        rank: Adapter rank of each request.
         wall_s: Seconds that the simulation took.
         device_busy: Seconds for which the device computed.
         link_busy: Seconds for which the link transferred.
@@ -132,16 +126,10 @@ class Result(Outcome):
 
 
 def make_predictor(name: str, true: dict[str, int], factor: float, seed: int) -> LengthPredictor | None:
-    """Make a predictor by name; its classes scale with the workload's lengths.
+    """Make a predictor; None for `history`, which is the loop's own.
 
-    Args:
-        name: `history`, `oracle`, or the accuracy of a proxy classifier, as in `proxy-0.8`.
-        true: Request id to its true number of output tokens.
-        factor: Scale of the workload's lengths.
-        seed: Seed of the proxy's errors.
-
-    Returns:
-        The predictor; None for `history`, which is the loop's own.
+    The name is `history`, `oracle`, or the accuracy of a proxy classifier, as in `proxy-0.8`, whose classes scale with the
+    workload's lengths. `true` has the output tokens by request id.
     """
     if name == "history":
         return None
@@ -178,21 +166,10 @@ def simulate(
 ) -> Result:
     """Serve a workload to its end.
 
-    Args:
-        workload: The requests.
-        profile: Model and device.
-        system: The system that serves.
-        predictor: See `make_predictor`.
-        length_factor: Scale of the workload's lengths.
-        seed: Seed of the predictor's errors.
-        max_num_seqs: Requests in a step, at most.
-        max_num_batched_tokens: See `step_tokens`.
-        ttft_slo: Target for the time to first token, seconds.
-        tbt_slo: Target for the time between tokens, seconds, of systems that bound stalls. None takes
-            `cost_model.stall_seconds` of the profile: the 99th percentile of the time between tokens that the others have.
-        cost_model: Maker of the cost model, from a profile and the ranks of adapters by name.
-        shapes: Sizes in which the device prefills.
-    """
+    For names of predictors see `make_predictor`, whose errors have `seed`; `max_num_batched_tokens` goes through
+    `step_tokens`. Targets are in seconds. A `tbt_slo` of None takes `cost_model.stall_seconds` of the profile for systems that
+    bound stalls: the 99th percentile of the time between tokens that the others have. `cost_model` takes a profile and the
+    ranks of adapters by name, and `shapes` has the sizes in which the device prefills."""
     begin = time.perf_counter()
     adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
     ranks = dict(zip(adapters, workload.ranks.tolist()))

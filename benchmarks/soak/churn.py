@@ -14,10 +14,7 @@ class Churn:
     """Names whose content changes over HTTP, as an operator would change it.
 
     Args:
-        http: Client of the server.
-        names: Names of the adapters that change.
         contents: Directories below the server's adapter directory.
-        rng: Source of the changes.
     """
 
     def __init__(self, http: httpx.AsyncClient, names: list[str], contents: list[str], rng: random.Random):

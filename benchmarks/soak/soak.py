@@ -58,7 +58,7 @@ class Soak:
 
 
 async def soak(llm: AsyncLLM, adapter_dir: Path, jobs: Jobs, plan: Soak) -> dict[str, Any]:
-    """Serve the clients, and return their observations and those of the process."""
+    """Serve the clients, and return the observations of clients and process."""
     config = ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(adapter_dir),))
     service = Service(llm, config)
     await service.load_named({})

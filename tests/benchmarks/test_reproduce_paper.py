@@ -184,8 +184,6 @@ def test_unknown_figure_is_named(capsys):
 def test_ablations_turn_one_choice_each():
     from benchmarks.paper import extra_figures
 
-    if extra_figures.PLUS not in SYSTEMS:
-        pytest.skip("no chameleon-plus")
     plus, theirs = SYSTEMS[extra_figures.PLUS], SYSTEMS["chameleon"]
     for system in extra_figures.ablations().values():
         turned = [f.name for f in dataclasses.fields(system) if getattr(system, f.name) != getattr(plus, f.name)]

@@ -202,13 +202,7 @@ class Alone:
         return rows
 
     def _measure(self, programs: Programs, work: dict[str, tuple[float, float]], layers: int) -> list[Row]:
-        """Rows of programs that do an op for each of `layers`, compiled side by side.
-
-        Args:
-            programs: Functions and their arguments, by name.
-            work: Bytes and operations of a layer, by name.
-            layers: Layers of a program.
-        """
+        """Rows of programs that do an op for each layer, compiled side by side; `work` is a layer's bytes and operations."""
 
         def compiled(name: str) -> Any:
             run, arguments = programs[name]

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import FULL, Scale
@@ -29,34 +28,21 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
     return [Case("two systems at two loads", functools.partial(serve, options), LIMIT_SECONDS)]
 
 
-def serve(options: tuple[str, ...], poll_s: float = 0.5) -> Iterator[Row]:
-    """Yield rows as the process writes them, so that they are kept if it is killed.
+def serve(options: tuple[str, ...]) -> Iterator[Row]:
+    """Yield rows as the process prints them, so that they are kept if it is killed.
 
     Raises:
         RuntimeError: The process failed.
     """
-    begin, seen = time.perf_counter(), 0
-    with tempfile.TemporaryDirectory(prefix="serve-curve-") as folder, tempfile.TemporaryFile("w+") as errors:
-        table = Path(folder) / "curve.json"
-        command = [sys.executable, "-m", "benchmarks", "serve-curve", *options, "--out", str(table)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        ended = False
-        while not ended:
-            ended = process.poll() is not None
-            rows = _rows(table)
-            for row in rows[seen:]:
-                yield {**row, "s since the start": round(time.perf_counter() - begin, 1)}
-            seen = max(seen, len(rows))
-            if not ended:
-                time.sleep(poll_s)
-        if process.returncode:
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks", "serve-curve", *options]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                yield json.loads(line) | {"s since the start": round(time.perf_counter() - begin, 1)}
+        if process.wait():
             errors.seek(0)
             raise RuntimeError(f"exit code {process.returncode}\n{errors.read()[-1200:]}")
-
-
-def _rows(table: Path) -> list[Row]:
-    """Rows in the file; none if it is missing or is being written."""
-    try:
-        return json.loads(table.read_text())["table"]
-    except (OSError, ValueError):
-        return []

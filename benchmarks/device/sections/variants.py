@@ -30,11 +30,6 @@ class Variant:
     """Options of XLA, or constants of a kernel's module, with the expected effect.
 
     Attributes:
-        name: Name of the variant.
-        prediction: The expected effect.
-        options: XLA options.
-        module: Module of the kernel.
-        constants: Constants of the module.
         since: First version of jax that knows the options.
     """
 
@@ -73,7 +68,7 @@ VARIANTS = (
     xla("the same by another way", xla_gpu_graph_min_graph_size=100_000),
     constant(lora, "too few loads in flight for one row's adapter: slower at 1 row", SHRINK_PROGRAMS=66),
     constant(lora, "two programs a multiprocessor: faster at 32 rows, if any", SHRINK_PROGRAMS=264),
-    constant(lora, "four: launching what has nothing to do costs more", SHRINK_PROGRAMS=528),
+    constant(lora, "four: launches of idle programs cost more", SHRINK_PROGRAMS=528),
     constant(lora, "d_in is not split: slower at 1 row, where blocks are few", MAX_SPLITS=1),
     constant(lora, "half the programs at 1 row, fewer partial sums at 32", MAX_SPLITS=2),
     constant(lora, "more in flight at 1 row, more partial sums at 32", MAX_SPLITS=8, SPLIT_ELEMS=512),

@@ -46,7 +46,6 @@ class Sequences:
     """Prompts with adapters of mixed ranks on all targets, one without, and their pages of the pool.
 
     Args:
-        scale: Sizes of everything.
         adapted: Whether prompts have adapters.
     """
 
@@ -94,15 +93,10 @@ class Sequences:
         given: Run | None,
         which: Sequence[int] = range(1 + DECODE_STEPS),
     ) -> Run:
-        """Run prompts (step 0), then decode steps.
+        """Run prompts (step 0), then decode steps, by programs for not decoding and for decoding.
 
-        Args:
-            programs: Programs by whether they decode.
-            params: Weights.
-            head: Output matrix.
-            dtype: Dtype of the pool.
-            given: Run whose tokens are fed. None feeds the run's own.
-            which: Steps to run. A decode step without the prompts finds random numbers as its KV.
+        The tokens of the run `given` are fed, or the run's own if it is None. A decode step without the prompts finds random
+        numbers as its KV.
         """
         keys = jax.random.split(jax.random.key(9), self.layout.config.num_layers)
         pages = [self._page(key, dtype) for key in keys]

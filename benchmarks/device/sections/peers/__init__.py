@@ -112,7 +112,7 @@ class Peers:
 
     def __init__(self, scale: Scale, report: Report):
         self._scale, self._report = scale, report
-        self._ours = Workbench(scale)  # for its sizes: no engine is built
+        self._ours = Workbench(scale)  # its sizes alone; no engine is built
         self.mixed_rows = [rows for rows in scale.rows if 1 < rows <= MOST_MIXED_ROWS]
 
     def check_lora(self) -> list[Row]:
@@ -192,7 +192,7 @@ class Peers:
 
     @functools.cached_property
     def _lora_rows(self) -> list[Row]:
-        """Found by this process or by one before it; where that one ended in the check, kernels of our own are left out."""
+        """Rows of the check, by this process or one before it, without our own kernels if the check ended that process."""
         if not self._report.has("peers", LORA_CHECK):
             return check_lora()
         rows = [row for row in self._report.rows("peers") if "LoRA" in row]

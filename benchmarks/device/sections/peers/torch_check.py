@@ -19,7 +19,7 @@ from chameleon_jax.models.llama import Llama, causal_attention, random_model
 
 ROWS, PROMPT, STEPS = 3, 13, 4
 RANKS = (3, 8, 17, 40)
-"""Ranks of the adapters, all of which need padding."""
+"""Ranks of the adapters; all need padding."""
 MIXED_ROWS: Owners = (1, None, 3, 0, 2, 3, None)
 """Adapters of rows in no order, two of them with one adapter, two with none."""
 
@@ -37,15 +37,8 @@ def largest_error(
 
     On a GPU each step is captured and replayed, as it is when it is timed.
 
-    Args:
-        config: The model.
-        dtype: Dtype of the torch model.
-        device: Device of the torch model.
-        attention: Backend of attention.
-        pieces: Operations between the products.
-        build: Maker of a step's adapters. None leaves them out. Prompts that it cannot compute go through copies by index.
-        owners: Adapter of each row, as an index into RANKS.
-    """
+    `build` makes a step's adapters, and None leaves them out; prompts that it cannot compute go through copies by index.
+    `owners` has the adapter of each row as an index into RANKS."""
     ours, tokens, wanted = _reference(config, tuple(owners))
     model = TorchLlama(config, _weights_of(ours, dtype, device), PROMPT + STEPS)
     cache = model.cache(len(owners), PROMPT + STEPS)

@@ -64,12 +64,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the rotary embedding to q and k, halves apart.
 
-    Args:
-        qkv: `[rows, tokens, (heads + 2 kv_heads) * head_dim]`.
-        cos: `[tokens, 1, head_dim]` float32.
-        sin: `[tokens, 1, head_dim]` float32, with the first half negated.
-        heads: Query heads.
-        kv_heads: Key heads.
+    `qkv` is `[rows, tokens, (heads + 2 kv_heads) * head_dim]`; `cos` and `sin` are `[tokens, 1, head_dim]` float32, the first
+    half of `sin` negated.
 
     Returns:
         q `[rows, tokens, heads, head_dim]`, and k and v `[2, rows, tokens, kv_heads, head_dim]`.
@@ -123,8 +119,6 @@ class TorchLlama:
     """The model.
 
     Args:
-        config: Sizes of the model.
-        weights: Its weights.
         max_tokens: Tokens of a sequence, at most.
     """
 

@@ -45,7 +45,6 @@ class RankClass:
     """Adapters of one padded rank, which lie back to back.
 
     Attributes:
-        rank: The padded rank.
         first_row: Rank rows of the stack before them.
         adapters: Their numbers, in the stack's order.
     """
@@ -60,7 +59,6 @@ class Group:
     """Stacked matrices of targets that share an input.
 
     Attributes:
-        targets: The targets.
         ends: Columns of the targets up to and with each one; the last is the width of the product.
         a: `[layers, rank rows * targets, d_in]`. An adapter's targets follow one another, each `[padded rank, d_in]`.
         b: `[layers, rank rows * width]`. An adapter's targets follow one another, each `[padded rank, d_out]`.
@@ -100,11 +98,7 @@ class AdapterStack:
     """Adapters of some ranks in device memory, largest padded rank first.
 
     Args:
-        config: The model.
-        ranks: Rank of each adapter.
         targets: Targets of every adapter. Targets that share an input come together or not at all.
-        dtype: Dtype of the stack.
-        device: Device of the stack.
 
     Attributes:
         starts: Rank rows of the stack before each adapter.
@@ -156,8 +150,6 @@ class BmmAdapters:
     """Two batched products of the libraries for each rank class: x with A, then with B, added to the base product.
 
     Args:
-        stack: The adapters.
-        owners: Adapter of each row.
         in_order: Reads adapters in place, without a look-up. Rows must be ordered as the stack is, each with its own adapter,
             so that a server which keeps adapters in any order can at best be as fast. Otherwise rows name adapters by index
             in any order, and a step copies the adapters of its rows before it multiplies them.
@@ -203,13 +195,8 @@ class BmmAdapters:
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Columns of y, and the two factors of their update.
 
-        One product serves all targets of a decode step if they have the same width.
-
-        Args:
-            group: The targets.
-            cls: The adapters.
-            low: `[rows, tokens, targets * rank]`.
-            b: `[rows, rank * width]`.
+        One product serves all targets of a decode step if they have the same width. `low` is `[rows, tokens, targets * rank]`,
+        and `b` is `[rows, rank * width]`.
         """
         rows, tokens = low.shape[:2]
         if group.alike and tokens == 1:

@@ -37,7 +37,7 @@ def variants(kernels: bool = True) -> dict[str, Build]:
 
 
 def worth_timing(right: list[str]) -> list[str]:
-    """Variants to time among those that passed their check; copies only if no kernel reads through an index."""
+    """Correct variants to time; copies are among them only if no kernel reads through an index."""
     return [name for name in right if name != BY_INDEX or TRITON not in right]
 
 

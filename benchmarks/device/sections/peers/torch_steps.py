@@ -53,13 +53,7 @@ class Step:
     """Step over static tensors, greedy tokens included; a CUDA graph on a GPU.
 
     Args:
-        model: The model.
         tokens: `[rows, tokens]`. One token a row is replaced by the step's choice, so that replays follow one another.
-        start: Position of the first token.
-        cache: KV cache.
-        attention: Backend of attention.
-        pieces: Operations between the products.
-        adapters: Updates of the rows.
 
     Attributes:
         logits: `[rows, vocab]` of the last run.
@@ -131,10 +125,8 @@ class Measured:
     """Measurement of one way to run a step.
 
     Attributes:
-        variant: Name of the way.
         timing: Its time. None if there is none, for the reason in `note`.
         attention: The fastest backend, which it used.
-        note: Remarks.
     """
 
     variant: str
@@ -147,7 +139,6 @@ class TorchBench:
     """Model with random weights, and steps to time.
 
     Args:
-        scale: Sizes of everything.
         token_bytes: KV bytes of a token, all layers.
     """
 

@@ -94,8 +94,6 @@ class TritonAdapters:
     """Updates of a batch of decode rows in any order; rows may share adapters.
 
     Args:
-        stack: The adapters.
-        owners: Adapter of each row.
         beside: Runs `shrink` on a stream of its own beside the base product, which does not depend on it.
     """
 
