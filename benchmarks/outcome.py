@@ -23,11 +23,9 @@ class Outcome:
         ttft: Time to first token.
         queue: Time from arrival to admission.
         e2e: Time to the last token.
-        size: The scheduler's weighted request size.
         adapter_wait: The part of the TTFT that the load of the request's adapter cost after the request's turn had come.
         tbt: `[gaps]` between the tokens of a request.
         memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
-        waiting: `[samples]` waiting requests.
         hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
         load_wait: Time for which steps were held back by loads.
         squashes: Bypassing requests that were squashed.
@@ -38,11 +36,9 @@ class Outcome:
     queue: np.ndarray
     e2e: np.ndarray
     output: np.ndarray
-    size: np.ndarray
     adapter_wait: np.ndarray
     tbt: np.ndarray
     memory: np.ndarray
-    waiting: np.ndarray
     hit_rate: float
     loads: int
     bytes_loaded: int
@@ -56,7 +52,7 @@ class Recorder:
     """Recorder of a loop while it serves.
 
     Args:
-        sample_s: Seconds between samples of memory and queue, at least; a step may take longer.
+        sample_s: Seconds between samples of memory, at least; a step may take longer.
     """
 
     def __init__(self, loop: ServingLoop, sample_s: float):
@@ -64,7 +60,7 @@ class Recorder:
         self._sample_s = sample_s
         self._gaps: list[float] = []
         self._latest: dict[str, float] = {}
-        self._samples: list[tuple[float, int, int, int, int]] = []
+        self._samples: list[tuple[float, int, int, int]] = []
         self._next = 0.0
 
     def stepped(self, updated: list[Request], now: float) -> None:
@@ -77,26 +73,24 @@ class Recorder:
             latest[name] = now
 
     def sample(self, now: float) -> None:
-        """Record memory and queue, unless the sample before is too recent."""
+        """Record the memory, unless the sample before is too recent."""
         if now >= self._next:
             usage = self._loop.pool.usage()
-            self._samples.append((now, usage.kv, usage.adapters, usage.free, self._loop.scheduler.num_waiting))
+            self._samples.append((now, usage.kv, usage.adapters, usage.free))
             self._next = now + self._sample_s
 
     def measured(self, requests: list[Request], workload: Workload, finished_s: float) -> dict[str, Any]:
         """Fields of `Outcome`; `requests` are in order of arrival."""
-        loop, counters, samples = self._loop, self._loop.cache.counters, np.array(self._samples)
+        loop, counters = self._loop, self._loop.cache.counters
         metrics = [request.metrics for request in requests]
         return {
             "ttft": np.array([m.first_token_time for m in metrics], np.float64) - workload.arrival_s,
             "queue": np.array([m.first_scheduled_time for m in metrics], np.float64) - workload.arrival_s,
             "e2e": np.array([m.finished_time for m in metrics], np.float64) - workload.arrival_s,
             "output": np.array([len(r.output_token_ids) for r in requests]),
-            "size": np.array([r.size for r in requests]),
             "adapter_wait": np.array([m.adapter_wait for m in metrics]),
             "tbt": np.array(self._gaps),
-            "memory": samples[:, :4],
-            "waiting": samples[:, 4],
+            "memory": np.array(self._samples),
             "hit_rate": counters.hits / max(counters.hits + counters.misses, 1),
             "loads": counters.loads,
             "bytes_loaded": counters.bytes_loaded,

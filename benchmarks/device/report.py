@@ -19,6 +19,10 @@ HIDDEN = ("sections", "doing", "ceilings", "expected", "planned", "boot")
 """Fields that the Markdown omits, or shows in its own way."""
 
 
+class Skip(Exception):
+    """Reason why a case is not measured."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One check or measurement.

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.device.report import TIME_WAS_UP, Case, Report, last_line
+from benchmarks.device.report import TIME_WAS_UP, Case, Report, Skip, last_line
 from benchmarks.device.scale import FULL, Scale
 
 OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
@@ -96,6 +96,9 @@ def _run(section: str, case: Case, report: Report, deadline: float) -> None:
         for row in case.run():
             report.add(section, case.name, row)
         report.end(section, case.name)
+        return
+    except Skip as why:
+        report.skip(section, case.name, str(why))
         return
     except Exception:  # any error belongs to the case
         error = _short(traceback.format_exc())

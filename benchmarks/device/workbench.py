@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.device.bench_engine import Batch, BenchEngine, random_weights
+from benchmarks.device.report import Skip
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from chameleon_jax.models import ops
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -108,17 +109,21 @@ class Workbench:
 
     # -- batches --------------------------------------------------------------------------------------------------------
 
-    def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """Step of `rows` sequences of `context` tokens, the computed one included, or a reason against it."""
+    def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch:
+        """Step of `rows` sequences of `context` tokens, the computed one included.
+
+        Raises:
+            Skip: The step does not fit the pool.
+        """
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(context)
         capacity = self.engine.num_pages - 1
         if rows * width > capacity:
-            return f"KV takes {rows * width} pages; the pool has {capacity}"
+            raise Skip(f"KV takes {rows * width} pages; the pool has {capacity}")
         tables = [tuple(itertools.islice(deal, width)) for _ in range(rows)]
         adapters = self.adapters(mix, rows, deal, capacity - rows * width)
         if mix.ranks and not adapters:
-            return "no adapter fits beside the KV"
+            raise Skip("no adapter fits beside the KV")
         owners = [adapters[i % len(adapters)] if adapters else None for i in range(rows)]
         segments = [SequenceChunk(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
         draws = {i: Draw(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
@@ -127,17 +132,21 @@ class Workbench:
             segments, draws, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
         )
 
-    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """Step that computes `tokens` tokens of each of `count` prompts from position `start` on, or a reason against it."""
+    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch:
+        """Step that computes `tokens` tokens of each of `count` prompts from position `start` on.
+
+        Raises:
+            Skip: The step does not fit the pool.
+        """
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(start + tokens)
         capacity = self.engine.num_pages - 1
         if count * width > capacity:
-            return f"KV takes {count * width} pages; the pool has {capacity}"
+            raise Skip(f"KV takes {count * width} pages; the pool has {capacity}")
         tables = [tuple(itertools.islice(deal, width)) for _ in range(count)]
         adapters = self.adapters(mix, count, deal, capacity - count * width)
         if mix.ranks and len(adapters) < count:
-            return "the adapters do not fit beside the KV"
+            raise Skip("the adapters do not fit beside the KV")
         words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
         segments = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
         draws = {i: Draw(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}

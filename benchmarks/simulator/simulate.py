@@ -33,7 +33,7 @@ from chameleon_jax.systems import System, get_system
 
 TOKEN, STOP = 1, 2
 SAMPLE_S = 1.0
-"""Seconds between samples of memory and queues."""
+"""Seconds between samples of memory."""
 SYSTEMS = ("s-lora", "chameleon", "chameleon-plus")
 Predictor: TypeAlias = Annotated[str, typer.Option(help="Length predictor: history, oracle or proxy-ACCURACY.")]
 

@@ -12,7 +12,7 @@ import os
 import sys
 
 from benchmarks.device import processes
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import FULL, SCALES, Scale
 from benchmarks.device.sections.variants import TUNING, beside, measure, workbench
 
@@ -32,7 +32,7 @@ def _apart(index: int, scale: Scale, report: Report, deadline: float) -> list[Ro
     environment = os.environ | {"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
     why, lines = processes.run_json(command, environment, processes.seconds_until(deadline, LIMIT_SECONDS))
     if why is not None:
-        return [{"variant": TUNING[index].name, "skipped": why}]
+        raise Skip(why)
     return [beside(json.loads(lines[-1]), report)]
 
 

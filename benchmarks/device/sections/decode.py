@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks.device import predictions
 from benchmarks.device.compilation import Compilation
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.sections.machine import ceilings, device_kind
 from benchmarks.device.timing import Timing, columns, time_calls
@@ -78,9 +79,8 @@ def programs_of(bench: Workbench, report: Report, sizes: Sequence[int]) -> Compi
     scale = bench.scale
 
     def compile_step(rows: int, mix: Mix) -> None:
-        batch = bench.decode(rows, scale.contexts[0], mix)
-        if not isinstance(batch, str):
-            bench.engine.compile(batch)
+        with contextlib.suppress(Skip):
+            bench.engine.compile(bench.decode(rows, scale.contexts[0], mix))
 
     jobs = {program_name(rows, mix): functools.partial(compile_step, rows, mix) for rows in sizes for mix in scale.mixes}
     return Compilation(report, "decode", jobs, lambda: bench.engine)
@@ -101,10 +101,8 @@ def measure(bench: Workbench, report: Report, programs: Compilation, rows: int, 
     """Measure a step as serving sees it (`ms`), and without the host's part, which may be longer (`device ms`)."""
     row: Row = {"rows": rows, "context": context, "adapters": mix.name}
     if programs.failed(program_name(rows, mix)):
-        return [{**row, "skipped": "its program does not compile"}]
+        raise Skip("its program does not compile")
     batch = bench.decode(rows, context, mix)
-    if isinstance(batch, str):
-        return [{**row, "skipped": batch}]
     floor = batch.floor_bytes / ceilings(bench.scale, report)["copy"]
     step = time_calls(bench.run(batch))
     device = time_calls(bench.engine.packed(batch))

@@ -46,8 +46,6 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
 def parts(bench: Workbench, rows: int, mix: Mix) -> list[Row]:
     """Measure medians, with an idle device before each call."""
     batch = bench.decode(rows, bench.scale.contexts[0], mix)
-    if isinstance(batch, str):
-        return [{"rows": rows, "adapters": mix.name, "skipped": batch}]
     engine = bench.engine
     step, packed = bench.run(batch), engine.packed(batch)
     jax.block_until_ready([step(), packed()])
@@ -85,8 +83,6 @@ def loop(bench: Workbench, rows: int, mix: Mix) -> list[Row]:
     wall = (time.perf_counter() - begin) / (driven.steps - steps)
     jax.block_until_ready(bench.engine.pool)
     batch = bench.decode(rows, driven.context, mix)
-    if isinstance(batch, str):
-        return [{"rows": rows, "adapters": mix.name, "skipped": batch}]
     device = time_calls(bench.engine.packed(batch)).seconds
     return [
         {

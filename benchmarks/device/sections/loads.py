@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.device import predictions
 from benchmarks.device.bench_engine import SCALE_OF_ROWS
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import Mix, Scale
 from benchmarks.device.sections.machine import ceilings, device_kind
 from benchmarks.device.workbench import Workbench, shared
@@ -108,15 +108,13 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
     """
     scale = bench.scale
     batch = bench.decode(rows, scale.contexts[0], Mix("mixed ranks, q k v o", scale.ranks, ATTENTION_TARGETS))
-    if isinstance(batch, str):
-        return [{"rows": rows, "skipped": batch}]
     rank = scale.load_ranks[len(scale.load_ranks) // 2]
     store = Store(bench)
     size = store.block(rank).num_pages
     taken = {page for s in batch.segments for page in (*s.pages, *(s.adapter.pages if s.adapter else ()))}
     free = [page for page in range(1, bench.engine.num_pages) if page not in taken]
     if len(free) < 2 * size:
-        return [{"rows": rows, "skipped": f"two adapters of rank {rank} do not fit beside the batch"}]
+        raise Skip(f"two adapters of rank {rank} do not fit beside the batch")
     places = itertools.cycle([free[:size], free[size : 2 * size]])
     names = (f"{i}/{rank}" for i in itertools.count())
     loads = loads_of(bench, store)

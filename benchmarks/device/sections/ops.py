@@ -69,8 +69,6 @@ class Alone:
 
     def attention(self, rows: int, context: int) -> list[Row]:
         batch = self._bench.decode(rows, context, Mix("base"))
-        if isinstance(batch, str):
-            return [{"op": "attention, decode", "rows": rows, "context": context, "skipped": batch}]
         token_bytes = self._bench.token_bytes / self._config.num_layers
         flops = 4 * rows * context * self._config.num_heads * self._config.head_dim
         name = f"attention, {rows} rows, {context} tokens"
@@ -93,8 +91,6 @@ class Alone:
 
     def adapters(self, rows: int, mix: Mix) -> list[Row]:
         batch = self._bench.decode(rows, self._bench.layout.page_tokens, mix)
-        if isinstance(batch, str):
-            return [{"op": "adapters", "rows": rows, "mix": mix.name, "skipped": batch}]
         return self._adapters_of(batch, rows, 1, f"{rows} rows, {mix.name}")
 
     def prefill(self) -> list[Row]:
@@ -102,8 +98,6 @@ class Alone:
         scale = self._bench.scale
         tokens, tile = scale.prompt_tokens, scale.prefill_tile
         batch = self._bench.prompts(1, tokens, 0, Mix("one", (16,)))
-        if isinstance(batch, str):
-            return [{"op": "prefill", "skipped": batch}]
         name = f"attention, prompt of {tokens}"
         pairs = tokens * (tokens + 1) // 2
         size = self._size(4 * tokens * self._config.num_heads * self._config.head_dim)

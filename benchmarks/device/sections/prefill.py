@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from benchmarks.device import predictions
 from benchmarks.device.bench_engine import Batch
 from benchmarks.device.compilation import Compilation
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from benchmarks.device.sections.decode import Order
 from benchmarks.device.sections.machine import ceilings, device_kind
@@ -77,25 +78,16 @@ class Prompts:
         return buckets, self._bench.programs(buckets)
 
     def _compile(self, shape: tuple[int, int, int], mix: Mix) -> None:
-        batch = self._bench.prompts(*shape, mix)
-        if not isinstance(batch, str):
-            self._bench.engine.compile(batch, *(self._far if shape[2] else ()))
+        with contextlib.suppress(Skip):
+            self._bench.engine.compile(self._bench.prompts(*shape, mix), *(self._far if shape[2] else ()))
 
     def measure(self, name: str, shape: tuple[int, int, int], mix: Mix) -> list[Row]:
         """Measure a step; `shape` has the prompts, the computed tokens of each, and the first position."""
         if (self.far if shape[2] else self.near).failed(program_name(shape[2], mix)):
-            return [{"prompts": name, "adapters": mix.name, "skipped": "its program does not compile"}]
-        if shape[2]:
-            with self._bench.using(*self._far):
-                return self._measure(name, shape, mix)
-        return self._measure(name, shape, mix)
-
-    def _measure(self, name: str, shape: tuple[int, int, int], mix: Mix) -> list[Row]:
-        batch = self._bench.prompts(*shape, mix)
-        row: Row = {"prompts": name, "adapters": mix.name}
-        if isinstance(batch, str):
-            return [{**row, "skipped": batch}]
-        return [row | _timed(self._bench, self._report, row, shape, batch)]
+            raise Skip("its program does not compile")
+        with self._bench.using(*self._far) if shape[2] else contextlib.nullcontext():
+            row: Row = {"prompts": name, "adapters": mix.name}
+            return [row | _timed(self._bench, self._report, row, shape, self._bench.prompts(*shape, mix))]
 
 
 def program_name(start: int, mix: Mix) -> str:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.device import processes, program_cache
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import Scale
 
 LIMIT_SECONDS = 300.0
@@ -26,7 +26,7 @@ def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
 
     def warm() -> list[Row]:
         if not caches or not any(Path(caches[0].name).iterdir()):
-            return [{"start": "from the cache", "skipped": "the cold start left no programs"}]
+            raise Skip("the cold start left no programs")
         with caches.pop() as cache:
             return start(scale, Path(cache), "from the cache", deadline)
 
@@ -39,6 +39,6 @@ def start(scale: Scale, cache: Path, name: str, deadline: float) -> list[Row]:
     begin = time.perf_counter()
     why, lines = processes.run_json(command, environment, processes.seconds_until(deadline, LIMIT_SECONDS))
     if why is not None:
-        return [{"start": name, "skipped": why}]
+        raise Skip(why)
     seconds = round(time.perf_counter() - begin, 2)
     return [{"start": name, "s in all": seconds, **json.loads(lines[-1])}]

@@ -14,7 +14,7 @@ from unittest import mock
 
 import jax
 
-from benchmarks.device.report import Case, Report, Row
+from benchmarks.device.report import Case, Report, Row, Skip
 from benchmarks.device.scale import Mix, Scale, on_gpu
 from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench
@@ -129,16 +129,16 @@ def measure(bench: Workbench, variant: Variant) -> Row:
     buckets = bench.buckets()
     programs = bench.programs(buckets, dict(variant.options))
     row: Row = {"variant": variant.name, "prediction": variant.prediction}
-    steps = {
-        (rows, context, mix): bench.decode(rows, context, mix)
-        for mix in mixes
-        for rows, context in ((few, scale.contexts[-1]), (many, scale.contexts[0]))
-    }
-    run = {key: step for key, step in steps.items() if key[2] in changed and not isinstance(step, str)}
+    steps = [(*shape, mix) for mix in mixes for shape in ((few, scale.contexts[-1]), (many, scale.contexts[0]))]
+    run = {}
+    for step in steps:
+        if step[2] in changed:
+            with contextlib.suppress(Skip):
+                run[step] = bench.decode(*step)
     with bench.using(buckets, programs) as engine:
         with patch:
             _, seconds = engine.prepare(run.values())
-        for key in steps:
-            ms = round(time_calls(engine.packed(run[key])).ms, 4) if key in run else ""
-            row[f"{key[0]} x {key[1]}, {key[2].name}: ms"] = ms
+        for step in steps:
+            ms = round(time_calls(engine.packed(run[step])).ms, 4) if step in run else ""
+            row[f"{step[0]} x {step[1]}, {step[2].name}: ms"] = ms
     return {**row, "s to compile": round(seconds, 1)}
