@@ -70,7 +70,7 @@ def test_nothing_starts_after_the_deadline(report, monkeypatch):
 
 
 def test_the_command_writes_both_files(tmp_path):
-    """In processes, as it is used."""
+    """The processes are those of a real call."""
     request = supervisor.sections_of(["machine"], tmp_path, time.time(), True, 60.0)
     assert supervisor.supervise(dataclasses.replace(request, cache=tmp_path / "live")) == 0
     report = Report(tmp_path)

@@ -31,14 +31,14 @@ def out(tmp_path):
 
 
 def request_of(out, *sections, seconds=MINUTE):
-    """A group for each section, none of which may take longer than all together."""
+    """Make a request with a group for each section, each with the time of all together."""
     now = time.time()
     groups = tuple((calls.Group((section,), 0.0, seconds), now + seconds) for section in sections)
     return supervisor.Request("call-1", "a test", groups, now + seconds, out, True, out.parent / "live")
 
 
 def with_worker(monkeypatch, script):
-    """Processes run `script`, which has the report, the sections and a counter of starts, instead of a worker."""
+    """Let processes run `script`, which has the report, the section and a counter of starts, instead of a worker."""
     head = "import os, sys, time\nfrom pathlib import Path\nfrom benchmarks.device.report import Report\n"
     head += "out = Path(sys.argv[1])\nreport, section = Report(out, 'call-1'), sys.argv[2]\n"
     head += "starts = out / f'{section}.starts'\nstarts.write_text(starts.read_text() + 'x' if starts.exists() else 'x')\n"
@@ -144,7 +144,7 @@ def test_a_process_that_dies_once_before_its_first_case_costs_nothing(out, monke
 
 
 def test_a_call_ends_where_jax_has_no_gpu(out, monkeypatch, capsys):
-    """The full model, and JAX on a CPU: in processes, as it is used."""
+    """The full model, and JAX on a CPU, in processes as in use."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     request = dataclasses.replace(request_of(out, "decode", "prefill", seconds=5 * MINUTE), small=False)
     begin = time.monotonic()
@@ -296,7 +296,7 @@ CHEAP = {
     "serve_curve": ("two systems at two loads",),
     "variants": ("as it is",),
 }
-"""Sections and those of their cases that take a second or a few."""
+"""Cheap cases of each section, which take a few seconds."""
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

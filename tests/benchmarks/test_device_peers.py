@@ -1,4 +1,4 @@
-"""The section `peers` of the device benchmark, small and on the CPU; what needs torch is skipped where it is not installed."""
+"""The section `peers` of the device benchmark, small and on the CPU; tests of torch are skipped if it is not installed."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MODELS = {"grouped heads": PRESETS["tiny"], "heads alike": dataclasses.replace(P
 
 @pytest.fixture
 def lora():
-    """The modules that need torch, and the error of a way to add adapters."""
+    """Collect the modules that need torch, and a function for the error of a way to add adapters."""
     torch = pytest.importorskip("torch")
     from benchmarks.device.sections.peers import torch_check, torch_lora, torch_mixes
 

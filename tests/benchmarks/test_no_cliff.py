@@ -1,4 +1,4 @@
-"""What users of servers with slots for adapters complain about (SGLang #13349): here is no edge to fall from. Simulated."""
+"""No latency cliff where active adapters exceed the pool, as servers with slots have it (SGLang #13349). Simulated."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TINY = Settings(seeds=(0, 1), duration_s=8.0, loads=(6.0,), tolerance=0.5)
 
 @pytest.fixture
 def executions(monkeypatch):
-    """Runs that were simulated, not read from the cache."""
+    """Record runs that are simulated, not read from the cache."""
     done, execute = [], runs.execute
 
     def counted(run):

@@ -49,7 +49,7 @@ def start(engine, lengths: dict[str, int], system: str = "chameleon") -> None:
 
 
 def finish(engine) -> list:
-    """Runs to the end; returns the memory after each step."""
+    """Run to the end, and return the memory after each step."""
     usages = []
     while engine.loop.has_unfinished:
         engine.loop.step()
@@ -125,7 +125,7 @@ def test_a_calibration_finds_the_costs_it_was_made_from():
 
 
 def test_the_command_writes_what_it_measured_and_predicted(engine, tmp_path):
-    pictures = importlib.util.find_spec("matplotlib") is not None  # not among what the tests need
+    pictures = importlib.util.find_spec("matplotlib") is not None  # not among the tests' packages
     plots = f"--plots {tmp_path}" if pictures else ""
     options = f"""serve tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
         --max-input 100 --max-output 24 --num-adapters {NUM_ADAPTERS} --ranks {RANK} --num-pages {NUM_PAGES} --max-num-seqs 2

@@ -1,5 +1,7 @@
-"""A target for the time between tokens that the device cannot meet costs nothing: the default system keeps up with first come
-first served. Simulated: the serving loop under a virtual clock."""
+"""A target for the time between tokens that the device cannot meet costs nothing.
+
+The default system keeps up with first come first served, simulated by the serving loop under a virtual clock.
+"""
 
 from __future__ import annotations
 
