@@ -94,7 +94,7 @@ class Recorder:
             "hit_rate": counters.hits / max(counters.hits + counters.misses, 1),
             "loads": counters.loads,
             "bytes_loaded": counters.bytes_loaded,
-            "load_wait": loop.counters.load_wait,
+            "load_wait": loop.counters.load_wait_s,
             "squashes": loop.scheduler.num_squashes,
             "steps": loop.counters.steps,
             "finished_s": finished_s,

@@ -1,4 +1,4 @@
-"""What the loop drives: something that computes steps and moves adapters. The device is behind it, or a cost model."""
+"""The executor protocol: computes steps and moves adapters for the loop. A device is behind it, or a cost model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chameleon_jax.scheduler import StepPlan
 
 
 class SampledToken(NamedTuple):
-    """One token of one request; `logprobs` maps token ids to log-probabilities, the chosen one first."""
+    """One token of one request. `logprobs` maps token ids to log-probabilities, the chosen token first."""
 
     request: Request
     token_id: int
@@ -19,12 +19,12 @@ class SampledToken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadResult:
-    """An adapter's load that ended.
+    """The end of an adapter's load.
 
     Attributes:
-        error: why it failed; None: it did not.
-        num_bytes: what was sent to the device for it.
-        seconds: from its begin until the adapter could be used.
+        error: Cause of its failure; None where it succeeded.
+        num_bytes: Bytes that it sent to the device.
+        seconds: Time from its begin until the adapter could be used.
     """
 
     content_hash: str
@@ -34,23 +34,32 @@ class LoadResult:
 
 
 class Executor(Protocol):
-    """Work is executed in the order it was dispatched: a page or a slot given to a new owner after a dispatch is safe, since
-    what the new owner dispatches runs later."""
+    """Runs work in the order of dispatch.
+
+    So a page or slot may go to a new owner right after a dispatch: the new owner's work runs later.
+    """
 
     def dispatch(self, plan: StepPlan) -> Any:
-        """Starts a step and returns a handle; does not wait for it."""
+        """Start a step without waiting for it; return its handle."""
 
     def collect(self, handle: Any) -> list[SampledToken]:
-        """Waits for a dispatched step and returns its tokens."""
+        """Wait for a dispatched step and return its tokens."""
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
-        """Starts to bring an adapter into its pages; does not wait."""
+        """Start to bring an adapter into its pages, without waiting."""
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        """Loads that ended: steps dispatched from now on may use the adapter. With `wait`, for at least one to end."""
+        """Return the loads that ended. Steps dispatched from now on may use their adapters.
+
+        Args:
+            wait: Wait for at least one to end.
+        """
 
     def cancel_load(self, content_hash: str) -> None:
-        """Gives up a load that has begun and has not been reported as ended: nothing dispatched later writes to its pages."""
+        """Cancel a load that `poll_loads` has not returned: no later dispatch writes to its pages."""
+
+    def forget(self, content_hash: str) -> None:
+        """Drop an adapter that no name and no request has any more."""
 
     def reset(self) -> None:
-        """Forgets all steps and loads, and what the pool holds. After an error nothing else brings the device back."""
+        """Drop all steps, loads and the pool's content, after an error that lost them."""

@@ -1,15 +1,74 @@
-"""Where a request's text ends, and how much of it is certain before it has."""
+"""Sampled tokens become text, and requests end: at a stop id, at a stop string, or with their last token."""
 
 from __future__ import annotations
 
-from chameleon_jax.request import Request
+from collections.abc import Iterable
+
+from chameleon_jax.executor import SampledToken
+from chameleon_jax.outputs import FinishReason
+from chameleon_jax.request import Request, RequestState
 
 
-def cut_at_stop(request: Request, searched: int) -> str | None:
-    """Cuts the text at the stop string that what follows `searched` completes, and returns it.
+def process(tokens: Iterable[SampledToken], now: float) -> list[Request]:
+    """Append a step's tokens to their requests.
 
-    Of several it is the one that is complete first, so that it does not matter how the text came in tokens; of those that end
-    at one place, the longest. Stop strings count from the first token after min_tokens on, as in vLLM.
+    Args:
+        tokens: Tokens of one step. Those of requests that have ended meanwhile are dropped.
+        now: Time of their arrival, seconds of the engine's clock.
+
+    Returns:
+        Requests that got a token. Those that end with it have a `finish_reason`.
+    """
+    updated = []
+    for sampled in tokens:
+        request = sampled.request
+        request.num_in_flight -= 1
+        if request.state is RequestState.FINISHED:
+            continue
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        append_token(request, sampled)
+        updated.append(request)
+    return updated
+
+
+def append_token(request: Request, sampled: SampledToken) -> None:
+    """Append one token and its text, and end the request where it is the last."""
+    token, params = sampled.token_id, request.params
+    request.output_token_ids.append(token)
+    if sampled.logprobs is not None:
+        request.logprobs.append(sampled.logprobs)
+    stops = token in request.stop_ids
+    if request.stream is not None and (not stops or params.include_stop_str_in_output):
+        searched = len(request.text)
+        request.text += request.stream.append(token)
+        stop = trim_at_stop(request, searched)
+        if stop is not None:
+            request.stream = None  # nothing that it holds back belongs to the text
+            finish(request, FinishReason.STOP, stop)
+            return
+    if stops:
+        finish(request, FinishReason.STOP, token if token in params.stop_token_ids else None)
+    elif len(request.output_token_ids) >= params.max_tokens:
+        finish(request, FinishReason.LENGTH)
+
+
+def finish(request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+    """Set why a request ends, and complete its text. A stop string that only its last characters complete counts."""
+    request.finish_reason, request.stop_reason = reason, stop_reason
+    if request.stream is None:
+        return
+    searched = len(request.text)
+    request.text += request.stream.flush()
+    if reason is FinishReason.LENGTH and (stop := trim_at_stop(request, searched)) is not None:
+        request.finish_reason, request.stop_reason = FinishReason.STOP, stop
+
+
+def trim_at_stop(request: Request, searched: int) -> str | None:
+    """Cut the text at a stop string that the characters from `searched` on complete, and return that string.
+
+    Of several it is the one that is complete first, so that the cut does not depend on how the text came in tokens; of several
+    that end at one place, the longest. Stop strings count from the first token after min_tokens on, as in vLLM.
     """
     params, text = request.params, request.text
     if not params.stop or (params.min_tokens and len(request.output_token_ids) <= params.min_tokens):
@@ -26,8 +85,8 @@ def cut_at_stop(request: Request, searched: int) -> str | None:
     return stop
 
 
-def certain_text(request: Request) -> str:
-    """The text that no stop string can take back: without an end that may become one, until the request has ended."""
+def stable_text(request: Request) -> str:
+    """Text that no stop string can take back: all of it once the request has ended, before without a stop string's begin."""
     text = request.text
     if request.finish_reason is not None or request.params.include_stop_str_in_output:
         return text

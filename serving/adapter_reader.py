@@ -1,4 +1,4 @@
-"""Reads adapters and packs them, a few at a time, while requests run."""
+"""Adapters read and packed a few at a time, while requests run."""
 
 from __future__ import annotations
 
@@ -7,34 +7,41 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from chameleon_jax.errors import QueueFull, RequestFailed
-from chameleon_jax.serving.engine import Engine, PackedAdapter
+from chameleon_jax.serving.adapters import PackedAdapter
+from chameleon_jax.serving.engine import LLMEngine
 
 
 class AdapterReader:
-    """Its own threads read; the engine's is not asked.
+    """Reads adapters on threads of its own, beside the engine's.
 
     Args:
-        at_once: adapters that are read and packed at once.
-        max_queue: adapters that may wait for that.
+        at_once: Adapters that are read and packed at a time.
+        max_queue: Adapters that may wait for that.
     """
 
-    def __init__(self, engine: Engine, at_once: int, max_queue: int):
+    def __init__(self, engine: LLMEngine, at_once: int, max_queue: int):
         self._engine = engine
         self._most = at_once + max_queue
         self._reads: set[Future[PackedAdapter]] = set()
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="lora-reader")
 
     def __len__(self) -> int:
-        """Adapters that are read, or wait for it."""
+        """Adapters that are being read, or wait for it."""
         return len(self._reads)
 
     async def read(self, name: str, path: str | Path) -> PackedAdapter:
-        """Raises ValueError where it cannot be served, QueueFull where too many wait, RequestFailed where this server fails."""
+        """Read and pack an adapter.
+
+        Raises:
+            ValueError: It cannot be served.
+            QueueFull: Too many adapters wait already.
+            RequestFailed: This server has failed, for want of memory say.
+        """
         if len(self) >= self._most:
             raise QueueFull(f"{len(self)} adapters are being loaded (max_lora_queue)")
-        reading = self._threads.submit(self._engine.read_lora, name, path)
+        reading = self._threads.submit(self._engine.packer.read, name, path)
         self._reads.add(reading)
-        reading.add_done_callback(self._reads.discard)  # also where whoever wanted it has left
+        reading.add_done_callback(self._reads.discard)  # also where its caller has left
         try:
             return await asyncio.wrap_future(reading)
         except ValueError:

@@ -1,4 +1,4 @@
-"""The Python API for servers: an engine in its own thread, requests as asynchronous iterators."""
+"""Python API for servers: an engine in a thread of its own, requests as asynchronous iterators."""
 
 from __future__ import annotations
 
@@ -20,46 +20,50 @@ from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.llm import compile_progress, engine_config
-from chameleon_jax.serving.observers import Observers
+from chameleon_jax.serving.llm import compile_progress, open_engine
+from chameleon_jax.serving.observers import Observer, Observers
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 from chameleon_jax.serving.stats import EngineStats, take_stats
 from chameleon_jax.serving.turns import Turns
-from chameleon_jax.serving.updates import Update
+from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 STATS_TIMEOUT_S = 1.0
+"""Seconds after which `stats` answers with the last ones: a step takes long, or hangs."""
 
 
-class AsyncLLM:
-    """A model and its adapters, served to many callers at once. Everything may be called from any asyncio loop.
+class AsyncLLM(Observer):
+    """A model and its adapters, served to many callers at once. Its methods may be called from any asyncio loop.
 
     Args:
-        model: a preset's name, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
-        step_timeout: seconds after which a step counts as hung, and the engine as dead.
-        max_lora_loads: adapters that are read and packed at once.
-        max_lora_queue: adapters that may wait for that; more are refused with QueueFull.
-        settings: fields of `EngineConfig`.
+        model: Name of a preset, a GGUF file, a Hugging Face or Orbax directory, or a hub id. Or an engine that is built, which
+            `close` leaves open.
+        progress: Told how many programs are compiled.
+        step_timeout: Seconds after which a step counts as hung, and the engine as dead.
+        max_lora_loads: Adapters that are read and packed at a time.
+        max_lora_queue: Adapters that may wait for that. More are refused with QueueFull.
+        settings: Fields of `EngineConfig`.
 
     Attributes:
-        observers: may be added to, and are told what becomes of requests and loads.
-        prompts: what prompts are to the model; reader: of adapters.
-        last_stats: what `stats` returned last; what is left to say of an engine that is dead.
+        observers: Told of requests and loads; append to it.
+        prompts: Turns prompts into token ids.
+        reader: Reads adapters.
+        last_stats: Latest return of `stats`, which outlives the engine.
 
     Raises:
-        ValueError: naming what cannot be served, or the setting that is wrong.
+        ValueError: The model cannot be served or a setting is wrong; names it.
     """
 
     def __init__(
         self,
-        model: str,
+        model: str | LLMEngine,
         *,
         progress: Callable[[int, int], None] = compile_progress,
         step_timeout: float = 300.0,
@@ -67,7 +71,7 @@ class AsyncLLM:
         max_lora_queue: int = 64,
         **settings: Any,
     ):
-        self.engine = Engine(str(model), engine_config(settings), progress=progress)
+        self.engine, self._owns_engine = open_engine(model, settings, progress)
         self.tokenizer = self.engine.tokenizer
         self.model_config = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
@@ -77,7 +81,7 @@ class AsyncLLM:
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
         self.reader = AdapterReader(self.engine, max_lora_loads, max_lora_queue)
-        self._turns = Turns()  # of adapters' names
+        self._turns = Turns()  # for each adapter's name
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self)
@@ -95,15 +99,19 @@ class AsyncLLM:
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Completes one prompt; yields all of it so far whenever there is more. Leaving the iteration aborts the request.
+        """Complete one prompt. Yields all output so far whenever there is more; leaving the iteration aborts the request.
 
         Args:
-            sampling_params: None: the model's defaults, with as many tokens as there is room for at most.
-            timeout: seconds from now within which the last token must come.
+            prompt: Text, token ids, or `{"prompt_token_ids": [...]}`.
+            sampling_params: None takes the model's defaults, with max_tokens up to the room behind the prompt.
+            lora_request: Adapter of the request; None is the base model.
+            request_id: An id that no unfinished request has; None makes one.
+            timeout: Seconds from now within which the last token must come.
 
         Raises:
-            ValueError, KeyError: a prompt, parameter or adapter is wrong.
-            QueueFull, Draining, DeadlineExceeded, RequestFailed, EngineDead: see `serving.errors`.
+            ValueError: The prompt or a parameter is wrong.
+            KeyError: No adapter of that name is registered.
+            QueueFull, Draining, DeadlineExceeded, RequestFailed, EngineDead: See `chameleon_jax.errors`.
         """
         async with await self.open(prompt, sampling_params, lora_request, request_id, timeout) as stream:
             async for _ in stream:
@@ -117,9 +125,9 @@ class AsyncLLM:
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> RequestStream:
-        """Takes a request in and returns its stream, for callers that want what is new instead of everything so far.
+        """Take a request in and return its stream, for callers that want new output only instead of all so far.
 
-        Raises as `generate` does what is wrong before the first token.
+        Args and errors are those of `generate`.
         """
         params, fit = sampling_params or self.get_default_sampling_params(), sampling_params is None
         (stream,) = await self.open_all([prompt], [params], lora_request, request_id, Deadline(timeout), fit=fit)
@@ -135,20 +143,22 @@ class AsyncLLM:
         *,
         fit: bool = False,
     ) -> list[RequestStream]:
-        """`open` of every prompt with each of `params`, prompt by prompt. All get in, with one content of the adapter, or none.
+        """Open every prompt with each of `params`, prompt by prompt.
+
+        All requests are taken in, with one content of the adapter, or none is.
 
         Args:
-            request_id: of the only request; of several, each adds its number.
-            fit: cut max_tokens to the room behind each prompt, for callers that left them out.
+            request_id: Id of the only request. Several append their number to it.
+            fit: Cut max_tokens to the room behind each prompt, for callers that left max_tokens out.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
         lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
         streams: list[RequestStream] = []
-        wanted: list[SamplingParams] = []  # of each stream
+        wanted: list[SamplingParams] = []  # one for each stream
 
-        def submit(engine: Engine) -> None:
+        def submit(engine: LLMEngine) -> None:
             taken: list[str] = []
             try:
                 for stream, param in zip(streams, wanted):
@@ -187,11 +197,11 @@ class AsyncLLM:
         return streams
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's, as its generation_config.json has them."""
+        """Sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
     async def abort(self, request_id: str) -> bool:
-        """Ends a request with finish reason "abort"; whether there was one."""
+        """End a request with finish reason "abort". Returns whether one of that id was unfinished."""
         return await asyncio.wrap_future(self._thread.abort(request_id))
 
     def _give_up(self, stream: RequestStream) -> None:
@@ -202,18 +212,20 @@ class AsyncLLM:
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     async def add_lora(self, name: str, path: str | Path, pinned: bool | None = None, *, load_inplace: bool = True) -> bool:
-        """Reads a PEFT adapter and names it, while requests run; a name that exists is given the new content, and running
-        requests keep the old. Calls for one name take effect in the order in which they are made.
+        """Read a PEFT adapter and give it a name, while requests run.
+
+        A name that exists gets the new content; running requests keep the old. Calls for one name take effect in order.
 
         Args:
-            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+            pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
             load_inplace: False refuses other content for a name that exists.
 
         Returns:
             Whether the name had that very content already.
 
         Raises:
-            ValueError: the adapter cannot be served; says why. Nothing has changed then. QueueFull, EngineDead.
+            ValueError: The adapter cannot be served; says why. Nothing has changed then.
+            QueueFull, EngineDead: See `chameleon_jax.errors`.
         """
         async with self._turns.of(name):
             return await self._add_lora(name, path, pinned, load_inplace)
@@ -223,7 +235,7 @@ class AsyncLLM:
         return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
 
     async def _read_lora(self, lora: LoRARequest) -> None:
-        """Reads the adapter of a request where that must be, once for all requests that wait for it."""
+        """Read the adapter of a request where it is not known yet, once for all requests that wait for it."""
         if lora.path is None or not self.engine.must_read(lora):
             return
         async with self._turns.of(lora.name):
@@ -231,15 +243,16 @@ class AsyncLLM:
                 await self._add_lora(lora.name, lora.path)
 
     async def remove_lora(self, name: str) -> None:
-        """Requests that use it finish; then its memory is free. Raises KeyError."""
+        """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
         async with self._turns.of(name):
             await self.call(lambda engine: engine.remove_lora(name))
 
     async def list_loras(self) -> list[str]:
+        """Names of all adapters, sorted."""
         return await self.call(lambda engine: engine.list_loras())
 
     async def pin_lora(self, name: str, pinned: bool = True) -> None:
-        """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
+        """Keep an adapter in the pool once it is there, or stop to. Raises ValueError or KeyError."""
         async with self._turns.of(name):
             await self.call(lambda engine: engine.pin_lora(name, pinned))
 
@@ -247,15 +260,23 @@ class AsyncLLM:
 
     @property
     def error(self) -> EngineDead | None:
-        """Why the engine is dead; None: it lives."""
+        """Cause of the engine's death; None while it lives."""
         return self._thread.error
 
     @property
     def draining(self) -> bool:
+        """Whether `drain` was called: no request is taken in any more."""
         return self._draining
 
     async def stats(self, max_age: float = 0.1) -> EngineStats:
-        """What the engine says of itself; the last known where it does not answer within a second. Raises EngineDead."""
+        """Snapshot of the engine's state; the last known one where the engine does not answer within a second.
+
+        Args:
+            max_age: Seconds for which the last snapshot is good enough.
+
+        Raises:
+            EngineDead: The engine is dead.
+        """
         last = self.last_stats
         if last is not None and self.error is None and time.monotonic() - self._stats_at <= max_age:
             return last
@@ -267,12 +288,19 @@ class AsyncLLM:
             assert last is not None
         return last
 
-    async def call(self, command: Callable[[Engine], T]) -> T:
-        """Has the engine's thread do something between two steps. Raises EngineDead, and what `command` raises."""
+    async def call(self, command: Callable[[LLMEngine], T]) -> T:
+        """Run `command` on the engine's thread, between two steps. Raises EngineDead, and the command's errors."""
         return await asyncio.wrap_future(self._thread.call(command))
 
     async def drain(self, timeout: float) -> bool:
-        """Takes nothing more in and waits for what runs; gives up what is left after `timeout` seconds. Whether all ended."""
+        """Take no more requests in, and wait for those that run.
+
+        Args:
+            timeout: Seconds after which those that are left are aborted.
+
+        Returns:
+            Whether all ended by themselves.
+        """
         self._draining = True
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
@@ -286,10 +314,12 @@ class AsyncLLM:
         return not left
 
     def close(self) -> None:
-        """Ends the threads, and every request that is left."""
+        """End the threads, and every request that is left."""
         self._thread.die(EngineDead("the engine is closed"))
         self._closed.set()
-        self._thread.close()
+        ended = self._thread.close()
+        if ended and self._owns_engine:
+            self.engine.close()
         self._watchdog.join()
         self.reader.close()
         self.prompts.close()
@@ -306,39 +336,40 @@ class AsyncLLM:
                 logger.error("a step has taken more than %g s: the device hangs", step_timeout)
                 self._thread.die(EngineDead(f"the device hangs: a step has taken more than {step_timeout:g} s"))
 
-    # -- what the engine's thread tells ---------------------------------------------------------------------------------
+    # -- told by the engine's thread ------------------------------------------------------------------------------------
 
-    def updated(self, updates: list[Update]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, Update]]] = {}
-        for update in updates:
-            request = update.request
+    def updated(self, snapshots: list[OutputSnapshot]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, OutputSnapshot]]] = {}
+        self.observers.updated(snapshots)
+        for snapshot in snapshots:
+            request = snapshot.request
             stream = self._streams.get(request.request_id)
             if stream is not None and stream.request is request:  # not one before it of the same id
                 pairs = by_loop.setdefault(stream.loop, deque())
-                if update.num_tokens and not stream.has_begun:
+                if snapshot.num_tokens and not stream.has_begun:
                     stream.has_begun = True
                     self.observers.first_token(request)
-                    pairs.appendleft((stream, update))  # nobody waits for a first token longer than for its step
+                    pairs.appendleft((stream, snapshot))  # a first token waits for no other request's tokens
                 else:
-                    pairs.append((stream, update))
-            if update.finished:
+                    pairs.append((stream, snapshot))
+            if snapshot.finished:
                 self.observers.finished(request)
         for loop, pairs in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every reader
                 loop.call_soon_threadsafe(self._deliver, pairs)
 
     def loaded(self, result: LoadResult) -> None:
         self.observers.loaded(result)
 
-    def died(self, error: EngineDead) -> None:
+    def engine_died(self, error: EngineDead, num_requests: int) -> None:
         left = list(self._streams.values())
-        self.observers.lost(len(left))
+        self.observers.engine_died(error, len(left))
         for stream in left:
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.fail, error)
 
-    def _deliver(self, pairs: Iterable[tuple[RequestStream, Update]]) -> None:
-        for stream, update in pairs:
-            stream.deliver(update)
-            if update.finished and self._streams.get(stream.request_id) is stream:
+    def _deliver(self, pairs: Iterable[tuple[RequestStream, OutputSnapshot]]) -> None:
+        for stream, snapshot in pairs:
+            stream.deliver(snapshot)
+            if snapshot.finished and self._streams.get(stream.request_id) is stream:
                 del self._streams[stream.request_id]

@@ -1,4 +1,4 @@
-"""Puts an engine together: checkpoint, device, pool, loop, adapters by name."""
+"""The engine: a checkpoint, compiled programs, and the loop that serves with them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.checkpoints import huggingface, length_proxy, peft
+from chameleon_jax.checkpoints import huggingface, length_proxy
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
-from chameleon_jax.memory.adapter_registry import AdapterNames
-from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo
-from chameleon_jax.memory.page_pool import PagePool
+from chameleon_jax.memory.adapter_registry import AdapterRegistry
+from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.models import llama, ops
 from chameleon_jax.models.adapters.host_store import HostStore
-from chameleon_jax.models.adapters.transfers import PinnedBlock
-from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
+from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
@@ -36,6 +33,7 @@ from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
+from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
@@ -43,25 +41,28 @@ from chameleon_jax.systems import get_system
 DEFAULT_MAX_MODEL_LEN = 2048
 CPU_POOL_BYTES = 2 << 30
 
-
-@dataclasses.dataclass(frozen=True)
-class PackedAdapter:
-    """What an adapter is to the host, where its rows lie in its pages, and its packed block."""
-
-    info: AdapterInfo
-    placement: AdapterPlacement
-    block: PinnedBlock
+COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization")
+"""Settings that `restart` cannot change."""
+LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
+"""Settings that `restart` can lower: programs are compiled for their first values."""
 
 
-class Engine:
-    """A model that serves, and the adapters it knows by name. One thread owns it.
+class LLMEngine:
+    """A model that serves, and its adapters by name. One thread owns it.
 
     Args:
-        model: a preset's name, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
-        progress: told how many programs are compiled.
+        model: Name of a preset, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
+        progress: Told how many programs are compiled.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        loop: Its requests and scheduler; `loop.step()` advances them.
+        packer: Reads adapters, from any thread.
+        runner: Weights, pool and compiled programs.
+        store: Packed adapters in host memory and on disk.
 
     Raises:
-        ValueError: the checkpoint or the configuration cannot be served; says why.
+        ValueError: The checkpoint or the configuration cannot be served; says why.
     """
 
     def __init__(
@@ -72,112 +73,135 @@ class Engine:
         progress: Progress = lambda done, total: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        defaults_file = generation_file(config.generation_config)
+        generation_file(config.generation_config)  # a wrong setting is refused before minutes of reading
         enable_compilation_cache()
         take_device_memory(config.gpu_memory_utilization)
-        self.config = config
         self.model_name = model
         self.dtype = jnp.dtype(_dtype(config.dtype))
         self.tokenizer: Tokenizer | None = None
         if config.load_format == "dummy":
             self.model_config = _preset_or_config(model)
             weights = llama.random_model(self.model_config, self.dtype, config.seed)
-            own_defaults = huggingface.generation_file(Path(model))
+            self._generation_config = huggingface.generation_file(Path(model))
         else:
             checkpoint = load_checkpoint(model)
             self.model_config = checkpoint.config
             self.tokenizer = checkpoint.tokenizer
             weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
-            own_defaults = checkpoint.generation_config
-        if config.generation_config not in NO_DEFAULTS:
-            defaults_file = defaults_file or own_defaults
-        self.sampling_defaults = SamplingDefaults({}) if defaults_file is None else SamplingDefaults.read(defaults_file)
+            self._generation_config = checkpoint.generation_config
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
-        self.max_model_len = config.max_model_len or min(self.model_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
-        if self.max_model_len > self.model_config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len is {self.max_model_len}; the model allows at most {self.model_config.max_position_embeddings}"
-            )
+        longest = self.model_config.max_position_embeddings
+        max_model_len = config.max_model_len or min(longest, DEFAULT_MAX_MODEL_LEN)
+        if max_model_len > longest:
+            raise ValueError(f"max_model_len is {max_model_len}; the model allows at most {longest}")
         stats = jax.devices()[0].memory_stats()
-        self.device = ModelRunner(
+        buckets = self._buckets(config, max_model_len)
+        self.runner = ModelRunner(
             weights,
             self.layout,
-            self._buckets(),
-            config.num_pages or (self._pages_on_host() if stats is None else None),
+            buckets,
+            config.num_pages or (self._pages_on_host(buckets) if stats is None else None),
             self.dtype,
             progress,
             memory_limit=0 if stats is None else stats["bytes_limit"],
         )
-        self.num_pages = self.device.num_pages
-        self.store = HostStore(config.lora_host_bytes, stage=self.device.stage)
-        self._predictor: LengthPredictor = HistoryPredictor(config.predicted_output_len)
-        if config.length_proxy is not None:
-            self._predictor = ProxyPredictor(length_proxy.load(config.length_proxy), self._predictor)
-        self._placements: dict[str, AdapterPlacement] = {}
-        self._executor = JaxExecutor(self.device, self.store, self._placements, get_system(config.system).transfers_per_load)
+        self._compiled = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
+        self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
+        self._executor = self._make_executor()
+        self._ids = itertools.count()
+        self._start(self._compiled, clock, None)
+
+    def _start(self, config: EngineConfig, clock: Callable[[], float], predictor: LengthPredictor | None) -> None:
+        """Make all that depends on settings which `restart` may change."""
+        assert config.max_model_len is not None and config.num_pages is not None
+        self.config = config
+        self.clock = clock
+        self.max_model_len = config.max_model_len
+        self.num_pages = config.num_pages
+        self.store.byte_limit = config.lora_host_bytes
+        self._executor.transfers_per_load = get_system(config.system).transfers_per_load
+        self.sampling_defaults = self._read_sampling_defaults(config)
+        self.packer = AdapterPacker(config, self.layout, self.dtype, self.num_pages, self.runner.stage)
+        self._predictor = predictor or self._make_predictor(config)
+        self._seeds = random.Random(config.seed)
         self.loop = ServingLoop(
             config,
             self._executor,
-            PagePool(self.num_pages),
+            self.num_pages,
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
-            shapes=self.device.buckets.prefill_shapes,
+            shapes=self.runner.buckets.prefill_shapes,
             clock=clock,
             predictor=self._predictor,
-            forget=self._forget,
         )
-        self.names = AdapterNames(self.loop)
-        self.registry = self.names.registry
-        self.clock = clock
-        self._ids = itertools.count()
-        self._seeds = random.Random(config.seed)
+
+    def restart(
+        self, *, clock: Callable[[], float] | None = None, predictor: LengthPredictor | None = None, **changes: object
+    ) -> None:
+        """Serve with other settings over the programs that are compiled: from an empty pool, and with nothing learnt.
+
+        Adapters keep their names, pins and host memory. Unfinished requests are aborted.
+
+        Args:
+            clock: Seconds, monotonic; None keeps the clock.
+            predictor: Predictor of output lengths; None takes the one of the settings.
+            changes: Fields of `EngineConfig`, beside those that stay as they are now. The sizes of `LIMITS` may be as large as
+                the engine was built with, or smaller.
+
+        Raises:
+            ValueError: A setting cannot be changed, or not to that. Nothing has changed then.
+        """
+        config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
+        self._check_restart(config)
+        for request in self.loop.unfinished:
+            self.loop.abort(request.request_id)
+        self.loop.recover()
+        adapters = self.adapters
+        self._close_predictor()
+        self._start(config, clock or self.clock, predictor)
+        adapters.copy_to(self.adapters)
+
+    def _check_restart(self, config: EngineConfig) -> None:
+        generation_file(config.generation_config)
+        for field in COMPILED:
+            value, built = getattr(config, field), getattr(self._compiled, field)
+            if value != built:
+                raise ValueError(f"{field} is {value!r}; allowed: {built!r}, for which this engine was built")
+        for field in LIMITS:
+            value, built = getattr(config, field), getattr(self._compiled, field)
+            if value is None or value > built:
+                raise ValueError(f"{field} is {value!r}; allowed: at most {built!r}, for which this engine was built")
+        assert config.num_pages is not None
+        pinned = self.loop.cache.pinned_pages()
+        if pinned > (config.num_pages - 1) // 2:
+            raise ValueError(
+                f"num_pages is {config.num_pages}; allowed: more than {2 * pinned}, as pinned adapters take {pinned}"
+            )
 
     def close(self) -> None:
+        """End background threads and remove temporary files."""
         self.store.close()
-        if isinstance(self._predictor, ProxyPredictor):
-            self._predictor.close()
+        self._close_predictor()
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """Adapters by name."""
+        return self.loop.adapters
+
     def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> AdapterInfo:
-        """Reads a PEFT adapter and names it; a name that exists is given the new content, running requests keep the old.
+        """Read a PEFT adapter and give it a name. A name that exists gets new content; running requests keep the old.
 
         Args:
-            pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
+            pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
 
         Raises:
-            ValueError: the adapter cannot be served; says why. Nothing has changed then.
+            ValueError: The adapter cannot be served; says why. Nothing has changed then.
         """
-        adapter = self.read_lora(name, path)
+        adapter = self.packer.read(name, path)
         self.name_lora(name, adapter, path, pinned)
         return adapter.info
-
-    def read_lora(self, name: str, path: str | Path) -> PackedAdapter:
-        """Reads a PEFT adapter and packs it. Thread-safe, and changes nothing: any thread may, while requests run.
-
-        Raises:
-            ValueError: the adapter cannot be served; says why.
-        """
-        self._check_name(name)
-        return self.pack_lora(name, peft.load(path, self.model_config))
-
-    def pack_lora(self, name: str, weights: AdapterWeights) -> PackedAdapter:
-        """`read_lora` of weights that are in memory."""
-        self._check_name(name)
-        weights.check(self.model_config)
-        rank = max(weights.ranks.values())
-        if rank > self.config.max_lora_rank:
-            allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
-            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: {allowed}")
-        placement = self.layout.place(weights.ranks)
-        if placement.num_pages >= self.num_pages - 1:
-            raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
-        block = self.layout.pack(weights, self.dtype)
-        if not np.isfinite(block.astype(np.float32)).all():
-            raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
-        num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
-        info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
-        return PackedAdapter(info, placement, self.device.stage(block))
 
     def name_lora(
         self,
@@ -187,39 +211,27 @@ class Engine:
         pinned: bool | None = None,
         load_inplace: bool = True,
     ) -> bool:
-        """Gives an adapter that was packed a name; quick, as nothing is copied. See `AdapterNames.set`."""
-        content_hash = adapter.info.content_hash
-        already = self.names.set(name, adapter.info, None if path is None else str(path), pinned, load_inplace)
-        self.store.put(content_hash, adapter.block)
-        self._placements[content_hash] = adapter.placement
+        """Give an adapter that is packed a name. Quick, as nothing is copied. Returns and raises as `AdapterRegistry.add`."""
+        info = adapter.info
+        already = self.adapters.add(name, info, None if path is None else str(path), pinned, load_inplace)
+        self._executor.add(info.content_hash, adapter.placement, adapter.block)
         return already
 
-    def _check_name(self, name: str) -> None:
-        if not self.config.enable_lora:
-            raise ValueError(f"adapter {name!r}: enable_lora is False")
-        if not name:
-            raise ValueError("the adapter's name is empty")
-
     def remove_lora(self, name: str) -> None:
-        """Unnames an adapter. Requests that use it finish; then its memory is free. Raises KeyError."""
-        self.names.remove(name)
+        """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
+        self.adapters.remove(name)
 
     def pin_lora(self, name: str, pinned: bool = True) -> None:
-        """Keeps an adapter in the pool once it is there. Raises ValueError or KeyError."""
-        self.names.pin(name, pinned)
+        """Keep an adapter in the pool once it is there, or stop to. Raises ValueError or KeyError."""
+        self.adapters.pin(name, pinned)
 
     def list_loras(self) -> list[str]:
-        return self.registry.names()
+        """Names of all adapters, sorted."""
+        return self.adapters.names()
 
     def must_read(self, lora: LoRARequest) -> bool:
-        """Whether it names a path that is to be read."""
-        return lora.path is not None and (lora.load_inplace or self.registry.path(lora.name) != str(lora.path))
-
-    def _forget(self, content_hash: str) -> None:
-        self.store.remove(content_hash)
-        self._placements.pop(content_hash, None)
-        self._executor.forget(content_hash)
-        self._predictor.forget(content_hash)
+        """Whether a request's adapter is to be read before it starts."""
+        return lora.path is not None and (lora.load_inplace or self.adapters.path(lora.name) != str(lora.path))
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
@@ -231,35 +243,30 @@ class Engine:
         request_id: str | None = None,
         arrival_time: float | None = None,
     ) -> Request:
-        """Takes a request in; `loop.step()` advances it.
+        """Take a request in; `loop.step()` advances it.
+
+        Args:
+            request_id: An id that no unfinished request has; None makes one.
+            arrival_time: Seconds of the engine's clock; None is now.
 
         Raises:
-            ValueError: the request can never run; says why. KeyError: no adapter of that name. QueueFull.
+            ValueError: The request can never run; says why.
+            KeyError: No adapter of that name is registered.
+            QueueFull: max_queue_len requests wait already.
         """
-        if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
-            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
-        vocab = self.model_config.vocab_size
-        for t in (*prompt_token_ids, *params.stop_token_ids):
-            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
+        self._check_tokens(prompt_token_ids, params)
         adapter = None
         if lora is not None:
             if self.must_read(lora):
                 self.add_lora(lora.name, str(lora.path))
-            adapter = self.names.named(lora.name).content_hash
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        if self.tokenizer is not None and not params.ignore_eos:
-            eos = (*eos, *self.tokenizer.eos_token_ids)
-        stop_ids = frozenset((*eos, *params.stop_token_ids))
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
+            adapter = self.adapters.named(lora.name).content_hash
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],
             params=params,
             arrival_time=self.clock() if arrival_time is None else arrival_time,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            stop_ids=stop_ids,
+            stop_ids=self._stop_ids(params),
             adapter=adapter,
             adapter_name=lora.name if lora is not None else None,
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
@@ -267,24 +274,58 @@ class Engine:
         self.loop.submit(request)
         return request
 
-    # -- sizes ----------------------------------------------------------------------------------------------------------
+    def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
+            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+        vocab = self.model_config.vocab_size
+        for t in (*prompt_token_ids, *params.stop_token_ids):
+            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
+                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
 
-    def _buckets(self) -> StepBuckets:
-        config = self.config
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Ids that end a request: its own, and the model's unless it ignores them."""
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        if self.tokenizer is not None and not params.ignore_eos:
+            eos = (*eos, *self.tokenizer.eos_token_ids)
+        stop_ids = frozenset((*eos, *params.stop_token_ids))
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
+        return stop_ids
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _make_executor(self) -> JaxExecutor:
+        return JaxExecutor(self.runner, self.store)
+
+    def _make_predictor(self, config: EngineConfig) -> LengthPredictor:
+        history = HistoryPredictor(config.predicted_output_len)
+        return history if config.length_proxy is None else ProxyPredictor(length_proxy.load(config.length_proxy), history)
+
+    def _close_predictor(self) -> None:
+        if isinstance(self._predictor, ProxyPredictor):
+            self._predictor.close()
+
+    def _read_sampling_defaults(self, config: EngineConfig) -> SamplingDefaults:
+        file = generation_file(config.generation_config)
+        if file is None and config.generation_config not in NO_DEFAULTS:
+            file = self._generation_config
+        return SamplingDefaults({}) if file is None else SamplingDefaults.read(file)
+
+    def _buckets(self, config: EngineConfig, max_model_len: int) -> StepBuckets:
         widest = self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages
         return StepBuckets(
             max_num_seqs=config.max_num_seqs,
             max_prefill_tokens=config.max_num_batched_tokens,
-            table_width=self.layout.pages_for_tokens(self.max_model_len),
+            table_width=self.layout.pages_for_tokens(max_model_len),
             max_rank=config.max_lora_rank,
             max_adapter_pages=widest if config.enable_lora else 0,
             **steps.shapes_for(ops.default_backend()),
         )
 
-    def _pages_on_host(self) -> int:
-        """The pool of a device that is the host: modest, as nobody said how much memory there is."""
-        sequences = self.config.max_num_seqs * self.layout.pages_for_tokens(self.max_model_len)
-        adapters = max(sequences // 2, self._buckets().max_adapter_pages)
+    def _pages_on_host(self, buckets: StepBuckets) -> int:
+        """Pages of the pool where the device is the host: few, as the memory there is for this process is not known."""
+        sequences = buckets.max_num_seqs * buckets.table_width
+        adapters = max(sequences // 2, buckets.max_adapter_pages)
         page_bytes = self.layout.page_bytes(self.dtype.itemsize)
         if 2 * page_bytes > CPU_POOL_BYTES:
             raise ValueError(f"no room for a page pool: {CPU_POOL_BYTES} bytes are left and a page takes {page_bytes}")
@@ -296,7 +337,7 @@ def _dtype(name: str) -> str:
 
 
 def _preset_or_config(model: str) -> LlamaConfig:
-    """For dummy weights: a preset's name, or a directory with a config.json."""
+    """Configuration for dummy weights, from a preset's name or a directory with a config.json."""
     if model in PRESETS:
         return PRESETS[model]
     if not (Path(model) / "config.json").is_file():

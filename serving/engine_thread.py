@@ -1,4 +1,4 @@
-"""The thread that owns an engine: it steps while there is work, and does what others ask for between two steps."""
+"""The thread that owns an engine. It steps while there is work, and runs commands between two steps."""
 
 from __future__ import annotations
 
@@ -8,51 +8,44 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from chameleon_jax.errors import EngineDead
-from chameleon_jax.executor import LoadResult
 from chameleon_jax.request import Request
-from chameleon_jax.serving.engine import Engine
-from chameleon_jax.serving.updates import Update
+from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.observers import Observer
+from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 LOAD_POLL_S = 1e-3
-"""How often loads are looked at while nothing can run before one ends."""
+"""Seconds between looks at the loads while nothing can run before one ends."""
 
 HAND_OVER_S = 1e-4
-"""After a step the interpreter is left to those who wait for its tokens. Otherwise they get it when the next is dispatched.
-That has time, as one is in flight; and planned later, it has the requests that came meanwhile."""
-
-
-class Listener(Protocol):
-    """Told by the engine's thread; returns at once and raises nothing."""
-
-    def updated(self, updates: list[Update]) -> None:
-        """Requests have new tokens or ended."""
-
-    def loaded(self, result: LoadResult) -> None:
-        """An adapter's load ended."""
-
-    def died(self, error: EngineDead) -> None:
-        """No request will be updated any more."""
+"""Seconds for which the thread leaves the interpreter to the readers of a step's tokens. Otherwise they would get it only when
+the next step is dispatched. That step has time, as one is in flight; planned later, it has the requests that came meanwhile."""
 
 
 class EngineThread:
-    """Nobody else touches `engine` once this is made, but for what is thread-safe in it.
+    """Owner of `engine`: other threads use only its thread-safe parts from here on.
 
-    If a step raises, requests that ran are recomputed; if a step raises again before these have ended, or before any has
-    succeeded, the engine is dead. Then, and when it is found to hang, every call fails with `EngineDead`.
+    When a step raises, the requests that ran are recomputed. When a step raises again before these have ended, or before any
+    step has succeeded, the engine is dead. Then, and when a step hangs, every call fails with `EngineDead`.
+
+    Args:
+        observer: Told of updates, loads and the engine's death. Must not raise.
+
+    Attributes:
+        error: Cause of the engine's death; None while it lives.
     """
 
-    def __init__(self, engine: Engine, listener: Listener):
+    def __init__(self, engine: LLMEngine, observer: Observer):
         self.engine = engine
         self.error: EngineDead | None = None
-        self._listener = listener
-        self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._observer = observer
+        self._commands: queue.SimpleQueue[tuple[Callable[[LLMEngine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
         self._awaited: set[Future[Any]] = set()
         self._closed = False
@@ -61,8 +54,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def call(self, command: Callable[[Engine], T]) -> Future[T]:
-        """Runs it between two steps. The future fails with whatever it raises, or with EngineDead."""
+    def call(self, command: Callable[[LLMEngine], T]) -> Future[T]:
+        """Run a command between two steps. The future fails with the command's error, or with EngineDead."""
         future: Future[T] = Future()
         with self._lock:
             if self.error is not None:
@@ -76,9 +69,9 @@ class EngineThread:
         return future
 
     def abort(self, request_id: str) -> Future[bool]:
-        """Ends a request; whether there was one."""
+        """End a request. The future says whether one of that id was unfinished."""
 
-        def command(engine: Engine) -> bool:
+        def command(engine: LLMEngine) -> bool:
             request = engine.loop.abort(request_id)
             if request is not None:
                 self._publish([request])
@@ -88,12 +81,12 @@ class EngineThread:
 
     @property
     def step_seconds(self) -> float:
-        """How long the step, or the command between two, that is under way has taken so far; else 0."""
+        """Seconds that the step or command under way has taken so far; 0 between them."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
     def die(self, error: EngineDead) -> None:
-        """Ends everything, from any thread: for a step that hangs, too."""
+        """End every call and request, from any thread, while a step hangs too."""
         with self._lock:
             if self.error is not None:
                 return
@@ -102,33 +95,36 @@ class EngineThread:
         for future in awaited:
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(*error.args))
-        self._listener.died(error)
+        self._observer.engine_died(error, self.engine.loop.num_unfinished)
 
-    def close(self, timeout: float = 30.0) -> None:
-        """Ends the thread after the step under way, and the engine with it. A step that hangs is left behind."""
+    def close(self, timeout: float = 30.0) -> bool:
+        """End the thread after the step under way. Returns False where it hangs; the thread is left behind then."""
         with self._lock:
             self._closed = True
         self._commands.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
             logger.error("the engine's thread hangs in a step and is left behind")
-        else:
-            self.engine.close()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         loop = self.engine.loop
         try:
-            while self._obey(None if not loop.has_unfinished else LOAD_POLL_S if loop.awaits_load else 0.0):
-                if self.error is not None:  # `die` has failed whatever is asked for
+            while self._run_commands(None if not loop.has_unfinished else LOAD_POLL_S if loop.awaits_load else 0.0):
+                if self.error is not None:  # `die` has failed every command
                     return
                 if loop.has_unfinished:
                     self._step()
-        except BaseException as error:  # a bug: nobody may wait for this thread any more
+        except BaseException as error:  # a bug; callers must not wait for this thread for ever
             logger.critical("the engine's thread failed", exc_info=error)
             self.die(EngineDead(f"the engine's thread failed: {error!r}"))
 
-    def _obey(self, timeout: float | None) -> bool:
-        """Executes what is asked for; waits up to `timeout` seconds (None: for ever) for the first. False: the thread ends."""
+    def _run_commands(self, timeout: float | None) -> bool:
+        """Run the commands that wait. Returns False where the thread is to end.
+
+        Args:
+            timeout: Seconds to wait for the first; None waits without limit.
+        """
         while True:
             try:
                 item = self._commands.get(timeout=timeout) if timeout != 0.0 else self._commands.get_nowait()
@@ -139,7 +135,7 @@ class EngineThread:
             self._execute(*item)
             timeout = 0.0
 
-    def _execute(self, command: Callable[[Engine], Any], future: Future[Any]) -> None:
+    def _execute(self, command: Callable[[LLMEngine], Any], future: Future[Any]) -> None:
         with self._lock:
             if self.error is not None:
                 return
@@ -178,7 +174,7 @@ class EngineThread:
         self._publish(updated)
         loads = self.engine.loop.ended_loads
         while loads:
-            self._listener.loaded(loads.popleft())
+            self._observer.loaded(loads.popleft())
         if updated:
             time.sleep(HAND_OVER_S)
 
@@ -198,6 +194,6 @@ class EngineThread:
         self._steps_since_fault = 0
 
     def _publish(self, requests: list[Request]) -> None:
-        updates = [Update.of(request) for request in dict.fromkeys(requests)]
-        if updates and self.error is None:
-            self._listener.updated(updates)
+        snapshots = [OutputSnapshot.of(request) for request in dict.fromkeys(requests)]
+        if snapshots and self.error is None:
+            self._observer.updated(snapshots)

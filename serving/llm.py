@@ -1,4 +1,4 @@
-"""The Python API for batches: `LLM(model).generate(prompts, params, lora_request=...)`."""
+"""Python API for batches: `LLM(model).generate(prompts, params, lora_request=...)`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.prompts import Prompt, tokens_of
 from chameleon_jax.serving.sampling_defaults import fit_max_tokens
-from chameleon_jax.serving.updates import Update, logprobs_of, make_output
+from chameleon_jax.serving.updates import OutputSnapshot, logprobs_of, make_output
 
 
 def compile_progress(done: int, total: int) -> None:
-    """Prints one line that counts compiled programs."""
+    """Print one line that counts compiled programs."""
     print(f"\rcompiling programs: {done}/{total}", end="" if done < total else "\n", flush=True)
 
 
@@ -28,15 +28,17 @@ class LLM:
     """A model and its adapters, served to one caller.
 
     Args:
-        model: a preset's name, a GGUF file, a Hugging Face or Orbax directory, or a hub id.
-        settings: fields of `EngineConfig`.
+        model: Name of a preset, a GGUF file, a Hugging Face or Orbax directory, or a hub id. Or an engine that is built, which
+            `close` leaves open.
+        progress: Told how many programs are compiled.
+        settings: Fields of `EngineConfig`.
 
     Raises:
-        ValueError: naming what cannot be served, or the setting that is wrong.
+        ValueError: The model cannot be served or a setting is wrong; names it.
     """
 
-    def __init__(self, model: str, *, progress: Callable[[int, int], None] = compile_progress, **settings: Any):
-        self.engine = Engine(str(model), engine_config(settings), progress=progress)
+    def __init__(self, model: str | LLMEngine, *, progress: Callable[[int, int], None] = compile_progress, **settings: Any):
+        self.engine, self._owns_engine = open_engine(model, settings, progress)
 
     def __enter__(self) -> LLM:
         return self
@@ -45,21 +47,22 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Ends background threads and removes temporary files."""
-        self.engine.close()
+        """End background threads and remove temporary files."""
+        if self._owns_engine:
+            self.engine.close()
 
     def get_tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the model has none (dummy weights)."""
+        """Tokenizer of the model. Raises ValueError where it has none (dummy weights)."""
         if self.engine.tokenizer is None:
             raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The model's, as its generation_config.json has them."""
+        """Sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
     def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:
-        """Reads an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
+        """Read an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
 
         Args:
             pinned: whether the name keeps it in the pool; None: as before, and a new name does not.
@@ -81,13 +84,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
-        """Completes prompts; `sampling_params` and `lora_request` are one for all or one for each.
+        """Complete prompts. `sampling_params` and `lora_request` are one for all prompts, or one for each.
 
         Args:
-            sampling_params: None: the model's defaults, with as many tokens as there is room for at most.
+            prompts: One prompt or several: text, token ids, or `{"prompt_token_ids": [...]}`.
+            sampling_params: None takes the model's defaults, with max_tokens up to the room behind the prompt.
+            lora_request: Adapters; None is the base model.
 
         Raises:
-            ValueError, KeyError: a prompt, parameter or adapter is wrong; nothing was run then.
+            ValueError: A prompt or parameter is wrong. No prompt was run then.
+            KeyError: No adapter of that name is registered. No prompt was run then.
         """
         many = _as_list(prompts)
         params = _one_each(sampling_params, len(many), "sampling_params")
@@ -113,7 +119,7 @@ class LLM:
 
     def _output(self, request: Request, prompt: Prompt, lora: LoRARequest | None) -> RequestOutput:
         logprobs = logprobs_of(request, 0, len(request.output_token_ids), self.engine.tokenizer)
-        return make_output(Update.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs)
+        return make_output(OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs)
 
     def chat(
         self,
@@ -121,7 +127,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, through the model's chat template."""
+        """Answer one conversation, or several, through the model's chat template."""
         tokenizer = self.get_tokenizer()
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         texts = [tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]  # type: ignore[arg-type]
@@ -129,8 +135,23 @@ class LLM:
         return self.generate(ids, sampling_params, lora_request)
 
 
+def open_engine(
+    model: str | LLMEngine, settings: Mapping[str, Any], progress: Callable[[int, int], None]
+) -> tuple[LLMEngine, bool]:
+    """Build an engine where `model` names one, else return it. The second value says whether it was built.
+
+    Raises:
+        ValueError: The model cannot be served, a setting is wrong, or settings are given beside an engine.
+    """
+    if isinstance(model, LLMEngine):
+        if settings:
+            raise ValueError(f"{', '.join(settings)}: allowed with a model's name; an engine that is built has its settings")
+        return model, False
+    return LLMEngine(str(model), engine_config(settings), progress=progress), True
+
+
 def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
-    """Raises ValueError, naming the setting that is not one or that is wrong."""
+    """Make an `EngineConfig`. Raises ValueError, with the name of a setting that is unknown or wrong."""
     known = {f.name for f in dataclasses.fields(EngineConfig)}
     if unknown := sorted(settings.keys() - known):
         raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")

@@ -1,34 +1,42 @@
-"""Who is told what becomes of requests and loads: metrics, traces, whoever counts."""
+"""Observers of an engine: metrics, traces, the list of recent requests."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
+from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
 from chameleon_jax.request import Request
+from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Told by the engine's thread; returns at once. Whoever is not interested in something leaves it out."""
+    """Told by the engine's thread. Every method returns at once; a subclass overrides those it wants."""
+
+    def updated(self, snapshots: list[OutputSnapshot]) -> None:
+        """Requests have new tokens or ended. Told before `first_token` and `finished`."""
 
     def first_token(self, request: Request) -> None:
-        """A request has its first token. Not told of requests that were given up before."""
+        """A request has its first token. Not told of a request that its caller has left before."""
 
     def finished(self, request: Request) -> None:
-        """A request ended, for whatever reason but the engine's death."""
+        """A request ended, for any reason but the engine's death."""
 
     def loaded(self, result: LoadResult) -> None:
         """An adapter's load into the pool ended."""
 
-    def lost(self, num_requests: int) -> None:
-        """The engine died, and so many requests with it."""
+    def engine_died(self, error: EngineDead, num_requests: int) -> None:
+        """The engine died, and `num_requests` unfinished requests with it."""
 
 
-class Observers(list[Observer]):
-    """Several as one. What one of them raises is logged, and concerns nobody else."""
+class Observers(Observer, list[Observer]):
+    """Several observers as one. An exception of one is logged, and the others are told all the same."""
+
+    def updated(self, snapshots: list[OutputSnapshot]) -> None:
+        self._tell(lambda observer: observer.updated(snapshots))
 
     def first_token(self, request: Request) -> None:
         self._tell(lambda observer: observer.first_token(request))
@@ -39,8 +47,8 @@ class Observers(list[Observer]):
     def loaded(self, result: LoadResult) -> None:
         self._tell(lambda observer: observer.loaded(result))
 
-    def lost(self, num_requests: int) -> None:
-        self._tell(lambda observer: observer.lost(num_requests))
+    def engine_died(self, error: EngineDead, num_requests: int) -> None:
+        self._tell(lambda observer: observer.engine_died(error, num_requests))
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         for observer in self:

@@ -1,4 +1,4 @@
-"""One request as an asynchronous iterator. Only the last update is kept: a slow reader gets more at once, nothing piles up."""
+"""A request as an asynchronous iterator. Only the last snapshot is kept: a slow reader gets more at once, nothing piles up."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from chameleon_jax.outputs import FinishReason, Logprob, RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.updates import Delta, Update, logprobs_of, make_delta, make_output
+from chameleon_jax.serving.updates import Delta, OutputSnapshot, logprobs_of, make_delta, make_output
 
 
 class RequestStream:
-    """Made by `AsyncLLM.open`; belongs to the asyncio loop that made it. `async with` gives the request up when left early.
+    """Stream of one request's output, made by `AsyncLLM.open`.
 
-    Iterating raises what ended the request where that is no finish reason, after what came before: RequestFailed,
-    DeadlineExceeded, Draining, EngineDead.
+    It belongs to the asyncio loop that made it. Leaving `async with` early aborts the request. After the last delta, iterating
+    raises the error that ended the request where that is no finish reason: RequestFailed, DeadlineExceeded, Draining or
+    EngineDead.
 
     Attributes:
-        prompt_token_ids: what the prompt is to the model.
-        request: set by the engine's thread when it takes the request in.
-        has_begun: set by the engine's thread with the first token.
+        prompt_token_ids: Prompt as token ids.
+        request: Set by the engine's thread when it takes the request in.
+        has_begun: Set by the engine's thread with the first token.
     """
 
     def __init__(
@@ -44,52 +45,53 @@ class RequestStream:
         self._lora = lora
         self._tokenizer = tokenizer
         self._give_up = give_up
-        self._update: Update | None = None  # the last
-        self._read: Update | None = None  # the last that was read
-        self._logprobs: list[dict[int, Logprob]] = []  # of the last output
+        self._latest: OutputSnapshot | None = None
+        self._read: OutputSnapshot | None = None  # the last that was read
+        self._logprobs: list[dict[int, Logprob]] = []  # of the output that was read
         self._error: ServingError | None = None
-        self._news: asyncio.Future[None] | None = None
+        self._changed: asyncio.Future[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether the engine does nothing more for it."""
-        return self._error is not None or (self._update is not None and self._update.finished)
+        """Whether the engine has no more work for it."""
+        return self._error is not None or (self._latest is not None and self._latest.finished)
 
-    def deliver(self, update: Update) -> None:
+    def deliver(self, snapshot: OutputSnapshot) -> None:
+        """Take a later snapshot of the request."""
         if self.ended:
             return
-        if update.finished and update.request.finish_reason is FinishReason.ERROR:
-            self._error = RequestFailed(str(update.request.stop_reason))
+        if snapshot.finished and snapshot.request.finish_reason is FinishReason.ERROR:
+            self._error = RequestFailed(str(snapshot.request.stop_reason))
         else:
-            self._update = update
+            self._latest = snapshot
         self._wake()
 
     def fail(self, error: ServingError) -> None:
-        """Ends it with an error, once what came before is read. The request may still run: see `abort`."""
+        """End the stream with an error, behind the output so far. The request may go on; see `abort`."""
         if not self.ended:
             self._error = error
             self._wake()
 
     def abort(self, error: ServingError) -> None:
-        """Ends it, and the request, with an error."""
+        """End the stream and the request with an error."""
         self.fail(error)
         self._give_up(self)
 
     def abort_at(self, deadline: Deadline) -> None:
-        """Aborts it unless it has ended by then."""
+        """Abort it at the deadline unless it has ended by then."""
         if deadline.at is not None and not self.ended:
             self._deadline = self.loop.call_at(deadline.at, lambda: self.abort(deadline.error()))
 
     def output(self) -> RequestOutput:
-        """Everything that was read so far."""
+        """All output that was read so far."""
         assert self._read is not None, "nothing was read yet"
         found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self._tokenizer)
         self._logprobs += found or []
         return make_output(self._read, self._prompt, self._lora, None if found is None else list(self._logprobs))
 
     def close(self) -> None:
-        """Gives the request up unless it has ended."""
+        """Abort the request unless it has ended."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._give_up(self)
@@ -104,15 +106,15 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while self._update is self._read and self._error is None:
+        while self._latest is self._read and self._error is None:
             if self._read is not None and self._read.finished:
                 raise StopAsyncIteration
-            self._news = self.loop.create_future()
-            await self._news
-        if self._update is not self._read:
-            assert self._update is not None
-            delta = make_delta(self._update, self._read, self._tokenizer)
-            self._read = self._update
+            self._changed = self.loop.create_future()
+            await self._changed
+        if self._latest is not self._read:
+            assert self._latest is not None
+            delta = make_delta(self._latest, self._read, self._tokenizer)
+            self._read = self._latest
             return delta
         assert self._error is not None
         self.close()
@@ -121,5 +123,5 @@ class RequestStream:
     def _wake(self) -> None:
         if self.ended and self._deadline is not None:
             self._deadline.cancel()
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)

@@ -7,7 +7,7 @@ import dataclasses
 from chameleon_jax.memory.page_pool import PoolUsage
 from chameleon_jax.request import RequestState
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class EngineStats:
     faults: int
 
 
-def take_stats(engine: Engine) -> EngineStats:
+def take_stats(engine: LLMEngine) -> EngineStats:
     """For the thread that owns the engine."""
     loop, now = engine.loop, engine.clock()
     scheduler, cache = loop.scheduler, loop.cache
@@ -131,7 +131,7 @@ def take_stats(engine: Engine) -> EngineStats:
     else:
         queues, bypasses = (QueueStats("0", scheduler.num_waiting),), 0
     system = engine.config.system
-    names = engine.registry.names_by_hash()
+    names = engine.adapters.names_by_hash()
     return EngineStats(
         system=system if isinstance(system, str) else "custom",
         running=len(scheduler.running),
@@ -159,10 +159,10 @@ def take_stats(engine: Engine) -> EngineStats:
                 num_bytes=e.info.num_bytes,
                 num_pages=e.info.num_pages,
                 references=e.references,
-                waiting=e.holders - e.references,
+                waiting=e.requests - e.references,
                 pinned=e.pinned,
                 uses=e.use.uses,
-                loads=cache.loads_by_adapter.get(e.info.content_hash, 0),
+                loads=e.loads,
                 idle_s=now - e.use.last_used,
             )
             for e in cache.entries()
@@ -180,8 +180,8 @@ def take_stats(engine: Engine) -> EngineStats:
         misses=cache.counters.misses,
         evictions=cache.counters.evictions,
         loads=cache.counters.loads,
-        load_seconds=loop.counters.load_seconds,
-        load_bytes=loop.counters.load_bytes,
+        load_seconds=cache.counters.load_seconds,
+        load_bytes=cache.counters.bytes_sent,
         prefetches=scheduler.num_prefetches,
         cancelled_loads=scheduler.num_cancelled_loads,
         memory_squashes=scheduler.counters.memory_squashes,

@@ -1,4 +1,4 @@
-"""What callers get of a request: everything so far, or what is new since they last looked."""
+"""Snapshots of a request, and the deltas and outputs that callers get from them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import itertools
 
 from chameleon_jax.checkpoints.detokenizer import shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.output_processor import certain_text
+from chameleon_jax.output_processor import stable_text
 from chameleon_jax.outputs import LEAST_LOGPROB, CompletionOutput, Logprob, RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
-    """Where a request stands after a step. The tokens and log-probabilities of a request only ever grow, so that whoever reads
-    the first `num_tokens` of them in another thread reads what does not change.
+class OutputSnapshot:
+    """Output of a request after a step.
+
+    A request's tokens and log-probabilities only ever grow. So another thread may read the first `num_tokens` of them: they do
+    not change.
 
     Attributes:
-        text: what no stop string can take back.
-        finished: nothing follows; `request.finish_reason` is set.
+        text: Text that no stop string can take back.
+        num_tokens: Output tokens so far.
+        finished: Nothing follows; `request.finish_reason` is set.
     """
 
     request: Request
@@ -29,8 +32,8 @@ class Update:
     finished: bool
 
     @classmethod
-    def of(cls, request: Request) -> Update:
-        return cls(request, certain_text(request), len(request.output_token_ids), request.finish_reason is not None)
+    def of(cls, request: Request) -> OutputSnapshot:
+        return cls(request, stable_text(request), len(request.output_token_ids), request.finish_reason is not None)
 
     @property
     def finish_reason(self) -> str | None:
@@ -44,12 +47,14 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one read of a stream adds. Text may lag behind the tokens: characters and stop strings end in later ones.
+    """Output since the last read of a stream. Text may lag behind the tokens: characters and stop strings end in later ones.
 
     Attributes:
-        logprobs: one mapping for each of `token_ids`, the chosen token first; None: not asked for.
+        text: New text.
+        token_ids: New tokens.
+        logprobs: One mapping for each of `token_ids`, the chosen token first; None where the request did not ask for them.
         finish_reason: "stop", "length" or "abort" in the last delta, None before.
-        stop_reason: the string or id that ended it, or None.
+        stop_reason: String or id that ended the request, or None.
     """
 
     text: str
@@ -60,7 +65,10 @@ class Delta:
 
 
 def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]] | None:
-    """Those of output tokens `begin` to `end`, with the tokens as they stand in the text; None where the request has none."""
+    """Log-probabilities of output tokens `begin` to `end`, with the tokens as they stand in the text.
+
+    None where the request did not ask for them.
+    """
     if request.params.logprobs is None:
         return None
     positions = request.logprobs[begin:end]
@@ -82,32 +90,36 @@ def _logprob(value: float, data: bytes, is_left_out: bool) -> Logprob:
     return Logprob(max(LEAST_LOGPROB, value), shown(data), b"" if is_left_out else data)
 
 
-def make_delta(update: Update, before: Update | None, tokenizer: Tokenizer | None) -> Delta:
-    """What `update` adds to `before`."""
-    request = update.request
+def make_delta(snapshot: OutputSnapshot, before: OutputSnapshot | None, tokenizer: Tokenizer | None) -> Delta:
+    """Output that `snapshot` adds to `before`."""
+    request = snapshot.request
     begin, shown = (0, 0) if before is None else (before.num_tokens, len(before.text))
     return Delta(
-        text=update.text[shown:],
-        token_ids=request.output_token_ids[begin : update.num_tokens],
-        logprobs=logprobs_of(request, begin, update.num_tokens, tokenizer),
-        finish_reason=update.finish_reason,
-        stop_reason=update.stop_reason,
+        text=snapshot.text[shown:],
+        token_ids=request.output_token_ids[begin : snapshot.num_tokens],
+        logprobs=logprobs_of(request, begin, snapshot.num_tokens, tokenizer),
+        finish_reason=snapshot.finish_reason,
+        stop_reason=snapshot.stop_reason,
     )
 
 
 def make_output(
-    update: Update, prompt: str | None, lora: LoRARequest | None, logprobs: list[dict[int, Logprob]] | None
+    snapshot: OutputSnapshot, prompt: str | None, lora: LoRARequest | None, logprobs: list[dict[int, Logprob]] | None
 ) -> RequestOutput:
-    """Everything a request has produced so far. Args: logprobs: `logprobs_of` all its tokens."""
-    request = update.request
-    token_ids = request.output_token_ids[: update.num_tokens]
-    completion = CompletionOutput(0, update.text, token_ids, update.finish_reason, update.stop_reason, logprobs)
+    """All output of a request so far.
+
+    Args:
+        logprobs: `logprobs_of` all its tokens.
+    """
+    request = snapshot.request
+    token_ids = request.output_token_ids[: snapshot.num_tokens]
+    completion = CompletionOutput(0, snapshot.text, token_ids, snapshot.finish_reason, snapshot.stop_reason, logprobs)
     return RequestOutput(
         request_id=request.request_id,
         prompt=prompt,
         prompt_token_ids=list(request.prompt_token_ids),
         outputs=[completion],
-        finished=update.finished,
+        finished=snapshot.finished,
         lora_request=lora,
         metrics=request.metrics,
     )

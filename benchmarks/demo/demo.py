@@ -22,7 +22,7 @@ from benchmarks.demo import ADAPTERS, PROMPTS, SHOWN_PROMPT
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 
 BASE = "(base model)"
 COLUMNS = ("adapter", "requests", "rank", "TTFT p50 ms", "TTFT p99 ms", "tokens/s", "cache hits", "loads")
@@ -49,7 +49,7 @@ def arrivals(count: int, rate: float, names: list[str], seed: int) -> list[Arriv
     return plan
 
 
-def serve(engine: Engine, plan: list[Arrival], console: Console) -> list[Request]:
+def serve(engine: LLMEngine, plan: list[Arrival], console: Console) -> list[Request]:
     """Serve the stream in real time, and draw the first text of each adapter as it grows."""
     names = list(dict.fromkeys(arrival.adapter for arrival in plan))
     shown: dict[str, Request] = {}
@@ -84,14 +84,14 @@ def serve(engine: Engine, plan: list[Arrival], console: Console) -> list[Request
     return requests
 
 
-def submit(engine: Engine, arrival: Arrival, seed: int, due: float) -> Request:
+def submit(engine: LLMEngine, arrival: Arrival, seed: int, due: float) -> Request:
     params = SamplingParams(temperature=0.7, top_p=0.95, seed=seed, max_tokens=arrival.tokens)
     ids = engine.tokenizer.encode(arrival.prompt) if engine.tokenizer is not None else []
     lora = None if arrival.adapter == BASE else LoRARequest(arrival.adapter)
     return engine.submit(ids, params, lora, arrival_time=due)
 
 
-def report(engine: Engine, requests: list[Request]) -> Table:
+def report(engine: LLMEngine, requests: list[Request]) -> Table:
     """One row for each adapter, and totals."""
     by_name: dict[str, list[Request]] = {}
     for request in requests:
@@ -108,12 +108,12 @@ def report(engine: Engine, requests: list[Request]) -> Table:
     return table
 
 
-def _row(engine: Engine, name: str, group: list[Request]) -> list[str]:
-    info = engine.registry.get(name)
+def _row(engine: LLMEngine, name: str, group: list[Request]) -> list[str]:
+    info = engine.adapters.get(name)
     if info is None:
         return [name, str(len(group)), "-", *_times(group), "-", "-"]
     hits = [bool(r.metrics.adapter_was_resident) for r in group]
-    loads = engine.loop.cache.loads_by_adapter.get(info.content_hash, 0)
+    loads = engine.loop.cache.entry(info.content_hash).loads
     return [name, str(len(group)), str(info.rank), *_times(group), f"{sum(hits)}/{len(hits)}", str(loads)]
 
 
@@ -135,7 +135,7 @@ def main(
     config = EngineConfig(max_num_seqs=16, max_model_len=256, max_num_batched_tokens=128, num_pages=260, max_lora_rank=16)
     with console.status("starting") as status:
         begin = time.perf_counter()
-        engine = Engine(
+        engine = LLMEngine(
             "smollm2-135m", config, progress=lambda done, total: status.update(f"compiling programs {done}/{total}")
         )
     seconds = time.perf_counter() - begin

@@ -33,7 +33,7 @@ from benchmarks.overhead.paced import pace
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.server import Server, listen
 from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.service.service import Service
@@ -55,7 +55,7 @@ def make_requests(count: int, names: list[str], output_len: int, vocab: int, see
     ]
 
 
-def bare(engine: Engine, requests: list[dict[str, Any]], concurrency: int, base: str) -> dict[str, Any]:
+def bare(engine: LLMEngine, requests: list[dict[str, Any]], concurrency: int, base: str) -> dict[str, Any]:
     """Keep `concurrency` requests in the loop until all are done; a request with a time arrives then."""
     waiting = list(reversed(requests))
     begin, running = engine.clock(), 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.scheduler import StepPlan
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 
 VOCAB = 4096
 """Bound of the token ids."""
@@ -49,10 +49,13 @@ class PacedExecutor:
     def cancel_load(self, content_hash: str) -> None:
         self._loaded = [load for load in self._loaded if load.content_hash != content_hash]
 
+    def forget(self, content_hash: str) -> None:
+        pass
+
     def reset(self) -> None:
         self._loaded.clear()
 
 
-def pace(engine: Engine, step_s: float) -> None:
+def pace(engine: LLMEngine, step_s: float) -> None:
     """Replace the device of an engine that has not run."""
     engine.loop.executor = PacedExecutor(step_s, engine.model_config.vocab_size)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import Engine
+from chameleon_jax.serving.engine import LLMEngine
 
 
-def serve(engine: Engine, work: Path, requests: list[dict], concurrency: int) -> dict:
+def serve(engine: LLMEngine, work: Path, requests: list[dict], concurrency: int) -> dict:
     """Keep `concurrency` requests in flight; times are seconds."""
     waiting = list(enumerate(requests))[::-1]
     sent: dict[int, float] = {}
@@ -41,7 +41,7 @@ def main() -> None:
     work, out = Path(sys.argv[1]), Path(sys.argv[2])
     workloads = json.loads((work / "workloads.json").read_text())
     config = EngineConfig(dtype="float32", max_model_len=320, max_num_seqs=32, max_lora_rank=8, system="fifo")
-    engine = Engine(str(work / "model"), config)
+    engine = LLMEngine(str(work / "model"), config)
     results = {}
     for workload in workloads:
         short = [{**r, "max_tokens": 2} for r in workload["requests"]]

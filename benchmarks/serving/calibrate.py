@@ -19,7 +19,8 @@ from benchmarks.simulator.cost_model import CostModel, Profile
 from benchmarks.simulator.simulate import Result, simulate
 from benchmarks.workload import Workload
 from chameleon_jax.executor import LoadResult, SampledToken
-from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.adapters.transfers import PinnedBlock
+from chameleon_jax.models.page_layout import AdapterPlacement
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.systems import System
 
@@ -51,19 +52,25 @@ class TimingExecutor(EndingExecutor):
     """Executor that times steps from their dispatch, or from the end of the step before, to their tokens' arrival.
 
     Attributes:
-        timings: Record of the times; give the class a new one before a run.
+        timings: Record of the times since `measure`.
     """
 
-    timings = Timings()
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._ranks: dict[str, int] = {}
+        self.measure()
 
-    def __init__(self, engine: ModelRunner, *args: Any):
-        super().__init__(engine, *args)
-        self._ranks = {name: max(placement.ranks.values()) for name, placement in self._placements.items()}
-        self._free = 0.0
-        self._loaded = 0
+    def measure(self) -> Timings:
+        """Begin a new record of times."""
+        self.timings, self._free, self._loaded = Timings(), 0.0, 0
+        return self.timings
+
+    def add(self, content_hash: str, placement: AdapterPlacement, block: PinnedBlock) -> None:
+        super().add(content_hash, placement, block)
+        self._ranks[content_hash] = max(placement.ranks.values())
 
     def dispatch(self, plan: StepPlan) -> Any:
-        terms = step_terms(plan, self._ranks, self._engine.buckets)
+        terms = step_terms(plan, self._ranks, self._runner.buckets)
         terms[-1], self._loaded = self._loaded, 0
         begin = time.perf_counter()
         handle = super().dispatch(plan)
@@ -84,11 +91,24 @@ class TimingExecutor(EndingExecutor):
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
         ended = super().poll_loads(wait)
         for result in ended:
-            pages = result.num_bytes // self._engine.pieces.page_bytes
+            pages = result.num_bytes // self._runner.pieces.page_bytes
             self._loaded += pages
             if wait and len(ended) == 1 and not self._loads:
                 self.timings.loads.append((pages, result.seconds))
         return ended
+
+
+class TimedEngine(BenchmarkEngine):
+    """Engine that times its steps and loads."""
+
+    _executor: TimingExecutor
+
+    def _make_executor(self) -> TimingExecutor:
+        return TimingExecutor(self.runner, self.store)
+
+    def measure(self) -> Timings:
+        """Begin a new record of times."""
+        return self._executor.measure()
 
 
 def fit(timings: Timings) -> Calibration:
@@ -132,7 +152,7 @@ def predict(
     )
 
     def cost_model(profile: Profile, ranks: dict[str, int]) -> CostModel:
-        return MeasuredCostModel(profile, ranks, calibration, engine.device.buckets)
+        return MeasuredCostModel(profile, ranks, calibration, engine.runner.buckets)
 
-    shapes = engine.device.buckets.prefill_shapes
+    shapes = engine.runner.buckets.prefill_shapes
     return simulate(workload, profile, system, cost_model=cost_model, shapes=shapes, **settings)

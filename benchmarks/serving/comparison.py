@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.outcome import Outcome
 from benchmarks.serving import calibrate
-from benchmarks.serving.calibrate import Calibration, TimingExecutor, Timings
+from benchmarks.serving.calibrate import Calibration, TimedEngine, Timings
 from benchmarks.serving.engine import BenchmarkEngine
 from benchmarks.serving.measure import serve, summarise
 from benchmarks.simulator.simulate import step_tokens
@@ -57,14 +57,14 @@ class Comparison:
 
 def build_engine(
     model: str, workloads: list[Workload], systems: list[str], settings: Settings, config: dict[str, Any]
-) -> BenchmarkEngine:
+) -> TimedEngine:
     """Build an engine for the longest request of all workloads, with the workloads' adapters in host memory.
 
     The length is rounded up, so that later engines find the programs in the compilation cache.
     """
     longest = max(int(w.input_tokens.max() + max(v.output_tokens.max() for v in workloads)) for w in workloads)
     ranks = workloads[0].ranks.tolist()
-    engine = BenchmarkEngine(
+    engine = TimedEngine(
         model,
         EngineConfig(
             max_lora_rank=max(ranks),
@@ -78,15 +78,14 @@ def build_engine(
     return engine
 
 
-def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings) -> tuple[Outcome, Timings]:
-    timings = TimingExecutor.timings = Timings()
+def run(engine: TimedEngine, workload: Workload, system: str, settings: Settings) -> tuple[Outcome, Timings]:
+    timings = engine.measure()
     measured = serve(
         engine,
         workload,
         system,
         predictor=settings.predictor,
         length_factor=settings.length_factor,
-        executor=TimingExecutor,
         max_num_batched_tokens=step_tokens(system, settings.batched_tokens),
         ttft_slo=settings.ttft_slo,
         tbt_slo=settings.tbt_slo,
@@ -96,7 +95,7 @@ def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Sett
 
 
 def compare(
-    engine: BenchmarkEngine,
+    engine: TimedEngine,
     systems: list[str],
     workloads: list[Workload],
     calibration_workload: Workload | None,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.outcome import Outcome, Recorder
-from benchmarks.serving.engine import BenchmarkEngine, EndingExecutor
+from benchmarks.serving.engine import BenchmarkEngine
 from benchmarks.simulator.simulate import make_predictor
 from benchmarks.workload import Workload
 from chameleon_jax.request import Request
@@ -30,10 +30,9 @@ def serve(
     *,
     predictor: str,
     length_factor: float,
-    executor: type[EndingExecutor] = EndingExecutor,
     **settings: Any,
 ) -> Outcome:
-    """Serve a workload of random prompts to its end, in one thread; `settings` as in `BenchmarkEngine.restart`."""
+    """Serve a workload of random prompts to its end, in one thread; `settings` as in `LLMEngine.restart`."""
     outputs = workload.output_tokens.tolist()
     lengths = {f"r{i}": n for i, n in enumerate(outputs)}
     vocab = engine.model_config.vocab_size
@@ -46,7 +45,7 @@ def serve(
     def clock() -> float:
         return time.perf_counter() - begin
 
-    engine.restart(system, clock, lengths=lengths, predictor=predict, executor=executor, **settings)
+    engine.start_run(lengths, system=system, clock=clock, predictor=predict, **settings)
     loop = engine.loop
     begin = time.perf_counter()
     requests: list[Request] = []

@@ -23,7 +23,6 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import StepPlan
@@ -99,6 +98,9 @@ class SimulatedExecutor:
 
     def cancel_load(self, content_hash: str) -> None:
         del self._loads[content_hash]  # transfers queued behind it keep their times
+
+    def forget(self, content_hash: str) -> None:
+        pass
 
     def reset(self) -> None:
         self._loads.clear()
@@ -195,15 +197,15 @@ def simulate(
     loop = ServingLoop(
         config,
         executor,
-        PagePool(profile.num_pages),
+        profile.num_pages,
         page_tokens=profile.layout.page_tokens,
         max_model_len=1 << 20,
         shapes=shapes,
         clock=clock,
         predictor=make_predictor(predictor, true, length_factor, seed),
     )
-    for info in infos.values():
-        loop.add_adapter(info)
+    for name, info in infos.items():
+        loop.adapters.add(name, info)
     limit = SamplingParams(temperature=0, max_tokens=longest)
     stop = frozenset([STOP])
     pending = deque(

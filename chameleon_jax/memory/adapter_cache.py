@@ -1,16 +1,15 @@
-"""Which adapters are in the pool. The cache is whatever memory KV does not use: it grows into free pages and gives them back.
+"""Residency of adapters in the pool. The cache takes pages that KV does not use: it grows into free ones and gives them back.
 
-An adapter that a request runs with is referenced and never leaves; a pinned one neither. The others are idle and leave, by
-the policy's score, when somebody needs their pages; those that a waiting request wants leave last.
+An adapter that a running request uses is referenced and never leaves; neither does a pinned one. The others are idle. When
+pages are needed they leave by the policy's score, adapters of waiting requests last.
 
-The idle ones and their pages are counted as adapters change state, so that asking for room costs the same however many there
-are.
+Idle adapters and their pages are counted as adapters change state, so asking for room costs the same however many there are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from chameleon_jax.memory.adapters import AdapterInfo, AdapterTier
 from chameleon_jax.memory.eviction import AdapterUse, make_policy
@@ -19,12 +18,14 @@ from chameleon_jax.memory.page_pool import PagePool
 
 @dataclasses.dataclass
 class CacheEntry:
-    """One known adapter.
+    """One registered adapter.
 
     Attributes:
-        pages: where it lies while LOADING or RESIDENT.
-        references: running requests that use it.
-        holders: requests, waiting or running, that will need its weights; it cannot be forgotten while there are any.
+        pages: Its pages of the pool while LOADING or RESIDENT.
+        references: Running requests that use it.
+        requests: Unfinished requests that came with it, running or waiting. It is not forgotten while there are any.
+        loads: Times it was brought into the pool.
+        removed: No name has it any more.
     """
 
     info: AdapterInfo
@@ -32,35 +33,55 @@ class CacheEntry:
     tier: AdapterTier = AdapterTier.HOST
     pages: list[int] = dataclasses.field(default_factory=list)
     references: int = 0
-    holders: int = 0
+    requests: int = 0
+    loads: int = 0
     pinned: bool = False
     removed: bool = False
 
 
 @dataclasses.dataclass
 class CacheCounters:
-    """Since the engine started: admissions that found their adapter resident or not, loads, evictions, bytes loaded."""
+    """Counts since the engine started.
+
+    Attributes:
+        hits: Requests whose adapter was resident when their turn came.
+        misses: Requests whose adapter was not.
+        loads: Adapters that were brought into the pool.
+        evictions: Adapters that left it for others' pages.
+        bytes_loaded: Bytes of the pool that loads filled.
+        bytes_sent: Bytes that loads sent to the device.
+        load_seconds: Time from the begin of each load until its adapter could be used, summed.
+    """
 
     hits: int = 0
     misses: int = 0
     loads: int = 0
     evictions: int = 0
     bytes_loaded: int = 0
+    bytes_sent: int = 0
+    load_seconds: float = 0.0
 
 
 class AdapterCache:
-    """Residency of adapters in a `PagePool`."""
+    """Adapters in a `PagePool`, by content hash.
 
-    def __init__(self, pool: PagePool, eviction: str = "chameleon"):
+    Args:
+        eviction: Name of the policy; see `eviction.POLICIES`.
+        on_forget: Told the content hash of an adapter that no name and no request has any more.
+    """
+
+    def __init__(
+        self, pool: PagePool, eviction: str = "chameleon", on_forget: Callable[[str], None] = lambda content_hash: None
+    ):
         self.pool = pool
         self.counters = CacheCounters()
-        self.loads_by_adapter: dict[str, int] = {}
         self.num_loading = 0
+        self._on_forget = on_forget
         self._policy = make_policy(eviction)
         self._entries: dict[str, CacheEntry] = {}
         self._idle: dict[str, CacheEntry] = {}  # resident, not referenced, not pinned
         self._idle_pages = 0
-        self._removed: set[str] = set()  # those that are to be forgotten
+        self._removed: set[str] = set()  # to be forgotten once their requests and loads have ended
         self._pinned: set[str] = set()
 
     def __contains__(self, content_hash: str) -> bool:
@@ -73,7 +94,7 @@ class AdapterCache:
         return list(self._entries.values())
 
     def add(self, info: AdapterInfo, now: float) -> CacheEntry:
-        """Makes an adapter known, or one that was removed known again."""
+        """Register an adapter, or one that was removed again."""
         entry = self._entries.get(info.content_hash)
         if entry is None:
             entry = self._entries[info.content_hash] = CacheEntry(info, AdapterUse(info.num_pages, info.num_bytes, now))
@@ -81,37 +102,37 @@ class AdapterCache:
         self._removed.discard(info.content_hash)
         return entry
 
-    def remove(self, content_hash: str) -> list[str]:
-        """Forgets an adapter as soon as no request needs it. Returns the hashes that are forgotten now."""
+    def remove(self, content_hash: str) -> None:
+        """Unpin an adapter, and forget it as soon as no request needs it."""
         entry = self._entries[content_hash]
         entry.removed = True
         self._removed.add(content_hash)
         self.pin(content_hash, False)
-        return self._forget_if_free(entry)
+        self._forget_if_free(entry)
 
     def pin(self, content_hash: str, pinned: bool = True) -> None:
-        """A pinned adapter does not leave once it is resident."""
+        """Keep an adapter in the pool once it is resident, or stop to."""
         entry = self._entries[content_hash]
         entry.pinned = pinned
         (self._pinned.add if pinned else self._pinned.discard)(content_hash)
         self._count_idle(entry)
 
     def pinned_pages(self, *besides: str | None) -> int:
-        """Pages that pinned adapters take, or will, `besides` excepted."""
+        """Pages that pinned adapters take, or will, `besides` left out."""
         return sum(self._entries[name].info.num_pages for name in self._pinned if name not in besides)
 
-    def hold(self, content_hash: str) -> None:
-        """A request that will need the adapter was submitted."""
-        self._entries[content_hash].holders += 1
+    def add_request(self, content_hash: str) -> None:
+        """Keep the adapter for a request that was submitted with it."""
+        self._entries[content_hash].requests += 1
 
-    def unhold(self, content_hash: str) -> list[str]:
-        """That request ended. Returns the hashes that are forgotten now."""
+    def remove_request(self, content_hash: str) -> None:
+        """Release the adapter of a request that has ended."""
         entry = self._entries[content_hash]
-        entry.holders -= 1
-        return self._forget_if_free(entry)
+        entry.requests -= 1
+        self._forget_if_free(entry)
 
     def acquire(self, content_hash: str, now: float) -> None:
-        """A request starts running with an adapter that is resident, or will be before the request's first step."""
+        """Reference an adapter for a request that starts. It is resident, or will be before the request's first step."""
         entry = self._entries[content_hash]
         if entry.tier is AdapterTier.HOST:
             raise ValueError(f"adapter {content_hash[:12]} is host, neither loading nor resident")
@@ -121,7 +142,7 @@ class AdapterCache:
         self._count_idle(entry)
 
     def release(self, content_hash: str, now: float) -> None:
-        """That request stopped running. The adapter stays where it is."""
+        """Drop the reference of a request that stops running. The adapter stays where it is."""
         entry = self._entries[content_hash]
         entry.references -= 1
         entry.use.last_used = now
@@ -136,9 +157,9 @@ class AdapterCache:
         return content_hash in self._idle
 
     def reserve(self, pages: int, now: float, *, keep: Collection[str] = (), wanted: Collection[str] = ()) -> bool:
-        """Evicts idle adapters until `pages` pages are free, those outside `wanted` first and those in `keep` never.
+        """Evict idle adapters until `pages` pages are free, adapters outside `wanted` first and those in `keep` never.
 
-        Evicts nothing and returns False where that would not be enough.
+        Where that would not be enough it evicts nothing and returns False.
         """
         missing = pages - self.pool.num_free
         if missing <= 0:
@@ -159,7 +180,7 @@ class AdapterCache:
         return True
 
     def begin_load(self, content_hash: str) -> list[int]:
-        """HOST -> LOADING: gives the adapter its pages. Raises OutOfPages where `reserve` was not asked first."""
+        """Take HOST to LOADING, and return the adapter's pages. Raises OutOfPages where `reserve` was not asked first."""
         entry = self._entries[content_hash]
         if entry.tier is not AdapterTier.HOST:
             raise ValueError(f"adapter {content_hash[:12]} is {entry.tier.value} already")
@@ -168,30 +189,32 @@ class AdapterCache:
         self.num_loading += 1
         return entry.pages
 
-    def finish_load(self, content_hash: str) -> None:
-        """LOADING -> RESIDENT."""
+    def finish_load(self, content_hash: str, bytes_sent: int = 0, seconds: float = 0.0) -> None:
+        """Take LOADING to RESIDENT."""
         entry = self._entries[content_hash]
         entry.tier = AdapterTier.RESIDENT
+        entry.loads += 1
         self._count_idle(entry)
         self.num_loading -= 1
         self.counters.loads += 1
         self.counters.bytes_loaded += entry.info.num_bytes
-        self.loads_by_adapter[content_hash] = self.loads_by_adapter.get(content_hash, 0) + 1
+        self.counters.bytes_sent += bytes_sent
+        self.counters.load_seconds += seconds
 
     def fail_load(self, content_hash: str) -> None:
-        """LOADING -> HOST: the weights could not be had or nobody wants them any more; the pages are free again."""
+        """Take LOADING to HOST: the load failed or was cancelled. Its pages are free again."""
         self.num_loading -= 1
         self._to_host(self._entries[content_hash])
 
     def evict_idle(self, keep: Collection[str] = ()) -> int:
-        """Empties the cache of what nobody uses, `keep` excepted; returns how many left."""
+        """Evict every idle adapter but `keep`; return how many left."""
         idle = [entry for content_hash, entry in self._idle.items() if content_hash not in keep]
         for entry in idle:
             self._evict(entry)
         return len(idle)
 
     def lose(self) -> None:
-        """The pool's content is lost and nothing refers to it: every adapter is on the host again."""
+        """Take every adapter to HOST, as the pool's content is lost. Raises ValueError while one is referenced."""
         for entry in self._entries.values():
             if entry.references:
                 raise ValueError(f"adapter {entry.info.content_hash[:12]} has {entry.references} references; allowed: 0")
@@ -200,7 +223,7 @@ class AdapterCache:
                 self._to_host(entry)
 
     def _count_idle(self, entry: CacheEntry) -> None:
-        """Keeps `_idle` true after a change of state."""
+        """Keep `_idle` true after a change of state."""
         content_hash = entry.info.content_hash
         idle = entry.tier is AdapterTier.RESIDENT and not entry.references and not entry.pinned
         if idle and content_hash not in self._idle:
@@ -219,17 +242,18 @@ class AdapterCache:
         entry.pages, entry.tier = [], AdapterTier.HOST
         self._count_idle(entry)
 
-    def _forget_if_free(self, entry: CacheEntry) -> list[str]:
-        """A removed adapter that nobody holds goes, pages and all; one that is loading goes when the load is done."""
-        if not entry.removed or entry.holders or entry.tier is AdapterTier.LOADING:
-            return []
+    def sweep(self) -> None:
+        """Forget removed adapters whose load has ended since."""
+        for content_hash in list(self._removed):
+            self._forget_if_free(self._entries[content_hash])
+
+    def _forget_if_free(self, entry: CacheEntry) -> None:
+        """Forget a removed adapter that no request needs; one that is loading waits for `sweep`."""
+        if not entry.removed or entry.requests or entry.tier is AdapterTier.LOADING:
+            return
         if entry.tier is AdapterTier.RESIDENT:
             self._to_host(entry)
-        del self._entries[entry.info.content_hash]
-        self._removed.discard(entry.info.content_hash)
-        self.loads_by_adapter.pop(entry.info.content_hash, None)
-        return [entry.info.content_hash]
-
-    def sweep(self) -> list[str]:
-        """Forgets removed adapters whose load has ended since; returns their hashes."""
-        return [gone for name in list(self._removed) for gone in self._forget_if_free(self._entries[name])]
+        content_hash = entry.info.content_hash
+        del self._entries[content_hash]
+        self._removed.discard(content_hash)
+        self._on_forget(content_hash)

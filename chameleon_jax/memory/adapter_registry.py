@@ -1,10 +1,11 @@
-"""The adapters of a loop by name."""
+"""Adapters by name: the content each name stands for, the directory it came from, and whether the name pins it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
-from chameleon_jax.loop import ServingLoop
+from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterInfo
 
 
@@ -16,123 +17,141 @@ class _Named:
 
 
 class AdapterRegistry:
-    """Names to adapters: each with the path it was read from, and whether the name pins it. Removing or replacing a name does
-    not disturb requests that hold the content hash."""
+    """Names of adapters, over the cache that holds their content.
 
-    def __init__(self) -> None:
-        self._names: dict[str, _Named] = {}
+    A content stays in the cache's books while a name or an unfinished request has it, and is pinned while a name pins it. A
+    name can be given new content in place. Requests keep the content that they came with; the name keeps its pin.
 
-    def set(self, name: str, info: AdapterInfo, path: str | None = None, pinned: bool = False) -> AdapterInfo | None:
-        """Names an adapter; returns the one that had the name."""
-        old = self.get(name)
-        self._names[name] = _Named(info, path, pinned)
-        return old
-
-    def remove(self, name: str) -> AdapterInfo:
-        """Raises KeyError with the names there are."""
-        self.named(name)
-        return self._names.pop(name).info
-
-    def get(self, name: str) -> AdapterInfo | None:
-        named = self._names.get(name)
-        return None if named is None else named.info
-
-    def named(self, name: str) -> AdapterInfo:
-        """Raises KeyError with the names there are."""
-        if name not in self._names:
-            raise KeyError(f"no adapter is named {name!r}; there are: {', '.join(self.names()) or 'none'}")
-        return self._names[name].info
-
-    def path(self, name: str) -> str | None:
-        named = self._names.get(name)
-        return None if named is None else named.path
-
-    def pin(self, name: str, pinned: bool) -> None:
-        self._names[name].pinned = pinned
-
-    def is_pinned(self, name: str) -> bool:
-        return name in self._names and self._names[name].pinned
-
-    def names_of(self, content_hash: str) -> list[str]:
-        return sorted(name for name, named in self._names.items() if named.info.content_hash == content_hash)
-
-    def names_by_hash(self) -> dict[str, list[str]]:
-        by_hash: dict[str, list[str]] = {}
-        for name in self.names():
-            by_hash.setdefault(self._names[name].info.content_hash, []).append(name)
-        return by_hash
-
-    def names(self) -> list[str]:
-        return sorted(self._names)
-
-
-class AdapterNames:
-    """Keeps what a loop knows true to what names say: a content is known while a name or an unfinished request has it, and
-    pinned while a name pins it.
-
-    A name is given new content in place. Requests keep the content that they came with; the name keeps its pin.
+    Args:
+        clock: Seconds, monotonic.
+        largest_need: Pages that the largest unfinished request may take, requests of the given content hash left out.
     """
 
-    def __init__(self, loop: ServingLoop):
-        self.registry = AdapterRegistry()
-        self.loop = loop
+    def __init__(self, cache: AdapterCache, clock: Callable[[], float], largest_need: Callable[[str], int]):
+        self._cache = cache
+        self._clock = clock
+        self._largest_need = largest_need
+        self._names: dict[str, _Named] = {}
 
-    def set(
+    # -- changes --------------------------------------------------------------------------------------------------------
+
+    def add(
         self, name: str, info: AdapterInfo, path: str | None = None, pinned: bool | None = None, load_inplace: bool = True
     ) -> bool:
-        """Gives a name its content.
+        """Give a name its content.
 
         Args:
-            path: directory from which it was read.
-            pinned: whether the name pins it; None: as before, and a new name does not.
+            name: A new name, or one that gets new content.
+            info: The content.
+            path: Directory from which it was read.
+            pinned: Whether the name pins it. None keeps the name's pin; a new name has none.
             load_inplace: False refuses other content for a name that exists.
 
         Returns:
             Whether the name had that very content already.
 
         Raises:
-            ValueError: the content cannot be pinned, or the name exists. Nothing has changed then.
+            ValueError: The content cannot be pinned, or the name exists. Nothing has changed then.
         """
-        old = self.registry.get(name)
+        old = self.get(name)
         if old not in (None, info) and not load_inplace:
             raise ValueError(f"lora_name is {name!r}, which has other content; allowed with load_inplace false: a new name")
         if pinned is None:
-            pinned = self.registry.is_pinned(name)
+            pinned = self.is_pinned(name)
         if pinned:
-            self.loop.check_pin(info, replaced=self._left_by(name))
-        self.loop.add_adapter(info)
-        self.registry.set(name, info, path, pinned)
+            self._check_pin(info, replaced=self._pinned_by_alone(name))
+        self._cache.add(info, self._clock())
+        self._names[name] = _Named(info, path, pinned)
         for changed in (old, info):
             if changed is not None:
                 self._settle(changed)
         return old == info
 
     def remove(self, name: str) -> None:
-        """Raises KeyError."""
-        self._settle(self.registry.remove(name))
+        """Forget a name. Requests that came with it finish; then its content is forgotten unless another name has it.
 
-    def pin(self, name: str, pinned: bool = True) -> None:
-        """Keeps a name's content in the pool once it is there. Raises ValueError or KeyError."""
+        Raises:
+            KeyError: No adapter has that name; lists the names there are.
+        """
         info = self.named(name)
-        if pinned:
-            self.loop.check_pin(info)
-        self.registry.pin(name, pinned)
+        del self._names[name]
         self._settle(info)
 
-    def named(self, name: str) -> AdapterInfo:
-        """Raises KeyError with the names there are."""
-        return self.registry.named(name)
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep a name's content in the pool once it is there, or stop to.
 
-    def _left_by(self, name: str) -> str | None:
-        """The content that no other name pins."""
-        info = self.registry.get(name)
-        if info is None or any(self.registry.is_pinned(n) for n in self.registry.names_of(info.content_hash) if n != name):
+        Raises:
+            ValueError: Too little of the pool would be left for requests.
+            KeyError: No adapter has that name; lists the names there are.
+        """
+        info = self.named(name)
+        if pinned:
+            self._check_pin(info)
+        self._names[name].pinned = pinned
+        self._settle(info)
+
+    # -- questions ------------------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> AdapterInfo | None:
+        """Content of a name; None where no adapter has it."""
+        named = self._names.get(name)
+        return None if named is None else named.info
+
+    def named(self, name: str) -> AdapterInfo:
+        """Content of a name. Raises KeyError, with the names there are."""
+        if name not in self._names:
+            raise KeyError(f"no adapter is named {name!r}; there are: {', '.join(self.names()) or 'none'}")
+        return self._names[name].info
+
+    def path(self, name: str) -> str | None:
+        """Directory from which a name's content was read."""
+        named = self._names.get(name)
+        return None if named is None else named.path
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the name pins its content."""
+        return name in self._names and self._names[name].pinned
+
+    def names(self) -> list[str]:
+        """Every name, sorted."""
+        return sorted(self._names)
+
+    def names_by_hash(self) -> dict[str, list[str]]:
+        """`content hash -> its names, sorted`."""
+        by_hash: dict[str, list[str]] = {}
+        for name in self.names():
+            by_hash.setdefault(self._names[name].info.content_hash, []).append(name)
+        return by_hash
+
+    def copy_to(self, other: AdapterRegistry) -> None:
+        """Give another registry the same names."""
+        for name, named in self._names.items():
+            other.add(name, named.info, named.path, named.pinned)
+
+    # -- keeping the cache's books true to the names --------------------------------------------------------------------
+
+    def _check_pin(self, info: AdapterInfo, replaced: str | None = None) -> None:
+        """Raise ValueError where pinning `info` in the place of `replaced` could starve a live request."""
+        taken = self._cache.pinned_pages(info.content_hash, replaced) + info.num_pages
+        need = self._largest_need(info.content_hash)
+        capacity = self._cache.pool.capacity
+        if taken + need > capacity or taken > capacity // 2:
+            raise ValueError(
+                f"pinned adapters would take {taken} of {capacity} pages; allowed: half, and room for every "
+                f"request (the largest needs {need})"
+            )
+
+    def _pinned_by_alone(self, name: str) -> str | None:
+        """Content hash of a name that no other name pins; None where another does, or the name is new."""
+        info = self.get(name)
+        if info is None or any(n.pinned and n.info == info for other, n in self._names.items() if other != name):
             return None
         return info.content_hash
 
     def _settle(self, info: AdapterInfo) -> None:
-        names = self.registry.names_of(info.content_hash)
-        if names:
-            self.loop.pin_adapter(info.content_hash, any(map(self.registry.is_pinned, names)))
-        elif info.content_hash in self.loop.cache:
-            self.loop.remove_adapter(info.content_hash)
+        """Pin, unpin or drop a content as its names say now."""
+        owners = [named for named in self._names.values() if named.info.content_hash == info.content_hash]
+        if owners:
+            self._cache.pin(info.content_hash, any(named.pinned for named in owners))
+        elif info.content_hash in self._cache:
+            self._cache.remove(info.content_hash)

@@ -1,4 +1,4 @@
-"""What an adapter is to the host: a name for people, a content hash for the machine, its size, and where it is."""
+"""An adapter to the host: its content hash, its size, and its tier of memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_RANK = 512
 
 
 class AdapterTier(enum.Enum):
-    """HOST -> LOADING -> RESIDENT -> HOST. A load that was given up goes LOADING -> HOST."""
+    """Tier of memory. HOST -> LOADING -> RESIDENT -> HOST; a cancelled or failed load goes LOADING -> HOST."""
 
     HOST = "host"
     LOADING = "loading"
@@ -19,12 +19,12 @@ class AdapterTier(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInfo:
-    """Identity is `content_hash`: two names with the same weights are one adapter, one name with new weights is another.
+    """Content of an adapter. Its hash is its identity: two names with equal weights are one adapter, new weights another.
 
     Attributes:
-        rank: its largest rank.
-        num_pages: pages it takes in the pool.
-        num_bytes: bytes it takes in the pool.
+        rank: Its largest rank.
+        num_pages: Pages that it takes in the pool.
+        num_bytes: Bytes that it takes in the pool.
     """
 
     content_hash: str

@@ -135,8 +135,9 @@ class Scheduler:
         self._wait(request, now, new=True)
 
     def forget(self, content_hash: str) -> None:
-        """An adapter is not known any more."""
+        """Drop what was learnt of an adapter that is not registered any more."""
         self._prefetcher.forget(content_hash)
+        self._predictor.forget(content_hash)
 
     def finish(self, request: Request, now: float) -> None:
         """Forgets a request, waiting or running, and gives back what it held."""

@@ -97,7 +97,20 @@ class HostStore(Generic[B]):
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="host-store")
 
     @property
+    def byte_limit(self) -> int:
+        """Bytes that blocks in memory may take together. A lower value spills at once."""
+        return self._limit
+
+    @byte_limit.setter
+    def byte_limit(self, byte_limit: int) -> None:
+        with self._lock:
+            self._limit = byte_limit
+            if self._bytes > byte_limit:
+                self._disk.submit(self._spill)
+
+    @property
     def bytes_in_memory(self) -> int:
+        """Bytes that blocks in memory take now."""
         with self._lock:
             return self._bytes
 

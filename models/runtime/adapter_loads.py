@@ -1,9 +1,8 @@
-"""Adapters on their way from host memory to their pages in the pool.
+"""Loads of adapters from host memory into their pages of the pool.
 
-A load goes through: its block is fetched (at once, or from disk); piece by piece it is sent to the device, the older load
-first; each piece that has arrived is copied into its pages by a program that runs between steps. Nothing here waits but
-`poll(wait=True)`, and no step ever waits for a transfer: what is dispatched has arrived. `link_pace` explains when pieces are
-sent, and how many.
+A load's block is fetched, at once or from disk. Its pieces are sent to the device one by one, the oldest load first. A program
+that runs between steps copies each piece that has arrived into its pages. Only `poll(wait=True)` waits here, and no step ever
+waits for a transfer: all that is dispatched has arrived. `link_pace` explains when pieces are sent, and how many.
 """
 
 from __future__ import annotations
@@ -27,23 +26,14 @@ from chameleon_jax.models.runtime.link_pace import LinkPace
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 
 
-@dataclasses.dataclass
-class LoadCounters:
-    """Loads that succeeded since the start: how many, the bytes sent for them, and their seconds from begin to usable."""
-
-    loads: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
 @dataclasses.dataclass(eq=False)
 class _Load:
     """One adapter's load.
 
     Attributes:
-        unsent: pieces and their pages; None until the block is in host memory.
-        num_bytes: sent so far.
-        ended: nothing of it is sent or written any more; what is on the way is dropped.
+        unsent: Pieces and their pages; None until the block is in host memory.
+        num_bytes: Bytes sent so far.
+        ended: None of it is sent or written any more. Pieces on their way are dropped.
     """
 
     content_hash: str
@@ -64,7 +54,7 @@ class _Transfer:
     pages: list[int]
 
     def arrived(self) -> bool:
-        """Raises what made the transfer fail."""
+        """Whether the piece is on the device. Raises the transfer's error where it failed."""
         if not self.piece.is_ready():
             return False
         self.piece.block_until_ready()
@@ -75,22 +65,22 @@ class AdapterLoads:
     """Loads under way. Not thread-safe.
 
     Args:
-        copies: times each piece is sent and written, of which the last counts.
-        clock: seconds, monotonic.
+        clock: Seconds, monotonic.
+
+    Attributes:
+        copies: Times that each piece is sent and written; the last counts.
     """
 
     def __init__(
         self,
-        engine: ModelRunner,
+        runner: ModelRunner,
         store: HostStore[PinnedBlock],
-        copies: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.counters = LoadCounters()
-        self.pace = LinkPace(engine.link_rate, engine.pieces.device_bytes)
-        self._engine = engine
+        self.copies = 1
+        self.pace = LinkPace(runner.link_rate, runner.pieces.device_bytes)
+        self._runner = runner
         self._store = store
-        self._copies = copies
         self._clock = clock
         self._loads: dict[str, _Load] = {}  # in the order in which they began
         self._on_the_way: deque[_Transfer] = deque()  # in the order in which they were sent; also of loads that ended
@@ -111,28 +101,28 @@ class AdapterLoads:
         return self.bytes_on_the_way + sum(size for _, size in self._writes)
 
     def begin(self, content_hash: str, pages: list[int]) -> None:
-        """Starts a load. Its pieces wait for the next `send`."""
+        """Start a load. Its pieces wait for the next `send`."""
         self._loads[content_hash] = _Load(content_hash, list(pages), self._store.fetch(content_hash), self._clock())
 
     def send_beside_step(self) -> None:
-        """Sends what the link moves in a step; to be called when a step's inputs were sent, before its programs."""
+        """Send as much as the link moves in a step. Call it after a step's inputs were sent and before its programs."""
         self.pace.dispatched(self._clock())
         self._send(self.pace.step_bytes, self.pace.window)
 
     def send(self) -> None:
-        """Keeps the link busy while no step is dispatched whose successor's inputs would wait.
+        """Keep the link busy while no step is dispatched whose successor's inputs would wait.
 
-        128 MiB do, as every arrival makes room for more; a request that comes now waits 2 to 5 ms for them.
+        128 MiB at a time are enough, as every arrival makes room for more. A request that arrives now waits 2 to 5 ms for them.
         """
         self.pace.paused()
         self._send(MIN_TRANSFER_BYTES, MIN_TRANSFER_BYTES)
 
     def poll(self, wait: bool = False, idle: bool = False) -> list[LoadResult]:
-        """Writes what has arrived and returns the loads that ended.
+        """Write the pieces that have arrived, and return the loads that ended.
 
         Args:
-            wait: Waits until at least one has, if there is any; the device is idle then.
-            idle: No step is in flight, so that pieces are sent from here.
+            wait: Wait until one has, if any is under way. The device is idle meanwhile.
+            idle: No step is in flight, so pieces are sent from here.
         """
         self._advance(wait or idle)
         while wait and self._loads and not self._results:
@@ -142,14 +132,14 @@ class AdapterLoads:
         return list(results.values())
 
     def cancel(self, content_hash: str) -> None:
-        """Gives up a load that was not reported as ended: nothing of it is written any more."""
+        """Cancel a load that `poll` has not returned: no piece of it is written any more."""
         load = self._loads.pop(content_hash, None)
         if load is not None:
             load.ended = True
         self._results.pop(content_hash, None)
 
     def reset(self) -> None:
-        """Gives up all of them, and what was sent or written."""
+        """Cancel all loads, and drop the pieces that were sent or written."""
         for content_hash in list(self._loads):
             self.cancel(content_hash)
         self._results.clear()
@@ -157,7 +147,7 @@ class AdapterLoads:
         self._writes.clear()
 
     def _advance(self, send: bool) -> None:
-        """Whatever an interrupt left undone here, the next call does."""
+        """Write, send and end loads. The next call does what an interrupt leaves undone."""
         self._write()
         if send:
             self.send()
@@ -167,20 +157,20 @@ class AdapterLoads:
                 self._end(load)
 
     def _write(self) -> None:
-        """Dispatches the copies of what has arrived, in whatever order it did."""
+        """Dispatch the copies of the pieces that have arrived, in the order of arrival."""
         for transfer in list(self._on_the_way):
             load, size = transfer.load, transfer.piece.nbytes
             try:
                 if not transfer.arrived():
                     continue
                 if not load.ended:
-                    self._writes.append((self._engine.write_adapter(transfer.piece, transfer.pages), size))
-            except Exception as error:  # whatever it is, it belongs to the requests that wait for the adapter
+                    self._writes.append((self._runner.write_adapter(transfer.piece, transfer.pages), size))
+            except Exception as error:  # any error is one for the requests that wait for the adapter
                 self._end(load, error)
             self._on_the_way.remove(transfer)
 
     def _send(self, budget: int, window: int) -> None:
-        """Sends pieces, the oldest load first. A load whose block is still on disk delays no other.
+        """Send pieces, the oldest load first. A load whose block is still on disk delays no other.
 
         Args:
             budget: Bytes to send, or one piece where that is more.
@@ -199,7 +189,7 @@ class AdapterLoads:
                     piece, pages = load.unsent[0]
                     if (sent and sent + piece.nbytes > budget) or not self._has_room(piece.nbytes, window):
                         return
-                    self._on_the_way.append(_Transfer(load, self._engine.put(piece), pages))
+                    self._on_the_way.append(_Transfer(load, self._runner.put(piece), pages))
                     load.unsent.popleft()
                     load.num_bytes += piece.nbytes
                     sent += piece.nbytes
@@ -215,15 +205,15 @@ class AdapterLoads:
         on_the_way, on_device = self.bytes_on_the_way, self.bytes_on_device
         if on_the_way and on_the_way + size > window:
             return False
-        return not on_device or on_device + size <= self._engine.pieces.device_bytes
+        return not on_device or on_device + size <= self._runner.pieces.device_bytes
 
     def _assign(self, load: _Load) -> deque[tuple[jax.Array | np.ndarray, list[int]]]:
-        """A load's pieces with their pages, each as often as it is sent. Raises what made the fetch fail."""
+        """Pieces of a load with their pages, each as often as it is sent. Raises the fetch's error where it failed."""
         block, pages = load.block.result(), iter(load.pages)
         if block.num_pages != len(load.pages):
             raise ValueError(f"adapter {load.content_hash[:12]} has {block.num_pages} pages; it was given {len(load.pages)}")
         pieces = [(piece, [next(pages) for _ in range(piece.shape[1])]) for piece in block.pieces]
-        return deque(piece for piece in pieces for _ in range(self._copies))
+        return deque(piece for piece in pieces for _ in range(self.copies))
 
     def _end(self, load: _Load, error: Exception | None = None) -> None:
         if load.ended:
@@ -232,13 +222,9 @@ class AdapterLoads:
         self._results[load.content_hash] = LoadResult(load.content_hash, error, load.num_bytes, seconds)
         self._loads.pop(load.content_hash, None)
         load.ended = True
-        if error is None:
-            self.counters.loads += 1
-            self.counters.bytes += load.num_bytes
-            self.counters.seconds += seconds
 
     def _wait(self) -> None:
-        """Sleeps until one more piece has arrived, or a write has made room, or a block is there."""
+        """Sleep until one more piece has arrived, or a write has made room, or a block is there."""
         if self._on_the_way:
             awaited = self._on_the_way[0].piece
         elif self._writes and any(load.unsent for load in self._loads.values()):
@@ -246,5 +232,5 @@ class AdapterLoads:
         else:
             futures.wait([load.block for load in self._loads.values()], return_when=futures.FIRST_COMPLETED)
             return
-        with contextlib.suppress(Exception):  # `_write` meets it again, and knows whose it is
+        with contextlib.suppress(Exception):  # `_write` meets the error again, and knows its load
             awaited.block_until_ready()

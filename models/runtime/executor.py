@@ -1,4 +1,4 @@
-"""The executor that computes: plans become packed arrays, packed arrays become dispatches."""
+"""Executor on a JAX device: packs plans into arrays, and dispatches them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
-from chameleon_jax.models.runtime.adapter_loads import AdapterLoads, LoadCounters
+from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, SentStep
 from chameleon_jax.models.runtime.step_inputs import Draw, SequenceChunk
 from chameleon_jax.models.sampling import Sampled
@@ -17,46 +17,54 @@ from chameleon_jax.request import Request
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
 
 Part = tuple[DispatchedStep, list[tuple[int, Request]]]
-"""The prompts or the decodes of a step, and whose each of its drawn rows is."""
+"""Prompts or decodes of a step, and the owner of each of its sampled rows."""
 
 
 class JaxExecutor:
     """`Executor` over a `ModelRunner`.
 
     Args:
-        placements: content hashes to where an adapter's rows lie in its pages.
-        transfers_per_load: copies of an adapter that are sent to the device, of which the last is kept.
+        store: Packed adapters in host memory.
     """
 
-    def __init__(
-        self,
-        engine: ModelRunner,
-        store: HostStore[PinnedBlock],
-        placements: dict[str, AdapterPlacement],
-        transfers_per_load: int = 1,
-    ):
-        self._engine = engine
-        self._placements = placements
-        self._loads = AdapterLoads(engine, store, transfers_per_load)
-        self._loading: dict[str, PlacedAdapter] = {}
-        self._resident: dict[str, PlacedAdapter] = {}
+    def __init__(self, runner: ModelRunner, store: HostStore[PinnedBlock]):
+        self._runner = runner
+        self._store = store
+        self._loads = AdapterLoads(runner, store)
+        self._placements: dict[str, AdapterPlacement] = {}  # of every adapter that was added
+        self._placed: dict[str, PlacedAdapter] = {}  # those whose load has begun, with their pages
         self._in_flight: list[list[Part]] = []  # dispatched and not collected
 
     @property
-    def load_counters(self) -> LoadCounters:
-        return self._loads.counters
+    def transfers_per_load(self) -> int:
+        """Times that each load sends its adapter."""
+        return self._loads.copies
+
+    @transfers_per_load.setter
+    def transfers_per_load(self, copies: int) -> None:
+        self._loads.copies = copies
+
+    def add(self, content_hash: str, placement: AdapterPlacement, block: PinnedBlock) -> None:
+        """Take a packed adapter in.
+
+        Args:
+            placement: Places of its rows in its pages.
+            block: Its packed array, as `ModelRunner.stage` returns it.
+        """
+        self._store.put(content_hash, block)
+        self._placements[content_hash] = placement
 
     def dispatch(self, plan: StepPlan) -> list[Part]:
         sent = []
         if plan.prefills:
             chunks = plan.prefills
             draws = {i: _draw(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
-            inputs = self._engine.send([self._chunk(c) for c in chunks], draws)
+            inputs = self._runner.send([self._chunk(c) for c in chunks], draws)
             sent.append((inputs, [(i, chunks[i].request) for i in draws]))
         if plan.decodes:
             rows = plan.decodes
             draws = {i: _draw(r, r.num_computed) for i, r in enumerate(rows)}
-            inputs = self._engine.send([self._row(r) for r in rows], draws)
+            inputs = self._runner.send([self._row(r) for r in rows], draws)
             sent.append((inputs, list(enumerate(rows))))
         self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
         handle = [self._dispatch(inputs, owners) for inputs, owners in sent]
@@ -77,35 +85,28 @@ class JaxExecutor:
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
-        self._resident.pop(content_hash, None)
-        self._loading[content_hash] = PlacedAdapter(self._placements[content_hash], tuple(pages))
+        self._placed[content_hash] = PlacedAdapter(self._placements[content_hash], tuple(pages))
         self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        ended = self._loads.poll(wait, idle=not self._in_flight)
-        for result in ended:
-            adapter = self._loading.pop(result.content_hash)
-            if result.error is None:
-                self._resident[result.content_hash] = adapter
-        return ended
+        return self._loads.poll(wait, idle=not self._in_flight)
 
     def cancel_load(self, content_hash: str) -> None:
-        del self._loading[content_hash]
         self._loads.cancel(content_hash)
 
     def forget(self, content_hash: str) -> None:
-        """An adapter is not known any more."""
-        self._resident.pop(content_hash, None)
+        self._store.remove(content_hash)
+        self._placements.pop(content_hash, None)
+        self._placed.pop(content_hash, None)
 
     def reset(self) -> None:
         self._loads.reset()
-        self._loading.clear()
-        self._resident.clear()
+        self._placed.clear()
         self._in_flight.clear()
-        self._engine.reset()
+        self._runner.reset()
 
     def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
-        step = self._engine.dispatch(inputs)
+        step = self._runner.dispatch(inputs)
         for array in jax.tree.leaves(step.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
         return step, [(step.rows[i], request) for i, request in owners]
@@ -119,11 +120,11 @@ class JaxExecutor:
         return SequenceChunk(None, request.num_computed - 1, request.slot, request.pages, self._adapter(request))
 
     def _adapter(self, request: Request) -> PlacedAdapter | None:
-        return None if request.adapter is None else self._resident[request.adapter]
+        return None if request.adapter is None else self._placed[request.adapter]
 
 
 def _draw(request: Request, position: int) -> Draw:
-    """How the token at `position` is drawn."""
+    """Sampling parameters of the token at `position`."""
     params = request.params
     drawn = position - len(request.prompt_token_ids)
     return Draw(
@@ -140,7 +141,7 @@ def _draw(request: Request, position: int) -> Draw:
 
 
 def _logprobs(host: Sampled, row: int, request: Request) -> dict[int, float] | None:
-    """The chosen token's log-probability, then the best ones' (on the host already)."""
+    """Log-probabilities of one row: the chosen token first, then the best ones."""
     if request.params.logprobs is None:
         return None
     assert host.logprobs is not None and host.top_tokens is not None and host.top_logprobs is not None

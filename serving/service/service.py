@@ -64,7 +64,7 @@ class Service:
         """The adapter that a request's `model` names; None: the base model. Raises KeyError where there is no such name."""
         if model is None or model in ("", self.model_name):
             return None
-        if self.llm.engine.registry.get(model) is None:
+        if self.llm.engine.adapters.get(model) is None:
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
 

@@ -8,6 +8,7 @@ import prometheus_client
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
@@ -67,7 +68,7 @@ class Metrics(Observer):
             if gaps > 0:
                 self._tpot.observe((times.finished_time - times.first_token_time) / gaps)
 
-    def lost(self, num_requests: int) -> None:
+    def engine_died(self, error: EngineDead, num_requests: int) -> None:
         self._finished.labels(FinishReason.ERROR.value).inc(num_requests)
 
     def loaded(self, result: LoadResult) -> None:

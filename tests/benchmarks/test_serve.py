@@ -45,7 +45,7 @@ def test_ratios_pair_the_passes():
 
 def start(engine, lengths: dict[str, int], system: str = "chameleon") -> None:
     ticks = itertools.count()
-    engine.restart(system, lambda: next(ticks) * 1e-3, lengths=lengths, predictor=None, predicted_output_len=24)
+    engine.start_run(lengths, system=system, clock=lambda: next(ticks) * 1e-3, predicted_output_len=24)
 
 
 def finish(engine) -> list:

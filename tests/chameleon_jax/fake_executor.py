@@ -67,6 +67,9 @@ class FakeExecutor:
     def cancel_load(self, content_hash: str) -> None:
         del self.loads[content_hash]
 
+    def forget(self, content_hash: str) -> None:
+        pass
+
     def reset(self) -> None:
         self.loads.clear()
         self.memory.clear()

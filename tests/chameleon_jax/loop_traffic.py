@@ -5,7 +5,6 @@ from __future__ import annotations
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from tests.chameleon_jax.fake_executor import FakeExecutor
@@ -28,12 +27,12 @@ def make_loop(num_pages: int, load_polls: int = 1, **settings) -> tuple[ServingL
     loop = ServingLoop(
         EngineConfig(**(defaults | settings)),
         executor,
-        PagePool(num_pages),
+        num_pages,
         page_tokens=PAGE_TOKENS,
         max_model_len=80,
         clock=Clock(),
-        forget=forgotten.append,
     )
+    executor.forget = forgotten.append  # type: ignore[method-assign]
     return loop, executor, forgotten
 
 

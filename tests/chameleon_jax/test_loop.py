@@ -34,7 +34,7 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
     version = dict.fromkeys(range(4), 0)
     name = {i: f"a{i}.0" for i in range(4)}
     for i in range(4):
-        loop.add_adapter(adapter(name[i], 1 + 2 * i))
+        loop.adapters.add(name[i], adapter(name[i], 1 + 2 * i))
     requests, ended, aborted = [], [], set()
     replaced: set[str] = set()
     finish = loop.scheduler.finish
@@ -57,12 +57,12 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
         elif event in ("replace", "remove") and which != 4:
             old, version[which] = name[which], version[which] + 1
             name[which] = f"a{which}.{version[which]}"
-            loop.add_adapter(adapter(name[which], 1 + 2 * which))
-            loop.remove_adapter(old)
+            loop.adapters.add(name[which], adapter(name[which], 1 + 2 * which))
+            loop.adapters.remove(old)
             replaced.add(old)
         elif event == "pin" and which != 4:
             try:
-                loop.pin_adapter(name[which])
+                loop.adapters.pin(name[which])
             except ValueError as error:
                 assert "pinned adapters would take" in str(error)
         used = loop.pool.usage()
@@ -80,7 +80,7 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
     used = loop.pool.usage()
     assert used.kv == 0
     assert used.adapters == sum(len(e.pages) for e in loop.cache.entries())
-    assert all(e.references == 0 and e.holders == 0 for e in loop.cache.entries())
+    assert all(e.references == 0 and e.requests == 0 for e in loop.cache.entries())
     loop.step()
     assert sorted(forgotten) == sorted(replaced)
     for entry in loop.cache.entries():
@@ -91,7 +91,7 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
 
 def test_small_pools_squash_and_evict():
     loop, executor, _ = make_loop(26)
-    loop.add_adapter(adapter("big", 12))
+    loop.adapters.add("big", adapter("big", 12))
     requests = [make_request(i, 6, 30, "big" if i == 5 else None) for i in range(6)]
     for request in requests:
         loop.submit(request)
@@ -111,7 +111,7 @@ def test_the_oldest_is_never_squashed():
 
 def test_what_can_never_fit_is_refused_with_the_reason():
     loop, _, _ = make_loop(10)
-    loop.add_adapter(adapter("big", 8))
+    loop.adapters.add("big", adapter("big", 8))
     with pytest.raises(ValueError, match="needs up to 10 pages .* the pool has 9"):
         loop.submit(make_request(0, 20, 20))
     with pytest.raises(ValueError, match="needs up to 10 pages"):

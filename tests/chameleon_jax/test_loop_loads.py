@@ -14,7 +14,7 @@ from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_
 
 def test_base_traffic_passes_a_request_whose_adapter_loads():
     loop, _, _ = make_loop(40, load_polls=50)
-    loop.add_adapter(adapter("slow", 3))
+    loop.adapters.add("slow", adapter("slow", 3))
     waits, passes = make_request(0, 5, 4, "slow"), make_request(1, 5, 4)
     loop.submit(waits)
     loop.submit(passes)
@@ -27,7 +27,7 @@ def test_base_traffic_passes_a_request_whose_adapter_loads():
 
 def test_waiting_adapters_are_loaded_ahead():
     loop, _, _ = make_loop(60, max_num_seqs=1)
-    loop.add_adapter(adapter("next", 3))
+    loop.adapters.add("next", adapter("next", 3))
     loop.submit(make_request(0, 5, 30))
     loop.submit(make_request(1, 5, 4, "next"))
     for _ in range(4):
@@ -37,7 +37,7 @@ def test_waiting_adapters_are_loaded_ahead():
 
 def test_a_load_that_fails_ends_its_requests_only():
     loop, executor, _ = make_loop(40)
-    loop.add_adapter(adapter("broken", 3))
+    loop.adapters.add("broken", adapter("broken", 3))
     executor.failing.add("broken")
     doomed, fine = make_request(0, 5, 4, "broken"), make_request(1, 5, 4)
     loop.submit(doomed)
@@ -50,7 +50,7 @@ def test_a_load_that_fails_ends_its_requests_only():
 
 def test_a_request_whose_adapter_lacks_memory_is_not_passed_for_ever():
     loop, executor, _ = make_loop(41, max_num_seqs=8)
-    loop.add_adapter(adapter("large", 20))
+    loop.adapters.add("large", adapter("large", 20))
     for number in range(8):
         loop.submit(make_request(number, 8, 12))
     loop.step()
@@ -68,7 +68,7 @@ def test_a_request_whose_adapter_lacks_memory_is_not_passed_for_ever():
 
 def test_prefetch_leaves_running_requests_room_to_grow():
     loop, _, _ = make_loop(13, load_polls=8, max_num_seqs=2)
-    loop.add_adapter(adapter("waits", 6))
+    loop.adapters.add("waits", adapter("waits", 6))
     for number in range(2):
         loop.submit(make_request(number, 6, 16))
     loop.step()
@@ -79,7 +79,7 @@ def test_prefetch_leaves_running_requests_room_to_grow():
 
 def test_a_load_is_given_up_when_nobody_waits_for_it_any_more():
     loop, executor, _ = make_loop(40, load_polls=50)
-    loop.add_adapter(adapter("slow", 3))
+    loop.adapters.add("slow", adapter("slow", 3))
     loop.submit(make_request(9, 5, 20))  # else the loop waits for the load
     for number in range(2):
         loop.submit(make_request(number, 5, 4, "slow"))
@@ -112,30 +112,30 @@ def slow_loads(loop: ServingLoop, executor: FakeExecutor, seconds: float) -> Non
 def test_a_load_that_blocks_holds_the_step_back():
     loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon", max_num_batched_tokens=64)
     slow_loads(loop, executor, 2.0)
-    loop.add_adapter(adapter("cold", 3))
+    loop.adapters.add("cold", adapter("cold", 3))
     first, with_it, beside = make_request(0, 5, 12), make_request(1, 5, 4, "cold"), make_request(2, 5, 4)
     loop.submit(first)
     loop.step()
     loop.step()
-    collected, before = len(first.output_token_ids), loop.counters.load_wait
+    collected, before = len(first.output_token_ids), loop.counters.load_wait_s
     loop.submit(with_it)
     loop.submit(beside)
     loop.step()
     assert len(first.output_token_ids) == collected + 1  # of the step before, which the load waits for
-    assert before == 0 and loop.counters.load_wait == pytest.approx(2.0, abs=0.1)
+    assert before == 0 and loop.counters.load_wait_s == pytest.approx(2.0, abs=0.1)
     assert with_it.metrics.adapter_wait == pytest.approx(2.0, abs=0.1)
     assert first.metrics.adapter_wait == beside.metrics.adapter_wait == 0
     assert loop.cache.entry("cold").tier is AdapterTier.RESIDENT
     run(loop)
     assert all(r.output_token_ids == expected(executor, r) for r in (first, with_it, beside))
-    assert loop.counters.load_wait == pytest.approx(2.0, abs=0.1)
+    assert loop.counters.load_wait_s == pytest.approx(2.0, abs=0.1)
     assert (loop.cache.counters.hits, loop.cache.counters.misses) == (0, 1)
 
 
 def test_a_blocking_load_that_fails_ends_its_requests_only():
     loop, executor, _ = make_loop(60, system="chameleon")
     for name in ("broken", "whole"):
-        loop.add_adapter(adapter(name, 3))
+        loop.adapters.add(name, adapter(name, 3))
     executor.failing.add("broken")
     names = [None, "broken", "whole", "broken"]
     requests = [make_request(number, 5, 4, name) for number, name in enumerate(names)]
@@ -154,7 +154,7 @@ def test_a_blocking_load_that_fails_ends_its_requests_only():
 @pytest.mark.parametrize("system", ["fifo", "chameleon-plus"])
 def test_a_request_that_waits_for_its_adapter_keeps_its_pages_from_those_who_pass(system):
     loop, _, _ = make_loop(28, load_polls=20, max_num_seqs=8, system=system)
-    loop.add_adapter(adapter("slow", 3))
+    loop.adapters.add("slow", adapter("slow", 3))
     waits = make_request(0, 40, 20, "slow")
     loop.submit(waits)
     for number in range(1, 100):
@@ -168,7 +168,7 @@ def test_a_request_that_waits_for_its_adapter_keeps_its_pages_from_those_who_pas
 
 def test_an_interrupt_while_a_load_is_awaited_loses_nothing():
     loop, executor, _ = make_loop(60, load_polls=1000, system="chameleon")
-    loop.add_adapter(adapter("cold", 3))
+    loop.adapters.add("cold", adapter("cold", 3))
     first, second = make_request(0, 5, 12), make_request(1, 5, 8, "cold")
     loop.submit(first)
     loop.step()
@@ -191,21 +191,21 @@ def test_an_interrupt_while_a_load_is_awaited_loses_nothing():
 
 def test_a_load_that_outlives_its_requests_is_given_up():
     loop, executor, forgotten = make_loop(60, load_polls=1000)
-    loop.add_adapter(adapter("slow", 3))
+    loop.adapters.add("slow", adapter("slow", 3))
     loop.submit(make_request(1, 5, 40))
     loop.submit(make_request(0, 5, 4, "slow"))
     loop.step()
     assert executor.loads
     loop.abort("r0")
     loop.abort("r1")
-    loop.remove_adapter("slow")
+    loop.adapters.remove("slow")
     run(loop)
     assert not executor.loads and forgotten == ["slow"] and loop.pool.num_free == loop.pool.capacity
 
 
 def test_how_long_a_request_waited_for_its_adapter_is_known_where_others_pass_it():
     loop, _, _ = make_loop(60, load_polls=10)
-    loop.add_adapter(adapter("slow", 3))
+    loop.adapters.add("slow", adapter("slow", 3))
     waits, passes = make_request(0, 5, 4, "slow"), make_request(1, 5, 30)
     loop.submit(waits)
     loop.submit(passes)

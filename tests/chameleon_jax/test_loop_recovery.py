@@ -64,7 +64,7 @@ def run_recovering(loop, limit: int = 5000) -> int:
 def test_random_faults(traffic, calls, num_pages, load_polls, system):
     loop, executor, _ = make_loop(num_pages, load_polls, system=system)
     for i in range(4):
-        loop.add_adapter(adapter(f"a{i}", 1 + 2 * i))
+        loop.adapters.add(f"a{i}", adapter(f"a{i}", 1 + 2 * i))
     break_at(executor, calls)
     requests = [
         make_request(number, prompt, output, None if which == 4 else f"a{which}", stop_token_ids=[3])
@@ -116,14 +116,14 @@ def test_a_loop_that_has_failed_does_not_go_on_by_itself():
 
 def test_adapters_that_were_removed_are_forgotten_by_the_recovery():
     loop, executor, forgotten = make_loop(60)
-    loop.add_adapter(adapter("a", 3))
-    loop.add_adapter(adapter("b", 3))
-    loop.pin_adapter("b")
+    loop.adapters.add("a", adapter("a", 3))
+    loop.adapters.add("b", adapter("b", 3))
+    loop.adapters.pin("b")
     loop.submit(make_request(0, 5, 8, "a"))
     loop.submit(make_request(1, 5, 8, "b"))
     for _ in range(4):
         loop.step()
-    loop.remove_adapter("a")
+    loop.adapters.remove("a")
     break_at(executor, [("dispatch", 1, False)])
     with pytest.raises(Broken):
         loop.step()

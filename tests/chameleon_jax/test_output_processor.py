@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_jax.output_processor import certain_text, cut_at_stop
+from chameleon_jax.output_processor import stable_text, trim_at_stop
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
@@ -27,9 +27,9 @@ def test_certain_text(text, stops):
     """What stays whatever follows: all but the longest end that begins a stop string."""
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     request = make(text, stops)
-    assert certain_text(request) == text[: len(text) - held]
+    assert stable_text(request) == text[: len(text) - held]
     request.finish_reason = FinishReason.LENGTH
-    assert certain_text(request) == text
+    assert stable_text(request) == text
 
 
 def ended(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -50,12 +50,12 @@ def test_cut_at_stop(pieces, stops, include):
     for piece in pieces:
         searched = len(request.text)
         request.text += piece
-        cut = cut_at_stop(request, searched)
+        cut = trim_at_stop(request, searched)
         if cut is not None:
             request.finish_reason = FinishReason.STOP
             break
-        assert certain_text(request).startswith(shown)
-        shown = certain_text(request)
+        assert stable_text(request).startswith(shown)
+        shown = stable_text(request)
     text, stop = ended("".join(pieces), stops)
     assert cut == stop
     assert request.text == (text + stop if include and stop is not None else text)
@@ -76,17 +76,17 @@ def test_of_several_in_one_token_the_first_that_is_complete_ends_the_text(text, 
     for order in (stops, stops[::-1]):
         for include in (False, True):
             request = make(text, order, include_stop_str_in_output=include)
-            assert cut_at_stop(request, 0) == stop
+            assert trim_at_stop(request, 0) == stop
             assert request.text == (rest + stop if include else rest)
 
 
 def test_nothing_is_held_back_where_the_stop_string_stays():
-    assert certain_text(make("aa", ["ab"], include_stop_str_in_output=True)) == "aa"
+    assert stable_text(make("aa", ["ab"], include_stop_str_in_output=True)) == "aa"
 
 
 def test_stop_strings_count_after_min_tokens():
     request = make("aab", ["b"], min_tokens=2)
     request.output_token_ids = [1, 1]
-    assert cut_at_stop(request, 0) is None
+    assert trim_at_stop(request, 0) is None
     request.output_token_ids = [1, 1, 1]
-    assert cut_at_stop(request, 0) == "b" and request.text == "aa"
+    assert trim_at_stop(request, 0) == "b" and request.text == "aa"

@@ -47,5 +47,5 @@ class Watcher:
     def loaded(self, result):
         raise RuntimeError("what an observer raises concerns nobody")
 
-    def lost(self, num_requests):
+    def engine_died(self, error, num_requests):
         self.lost_requests.append(num_requests)

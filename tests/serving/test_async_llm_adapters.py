@@ -33,12 +33,12 @@ def test_all_have_the_same_content_of_their_adapter(llm, adapter_dir):
 def test_a_pinned_load_that_is_refused_changes_nothing(llm, adapter_dir, monkeypatch):
     async def main():
         await llm.add_lora("x", adapter_dir / "a1")
-        before = llm.engine.registry.get("x")
+        before = llm.engine.adapters.get("x")
         monkeypatch.setattr(type(llm.engine.loop.pool), "capacity", property(lambda pool: 1))
         with pytest.raises(ValueError, match="pinned adapters would take"):
             await llm.add_lora("x", adapter_dir / "a2", pinned=True)
         monkeypatch.undo()
-        assert llm.engine.registry.get("x") is before
+        assert llm.engine.adapters.get("x") is before
         await llm.add_lora("x", adapter_dir / "a2", pinned=True)
         assert [a.pinned for a in (await llm.stats(max_age=0)).adapters if "x" in a.names] == [True]
         await llm.pin_lora("x", False)
@@ -52,8 +52,8 @@ def test_adapters_come_change_and_go_while_requests_run(llm, tmp_path):
 
     async def main():
         ask = LoRARequest("x")
-        assert not await llm.add_lora("x", llm.engine.registry.path("a1"))
-        assert await llm.add_lora("x", llm.engine.registry.path("a1"))  # the very content
+        assert not await llm.add_lora("x", llm.engine.adapters.path("a1"))
+        assert await llm.add_lora("x", llm.engine.adapters.path("a1"))  # the very content
         old = (await last(llm, PROMPTS[0], LONG, ask)).outputs[0].text
         running = await llm.open(PROMPTS[0], LONG, ask)
         await anext(running)
@@ -81,7 +81,7 @@ def test_adapters_come_change_and_go_while_requests_run(llm, tmp_path):
 def test_steps_go_on_while_an_adapter_is_read(llm, monkeypatch, adapter_dir):
     """SGLang #8162: the server stalls while an adapter loads. Here reading and packing are in another thread."""
     gate, reading = threading.Event(), threading.Event()
-    read = llm.engine.read_lora
+    read = llm.engine.packer.read
 
     def slow(name, path):
         reading.set()
@@ -89,7 +89,7 @@ def test_steps_go_on_while_an_adapter_is_read(llm, monkeypatch, adapter_dir):
         return read(name, path)
 
     async def main():
-        monkeypatch.setattr(llm.engine, "read_lora", slow)
+        monkeypatch.setattr(llm.engine.packer, "read", slow)
         load = asyncio.create_task(llm.add_lora("slow", adapter_dir / "a2"))
         while not reading.is_set():
             await asyncio.sleep(0.001)
@@ -104,8 +104,8 @@ def test_steps_go_on_while_an_adapter_is_read(llm, monkeypatch, adapter_dir):
 def test_loads_that_wait_have_an_end(own_llm, monkeypatch, adapter_dir):
     llm = own_llm(max_lora_loads=1, max_lora_queue=2)
     gate = threading.Event()
-    read = llm.engine.read_lora
-    monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (gate.wait(TIMEOUT), read(*args))[1])
+    read = llm.engine.packer.read
+    monkeypatch.setattr(llm.engine.packer, "read", lambda *args: (gate.wait(TIMEOUT), read(*args))[1])
 
     async def main():
         loads = [asyncio.create_task(llm.add_lora(f"x{i}", adapter_dir / "a0")) for i in range(3)]

@@ -58,7 +58,7 @@ def test_the_place_of_what_is_replaced_counts_as_free(llm, steps, monkeypatch):
 
     async def main():
         await llm.add_lora("x", steps[4], pinned=True)
-        pages = llm.engine.registry.get("x").num_pages
+        pages = llm.engine.adapters.get("x").num_pages
         monkeypatch.setattr(type(llm.engine.loop.pool), "capacity", property(lambda pool: 3 * pages))
         reference.save_adapter(steps[4], CONFIG, 40, seed=99)
         await llm.add_lora("x", steps[4])
@@ -151,14 +151,14 @@ def test_a_name_that_must_be_new_is_refused_where_it_has_other_content(llm, step
 
 def test_loads_of_one_name_take_effect_in_the_order_in_which_they_were_asked_for(llm, steps, monkeypatch):
     gate = threading.Event()
-    read = llm.engine.read_lora
+    read = llm.engine.packer.read
 
     def slow(name, path):
         assert path != steps[0] or gate.wait(TIMEOUT)
         return read(name, path)
 
     async def main():
-        monkeypatch.setattr(llm.engine, "read_lora", slow)
+        monkeypatch.setattr(llm.engine.packer, "read", slow)
         jobs = [llm.add_lora("x", steps[0]), llm.add_lora("x", steps[1]), llm.pin_lora("x")]
         first, *others = [asyncio.create_task(job) for job in jobs]
         await llm.add_lora("y", steps[2])  # another name does not wait
@@ -184,8 +184,8 @@ def test_loads_of_one_name_take_effect_in_the_order_in_which_they_were_asked_for
 
 def test_many_first_requests_read_their_adapter_once(llm, steps, monkeypatch):
     reads = []
-    read = llm.engine.read_lora
-    monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (reads.append(args), read(*args))[1])
+    read = llm.engine.packer.read
+    monkeypatch.setattr(llm.engine.packer, "read", lambda *args: (reads.append(args), read(*args))[1])
 
     async def main():
         ask = LoRARequest("x", str(steps[0]))

@@ -12,7 +12,8 @@ from chameleon_jax.executor import LoadResult
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.updates import Update
+from chameleon_jax.serving.observers import Observer
+from chameleon_jax.serving.updates import OutputSnapshot
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
 
 TIMEOUT = 30
@@ -23,24 +24,20 @@ class FakeEngine:
 
     def __init__(self, load_polls: int = 1):
         self.loop, self.executor, _ = make_loop(60, load_polls)
-        self.closed = False
         for name in ("a", "b"):
-            self.loop.add_adapter(adapter(name, 3))
-
-    def close(self) -> None:
-        self.closed = True
+            self.loop.adapters.add(name, adapter(name, 3))
 
 
-class Ears:
+class Ears(Observer):
     """A listener that remembers, and can be waited for."""
 
     def __init__(self) -> None:
-        self.updates: dict[str, list[Update]] = {}
+        self.updates: dict[str, list[OutputSnapshot]] = {}
         self.loads: list[LoadResult] = []
         self.deaths: list[EngineDead] = []
         self._changed = threading.Condition()
 
-    def updated(self, updates: list[Update]) -> None:
+    def updated(self, updates: list[OutputSnapshot]) -> None:
         with self._changed:
             for update in updates:
                 self.updates.setdefault(update.request.request_id, []).append(update)
@@ -49,7 +46,7 @@ class Ears:
     def loaded(self, result: LoadResult) -> None:
         self.loads.append(result)
 
-    def died(self, error: EngineDead) -> None:
+    def engine_died(self, error: EngineDead, num_requests: int) -> None:
         with self._changed:
             self.deaths.append(error)
             self._changed.notify_all()
@@ -76,8 +73,7 @@ def ears():
 def thread(engine, ears):
     thread = EngineThread(engine, ears)
     yield thread
-    thread.close(TIMEOUT)
-    assert engine.closed
+    assert thread.close(TIMEOUT)
 
 
 def submit(thread: EngineThread, *requests: Request) -> None:

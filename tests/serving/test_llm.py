@@ -75,9 +75,7 @@ def test_adapters_evicted_and_reloaded(model, adapters, alone):
         outputs = llm.generate(prompts, GREEDY, lora_request=loras)
         counters, loop = llm.engine.loop.cache.counters, llm.engine.loop
         assert counters.evictions > 0 and counters.loads > len(adapters)
-        sent = loop.executor.load_counters
-        assert sent.loads == counters.loads - loop.scheduler.num_cancelled_loads
-        assert sent.bytes % llm.engine.device.pieces.page_bytes == 0 and sent.seconds > 0
+        assert counters.bytes_sent == counters.bytes_loaded > 0 and counters.load_seconds > 0
         usage = loop.pool.usage()
         assert usage.kv == 0 and usage.free + usage.adapters == usage.total
     assert tokens(outputs) == alone
@@ -187,11 +185,11 @@ def test_a_pinned_adapter_stays(model, adapters):
     with make_llm(model, num_pages=64) as llm:
         llm.generate([reference.prompt(1)], GREEDY, lora_request=adapters[0])
         llm.pin_lora("a0")
-        pinned = llm.engine.registry.get("a0").content_hash
+        pinned = llm.engine.adapters.get("a0").content_hash
         for adapter in adapters[1:]:
             llm.generate([reference.prompt(1, 60)] * 4, GREEDY, lora_request=adapter)
         assert llm.engine.loop.cache.entry(pinned).tier is AdapterTier.RESIDENT
-        assert llm.engine.loop.cache.loads_by_adapter[pinned] == 1
+        assert llm.engine.loop.cache.entry(pinned).loads == 1
 
 
 def test_what_can_never_run_is_refused_at_once(llm, adapters, tmp_path):
@@ -265,8 +263,8 @@ def test_a_request_that_loads_in_place_reads_its_path_once_a_call(model, tmp_pat
     path = reference.save_adapter(tmp_path / "policy", CONFIG, 8, seed=1)
     with make_llm(model) as llm:
         reads = []
-        read = llm.engine.read_lora
-        monkeypatch.setattr(llm.engine, "read_lora", lambda *args: (reads.append(args), read(*args))[1])
+        read = llm.engine.packer.read
+        monkeypatch.setattr(llm.engine.packer, "read", lambda *args: (reads.append(args), read(*args))[1])
         ask = LoRARequest("x", str(path), load_inplace=True)
         prompts = [reference.prompt(1)] * 3
         first = tokens(llm.generate(prompts, GREEDY, lora_request=ask))
@@ -275,4 +273,4 @@ def test_a_request_that_loads_in_place_reads_its_path_once_a_call(model, tmp_pat
         assert first[0] == first[2] != second[0] == second[2] and len(reads) == 2
         llm.add_lora("x", path, pinned=True)
         llm.add_lora("x", reference.save_adapter(tmp_path / "other", CONFIG, 4))
-        assert llm.engine.loop.cache.entry(llm.engine.registry.get("x").content_hash).pinned
+        assert llm.engine.loop.cache.entry(llm.engine.adapters.get("x").content_hash).pinned

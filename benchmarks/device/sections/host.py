@@ -18,7 +18,6 @@ from benchmarks.device.timing import time_calls
 from benchmarks.device.workbench import Workbench, shared
 from benchmarks.machine import seconds_of
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.runtime.step_inputs import pack_step
 from chameleon_jax.request import Request
@@ -119,17 +118,20 @@ class _Loop:
             tbt_slo=10.0,  # nothing holds prompts back
         )
         store: Any = Store(bench, mix.targets or TARGETS)
+        executor = JaxExecutor(engine, store)
         self._loop = ServingLoop(
             config,
-            JaxExecutor(engine, store, placements),
-            PagePool(engine.num_pages),
+            executor,
+            engine.num_pages,
             page_tokens=layout.page_tokens,
             max_model_len=bench.scale.max_tokens,
             shapes=engine.buckets.prefill_shapes,
         )
         for name, placement in placements.items():
             num_bytes = placement.num_pages * layout.page_bytes(bench.dtype.itemsize)
-            self._loop.add_adapter(AdapterInfo(name, max(placement.ranks.values()), placement.num_pages, num_bytes))
+            rank = max(placement.ranks.values())
+            self._loop.adapters.add(name, AdapterInfo(name, rank, placement.num_pages, num_bytes))
+            executor.add(name, placement, store.block(rank))
         rng = np.random.default_rng(0)
         params = SamplingParams(temperature=0.0, max_tokens=bench.scale.max_tokens - PROMPT_TOKENS, ignore_eos=True)
         for i in range(rows):

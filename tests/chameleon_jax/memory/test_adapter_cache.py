@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
-from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo, AdapterTier
 from chameleon_jax.memory.page_pool import PagePool
 
@@ -48,14 +47,14 @@ class Cache(RuleBasedStateMachine):
     @rule(name=NAMES)
     def start_request(self, name):
         if self.known(name) and self.cache.entry(name).tier is AdapterTier.RESIDENT:
-            self.cache.hold(name)
+            self.cache.add_request(name)
             self.cache.acquire(name, self.now)
 
     @rule(name=NAMES)
     def end_request(self, name):
         if self.known(name) and self.cache.entry(name).references:
             self.cache.release(name, self.now)
-            self.cache.unhold(name)
+            self.cache.remove_request(name)
 
     @rule(name=NAMES)
     def remove(self, name):
@@ -98,7 +97,7 @@ class Cache(RuleBasedStateMachine):
     def removed_ones_go_when_nothing_holds_them(self):
         self.cache.sweep()
         for entry in self.cache.entries():
-            assert not entry.removed or entry.holders or entry.tier is AdapterTier.LOADING
+            assert not entry.removed or entry.requests or entry.tier is AdapterTier.LOADING
 
 
 Cache.TestCase.settings = settings(max_examples=120, stateful_step_count=80, derandomize=True, deadline=None)
@@ -135,17 +134,6 @@ def test_states_that_do_not_follow_are_refused():
         cache.begin_load("a")
     with pytest.raises(ValueError, match="eviction is 'random'; allowed: lru"):
         AdapterCache(PagePool(10), "random")
-
-
-def test_a_registry_names_content():
-    registry = AdapterRegistry()
-    assert registry.set("x", info("h1")) is None
-    registry.set("y", info("h1"))
-    assert registry.names_of("h1") == ["x", "y"]
-    assert registry.set("x", info("h2")) == info("h1")
-    assert registry.names() == ["x", "y"] and registry.get("z") is None
-    with pytest.raises(KeyError, match="no adapter is named 'z'; there are: x, y"):
-        registry.remove("z")
 
 
 def test_what_runs_long_is_not_taken_for_what_is_used_often():

@@ -7,7 +7,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from chameleon_jax.memory.adapter_registry import AdapterNames
 from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
@@ -29,7 +28,7 @@ class Names(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.loop, self.executor, self.forgotten = make_loop(CAPACITY + 1, load_polls=2, system="chameleon-plus")
-        self.names = AdapterNames(self.loop)
+        self.names = self.loop.adapters
         self.content: dict[str, str] = {}
         self.pinning: set[str] = set()
         self.requests: list = []
@@ -51,7 +50,7 @@ class Names(RuleBasedStateMachine):
         pins = name in self.pinning if pinned is None else pinned
         pinning = self.pinning | {name} if pins else self.pinning - {name}
         already = self.content.get(name) == content
-        call = functools.partial(self.names.set, name, info(content), f"/{content}", pinned, load_inplace)
+        call = functools.partial(self.names.add, name, info(content), f"/{content}", pinned, load_inplace)
         if name in self.content and not already and not load_inplace:
             with pytest.raises(ValueError, match="has other content"):
                 call()
@@ -109,9 +108,8 @@ class Names(RuleBasedStateMachine):
         assert needed <= entries.keys()
         assert all(entries[c].tier is AdapterTier.LOADING and entries[c].removed for c in entries.keys() - needed)
         assert {c for c, e in entries.items() if e.pinned} == self.pinned(self.content, self.pinning)
-        assert {n: self.names.named(n).content_hash for n in self.names.registry.names()} == self.content
-        assert {n: self.names.registry.path(n) for n in self.content} == {n: f"/{c}" for n, c in self.content.items()}
-        assert self.loop.cache.loads_by_adapter.keys() <= entries.keys()
+        assert {n: self.names.named(n).content_hash for n in self.names.names()} == self.content
+        assert {n: self.names.path(n) for n in self.content} == {n: f"/{c}" for n, c in self.content.items()}
 
     def teardown(self):
         run(self.loop)
@@ -123,7 +121,7 @@ class Names(RuleBasedStateMachine):
         for name in list(self.content):
             self.remove(name)
         assert self.loop.cache.entries() == [] and self.loop.pool.num_free == self.loop.pool.capacity
-        assert self.loop.cache.pinned_pages() == 0 and self.loop.cache.loads_by_adapter == {}
+        assert self.loop.cache.pinned_pages() == 0
 
 
 Names.TestCase.settings = settings(max_examples=150, stateful_step_count=50, derandomize=True, deadline=None)
@@ -132,10 +130,10 @@ TestNames = Names.TestCase
 
 def test_a_content_of_two_names_goes_with_the_second():
     loop, _, forgotten = make_loop(20)
-    names = AdapterNames(loop)
-    names.set("x", info("c1"), pinned=True)
-    names.set("y", info("c1"))
+    names = loop.adapters
+    names.add("x", info("c1"), pinned=True)
+    names.add("y", info("c1"))
     names.remove("x")
     assert forgotten == [] and not loop.cache.entry("c1").pinned
-    names.set("y", info("c2"))
+    names.add("y", info("c2"))
     assert forgotten == ["c1"]

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import multilevel, single_queue
@@ -75,10 +74,10 @@ class Simulation:
             predicted_output_len=6,
             page_tokens=PAGE_TOKENS,
         )
-        executor, pool = Zeros(PAGE_TOKENS, load_polls=0), PagePool(num_pages)
-        self.loop = ServingLoop(config, executor, pool, page_tokens=PAGE_TOKENS, max_model_len=80, clock=lambda: self.now)
+        executor = Zeros(PAGE_TOKENS, load_polls=0)
+        self.loop = ServingLoop(config, executor, num_pages, page_tokens=PAGE_TOKENS, max_model_len=80, clock=lambda: self.now)
         for name, pages in ADAPTERS.items():
-            self.loop.add_adapter(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages))
+            self.loop.adapters.add(name, AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages))
         self.requests: list[Request] = []
         self.ahead: list[int] = []
         self.most_levels: list[int] = []

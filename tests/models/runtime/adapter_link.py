@@ -120,7 +120,8 @@ class Bench:
 
     def __init__(self, copies: int = 1, pieces: PieceSizes = SIZES, link_rate: float = LINK_RATE):
         self.device, self.store, self.now = FakeDevice(pieces, link_rate), FakeStore(), 1.0
-        self.loads = AdapterLoads(self.device, self.store, copies, lambda: self.now)  # type: ignore[arg-type]
+        self.loads = AdapterLoads(self.device, self.store, lambda: self.now)  # type: ignore[arg-type]
+        self.loads.copies = copies
         self.pages: dict[str, list[int]] = {}
         self._next = 1
 

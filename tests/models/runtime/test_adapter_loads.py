@@ -33,8 +33,7 @@ def test_a_load_is_sent_at_once_and_written_when_it_has_arrived():
     assert result.content_hash == "1" and result.error is None
     assert result.num_bytes == 11 * PAGE_BYTES and result.seconds == 2.0
     bench.check("1", 1)
-    assert (bench.loads.counters.loads, bench.loads.counters.bytes) == (1, 11 * PAGE_BYTES)
-    assert bench.loads.counters.seconds == result.seconds and len(bench.loads) == 0
+    assert len(bench.loads) == 0
     assert all(not event.blocked for event in bench.device.link + bench.device.writes)
 
 
@@ -189,7 +188,7 @@ def test_a_transfer_that_fails_ends_its_load_only(wait):
     written = len(bench.device.written)
     bench.device.arrive(100)
     assert bench.poll() == [] and bench.loads.bytes_on_the_way == 0
-    assert len(bench.device.written) == written and bench.loads.counters.loads == 1
+    assert len(bench.device.written) == written
 
 
 def test_a_transfer_that_cannot_start_ends_its_load_only():

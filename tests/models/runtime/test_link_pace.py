@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES, PieceSizes
-from chameleon_jax.models.page_layout import AdapterPlacement
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.link_pace import REMEMBERED_STEPS, TRIP_STEPS, LinkPace
 from chameleon_jax.models.runtime.model_runner import DispatchedStep
@@ -215,8 +214,8 @@ class RecordingDevice(FakeDevice):
 def executor() -> tuple[JaxExecutor, RecordingDevice, Bench]:
     bench, device = Bench(), RecordingDevice()
     bench.device = device
-    placements: dict[str, AdapterPlacement] = dict.fromkeys(("1", "2"))  # type: ignore[arg-type]
-    made = JaxExecutor(device, bench.store, placements)  # type: ignore[arg-type]
+    made = JaxExecutor(device, bench.store)  # type: ignore[arg-type]
+    made._placements = dict.fromkeys(("1", "2"))  # type: ignore[arg-type]
     bench.loads = made._loads
     return made, device, bench
 

@@ -181,7 +181,7 @@ def test_loading_keeps_a_pin_and_may_refuse_a_name_that_exists(http, shared_llm)
         return http.post("/v1/load_lora_adapter", json={"lora_name": "policy", "lora_path": path} | fields)
 
     def is_pinned() -> bool:
-        content = shared_llm.engine.registry.get("policy").content_hash
+        content = shared_llm.engine.adapters.get("policy").content_hash
         return shared_llm.engine.loop.cache.entry(content).pinned
 
     for path, fields, pinned in [

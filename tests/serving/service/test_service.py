@@ -81,7 +81,7 @@ def test_float8_adapters_are_served(shared_llm, tmp_path):
 
     async def main():
         await service.load_named({})
-        hashes = {shared_llm.engine.registry.get(name).content_hash for name in ("wide", "narrow")}
+        hashes = {shared_llm.engine.adapters.get(name).content_hash for name in ("wide", "narrow")}
         assert len(hashes) == 1
         for name in ("wide", "narrow"):
             await service.unload_lora(name)

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
@@ -180,7 +181,7 @@ def test_the_time_to_a_first_token_does_not_wait_for_the_last(metrics):
 
 def test_an_engine_that_is_dead(metrics):
     serve(metrics, ended())
-    metrics.lost(3)
+    metrics.engine_died(EngineDead("the device is gone"), 3)
     found = families(metrics, engine_stats([]), up=False)
     assert value(found, "engine_up") == 0
     assert value(found, "request_success_total", finished_reason="error") == 3
