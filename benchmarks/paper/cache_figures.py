@@ -22,7 +22,7 @@ FAR_APART_S = 100.0
 def idle_ttft(study: Study) -> Outcome:
     """One request at a time, each to find its adapter on the host."""
     rows: list[Row] = []
-    times: dict[str, list[float]] = {"paper": [float(ms) for ms in IDLE_TTFT_MS.values()], "ours": [], "of that load": []}
+    times: dict[str, list[float]] = {"paper": [float(ms) for ms in IDLE_TTFT_MS.values()], "ours": [], "the adapter's load": []}
     for profile, system in (("a40-llama-7b", "s-lora"), ("a100-tp4-llama-70b", "s-lora")):
         ranks = np.array(list(IDLE_TTFT_MS))
         n = len(ranks)
@@ -35,7 +35,7 @@ def idle_ttft(study: Study) -> Outcome:
             rows.append(compare(f"load's share of it, rank {rank}", paper, 100 * wait / ttft, "%"))
             if a40:
                 times["ours"].append(1e3 * ttft)
-                times["of that load"].append(1e3 * wait)
+                times["the adapter's load"].append(1e3 * wait)
     plot, axes = plots.grid(title="Figure 2: idle TTFT by rank, A40")
     plots.bars(axes[0], list(IDLE_TTFT_MS), times, "rank", "TTFT, ms")
     note = (

@@ -88,7 +88,7 @@ def _ablation(study: Study, workload: str, medium: float, high: float, spec: dic
         row["loads"] = points[label, medium].mean("loads")
         rows.append(row)
     note = "One choice at a time set back to chameleon's; the last four columns are at the lower load."
-    return study.table(f"{PLUS}, what each choice brings: {workload}", rows, note)
+    return study.table(f"{PLUS}, effect of each choice: {workload}", rows, note)
 
 
 def locality(study: Study) -> Outcome:
@@ -120,7 +120,7 @@ def locality(study: Study) -> Outcome:
     for axis, value in zip(axes, values, strict=True):
         series = {name: [points[name, value, load]["ttft_p99"] for load in loads] for name in names}
         plots.bars(axis, list(loads), series, f"locality {value:g}", "P99 TTFT, s", log=True)
-    note = "Locality: probability that a request names a recent one's adapter; 0.84 is what a real LoRA trace has."
+    note = "Locality: probability that a request names a recent one's adapter; a real LoRA trace has 0.84."
     tables = [
         study.table("Both ends of locality", rows, note),
         study.table("Knees", tops),
@@ -152,4 +152,4 @@ def calibration(study: Study) -> Outcome:
     note = (
         f"Chosen: lengths x {LENGTH_FACTOR}, the whole pool. No choice has all three; the hit rate is the one that is given up."
     )
-    return Outcome("Calibration of the A40", [study.table("What lengths and pool change", rows, note)], plot)
+    return Outcome("Calibration of the A40", [study.table("Effect of lengths and pool", rows, note)], plot)

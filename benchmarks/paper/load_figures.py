@@ -113,7 +113,7 @@ def tbt(study: Study) -> Outcome:
     ):
         plots.curves(axis, *_lines(points, value, 1e3), RPS, label)
         plots.target(axis, 150, "ms")
-    note = "The paper does not say whether its TBT is that of gaps or of requests; 150 ms is its target."
+    note = "The paper does not say whether its TBT is taken over gaps or over requests; 150 ms is its target."
     checks = [
         Check(
             f"P99 gap: chameleon <= s-lora at {rps:g} RPS (ms)",

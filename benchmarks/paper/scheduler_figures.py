@@ -52,7 +52,7 @@ def predictor_accuracy(study: Study) -> Outcome:
         plots.bars(axis, list(PREDICTORS), series, f"predictor, {shape}", "P99 TTFT, s")
     note = (
         f"Flat: {MEDIUM:g} RPS. Bursts: {shapes['bursts']['rps']:g} RPS on average, three times the base rate for a fifth of "
-        "the time, thrice. Accuracy is that of a three-class predictor; history knows only what earlier requests took."
+        "the time, thrice. The accuracy is a three-class predictor's; history knows only the lengths of earlier requests."
     )
     tables = [study.table("Accuracy of the length predictor", rows, note), study.table("Time to first token", detail)]
     return Outcome("Figure 19: predictor accuracy", tables, plot)

@@ -67,7 +67,7 @@ class BenchmarkEngine(LLMEngine):
                 self.adapters.add(f"adapter-{i}", info)
 
     def start_run(self, lengths: dict[str, int], **settings: Any) -> None:
-        """Restart for requests of these output lengths, by id; `settings` are those of `restart`.
+        """Restart for requests of these output lengths, by id; for `settings` see `restart`.
 
         Raises:
             RuntimeError: Requests are unfinished.
