@@ -122,8 +122,11 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
     names = (f"{i}/{rank}" for i in itertools.count())
     loads = loads_of(bench, store)
 
+    loaded = 0
+
     def load() -> None:
-        loads.poll()
+        nonlocal loaded
+        loaded += sum(result.num_bytes for result in loads.poll())
         while len(loads) < 2:
             loads.begin(next(names), next(places))
 
@@ -137,10 +140,10 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
 
     result = []
     for name, between in ((IDLE, lambda: None), (f"loading rank {rank}, all seven", load)):
-        sent, begin = loads.counters.bytes, time.perf_counter()
+        before, begin = loaded, time.perf_counter()
         gaps = token_gaps(step, between, STEPS, SECONDS)
         seconds = time.perf_counter() - begin
-        rate = (loads.counters.bytes - sent) / seconds
+        rate = (loaded - before) / seconds
         result.append(
             {
                 "rows": rows,
