@@ -36,7 +36,7 @@ class LoopCounters:
     Attributes:
         steps: Steps dispatched.
         generation_tokens: Tokens handed out.
-        prefill_tokens: Prompt tokens computed, those of preempted requests again.
+        prefill_tokens: Prompt tokens computed; preempted requests count again.
         decode_rows: Rows decoded.
         finished: Requests that ended.
         load_wait_s: Seconds for which steps were held back by loads.
@@ -163,7 +163,7 @@ class ServingLoop:
         return -(-request.max_total_tokens // self._page_tokens) + adapter
 
     def _largest_need(self, besides: str) -> int:
-        """Pages that the largest unfinished request may take, those of one adapter left out."""
+        """Pages that the largest unfinished request may take, requests of the adapter `besides` left out."""
         return max((self._most_pages(r) for r in self._requests.values() if r.adapter != besides), default=0)
 
     # -- the step -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ def process(tokens: Iterable[SampledToken], now: float) -> list[Request]:
     """Append a step's tokens to their requests.
 
     Args:
-        tokens: Tokens of one step. Those of requests that have ended meanwhile are dropped.
+        tokens: Tokens of one step. A token of a request that has ended meanwhile is dropped.
         now: Time of their arrival, seconds of the engine's clock.
 
     Returns:

@@ -13,7 +13,7 @@ from chameleon_jax.sampling_params import SamplingParams
 
 
 class RequestState(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING when the request is squashed to make room."""
+    """WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING when the request is preempted or squashed."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -32,18 +32,19 @@ class Request:
     """One request inside the loop.
 
     Attributes:
-        adapter: content hash of its adapter, fixed when it was submitted; None for the base model.
-        stop_ids: every token id that ends it.
-        order: place in the order of arrival.
-        num_computed: tokens whose KV the dispatched steps write.
-        num_to_prefill: tokens that were known when it started running; decoding begins behind them.
-        num_in_flight: tokens sampled by dispatched steps that were not collected.
-        predicted_output_len: output tokens it is expected to take.
-        size: its weighted request size (see scheduler.request_size).
-        queue: that of the scheduler's queues from which it started last; 0 is that of the smallest requests.
-        decode_limit: the value of num_computed at which its next decode needs a page or is one too many.
-        slot: its place in the device's `slot_tokens` while it runs.
-        pages: KV pages it owns, in order.
+        adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
+        stop_ids: Token ids that end it.
+        stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
+        order: Place in the order of arrival.
+        num_computed: Tokens whose KV the dispatched steps write.
+        num_to_prefill: Tokens that were known when it started running; decoding begins behind them.
+        num_in_flight: Tokens sampled by dispatched steps that were not collected.
+        predicted_output_len: Output tokens that it is expected to take.
+        size: Weighted request size (see scheduler.request_size).
+        queue: Scheduler queue from which it started last; queue 0 has the smallest requests.
+        decode_limit: Value of num_computed at which its next decode needs a page or is one too many.
+        slot: Place in the device's `slot_tokens` while it runs.
+        pages: KV pages that it owns, in order.
     """
 
     request_id: str
@@ -78,7 +79,7 @@ class Request:
 
     @property
     def num_known(self) -> int:
-        """Tokens whose ids the host has: the prompt and what was collected."""
+        """Tokens whose ids the host has: the prompt and the collected output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property

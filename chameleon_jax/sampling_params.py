@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 MAX_STOP_IDS = 8
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
 MAX_STOP_LEN = 256
 """Characters of a stop string: after each token the text's end is compared with every one of them."""
 
@@ -73,7 +74,7 @@ class SamplingParams:
         texts = all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LEN for s in self.stop)
         require(texts, "stop", f"strings of 1 to {MAX_STOP_LEN} characters")
         require(len(self.stop_token_ids) <= MAX_STOP_IDS, "stop_token_ids", f"at most {MAX_STOP_IDS} ids")
-        require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
+        require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,6 +148,10 @@ class AsyncLLM(Observer):
         All requests are taken in, with one content of the adapter, or none is.
 
         Args:
+            prompts: Text or token ids.
+            params: Sampling parameters of each choice.
+            lora_request: Adapter of all; None is the base model.
+            deadline: Deadline of all.
             request_id: Id of the only request. Several append their number to it.
             fit: Cut max_tokens to the room behind each prompt, for callers that left max_tokens out.
         """
@@ -197,7 +201,7 @@ class AsyncLLM(Observer):
         return streams
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Sampling parameters of the model's generation_config.json."""
+        """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
     async def abort(self, request_id: str) -> bool:
@@ -217,6 +221,8 @@ class AsyncLLM(Observer):
         A name that exists gets the new content; running requests keep the old. Calls for one name take effect in order.
 
         Args:
+            name: A new name, or one that gets new content.
+            path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
             load_inplace: False refuses other content for a name that exists.
 

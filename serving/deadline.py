@@ -1,4 +1,4 @@
-"""When a request must be done."""
+"""Deadline of a request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from chameleon_jax.errors import DeadlineExceeded
 
 
 class Deadline:
-    """So many seconds from now, on the clock of the asyncio loop that runs. Raises ValueError where they are not above 0.
+    """A time by which a request must be done, on the clock of the running asyncio loop.
+
+    Args:
+        seconds: Seconds from now; None sets no deadline.
 
     Attributes:
-        at: that time; None: there is no deadline.
+        at: Time of the deadline; None where there is none.
+
+    Raises:
+        ValueError: `seconds` is not above 0.
     """
 
     def __init__(self, seconds: float | None):
@@ -23,11 +29,12 @@ class Deadline:
         self.at = None if seconds is None else asyncio.get_running_loop().time() + seconds
 
     def error(self) -> DeadlineExceeded:
+        """Make the error of a request that took too long."""
         return DeadlineExceeded(f"the request took longer than {self._seconds:g} s")
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Ends what is inside when the time is over. Raises DeadlineExceeded then."""
+        """Cancel the body at the deadline, and raise DeadlineExceeded."""
         try:
             async with asyncio.timeout_at(self.at) as scope:
                 yield

@@ -56,6 +56,8 @@ class LLMEngine:
         clock: Seconds, monotonic.
 
     Attributes:
+        built: Settings that programs are compiled for, every size filled in.
+        config: Settings that it serves with now.
         loop: Its requests and scheduler; `loop.step()` advances them.
         packer: Reads adapters, from any thread.
         runner: Weights, pool and compiled programs.
@@ -105,11 +107,11 @@ class LLMEngine:
             progress,
             memory_limit=0 if stats is None else stats["bytes_limit"],
         )
-        self._compiled = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
+        self.built = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
         self._executor = self._make_executor()
         self._ids = itertools.count()
-        self._start(self._compiled, clock, None)
+        self._start(self.built, clock, None)
 
     def _start(self, config: EngineConfig, clock: Callable[[], float], predictor: LengthPredictor | None) -> None:
         """Make all that depends on settings which `restart` may change."""
@@ -145,13 +147,13 @@ class LLMEngine:
         Args:
             clock: Seconds, monotonic; None keeps the clock.
             predictor: Predictor of output lengths; None takes the one of the settings.
-            changes: Fields of `EngineConfig`, beside those that stay as they are now. The sizes of `LIMITS` may be as large as
-                the engine was built with, or smaller.
+            changes: Fields of `EngineConfig`; the others are those that the engine was built with. The sizes of `LIMITS` can
+                only be lowered.
 
         Raises:
             ValueError: A setting cannot be changed, or not to that. Nothing has changed then.
         """
-        config = dataclasses.replace(self.config, **changes)  # type: ignore[arg-type]
+        config = dataclasses.replace(self.built, **changes)  # type: ignore[arg-type]
         self._check_restart(config)
         for request in self.loop.unfinished:
             self.loop.abort(request.request_id)
@@ -164,11 +166,11 @@ class LLMEngine:
     def _check_restart(self, config: EngineConfig) -> None:
         generation_file(config.generation_config)
         for field in COMPILED:
-            value, built = getattr(config, field), getattr(self._compiled, field)
+            value, built = getattr(config, field), getattr(self.built, field)
             if value != built:
                 raise ValueError(f"{field} is {value!r}; allowed: {built!r}, for which this engine was built")
         for field in LIMITS:
-            value, built = getattr(config, field), getattr(self._compiled, field)
+            value, built = getattr(config, field), getattr(self.built, field)
             if value is None or value > built:
                 raise ValueError(f"{field} is {value!r}; allowed: at most {built!r}, for which this engine was built")
         assert config.num_pages is not None
@@ -194,6 +196,8 @@ class LLMEngine:
         """Read a PEFT adapter and give it a name. A name that exists gets new content; running requests keep the old.
 
         Args:
+            name: A new name, or one that gets new content.
+            path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
 
         Raises:
@@ -246,6 +250,9 @@ class LLMEngine:
         """Take a request in; `loop.step()` advances it.
 
         Args:
+            prompt_token_ids: Token ids of the prompt.
+            params: Sampling parameters.
+            lora: Adapter; None is the base model.
             request_id: An id that no unfinished request has; None makes one.
             arrival_time: Seconds of the engine's clock; None is now.
 
@@ -337,7 +344,7 @@ def _dtype(name: str) -> str:
 
 
 def _preset_or_config(model: str) -> LlamaConfig:
-    """Configuration for dummy weights, from a preset's name or a directory with a config.json."""
+    """Find the configuration for dummy weights: a preset's, or that of a directory with a config.json."""
     if model in PRESETS:
         return PRESETS[model]
     if not (Path(model) / "config.json").is_file():

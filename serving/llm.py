@@ -58,7 +58,7 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Sampling parameters of the model's generation_config.json."""
+        """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
     def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:

@@ -17,19 +17,19 @@ class Observer:
     """Told by the engine's thread. Every method returns at once; a subclass overrides those it wants."""
 
     def updated(self, snapshots: list[OutputSnapshot]) -> None:
-        """Requests have new tokens or ended. Told before `first_token` and `finished`."""
+        """Take snapshots of requests that have new tokens or ended. Told before `first_token` and `finished`."""
 
     def first_token(self, request: Request) -> None:
-        """A request has its first token. Not told of a request that its caller has left before."""
+        """Take a request that has its first token. Not told of a request that its caller has left before."""
 
     def finished(self, request: Request) -> None:
-        """A request ended, for any reason but the engine's death."""
+        """Take a request that ended, for any reason but the engine's death."""
 
     def loaded(self, result: LoadResult) -> None:
-        """An adapter's load into the pool ended."""
+        """Take the result of an adapter's load into the pool."""
 
     def engine_died(self, error: EngineDead, num_requests: int) -> None:
-        """The engine died, and `num_requests` unfinished requests with it."""
+        """Take the cause of the engine's death, with which `num_requests` unfinished requests end."""
 
 
 class Observers(Observer, list[Observer]):

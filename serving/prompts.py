@@ -1,4 +1,4 @@
-"""What a prompt is to the model."""
+"""Prompts as token ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or `{"prompt_token_ids": [...]}`."""
 
 LONG_PROMPT = 2000
-"""Characters from which a prompt is tokenised in a thread: about a millisecond."""
+"""Characters from which a prompt is tokenised in a thread: it takes about a millisecond."""
 
 
 def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: bool = True) -> Sequence[int]:
-    """The token ids of a prompt. Raises ValueError."""
+    """Return the token ids of a prompt. Raises ValueError."""
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
             raise ValueError(f"prompt has the keys {sorted(prompt)}; allowed: prompt_token_ids or prompt")
@@ -37,7 +37,7 @@ class PromptReader:
     """`tokens_of` for an asyncio loop, which goes on meanwhile.
 
     Args:
-        max_len: tokens of the longest prompt.
+        max_len: Tokens of the longest prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, max_len: int):
@@ -46,7 +46,7 @@ class PromptReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     async def read(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt. Raises ValueError, without a look at a text that is too long to fit."""
+        """Return the token ids of a prompt. Raises ValueError, for a text too long to fit without tokenising it."""
         job = functools.partial(tokens_of, prompt, self._tokenizer, add_special_tokens)
         if not isinstance(prompt, str) or len(prompt) < LONG_PROMPT:
             return list(job())

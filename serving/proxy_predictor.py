@@ -1,4 +1,4 @@
-"""The length proxy beside serving: a thread classifies prompts while their requests already wait or run."""
+"""Length proxy beside serving: a thread classifies prompts while their requests already wait or run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from chameleon_jax.scheduler.length_predictor import LengthPredictor
 
 logger = logging.getLogger(__name__)
 BATCH = ROW_BUCKETS[-1]
-"""Prompts that are classified together at most."""
+"""Most prompts that are classified together."""
 
 
 @dataclasses.dataclass
 class ProxyCounters:
-    """Requests since the start: predicted by the proxy, skipped because too many waited, lost to a failure."""
+    """Counts since the start.
+
+    Attributes:
+        predicted: Requests that the proxy has predicted.
+        skipped: Requests left to the fallback, as too many waited.
+        failed: Requests left to the fallback, as the proxy failed.
+    """
 
     predicted: int = 0
     skipped: int = 0
@@ -27,14 +33,18 @@ class ProxyCounters:
 
 
 class ProxyPredictor:
-    """Answers with the fallback's prediction at once and with the proxy's as soon as its thread has it.
+    """Answers with the fallback's prediction at once, and with the proxy's as soon as its thread has it.
 
-    Whatever happens in the thread, serving goes on with the fallback's predictions. One thread owns the predictor; call
-    `close` at the end.
+    Serving goes on with the fallback's predictions where the thread fails. One thread owns the predictor; call `close` at the
+    end.
 
     Args:
-        proxy: compiled here, for every shape.
-        max_queue_len: prompts that may wait for the thread; more are left to the fallback.
+        proxy: Classifier; compiled here, for every shape.
+        fallback: Predictor of all requests at first.
+        max_queue_len: Prompts that may wait for the thread. More are left to the fallback.
+
+    Raises:
+        ValueError: max_queue_len is below 1.
     """
 
     def __init__(self, proxy: LengthProxy, fallback: LengthPredictor, *, max_queue_len: int = 1024):
@@ -52,7 +62,7 @@ class ProxyPredictor:
         self._thread.start()
 
     def predict(self, request: Request) -> int:
-        """The fallback's prediction, tokens; the proxy's follows through `updates`."""
+        """Return the fallback's prediction, in tokens. The proxy's follows through `updates`."""
         predicted = self._fallback.predict(request)
         if self._closed:
             pass
@@ -63,7 +73,7 @@ class ProxyPredictor:
         return predicted
 
     def updates(self) -> list[tuple[Request, int]]:
-        """What the proxy has found since the last call, 1 to max_tokens each. Updates of the fallback are not asked for."""
+        """Return the proxy's predictions since the last call, each 1 to max_tokens. The fallback's updates are not read."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def observe(self, request: Request) -> None:
@@ -73,7 +83,7 @@ class ProxyPredictor:
         self._fallback.forget(content_hash)
 
     def close(self) -> None:
-        """Ends the thread after the batch it is at; prompts that wait are dropped, the fallback still answers."""
+        """End the thread after its batch. Prompts that wait are dropped; the fallback still answers."""
         self._closed = True
         self._waiting.put(None)
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Sampling parameters of requests that leave them out: what a model's generation_config.json says."""
+"""Defaults of sampling parameters, from a model's generation_config.json."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from chameleon_jax.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
-"""Fields of the file that are used, and what `SamplingParams` calls them. `do_sample` is not looked at, as in vLLM."""
+"""Fields of the file that are used, and their names in `SamplingParams`. `do_sample` is ignored, as in vLLM."""
 NO_DEFAULTS = ("none", "vllm")
-"""Values of `generation_config` that leave a model's defaults out; the second is vLLM's word."""
+"""Values of `generation_config` that ignore a model's defaults; the second is vLLM's word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SamplingDefaults:
 
     @classmethod
     def read(cls, file: Path) -> SamplingDefaults:
-        """What the file says and can be served; the log has the rest. Raises ValueError where it is not JSON."""
+        """Read the fields that can be served, and log the others. Raises ValueError where the file is not JSON."""
         config = read_json(file)
         values: dict[str, Any] = {}
         for name, field in FIELDS.items():
@@ -51,12 +51,12 @@ class SamplingDefaults:
         return cls(values)
 
     def params(self, **given: Any) -> SamplingParams:
-        """What was given, and the defaults for the rest. Raises ValueError."""
+        """Make parameters of the given fields and the defaults for the others. Raises ValueError."""
         return SamplingParams(**{**self.values, **given})
 
 
 def generation_file(source: str) -> Path | None:
-    """The file in a directory that the setting `generation_config` names; None: it names none. Raises ValueError."""
+    """Find the file that the setting `generation_config` names; None where it names no directory. Raises ValueError."""
     if source == "auto" or source in NO_DEFAULTS:
         return None
     file = Path(source) / huggingface.GENERATION_FILE
@@ -66,7 +66,12 @@ def generation_file(source: str) -> Path | None:
 
 
 def fit_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
-    """With no more output tokens than there is room for behind the prompt, one at least. Raises ValueError where min_tokens
-    are more."""
+    """Lower max_tokens to the room behind the prompt, one token at least. Raises ValueError where min_tokens is more.
+
+    Args:
+        params: Sampling parameters.
+        prompt_len: Tokens of the prompt.
+        max_model_len: Tokens of prompt and output together.
+    """
     room = max(1, max_model_len - prompt_len)
     return params if params.max_tokens <= room else dataclasses.replace(params, max_tokens=room)

@@ -1,4 +1,4 @@
-"""One process, two protocols: HTTP and gRPC over one service, from the first connection to a graceful end."""
+"""The server process: HTTP and gRPC over one service, from start to graceful shutdown."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 CLOSE_TIMEOUT_S = 5
-"""Seconds that connections are given to take the end of their last response."""
+"""Seconds that clients get at shutdown to read the end of their last response."""
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """The socket of HTTP, so that a port that is taken is found before a model is loaded; so is one of gRPC, and a certificate
-    that cannot be used. Raises OSError."""
+    """Bind the HTTP socket, and check the gRPC port and the certificate, before a model is loaded.
+
+    Raises:
+        OSError: A port is taken, the host is unknown, or the certificate cannot be used.
+    """
     check_tls(config)
     listener = _bind(config.host, config.port, "port")
     if config.grpc_port:
@@ -45,7 +48,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Raises OSError where the certificate and its key cannot be used."""
+    """Raise OSError unless the certificate and its key can be used."""
     if config.tls_cert is None or config.tls_key is None:
         return
     for field, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
@@ -53,18 +56,18 @@ def check_tls(config: ServerConfig) -> None:
             Path(file).read_bytes()
         except OSError as error:
             raise OSError(f"{field} is {file!r}: {error.strerror}") from error
-    try:  # the empty password keeps it from asking the terminal for one
+    try:  # the empty password keeps OpenSSL from asking for one at the terminal
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
     except ssl.SSLError as error:
-        what = f"tls_cert is {config.tls_cert!r} and tls_key is {config.tls_key!r}"
-        raise OSError(f"{what}: {error}; allowed: a certificate and its key, as PEM and not encrypted") from error
+        pair = f"tls_cert is {config.tls_cert!r} and tls_key is {config.tls_key!r}"
+        raise OSError(f"{pair}: {error}; allowed: a certificate and its key, as PEM and not encrypted") from error
 
 
 def _bind(host: str, port: int, field: str) -> socket.socket:
-    """Args: field: what `port` is called. Raises OSError."""
+    """Bind a socket. Args: field: name of the port's setting, for errors. Raises OSError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:  # the latter where a name is too long
+    except (OSError, UnicodeError) as error:  # UnicodeError: the name is too long
         raise OSError(f"host is {host!r}: {error}; allowed: an address or a name of this machine") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -79,19 +82,19 @@ def _bind(host: str, port: int, field: str) -> socket.socket:
 class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # they are `Server`'s
+        yield  # `Server` handles signals
 
 
 class Server:
-    """Serves until `stop` is called or the process is told to end.
+    """HTTP and gRPC server. Serves until `stop` is called or the process gets a signal to end.
 
     Args:
-        listener: of HTTP; taken over.
-        metrics: what has counted since before the engine was made; the server goes on with it.
+        service: Service behind both protocols.
+        listener: Bound socket for HTTP. The server closes it.
+        metrics: Metrics, made before the engine to count its compilations.
 
     Attributes:
-        port: of HTTP.
-        grpc_port: None: there is no gRPC.
+        port: Bound HTTP port.
     """
 
     def __init__(self, service: Service, listener: socket.socket, metrics: Metrics):
@@ -122,49 +125,51 @@ class Server:
 
     @property
     def grpc_port(self) -> int | None:
+        """Bound gRPC port. None without gRPC, 0 until `start` returns."""
         return None if self._rpc is None else self._rpc.port
 
     async def start(self) -> None:
-        """Returns once both protocols answer. Raises OSError where a port cannot be had."""
+        """Start both protocols. Returns once they answer. Raises OSError for a port that is taken."""
         if (error := self._service.chat_error) is not None:
-            logger.warning("conversations are refused, completions are not: %s", error)
+            logger.warning("chat completions are refused, text completions are served: %s", error)
         if self._rpc is not None:
             await self._rpc.start()
         self._serving = asyncio.create_task(self._http.serve([self._listener]))
         while not self._http.started:
             if self._serving.done():
                 await self._serving
-                raise OSError("HTTP could not be started")
+                raise OSError("HTTP did not start")
             await asyncio.sleep(0.01)
 
     def stop(self) -> None:
-        """Begins the graceful end: `run` returns when it is done."""
+        """Begin a graceful shutdown. `run` returns when it is done."""
         self._stopping.set()
 
     async def run(self) -> bool:
-        """Serves until it is told to stop, then takes nothing in, finishes what runs or gives it up in time, and closes.
+        """Serve until stopped, then shut down gracefully.
 
-        The first SIGTERM or SIGINT stops it, the second ends the process at once.
+        The first SIGTERM or SIGINT begins the shutdown: new requests are refused, running ones get `drain_timeout` seconds to
+        finish, and the rest are aborted. A second signal ends the process at once.
 
         Returns:
-            Whether every request that was taken in was finished.
+            Whether every admitted request finished.
 
         Raises:
-            OSError: HTTP ended though nobody stopped it; everything else has then ended too.
+            OSError: HTTP ended without being stopped. Everything else has been shut down too.
         """
         assert self._serving is not None, "not started"
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread
-                loop.add_signal_handler(number, self._signalled, number)
+                loop.add_signal_handler(number, self._on_signal, number)
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait([stopping, self._serving], return_when=asyncio.FIRST_COMPLETED)
-        told = self._stopping.is_set()
+        was_stopped = self._stopping.is_set()
         stopping.cancel()
-        if not told:
-            logger.error("HTTP ended though nobody stopped it")
+        if not was_stopped:
+            logger.error("HTTP ended without being stopped")
         service = self._service
-        logger.info("stopping: running requests have %g s", service.config.drain_timeout)
+        logger.info("stopping: running requests get %g s to finish", service.config.drain_timeout)
         if self._rpc is not None:
             await self._rpc.set_not_serving()
         finished = await service.llm.drain(service.config.drain_timeout)
@@ -172,12 +177,12 @@ class Server:
         if self._rpc is not None:
             await self._rpc.stop(CLOSE_TIMEOUT_S)
         await self._serving
-        if not told:
-            raise OSError("HTTP ended though nobody stopped it")
+        if not was_stopped:
+            raise OSError("HTTP ended without being stopped")
         logger.info("stopped")
         return finished
 
-    def _signalled(self, number: signal.Signals) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
             os._exit(128 + number)
         self.stop()

@@ -1,4 +1,4 @@
-"""Callers that want the same name are let in one after the other."""
+"""Turns: callers of one name run one after the other."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from concurrent.futures import Future
 
 
 class Turns:
-    """First come, first served for each name, from any asyncio loop: a lock of asyncio belongs to one loop."""
+    """First come, first served for each name, from any asyncio loop. (A lock of asyncio belongs to one loop.)"""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: dict[str, Future[None]] = {}  # ends with the turn of the name's last caller
+        self._last: dict[str, Future[None]] = {}  # done when the name's last caller is
 
     def __len__(self) -> int:
-        """Names that somebody has, or waits for."""
+        """Number of names with a caller that runs or waits."""
         return len(self._last)
 
     @contextlib.asynccontextmanager
     async def of(self, name: str) -> AsyncIterator[None]:
-        """The body runs once every earlier caller of the name is done."""
+        """Run the body once every earlier caller of the name is done."""
         mine: Future[None] = Future()
         with self._lock:
             before, self._last[name] = self._last.get(name), mine
@@ -40,5 +40,5 @@ class Turns:
         finally:
             if before is None:
                 leave()
-            else:  # one that was cancelled while it waited leaves when its turn would have come
+            else:  # a caller that was cancelled leaves when its turn would have come
                 before.add_done_callback(leave)

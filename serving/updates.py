@@ -106,9 +106,12 @@ def make_delta(snapshot: OutputSnapshot, before: OutputSnapshot | None, tokenize
 def make_output(
     snapshot: OutputSnapshot, prompt: str | None, lora: LoRARequest | None, logprobs: list[dict[int, Logprob]] | None
 ) -> RequestOutput:
-    """All output of a request so far.
+    """Make the output of a request so far.
 
     Args:
+        snapshot: The request after its last step.
+        prompt: Text of the prompt, where it came as text.
+        lora: Adapter that it came with.
         logprobs: `logprobs_of` all its tokens.
     """
     request = snapshot.request

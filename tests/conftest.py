@@ -1,8 +1,50 @@
-"""Compiled programs are kept between test runs, in the repository's own ignored folder."""
+"""Settings and fixtures of all tests. Compiled programs are kept between runs, in the repository's own ignored folder."""
 
+from __future__ import annotations
+
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from chameleon_jax import LLM
+    from tests.engines import Engines
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """Engines to borrow, kept until the end."""
+    from tests.engines import Engines  # here, as many tests need no JAX
+
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture
+def make_llm(engines: Engines) -> Callable[..., contextlib.AbstractContextManager[LLM]]:
+    """Makes an LLM over a borrowed engine: `with make_llm(model, num_pages=64) as llm`."""
+    from chameleon_jax import LLM
+
+    @contextlib.contextmanager
+    def make(model: str | Path, **settings: Any) -> Iterator[LLM]:
+        with engines.borrow(model, **settings) as engine, LLM(engine) as llm:
+            yield llm
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small model with a tokenizer."""
+    from tests import reference_models
+
+    return reference_models.save_model(tmp_path_factory.mktemp("text-model") / "gqa", "gqa", text=True)

@@ -132,7 +132,7 @@ class AdapterCache:
         self._forget_if_free(entry)
 
     def acquire(self, content_hash: str, now: float) -> None:
-        """Reference an adapter for a request that starts. It is resident, or will be before the request's first step."""
+        """Count a running request. Its adapter is resident, or will be before the request's first step."""
         entry = self._entries[content_hash]
         if entry.tier is AdapterTier.HOST:
             raise ValueError(f"adapter {content_hash[:12]} is host, neither loading nor resident")

@@ -1,6 +1,6 @@
 """Packed adapters in host memory up to a limit, the rest on disk.
 
-In memory a block is what `stage` makes of it, in the memory that transfers start from; on disk it is the packed array.
+A block in memory is the result of `stage`, in memory that transfers start from. On disk it is the packed array.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Block(Protocol):
-    """A packed adapter in memory; `np.asarray` gives the packed array back."""
+    """A packed adapter in memory. `np.asarray` gives the packed array back."""
 
     @property
     def nbytes(self) -> int: ...
@@ -37,7 +37,7 @@ B = TypeVar("B", bound=Block)
 
 
 class BlockState(enum.Enum):
-    """Where a block is. MEMORY -> BOTH once written; BOTH -> DISK when memory is short; DISK -> BOTH once read."""
+    """Place of a block. MEMORY -> BOTH once written; BOTH -> DISK when memory is short; DISK -> BOTH once read."""
 
     MEMORY = enum.auto()
     BOTH = enum.auto()
@@ -69,11 +69,11 @@ class HostStore(Generic[B]):
     The least recently used blocks leave memory once they are on disk. Blocks are never written to after `put`.
 
     Args:
-        byte_limit: what blocks in memory may take together once the background thread has caught up.
-        spill_directory: where the store makes a private directory (0700) that `close` removes; None: among the system's
+        byte_limit: Bytes that blocks in memory may take together once the background thread has caught up.
+        spill_directory: Parent of the store's private directory (0700), which `close` removes; None is the system's place for
             temporary files.
-        stage: makes of a packed array `[layers, pages, page_elems]` what is held in memory, as many bytes of it. Called on
-            the background thread for what was read. The array is not kept beside it.
+        stage: Turns a packed array `[layers, pages, page_elems]` into the block that is held in memory, of as many bytes. For
+            blocks that were read it runs on the background thread. The array is not kept beside the block.
 
     Raises:
         ValueError: byte_limit is negative.
@@ -88,7 +88,7 @@ class HostStore(Generic[B]):
             spill_directory.mkdir(parents=True, exist_ok=True)
         self._directory = tempfile.TemporaryDirectory(prefix="chameleon-jax-", dir=spill_directory)
         self._names = (Path(self._directory.name) / f"{i}.safetensors" for i in itertools.count())
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._entries: dict[str, _Entry[B]] = {}
         self._in_memory: OrderedDict[str, _Entry[B]] = OrderedDict()  # least recently used first
         self._bytes = 0
@@ -116,7 +116,7 @@ class HostStore(Generic[B]):
 
     @property
     def num_spills(self) -> int:
-        """Blocks that left memory so far."""
+        """Blocks that left memory since the store was made."""
         with self._lock:
             return self._num_spills
 
@@ -125,7 +125,7 @@ class HostStore(Generic[B]):
             return content_hash in self._entries
 
     def put(self, content_hash: str, block: B) -> None:
-        """Takes what `stage` made; the caller does not write to it any more. Raises RuntimeError after `close`."""
+        """Take a block that `stage` made. It must not change afterwards. Raises RuntimeError after `close`."""
         with self._lock:
             self._check_open()
             self._keep(content_hash, self._entries.setdefault(content_hash, _Entry(block.nbytes)), block)
@@ -133,10 +133,10 @@ class HostStore(Generic[B]):
                 self._disk.submit(self._spill)
 
     def fetch(self, content_hash: str) -> Future[B]:
-        """The block: done at once when it is in memory, otherwise when it was read.
+        """Fetch a block. The future is done at once where the block is in memory, else when it was read.
 
-        Fails with KeyError where the block is not (or no longer) there, OSError or SafetensorError where it cannot be
-        read, RuntimeError where the store was closed before it was.
+        The future fails with KeyError where the store has no such block (any more), OSError or SafetensorError where it cannot
+        be read, RuntimeError where the store was closed before it was read.
         """
         future: Future[B] = Future()
         with self._lock:
@@ -153,6 +153,7 @@ class HostStore(Generic[B]):
         return future
 
     def remove(self, content_hash: str) -> None:
+        """Drop a block, in memory and on disk; nothing where there is none."""
         with self._lock:
             entry = self._entries.pop(content_hash, None)
             if entry is None:
@@ -164,7 +165,7 @@ class HostStore(Generic[B]):
                 self._disk.submit(entry.file.unlink, missing_ok=True)
 
     def close(self) -> None:
-        """Ends the background thread and removes the files. What is in memory can still be fetched."""
+        """End the background thread and remove the files. Blocks in memory can still be fetched."""
         with self._lock:
             self._closed = True
         self._disk.shutdown(wait=True)
@@ -175,7 +176,7 @@ class HostStore(Generic[B]):
             raise RuntimeError("the host store is closed")
 
     def _keep(self, content_hash: str, entry: _Entry[B], block: B) -> None:
-        """Counts a block as in memory and as the last used; the lock is held. What is on disk of it stays valid."""
+        """Count a block as in memory and as the last used; the lock is held. Its file on disk stays valid."""
         if entry.block is None:
             entry.block = block
             self._bytes += entry.num_bytes
@@ -183,7 +184,7 @@ class HostStore(Generic[B]):
         self._in_memory.move_to_end(content_hash)
 
     def _spill(self) -> None:
-        """Takes blocks out of memory, least recently used first, until it is under the limit (background thread)."""
+        """Take blocks out of memory, least recently used first, until it is under the limit (background thread)."""
         while True:
             with self._lock:
                 if self._closed or self._bytes <= self._limit:
@@ -219,12 +220,12 @@ class HostStore(Generic[B]):
         return file
 
     def _read(self, content_hash: str, entry: _Entry[B], future: Future[B]) -> None:
-        """Ends a fetch from disk (background thread)."""
+        """End a fetch from disk (background thread)."""
         if not future.set_running_or_notify_cancel():
             return
         try:
             future.set_result(self._read_block(content_hash, entry))
-        except Exception as error:  # whatever it is, it belongs to whoever waits for the block
+        except Exception as error:  # any error is one for the reader of the future
             future.set_exception(error)
         self._spill()
 

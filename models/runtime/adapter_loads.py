@@ -147,7 +147,7 @@ class AdapterLoads:
         self._writes.clear()
 
     def _advance(self, send: bool) -> None:
-        """Write, send and end loads. The next call does what an interrupt leaves undone."""
+        """Write, send and end loads. The next call completes one that was interrupted."""
         self._write()
         if send:
             self.send()
@@ -199,7 +199,7 @@ class AdapterLoads:
     def _has_room(self, size: int, window: int) -> bool:
         """Whether a piece may be sent. One that is larger than all bounds may when it is alone.
 
-        One bound covers what is on the way and what waits to be executed, as a piece keeps its memory from the one to the
+        One bound covers the pieces on the way and those whose write waits, as a piece keeps its memory from the one to the
         other. With a bound for each, half of the reserved memory would idle most of the time.
         """
         on_the_way, on_device = self.bytes_on_the_way, self.bytes_on_device

@@ -48,6 +48,7 @@ class JaxExecutor:
         """Take a packed adapter in.
 
         Args:
+            content_hash: Its identity.
             placement: Places of its rows in its pages.
             block: Its packed array, as `ModelRunner.stage` returns it.
         """
@@ -124,7 +125,7 @@ class JaxExecutor:
 
 
 def _draw(request: Request, position: int) -> Draw:
-    """Sampling parameters of the token at `position`."""
+    """Return the sampling parameters of the token at `position`."""
     params = request.params
     drawn = position - len(request.prompt_token_ids)
     return Draw(

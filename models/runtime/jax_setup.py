@@ -1,4 +1,4 @@
-"""What of JAX must be set before it first uses the device."""
+"""Settings of JAX that must be made before it first uses the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place or switched the cache off."""
+    """Keep compiled programs between runs, unless the user chose a place or switched the cache off."""
     settings: Any = jax.config  # its fields are made at run time
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -20,7 +20,11 @@ def enable_compilation_cache() -> None:
 
 
 def take_device_memory(share: float) -> None:
-    """Has JAX take that share of a GPU's memory when it first uses the device, unless the user said how much."""
+    """Let JAX take a share of a GPU's memory when it first uses the device, unless the user set one.
+
+    Args:
+        share: Share of the memory, above 0 and at most 1.
+    """
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
     if not any(name in os.environ for name in names):
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)

@@ -1,7 +1,7 @@
-"""The device as the executor sees it: weights, pool and compiled programs, behind a few calls that never wait.
+"""The device to the executor: weights, pool and compiled programs, behind a few calls that never wait.
 
-Everything is compiled when the engine is built; afterwards nothing is, and nothing is allocated but a step's small outputs
-and the pieces of adapters on their way.
+Every program is compiled when the runner is built, and none afterwards. From then on only a step's small outputs and the pieces
+of adapters on their way are allocated.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.models.sampling import Sampled
 
 PAGES_ROUNDED_TO = 16
-"""A pool that is sized by what memory is left has a multiple of this many pages, so that it is the same one at the next start
-and compiled programs are found again."""
+"""A pool that takes the memory left has a multiple of this many pages. So it has the same size at the next start, and compiled
+programs are found again."""
 
 
 class SentStep(NamedTuple):
@@ -48,9 +48,9 @@ class DispatchedStep(NamedTuple):
     """A step that runs, or has run.
 
     Attributes:
-        sampled: what is drawn; None: nothing is.
-        rows: for each segment the row of `sampled` that is the segment's.
-        done: ready when the step is.
+        sampled: Tokens that it draws; None where it draws none.
+        rows: Row of `sampled` for each chunk.
+        done: Ready when the step is.
     """
 
     sampled: Sampled | None
@@ -59,14 +59,14 @@ class DispatchedStep(NamedTuple):
 
 
 class ModelRunner:
-    """See the module. Calls are executed in the order in which they are made.
+    """Weights, pool and programs of one model. Calls run in the order in which they are made.
 
     Args:
-        num_pages: pages of the pool, the trash page included; None: what `memory_limit` leaves after weights and scratch.
-        memory_limit: bytes of the device that weights, pool and scratch may take together.
-        backend: of the device ops, one of `ops.BACKENDS`; None: the platform's.
-        compiler_options: XLA's, beside its defaults.
-        ahead: False compiles a program when it is first run.
+        num_pages: Pages of the pool, the trash page included. None takes the memory that weights and scratch leave.
+        memory_limit: Bytes of the device that weights, pool and scratch may take together.
+        backend: Backend of the device ops, one of `ops.BACKENDS`; None is the platform's.
+        compiler_options: Options for XLA beside its defaults.
+        ahead: Compile every program here. False compiles a program when it first runs.
 
     Attributes:
         link_rate: Bytes a second at which pieces of adapters reach the idle device, measured once.
@@ -121,8 +121,8 @@ class ModelRunner:
             self.use_every_program()
 
     def reset(self) -> None:
-        """Starts from an empty pool, whatever state an error has left the old one in."""
-        with contextlib.suppress(Exception):  # what ran on it has ended, one way or the other
+        """Start from an empty pool, also where an error has left the old one in any state."""
+        with contextlib.suppress(Exception):  # the programs that ran on it have ended or failed
             jax.block_until_ready(self._pages)
         for layer in self._pages:
             layer.delete()
@@ -144,8 +144,11 @@ class ModelRunner:
         return pages
 
     def use_every_program(self) -> None:
-        """Runs each program on padding, which changes nothing that a request reads. A GPU loads a program's code and makes its
-        graph when it is first used, 5 to 30 ms that would be the first requests'. A CPU has nothing of the kind to do."""
+        """Run each program on padding, which changes nothing that a request reads.
+
+        A GPU loads a program's code and makes its graph at the first use. That takes 5 to 30 ms, which the first requests would
+        wait for. A CPU does nothing of the kind.
+        """
         config, padding_slot = self.layout.config, self.buckets.max_num_seqs
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
@@ -161,7 +164,7 @@ class ModelRunner:
         self.block_until_ready()
 
     def send(self, segments: Sequence[SequenceChunk], draws: Mapping[int, Draw]) -> SentStep:
-        """Packs a step and starts the transfer of its inputs.
+        """Pack a step and start the transfer of its inputs.
 
         Args:
             draws: `index of a segment -> how the token behind its last one is drawn`.
@@ -170,7 +173,7 @@ class ModelRunner:
         return SentStep(step, jax.device_put(step.packed, self._memory))
 
     def dispatch(self, sent: SentStep) -> DispatchedStep:
-        """Dispatches the programs of a step whose inputs were sent."""
+        """Dispatch the programs of a step whose inputs were sent."""
         step, inputs = sent
         forward = self.programs.forward[step.program]
         hidden, draws, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
@@ -185,11 +188,15 @@ class ModelRunner:
         return self.dispatch(self.send(segments, draws))
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
-        """A packed adapter `[layers, pages, page_elems]` as `put` takes it; nobody writes to `block` any more. Thread-safe."""
+        """Stage a packed adapter `[layers, pages, page_elems]` for `put`. Thread-safe.
+
+        Args:
+            block: The array. It must not change afterwards.
+        """
         return PinnedBlock.stage(block, self.pieces, self._host_memory)
 
     def _measure_link(self) -> float:
-        """Bytes a second of the host's link to the device; 0 where no adapters are served."""
+        """Measure the host's link to the device, in bytes a second; 0 where no adapters are served."""
         if not self.pieces.load_pages:
             return 0.0
         shape = (self.layout.config.num_layers, self.pieces.load_pages, self.layout.page_elems)
@@ -197,14 +204,18 @@ class ModelRunner:
         return measure_link(piece, self._memory, time.perf_counter)
 
     def put(self, piece: jax.Array | np.ndarray) -> jax.Array:
-        """Starts the transfer of a staged piece `[layers, n, page_elems]` to the device."""
+        """Start the transfer of a staged piece `[layers, n, page_elems]` to the device."""
         return jax.device_put(piece, self._memory)
 
     def write_adapter(self, piece: jax.Array, pages: Sequence[int]) -> jax.Array:
-        """Dispatches the copy of a piece `[layers, n, page_elems]` into its n pages, behind its transfer.
+        """Dispatch the copy of a piece `[layers, n, page_elems]` into its n pages, behind its transfer.
+
+        Args:
+            piece: Return of `put`.
+            pages: Pages of the pool.
 
         Returns:
-            What is ready once the copy was executed and the piece's memory is free.
+            An array that is ready once the copy was executed and the piece's memory is free.
         """
         self._pages, done = self.programs.write[len(pages)](self._pages, piece, np.array(pages, np.int32))
         return done

@@ -1,4 +1,4 @@
-"""Every program of an engine, compiled before the first request, and what they need of memory besides weights and pool."""
+"""Programs of an engine, compiled before the first request, and the memory that they need besides weights and pool."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ Progress = Callable[[int, int], None]
 """`(programs compiled, programs in all)`."""
 
 STEPS_IN_FLIGHT = 2
-"""The host dispatches a step while the device computes the one before."""
+"""Steps that the device holds at a time: the host dispatches one while the device computes the one before."""
 
 
 class Programs:
-    """Compiles for a pool of `num_pages` what is asked for, once: all of it (`compile_all`) before the first request.
+    """Programs for a pool of `num_pages`, each compiled once: all of them before the first request (`compile_all`).
 
     Args:
-        graph, params: the model, as `nnx.split` takes it apart.
-        head: its output matrix.
-        backend: of the device ops, one of `ops.BACKENDS`.
-        compiler_options: XLA's, beside its defaults.
+        graph: Structure of the model, from `nnx.split`.
+        params: Weights of the model, from `nnx.split`.
+        head: Its output matrix.
+        backend: Backend of the device ops, one of `ops.BACKENDS`.
+        compiler_options: Options for XLA beside its defaults.
 
     Attributes:
-        num_pages: pages of the pool; set before anything is asked for.
-        weights: what `forward` takes as its weights: a flat list, since to take the model's tree apart at every dispatch costs
-            the host several times what the rest of a dispatch does.
+        num_pages: Pages of the pool. Set it before the first program is compiled.
+        weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
+            host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
         sample: `(rows, mode) -> steps.sample_step`.
         write: `pages of a piece -> steps.write_adapter`.
@@ -68,7 +69,7 @@ class Programs:
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
 
     def listing(self) -> list[tuple[ProgramCache, Any]]:
-        """Every program there is to compile: where it belongs and its key there, what takes longest first."""
+        """Every program to compile, as its cache and its key there; the slowest to compile first."""
         buckets = self._buckets
         forwards = [
             (self.forward, Program(tiles, tile_tokens, adapted))
@@ -80,7 +81,7 @@ class Programs:
         return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
-        """Compiles on a few threads (XLA releases the GIL)."""
+        """Compile every program, on a few threads (XLA releases the GIL)."""
         keys = self.listing()
         lock, done = threading.Lock(), 0
 
@@ -95,9 +96,11 @@ class Programs:
         _on_threads(run, keys)
 
     def scratch_bytes(self) -> int:
-        """What running takes besides weights and pool: the largest step's temporaries and results, as often as steps are in
-        flight, and the adapters on their way. Measured from programs that are compiled for a pool of a few pages: none copies
-        the pool, so its size does not matter."""
+        """Measure the memory that running takes besides weights and pool, in bytes.
+
+        It is the largest step's temporaries and results, once for each step in flight, and the adapters on their way. The
+        programs measured are compiled for a pool of two pages: none copies the pool, so its size does not matter.
+        """
         buckets = self._buckets
         forwards = [
             functools.partial(self._compile_forward, 2, Program(buckets.sizes(size)[-1], size, adapted))
@@ -139,7 +142,7 @@ class Programs:
 
 
 class ProgramCache(dict[Any, Any]):
-    """Programs by key. One that is not there yet is compiled."""
+    """Programs by key. A program that is missing is compiled."""
 
     def __init__(self, compile_key: Callable[[Any], Any]):
         super().__init__()
@@ -151,14 +154,16 @@ class ProgramCache(dict[Any, Any]):
 
 
 def _needs(compiled: Any) -> int:
-    """Bytes of a program's temporaries and of its results that are not arguments' memory."""
+    """Bytes of a program's temporaries, and of its results outside its arguments' memory."""
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    """Results of jobs that compile. Meanwhile the process has no garbage collector: it would go through all that tracing keeps
-    again and again, a fifth of the time (docs/experiments.md)."""
+    """Run compile jobs and return their results, with the garbage collector off.
+
+    It would visit all that tracing keeps again and again, a fifth of the time (docs/experiments.md).
+    """
     collects = gc.isenabled()
     gc.disable()
     try:

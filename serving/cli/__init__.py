@@ -1,4 +1,4 @@
-"""The command line. Heavy modules are imported by the command that needs them."""
+"""The command line. Each command imports the heavy modules it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completing prompts from the command line, and measuring it."""
+"""`generate` and `bench`: complete a prompt, and measure completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from chameleon_jax.checks import require
 from chameleon_jax.serving.cli.options import (
@@ -25,19 +25,19 @@ from chameleon_jax.serving.cli.options import (
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to go on from; with --chat, what the user says.")],
+    prompt: Annotated[str, Option(help="Text to continue. With --chat, the user's message.")],
     lora_modules: LoraModules = None,
-    lora: Annotated[list[str] | None, typer.Option(help="Adapter to answer with; several answer side by side.")] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most (default: the model's own, else 128).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy (default: the model's own, else 0).")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Share of the probability mass that is kept.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Tokens that are kept; 0 keeps all.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Least probability that is kept, relative to the best token's.")] = None,
-    seed: int | None = None,
+    lora: Annotated[list[str] | None, Option(help="Adapter to answer with. Repeat to compare several.")] = None,
+    chat: Annotated[bool, Option(help="Wrap the prompt in the model's chat template.")] = False,
+    max_tokens: Annotated[int | None, Option(help="Most output tokens (default: the model's own, else 128).")] = None,
+    temperature: Annotated[float | None, Option(help="0 decodes greedily (default: the model's own, else 0).")] = None,
+    top_p: Annotated[float | None, Option(help="Share of the probability mass to sample from.")] = None,
+    top_k: Annotated[int | None, Option(help="Most likely tokens to sample from; 0 allows all.")] = None,
+    min_p: Annotated[float | None, Option(help="Lowest probability to sample from, relative to the best token's.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the sampling (default: drawn by the engine).")] = None,
     generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    max_model_len: int | None = None,
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_model_len: Annotated[int | None, Option(help="Longest sequence, in tokens (default: set by the model).")] = None,
     system: SystemName = DEFAULT_SYSTEM,
 ) -> None:
     """Complete one prompt, with the base model or with adapters.
@@ -75,16 +75,16 @@ def generate(
 def bench(
     model: Model,
     lora_modules: LoraModules = None,
-    num_requests: Annotated[int, typer.Option(help="Requests, all submitted at once.")] = 16,
-    prompt_len: int = 128,
-    output_len: int = 64,
-    max_num_seqs: int = 32,
-    dtype: str = "auto",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    num_requests: Annotated[int, Option(help="Requests, all submitted at once.")] = 16,
+    prompt_len: Annotated[int, Option(help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, Option(help="Tokens of each output.")] = 64,
+    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = 32,
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
+    load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = "auto",
     system: SystemName = DEFAULT_SYSTEM,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Measure throughput and time to first token of one batch; adapters are given to requests in turn.
+    """Measure throughput and time to first token of one batch. Requests take the adapters in turn.
 
     Example: chameleon-jax bench smollm2-135m --num-requests 32
     """

@@ -1,4 +1,4 @@
-"""What commands have in common: arguments, adapters by name, progress, and errors in one line."""
+"""Parts that commands share: arguments, adapters by name, progress, and errors in one line."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Option
 from typer.core import TyperCommand
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.systems import SYSTEMS
 
 console = Console(stderr=True, markup=False, emoji=False)
-"""For people. Names and errors may come from anywhere: nothing in them is markup."""
+"""Console for messages to people. Markup is off, as names and errors may come from anywhere."""
 
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
-SystemName = Annotated[str, typer.Option("--system", help=f"Who starts next, what stays: {', '.join(SYSTEMS)}.")]
+SystemName = Annotated[str, Option("--system", help=f"Scheduling and caching policies: {', '.join(SYSTEMS)}.")]
 DEFAULT_SYSTEM = str(EngineConfig.system)
 GenerationConfig = Annotated[
     str,
-    typer.Option(help="Sampling defaults: auto (the model's generation_config.json), none, or a directory with such a file."),
+    Option(
+        help="Source of sampling defaults: auto (the model's generation_config.json), none, or a directory with such a file."
+    ),
 ]
 DEFAULT_GENERATION_CONFIG = EngineConfig.generation_config
 LoraModules = Annotated[
     list[str] | None,
-    typer.Option("--lora-modules", help="Adapter as name=directory (PEFT). May be given several times."),
+    Option("--lora-modules", help="Adapter as name=directory, in PEFT's format. Repeat for several."),
 ]
 
 
 def named_adapters(modules: list[str] | None) -> dict[str, str]:
+    """Parse `--lora-modules` into directories by name."""
     adapters = {}
     for module in modules or []:
         name, separator, path = module.partition("=")
@@ -40,7 +44,7 @@ def named_adapters(modules: list[str] | None) -> dict[str, str]:
 
 
 class Command(TyperCommand):
-    """Says how several adapters are given where they are given as to vLLM: all of them after one --lora-modules."""
+    """Command that explains how to give several adapters to a user who lists them after one --lora-modules, as for vLLM."""
 
     allow_extra_args = True
 
@@ -58,7 +62,7 @@ def progress(done: int, total: int) -> None:
 
 
 class errors:
-    """Turns what a user did wrong into one line and exit code 1."""
+    """Report a user's mistake in one line and exit with code 1."""
 
     def __enter__(self) -> None:
         pass

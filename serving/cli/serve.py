@@ -1,15 +1,16 @@
-"""Serving over HTTP and gRPC from the command line."""
+"""`serve`: run the HTTP and gRPC server."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
 API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
-"""Variables of the environment with keys, spaces between them."""
+"""Environment variables that hold keys, separated by spaces."""
 
 
 def serve(
@@ -41,91 +42,91 @@ def serve(
     lora_modules: LoraModules = None,
     adapter_dir: Annotated[
         list[str] | None,
-        typer.Option(help="Directory of adapters: those in it are loaded, and clients may name those below it."),
+        Option(help="Directory of adapters. Those directly inside are loaded at the start; clients may load any below it."),
     ] = None,
-    hub_adapter: Annotated[list[str] | None, typer.Option(help="Hub id that clients may load an adapter from.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = DEFAULTS.host,
-    port: Annotated[int, typer.Option(help="Of HTTP; 0: any.")] = DEFAULTS.port,
-    grpc_port: Annotated[int, typer.Option(help="Of gRPC; 0: any; -1: no gRPC.")] = DEFAULTS.grpc_port or -1,
-    served_model_name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
+    hub_adapter: Annotated[list[str] | None, Option(help="Hub id from which clients may load an adapter.")] = None,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = DEFAULTS.host,
+    port: Annotated[int, Option(help="HTTP port; 0 picks a free one.")] = DEFAULTS.port,
+    grpc_port: Annotated[int, Option(help="gRPC port; 0 picks a free one, -1 serves no gRPC.")] = DEFAULTS.grpc_port or -1,
+    served_model_name: Annotated[str | None, Option(help="Name of the base model in requests (default: from MODEL).")] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar=API_KEY, help="Every request needs one of these. In the variable: spaces between them."),
+        Option(envvar=API_KEY, help="Key for all requests. Repeat for several; separate those in the variable by spaces."),
     ] = None,
     admin_key: Annotated[
-        list[str] | None, typer.Option(envvar=ADMIN_KEY, help="Loading and unloading adapters needs one of these.")
+        list[str] | None, Option(envvar=ADMIN_KEY, help="Key for loading and unloading adapters. Repeat for several.")
     ] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="PEM file, for both protocols.")] = None,
-    tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, tokens.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = ENGINE.max_num_seqs,
+    tls_cert: Annotated[str | None, Option(help="PEM file of the TLS certificate, for both protocols.")] = None,
+    tls_key: Annotated[str | None, Option(help="PEM file of the certificate's key, not encrypted.")] = None,
+    max_model_len: Annotated[
+        int | None,
+        Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048)."),
+    ] = None,
+    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = ENGINE.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Prompt tokens of one prefill step.")
+        int, Option(help="Prompt tokens of one prefill step; longer prompts take several.")
     ] = ENGINE.max_num_batched_tokens,
-    max_queue_len: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 1000,
-    max_lora_rank: Annotated[int, typer.Option(help=f"Largest rank that is served, 1 to {MAX_RANK}.")] = ENGINE.max_lora_rank,
-    lora_host_bytes: Annotated[int, typer.Option(help="Of adapters in host memory.")] = ENGINE.lora_host_bytes,
-    enable_lora: Annotated[bool, typer.Option(help="Without, adapters are refused and nothing is compiled for them.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = ENGINE.load_format,
+    max_queue_len: Annotated[int, Option(help="Requests that may wait; further ones are refused with 429.")] = 1000,
+    max_lora_rank: Annotated[int, Option(help=f"Largest rank of an adapter, 1 to {MAX_RANK}.")] = ENGINE.max_lora_rank,
+    lora_host_bytes: Annotated[
+        int, Option(help="Bytes of host memory for adapters; the rest wait on disk.")
+    ] = ENGINE.lora_host_bytes,
+    enable_lora: Annotated[
+        bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
+    ] = True,
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
+    load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = ENGINE.load_format,
     generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Share of the device's memory.")
+        float, Option(help="Share of the device's memory for weights, pool and scratch.")
     ] = ENGINE.gpu_memory_utilization,
-    num_pages: Annotated[int | None, typer.Option(help="Of the device pool.")] = None,
-    page_tokens: Annotated[int, typer.Option(help="Tokens of a page, at least.")] = ENGINE.page_tokens,
-    system: SystemName = DEFAULT_SYSTEM,
-    ttft_slo: Annotated[float, typer.Option(help="Seconds to the first token that are aimed at.")] = ENGINE.ttft_slo,
-    tbt_slo: Annotated[float, typer.Option(help="Seconds between tokens that are aimed at.")] = ENGINE.tbt_slo,
-    predicted_output_len: Annotated[
-        int, typer.Option(help="Output tokens that are expected before any request has ended.")
-    ] = ENGINE.predicted_output_len,
-    seed: Annotated[int, typer.Option(help="Requests without a seed draw theirs from it.")] = ENGINE.seed,
-    length_proxy: Annotated[str | None, typer.Option(help="Directory that train-length-proxy wrote.")] = None,
-    request_timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = DEFAULTS.request_timeout,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds running requests get at the end.")] = DEFAULTS.drain_timeout,
-    max_choices: Annotated[int, typer.Option(help="Choices of one request: its prompts times n.")] = DEFAULTS.max_choices,
-    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = DEFAULTS.max_body_bytes,
-    max_header_bytes: Annotated[int, typer.Option(help="Of an HTTP request.")] = DEFAULTS.max_header_bytes,
-    max_connections: Annotated[int, typer.Option(help="Of HTTP, at once.")] = DEFAULTS.max_connections,
-    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
-    otlp_traces_endpoint: Annotated[
-        str | None, typer.Option(help="Where OpenTelemetry traces go, as http://host:4317.")
+    num_pages: Annotated[
+        int | None,
+        Option(help="Pages in the device pool (default: whatever memory is left; on CPU, enough for max_num_seqs)."),
     ] = None,
+    page_tokens: Annotated[int, Option(help="Least tokens in a page.")] = ENGINE.page_tokens,
+    system: SystemName = DEFAULT_SYSTEM,
+    ttft_slo: Annotated[float, Option(help="Target time to the first token, in seconds.")] = ENGINE.ttft_slo,
+    tbt_slo: Annotated[float, Option(help="Target time between tokens, in seconds.")] = ENGINE.tbt_slo,
+    predicted_output_len: Annotated[
+        int, Option(help="Output tokens expected of a request until some have finished.")
+    ] = ENGINE.predicted_output_len,
+    seed: Annotated[int, Option(help="Seed from which requests without a seed draw theirs.")] = ENGINE.seed,
+    length_proxy: Annotated[str | None, Option(help="Directory of a length predictor written by train-length-proxy.")] = None,
+    request_timeout: Annotated[float, Option(help="Most seconds a request may take.")] = DEFAULTS.request_timeout,
+    drain_timeout: Annotated[
+        float, Option(help="Seconds that running requests get to finish at shutdown.")
+    ] = DEFAULTS.drain_timeout,
+    max_choices: Annotated[int, Option(help="Most choices of one request: its prompts times n.")] = DEFAULTS.max_choices,
+    max_body_bytes: Annotated[int, Option(help="Most bytes of a request's body.")] = DEFAULTS.max_body_bytes,
+    max_header_bytes: Annotated[int, Option(help="Most bytes of the head of an HTTP request.")] = DEFAULTS.max_header_bytes,
+    max_connections: Annotated[int, Option(help="HTTP connections served at once.")] = DEFAULTS.max_connections,
+    log_format: Annotated[str, Option(help="Format of the log: text or json.")] = "text",
+    otlp_traces_endpoint: Annotated[str | None, Option(help="OpenTelemetry collector for traces, as http://host:4317.")] = None,
 ) -> None:
     """Serve a model and its adapters over HTTP (OpenAI's API) and gRPC.
 
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """
-    settings: dict[str, Any] = {
-        name: value for name, value in locals().items() if name in EngineConfig.__dataclass_fields__ and name != "model"
-    }
+    flags = locals()
+    engine_settings, server_settings = _fields_of(EngineConfig, flags), _fields_of(ServerConfig, flags)
+    server_settings["grpc_port"] = None if grpc_port < 0 else grpc_port
+    server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
     with errors():
-        config = ServerConfig(
-            host=host,
-            port=port,
-            grpc_port=None if grpc_port < 0 else grpc_port,
-            served_model_name=served_model_name,
-            api_keys=_keys(api_key, API_KEY),
-            admin_keys=_keys(admin_key, ADMIN_KEY),
-            adapter_dirs=tuple(adapter_dir or ()),
-            hub_adapters=tuple(hub_adapter or ()),
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            request_timeout=request_timeout,
-            drain_timeout=drain_timeout,
-            max_choices=max_choices,
-            max_body_bytes=max_body_bytes,
-            max_header_bytes=max_header_bytes,
-            max_connections=max_connections,
-        )
-        _serve(model, config, settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+        server_settings |= {"api_keys": _keys(api_key, API_KEY), "admin_keys": _keys(admin_key, ADMIN_KEY)}
+        config = ServerConfig(**server_settings)
+        _serve(model, config, engine_settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+
+
+def _fields_of(config: type[EngineConfig | ServerConfig], flags: dict[str, Any]) -> dict[str, Any]:
+    """Pick the flags that are named like fields of `config`."""
+    return {field.name: flags[field.name] for field in dataclasses.fields(config) if field.name in flags}
 
 
 def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:
-    """Raises ValueError where the variable is there without a key: whoever set it did not mean a server that is open."""
+    """Keys given as flags or in `variable`. Raises ValueError for an empty variable, which must not open the server to all."""
     if not given and variable in os.environ:
-        raise ValueError(f"{variable} is {os.environ[variable]!r}; allowed: keys with spaces between them, or not to set it")
+        raise ValueError(f"{variable} is {os.environ[variable]!r}; allowed: keys separated by spaces, or leave it unset")
     return tuple(given or ())
 
 
@@ -169,7 +170,7 @@ def _serve(
 
 
 async def _greet(service: Service, server: Server) -> None:
-    """What to try."""
+    """Print the addresses, and commands to try."""
     names = await service.llm.list_loras()
     host = f"[{service.config.host}]" if ":" in service.config.host else service.config.host
     url = f"http{'s' if service.config.tls_cert else ''}://{host}:{server.port}"
@@ -180,4 +181,4 @@ async def _greet(service: Service, server: Server) -> None:
     for name in (service.model_name, *names[:1]):
         body = shlex.quote(json.dumps({"model": name, "prompt": "The heart of man is", "max_tokens": 32}))
         console.print(f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}", soft_wrap=True)
-    console.print(f"  {url}/ shows its state, {url}/docs the HTTP API; control-C stops it", soft_wrap=True)
+    console.print(f"  {url}/ shows the status page, {url}/docs the HTTP API; control-C stops it", soft_wrap=True)

@@ -1,14 +1,16 @@
-"""Training adapters and the length proxy, and converting checkpoints, from the command line."""
+"""`finetune`, `train-length-proxy` and `convert`: make adapters, length predictors and checkpoints."""
 
 from __future__ import annotations
 
 import json
 import reprlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli.options import Model, console, errors
@@ -19,17 +21,17 @@ if TYPE_CHECKING:
 
 def finetune(
     model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file to learn from.")],
-    output: Annotated[Path, typer.Option(help="Directory for the adapter, in PEFT's format.")],
-    rank: Annotated[int, typer.Option(help=f"Of every adapted matrix, 1 to {MAX_RANK}.")] = 8,
-    alpha: float = 16.0,
-    targets: Annotated[str, typer.Option(help="Matrices, comma-separated.")] = "q_proj,k_proj,v_proj,o_proj",
-    steps: int = 100,
-    batch_size: int = 4,
-    sequence_len: int = 128,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    dtype: Annotated[str, typer.Option(help="Of the file: float32 or float16.")] = "float32",
+    text: Annotated[Path, Option(help="UTF-8 text file to learn from.")],
+    output: Annotated[Path, Option(help="Directory for the adapter, in PEFT's format.")],
+    rank: Annotated[int, Option(help=f"Rank of every adapted matrix, 1 to {MAX_RANK}.")] = 8,
+    alpha: Annotated[float, Option(help="Scale of the adapter: its product is multiplied by alpha / rank.")] = 16.0,
+    targets: Annotated[str, Option(help="Matrices to adapt, separated by commas.")] = "q_proj,k_proj,v_proj,o_proj",
+    steps: Annotated[int, Option(help="Training steps.")] = 100,
+    batch_size: Annotated[int, Option(help="Sequences of one step.")] = 4,
+    sequence_len: Annotated[int, Option(help="Tokens of each sequence.")] = 128,
+    learning_rate: Annotated[float, Option(help="Learning rate.")] = 1e-3,
+    seed: Annotated[int, Option(help="Seed of the initial weights and of the order of the data.")] = 0,
+    dtype: Annotated[str, Option(help="Type of the saved weights: float32 or float16.")] = "float32",
 ) -> None:
     """Train a LoRA adapter on a text file.
 
@@ -51,13 +53,9 @@ def finetune(
             learning_rate=learning_rate,
             seed=seed,
         )
-        begin = time.perf_counter()
-
-        def report(step: int, loss: float) -> None:
-            if step == 1 or step % 10 == 0 or step == steps:
-                console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
-
-        adapter = training.finetune(load_checkpoint(model), text.read_text(encoding="utf-8"), config, report)
+        report = _reporter()
+        checkpoint, corpus = load_checkpoint(model), text.read_text(encoding="utf-8")
+        adapter = training.finetune(checkpoint, corpus, config, lambda step, loss: report(step, steps, loss))
         training.save(adapter, output, config, model, dtype)
     console.print(f"wrote {output}")
 
@@ -65,18 +63,22 @@ def finetune(
 def train_length_proxy(
     model: Model,
     data: Annotated[
-        Path, typer.Option(help='JSONL of {"prompt": text as served or "prompt_token_ids": [ids], "output_len": tokens}.')
+        Path,
+        Option(
+            help='JSONL file of {"prompt": text or "prompt_token_ids": [ids], "output_len": tokens}. '
+            "The text is the whole prompt, after any chat template."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Directory for the proxy, in Orbax's format.")],
-    class_cuts: Annotated[str, typer.Option(help="Largest output length of each class but the last, tokens.")] = "141,503",
-    window: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 256,
-    epochs: int = 8,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    held_out: Annotated[float, typer.Option(help="Share of the examples that only measures.")] = 0.2,
-    seed: int = 0,
+    output: Annotated[Path, Option(help="Directory for the predictor, in Orbax's format.")],
+    class_cuts: Annotated[str, Option(help="Largest output length of each class but the last, in tokens.")] = "141,503",
+    window: Annotated[int, Option(help="Tokens of a prompt that the predictor reads.")] = 256,
+    epochs: Annotated[int, Option(help="Passes over the examples.")] = 8,
+    batch_size: Annotated[int, Option(help="Examples of one step.")] = 32,
+    learning_rate: Annotated[float, Option(help="Learning rate.")] = 1e-3,
+    held_out: Annotated[float, Option(help="Share of the examples kept out of training, to measure accuracy.")] = 0.2,
+    seed: Annotated[int, Option(help="Seed of the initial weights and of the choice of examples.")] = 0,
 ) -> None:
-    """Train the predictor of output lengths on past requests.
+    """Train a predictor of output lengths on past requests.
 
     Example: chameleon-jax train-length-proxy smollm2-135m --data requests.jsonl --output length-proxy
     """
@@ -97,13 +99,7 @@ def train_length_proxy(
             seed=seed,
         )
         prompts, output_lens = _length_examples(data, load_checkpoint(model))
-        begin = time.perf_counter()
-
-        def report(step: int, steps: int, loss: float) -> None:
-            if step == 1 or step % 10 == 0 or step == steps:
-                console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
-
-        proxy = train(prompts, output_lens, config, report)
+        proxy = train(prompts, output_lens, config, _reporter())
         save(proxy, output)
     print(f"held-out accuracy {proxy.accuracy:.3f} of {proxy.confusion.sum()} examples")
     classes = range(config.num_classes)
@@ -118,9 +114,9 @@ def train_length_proxy(
 def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
-    to: Annotated[str, typer.Option(help="orbax, or hf: safetensors that transformers and vLLM read.")] = "orbax",
+    to: Annotated[str, Option(help="Format to write: orbax, or hf, the safetensors of transformers and vLLM.")] = "orbax",
 ) -> None:
-    """Convert a base model.
+    """Convert a base model to another format.
 
     Example: chameleon-jax convert smollm2-135m ./smollm2-hf --to hf
     """
@@ -135,8 +131,19 @@ def convert(
     console.print(f"wrote {output}")
 
 
+def _reporter() -> Callable[[int, int, float], None]:
+    """Make a function that prints the progress of training: step, number of steps, loss."""
+    begin = time.perf_counter()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step == 1 or step % 10 == 0 or step == steps:
+            console.print(f"step {step}/{steps}  loss {loss:.3f}  {time.perf_counter() - begin:.0f} s")
+
+    return report
+
+
 def _length_examples(file: Path, checkpoint: Checkpoint) -> tuple[list[list[int]], list[int]]:
-    """Prompts' token ids and output lengths in tokens. Raises ValueError naming file:line, field, value and what is allowed."""
+    """Read token ids of prompts and output lengths in tokens. Raises ValueError that names the file and line."""
     prompts, output_lens = [], []
     vocab_size, tokenizer = checkpoint.config.vocab_size, checkpoint.tokenizer
     with file.open(encoding="utf-8") as lines:
@@ -157,7 +164,7 @@ def _length_examples(file: Path, checkpoint: Checkpoint) -> tuple[list[list[int]
 
 
 def _length_example(example: Any, vocab_size: int) -> tuple[str | list[int], int]:
-    """Text or token ids, and output tokens, of one line's JSON."""
+    """Check one line. Returns the prompt, text or token ids, and the output length in tokens."""
 
     def require(condition: bool, field: str, value: Any, allowed: str) -> None:
         if not condition:

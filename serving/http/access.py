@@ -1,4 +1,4 @@
-"""Who may use a route, as dependencies of FastAPI."""
+"""Access to routes: API keys, checked before a body is read."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from fastapi import Request, Response, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from chameleon_jax.serving.http.errors import answered
+from chameleon_jax.serving.http.errors import translate_errors
 from chameleon_jax.serving.service.service import Service
 
-_bearer = HTTPBearer(auto_error=False, description="A key of the server, where it has any.")
-"""Only documents; the header is read as it came."""
+_bearer = HTTPBearer(auto_error=False, description="One of the server's API keys, if it has any.")
+"""Declared for the OpenAPI document only: `Service.check_access` reads the header itself."""
 
 
 def service_of(request: Request) -> Service:
+    """Service that the application was made for."""
     service: Service = request.app.state.service
     return service
 
 
 async def require_access(request: Request, _: Annotated[object, Security(_bearer)]) -> None:
-    with answered():
+    with translate_errors():
         service_of(request).check_access(request.headers.get("authorization"))
 
 
 async def require_admin(request: Request, _: Annotated[object, Security(_bearer)]) -> None:
-    with answered():
+    with translate_errors():
         service_of(request).check_access(request.headers.get("authorization"), admin=True)
 
 
 class KeyedRoute(APIRoute):
-    """Asks `require_access` or `require_admin`, where it has them, before the body is read: FastAPI reads the body first."""
+    """Route that runs its `require_access` or `require_admin` first: FastAPI would read the whole body before dependencies."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        asked = [depends.dependency for depends in self.dependencies]
-        checks = [check for check in (require_access, require_admin) if check in asked]
+        dependencies = [depends.dependency for depends in self.dependencies]
+        checks = [check for check in (require_access, require_admin) if check in dependencies]
 
-        async def checked(request: Request) -> Response:
+        async def check_and_handle(request: Request) -> Response:
             for check in checks:
                 await check(request, None)
             return await handle(request)
 
-        return checked
+        return check_and_handle

@@ -8,19 +8,18 @@ from fastapi import FastAPI
 
 import chameleon_jax
 from chameleon_jax.serving.http import chat, completions, health, models
-from chameleon_jax.serving.http.edge import Edge
 from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
-from chameleon_jax.serving.http.head import HeadAsGet
+from chameleon_jax.serving.http.middleware import HeadAsGet, RequestMiddleware
 from chameleon_jax.serving.service.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is wrong, or not allowed; the text says why."},
-    "5XX": {"model": ErrorBody, "description": "The request cannot be served now."},
+    "4XX": {"model": ErrorBody, "description": "The request is invalid or not allowed; the message says why."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer the request now."},
 }
 
 
 def make_app(service: Service) -> FastAPI:
-    """OpenAI's API over a service. Routers for operators may be added to it."""
+    """Make OpenAI's API over a service. Operators' routers may be added to it."""
     app = FastAPI(
         title="chameleon-jax",
         version=chameleon_jax.__version__,
@@ -32,5 +31,5 @@ def make_app(service: Service) -> FastAPI:
     for module in (models, completions, chat, health):
         app.include_router(module.router, responses=ERRORS)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(Edge, max_body_bytes=service.config.max_body_bytes)
+    app.add_middleware(RequestMiddleware, max_body_bytes=service.config.max_body_bytes)
     return app

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 
 from chameleon_jax.outputs import Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
-from chameleon_jax.serving.http.errors import answered
-from chameleon_jax.serving.http.requests import ChatRequest
+from chameleon_jax.serving.http.answers import Answer, Choice, Head, JsonObject, Kind
+from chameleon_jax.serving.http.errors import translate_errors
+from chameleon_jax.serving.http.requests import ChatRequest, timeout_of
 from chameleon_jax.serving.http.responses import ChatCompletion
-from chameleon_jax.serving.http.streams import (
-    EventStream,
-    merged,
-    note_usage,
-    timeout_of,
-    until_gone,
-    unused_id,
-    usage,
-    usage_so_far,
-)
 from chameleon_jax.serving.updates import Delta
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=KeyedRoute)
+
+KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 
 
 @router.post(
@@ -35,90 +26,66 @@ router = APIRouter(prefix="/v1", tags=["chat"], route_class=KeyedRoute)
     responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
-    """Answers a conversation, through the model's chat template."""
-    service, created = service_of(request), int(time.time())
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    most = service.config.max_choices
-    with answered():
+    """Answer a conversation, formatted by the model's chat template."""
+    service, head = service_of(request), Head.of(request, body.model, KIND)
+    with translate_errors():
         lora = service.lora_named(body.model)
-        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
         defaults = {"max_tokens": service.llm.max_model_len, **service.sampling_defaults}
-        params = body.sampling_params(wanted, logprobs, most, defaults)
+        params = body.sampling_params(max_tokens, logprobs, service.config.max_choices, defaults)
         deadline = service.deadline(timeout_of(request))
         async with deadline.kept():
             messages = [message.for_template() for message in body.messages]
             token_ids = await service.chat_tokens(messages, **body.template_variables())
-        request_id = unused_id("chatcmpl", request)
-        prompt, fit = {"prompt_token_ids": token_ids}, wanted is None
-        streams = await service.llm.open_all([prompt], params, lora, request_id, deadline, fit=fit)
-    model = body.model or service.model_name
-    completion_tokens = 0
+        prompt = {"prompt_token_ids": token_ids}
+        streams = await service.llm.open_all([prompt], params, lora, head.id, deadline, fit=max_tokens is None)
+    choices = [ChatChoice(i, body.top_logprobs or 0) for i in range(len(streams))]
+    return await Answer(request, body, head, streams, choices, len(token_ids)).respond()
 
-    def head(kind: str, **rest: Any) -> dict[str, Any]:
-        return {"id": request_id, "object": kind, "created": created, "model": model, **rest}
 
-    def counted() -> dict[str, int]:
-        note_usage(request, model, len(token_ids), completion_tokens)
-        return usage(len(token_ids), completion_tokens)
+class ChatChoice(Choice):
+    """One choice of a chat completion.
 
-    def chunk(i: int, delta: dict[str, str], logprobs: Any = None, finish: Any = None, stop: Any = None) -> dict[str, Any]:
-        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop}
-        return head("chat.completion.chunk", choices=[choice])
+    Args:
+        num_top: Alternatives to list at each token.
+    """
 
-    def begin() -> list[dict[str, Any]]:
-        return [chunk(i, {"role": "assistant", "content": ""}) for i in range(len(streams))]
+    def __init__(self, index: int, num_top: int):
+        self._index = index
+        self._num_top = num_top
 
-    def events(i: int, delta: Delta) -> list[dict[str, Any]]:
-        nonlocal completion_tokens
-        completion_tokens += len(delta.token_ids)
+    def opening(self) -> JsonObject:
+        return self._event({"role": "assistant", "content": ""})
+
+    def part(self, delta: Delta) -> JsonObject | None:
         if not (delta.text or delta.finish_reason or delta.logprobs):
-            return []
+            return None
         content = {"content": delta.text} if delta.text else {}
-        said = chunk(i, content, _logprobs(delta.logprobs, body.top_logprobs), delta.finish_reason, delta.stop_reason)
-        return [said | usage_so_far(body.stream_options, len(token_ids), completion_tokens)]
+        return self._event(content, self._logprobs(delta), delta.finish_reason, delta.stop_reason)
 
-    def end() -> list[dict[str, Any]]:
-        counts = counted()
-        wanted = body.stream_options is not None and body.stream_options.include_usage
-        return [head("chat.completion.chunk", choices=[], usage=counts)] if wanted else []
+    def whole(self, output: Delta) -> JsonObject:
+        return {
+            "index": self._index,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(output),
+        }
 
-    if body.stream:
-        return EventStream(streams, events, begin, end)
+    def _event(self, delta: dict[str, str], logprobs: Any = None, finish: Any = None, stop: Any = None) -> JsonObject:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop}
 
-    async def collect() -> dict[str, Any]:
-        nonlocal completion_tokens
-        texts = [""] * len(streams)
-        found: list[list[dict[int, Logprob]]] = [[] for _ in streams]
-        choices: list[dict[str, Any]] = [{} for _ in streams]
-        with answered():
-            async for i, delta in merged(streams):
-                completion_tokens += len(delta.token_ids)
-                texts[i] += delta.text
-                found[i] += delta.logprobs or []
-                choices[i] = {"index": i, "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-        for choice, text, positions in zip(choices, texts, found):
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-            choice["logprobs"] = _logprobs(positions if body.logprobs else None, body.top_logprobs)
-        return head("chat.completion", choices=choices, usage=counted())
-
-    try:
-        return JSONResponse(await until_gone(request, collect()))
-    finally:
-        for stream in streams:
-            stream.close()
+    def _logprobs(self, output: Delta) -> JsonObject | None:
+        if output.logprobs is None:
+            return None
+        content = []
+        for position in output.logprobs:
+            entries = [_logprob_entry(logprob) for logprob in position.values()]
+            chosen, top = entries[0], sorted(entries, key=lambda entry: -entry["logprob"])[: self._num_top]
+            content.append({**chosen, "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
-def _logprobs(positions: list[dict[int, Logprob]] | None, num_top: int | None) -> dict[str, Any] | None:
-    """Args: num_top: entries at each position; the chosen token is first in `positions`, and may be less likely than those."""
-    if positions is None:
-        return None
-    content = []
-    for position in positions:
-        entries = [_entry(logprob) for logprob in position.values()]
-        top = sorted(entries, key=lambda entry: -entry["logprob"])[: num_top or 0]
-        content.append({**entries[0], "top_logprobs": top})
-    return {"content": content, "refusal": None}
-
-
-def _entry(logprob: Logprob) -> dict[str, Any]:
+def _logprob_entry(logprob: Logprob) -> JsonObject:
     return {"token": logprob.decoded_token or "", "logprob": logprob.logprob, "bytes": list(logprob.token_bytes or b"")}

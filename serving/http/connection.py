@@ -1,6 +1,11 @@
-"""Connections with bounds: with httptools, uvicorn bounds neither what is read beside bodies, nor how long anything takes.
+"""Connections with limits on sizes and times, which uvicorn has none of with httptools.
 
-What is wrong with a connection is answered as errors are, unless another answer is under way: then that is the last one.
+The protocol here adds the limits by overriding uvicorn's httptools protocol, which is no public API: it reads and sets
+`cycle.keep_alive`, `cycle.disconnected`, `cycle.message_event`, `cycle.response_started`, `flow.read_paused` and
+`server_state.default_headers`. The public settings would not do: they time only idle connections, refuse in plain text and
+let no health check through to a full server. So pyproject.toml pins uvicorn to the minor version of the tests.
+
+A connection at fault gets a JSON error, unless another answer is under way: then that one is the last.
 """
 
 from __future__ import annotations
@@ -15,43 +20,47 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from chameleon_jax.serving.http.errors import error_body
-from chameleon_jax.serving.http.lingering import LingeringTransport, cancelled
+from chameleon_jax.serving.http.lingering import LingeringTransport, cancel_timer
 
 HEAD_TIMEOUT_S = 20.0
-"""Seconds within which the head of a request must be there once the connection is open, or the last response is sent and the
-next head has begun."""
+"""Seconds for the head of a request to arrive. They count from the opening of the connection, and for later requests from the
+time when the last response is sent and the head has begun."""
 
 BODY_TIMEOUT_S = 60.0
-"""Seconds within which the body must be there once the head is."""
+"""Seconds for the body to arrive after the head."""
 
 FRAMING_PER_BYTE = 8
-"""Bytes of framing that a chunked body may have for each byte of content: chunks of one byte have five."""
+"""Bytes of framing allowed in a chunked body for each byte of content. Chunks of one byte have five."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. `scope["state"]` gets `above_limit`: it came when there were `max_connections`, and there still are."""
+    """One connection.
+
+    Sets `above_limit` in `scope["state"]`: whether the connection was opened above `max_connections` and the server is still
+    full. `RequestMiddleware` then refuses the request.
+    """
 
     def __init__(self, *args: Any, max_header_bytes: int, max_connections: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._max_header_bytes, self._max_connections = max_header_bytes, max_connections
         self._in_head = self._in_body = False
-        self._keep_alive = False  # after the request whose body comes
-        self._refused = False  # nothing more is read
-        self._begun, self._body_received = False, 0  # in what was received last
-        self._body_bytes = self._other_bytes = 0  # of the last message
+        self._keep_alive = False  # for the response to the request whose body is arriving
+        self._refused = False  # nothing more is read from the client
+        self._begun, self._body_received = False, 0  # within the data received last
+        self._body_bytes = self._other_bytes = 0  # of the current message
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._lingering = LingeringTransport(transport, self.loop, lambda: self._in_body or self._refused)
         super().connection_made(self._lingering)  # type: ignore[arg-type]
-        self._came_late = len(self.connections) > self._max_connections
-        self._expect(HEAD_TIMEOUT_S)
+        self._opened_above_limit = len(self.connections) > self._max_connections
+        self._start_timer(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer = cancelled(self._timer)
-        self._lingering.lost()
-        for cycle in self._unanswered:  # uvicorn tells only the last
+        self._timer = cancel_timer(self._timer)
+        self._lingering.connection_lost()
+        for cycle in self._unanswered:  # uvicorn notifies only the last
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
@@ -70,19 +79,19 @@ class LimitedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._refused:
             return
-        if self._in_head or not self._begun:  # a head that began and ended in this data was measured
+        if self._in_head or not self._begun:  # a head that began and ended in this data was checked when it ended
             self._other_bytes += len(data) - self._body_received
         if self._other_bytes > self._max_header_bytes + FRAMING_PER_BYTE * self._body_bytes:
             if self._in_head:
                 self._refuse_head()
             else:
-                self._refuse(400, "the body's chunks have too much around them")
+                self._refuse(400, "the chunked body has too much framing; send larger chunks")
         elif self._timer is None and (self._in_head or self._in_body or not self._unanswered):
-            self._expect(BODY_TIMEOUT_S if self._in_body else HEAD_TIMEOUT_S)
+            self._start_timer(BODY_TIMEOUT_S if self._in_body else HEAD_TIMEOUT_S)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_head = True
         self._begun = True
         self._body_bytes = self._other_bytes = 0
@@ -94,18 +103,18 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_head = False
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._max_header_bytes:
             self._refuse_head()
             raise ValueError("the head is too large")
-        above_limit = self._came_late and len(self.connections) > self._max_connections
+        above_limit = self._opened_above_limit and len(self.connections) > self._max_connections
         self.scope["state"]["above_limit"] = above_limit
         super().on_headers_complete()
         self._in_body = True
         self._unanswered.append(self.cycle)
         self._keep_alive = self.cycle.keep_alive and not above_limit
-        self.cycle.keep_alive = False  # an answer before the body's end ends the connection, and says so
+        self.cycle.keep_alive = False  # an answer before the end of the body closes the connection and says so
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -113,21 +122,21 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         self._in_body = False
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keep_alive
         super().on_message_complete()
 
-    def _expect(self, seconds: float) -> None:
-        self._timer = self.loop.call_later(seconds, self._late, seconds)
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = self.loop.call_later(seconds, self._on_timeout, seconds)
 
-    def _late(self, seconds: float) -> None:
+    def _on_timeout(self, seconds: float) -> None:
         self._timer = None
-        if self.flow.read_paused:  # it is not the client that is late
-            self._expect(seconds)
+        if self.flow.read_paused:  # the delay is ours, not the client's
+            self._start_timer(seconds)
         elif self._in_head or self._in_body:
-            self._refuse(408, f"the request has not come within {seconds:g} s")
+            self._refuse(408, f"the request did not arrive within {seconds:g} s")
         else:
             self.transport.close()
 
@@ -143,7 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._lingering.resumed()
+        self._lingering.on_writable()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
@@ -152,14 +161,14 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(431, f"the head of the request is too large; allowed: {self._max_header_bytes} bytes")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Reads nothing more, and ends the connection after the answers that are under way, or with this one."""
+        """Stop reading, and close the connection after the answers under way, or after this one if there are none."""
         if self._refused:
             return
         self._refused = True
-        self._timer = cancelled(self._timer)
+        self._timer = cancel_timer(self._timer)
         others = list(self._unanswered)
         begun = False
-        if self._in_body:  # so its request has been given to the application
+        if self._in_body:  # the application has this request already
             broken = others.pop()
             broken.disconnected = True
             broken.message_event.set()
@@ -182,11 +191,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def uvicorn_settings(max_header_bytes: int, max_connections: int) -> dict[str, Any]:
-    """What of `uvicorn.Config` decides how a connection is read.
+    """Make the arguments of `uvicorn.Config` that decide how connections are read.
 
     Args:
-        max_connections: those that come above it are told so by `Edge`, and may still ask for the server's health; uvicorn's
-            `limit_concurrency` is neither JSON nor lets them.
+        max_header_bytes: Bytes of a request's head.
+        max_connections: Connections served at once. Requests on further ones are refused, except health checks. uvicorn's
+            `limit_concurrency` would refuse these too, and answer in plain text.
     """
     protocol = functools.partial(LimitedProtocol, max_header_bytes=max_header_bytes, max_connections=max_connections)
     return {"http": protocol, "ws": "none", "lifespan": "off", "proxy_headers": False}

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and a body that says what is wrong and where."""
+"""Errors as OpenAI's clients expect them: a status, and a body that names the problem and the field."""
 
 from __future__ import annotations
 
@@ -14,35 +14,17 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from chameleon_jax.errors import (
-    DeadlineExceeded,
-    Draining,
-    EngineDead,
-    Forbidden,
-    QueueFull,
-    RequestFailed,
-    ServingError,
-    Unauthenticated,
-)
+from chameleon_jax.errors import ServingError
+from chameleon_jax.serving.service.statuses import REPORTED_ERRORS, RETRY_AFTER_S, message_of, status_of
 
-RETRY_AFTER_S = 1
 MAX_MESSAGE_LEN = 1000
-"""Characters of an error's message: it may quote the request, or come from a chat template."""
+"""Characters of an error's message, which may quote the request or come from a chat template."""
 
-STATUS: dict[type[ServingError], int] = {
-    Unauthenticated: 401,
-    Forbidden: 403,
-    QueueFull: 429,
-    RequestFailed: 503,  # another server may have what this one cannot load
-    Draining: 503,
-    EngineDead: 503,
-    DeadlineExceeded: 504,
-}
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ErrorDetail(BaseModel):
-    """`param`: the field that is wrong, where one is; `code`: the kind of error, where a client may want to know."""
+    """Error of OpenAI's API. `param` is the field at fault, `code` the kind of error; either may be null."""
 
     message: str
     type: str
@@ -55,7 +37,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """An answer that is an error."""
+    """Error to answer a request with."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(status, message, headers=_headers(status))
@@ -68,22 +50,19 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a caller is told of an error that the service raised; what is no such error is raised again."""
-    if isinstance(error, ServingError):
-        return ApiError(STATUS[type(error)], str(error), code=type(error).__name__)
+    """Answer for an error of one of `REPORTED_ERRORS`."""
     if isinstance(error, KeyError):
-        return ApiError(404, str(error.args[0]), param="model", code="model_not_found")
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error))
-    raise error
+        return ApiError(404, message_of(error), param="model", code="model_not_found")
+    code = type(error).__name__ if isinstance(error, ServingError) else None
+    return ApiError(status_of(error).http, message_of(error), code=code)
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """Around calls of the service: what they raise is the caller's answer."""
+def translate_errors() -> Iterator[None]:
+    """Raise errors of the service as `ApiError`."""
     try:
         yield
-    except (ServingError, KeyError, ValueError) as error:
+    except REPORTED_ERRORS as error:
         raise api_error(error) from error
 
 
@@ -92,14 +71,14 @@ def error_response(status: int, body: dict[str, Any]) -> Response:
 
 
 _PLACES = re.compile(r"body|query|path|header|str|(list\[|constrained-|function-).*")
-"""Parts of pydantic's paths that are no field: where a value was, and which of several types it was tried as."""
+"""Parts of pydantic's error paths that name no field: the value's origin, and which of several types was tried."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Has every error that FastAPI itself finds answered in the same way."""
+    """Answer errors that FastAPI finds, such as invalid bodies, in the same form."""
 
     @app.exception_handler(StarletteHTTPException)
-    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+    async def answer_http_error(request: Request, error: StarletteHTTPException) -> Response:
         body = error.body if isinstance(error, ApiError) else error_body(error.status_code, str(error.detail))
         response = error_response(error.status_code, body)
         if error.headers and "allow" in {name.lower() for name in error.headers}:
@@ -107,15 +86,15 @@ def add_error_handlers(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        if isinstance(error.body, bytes):  # FastAPI has not read it as JSON
-            return _other_type(request.headers.get("content-type"))
-        found = max(error.errors(), key=lambda found: len(found["loc"]))  # where several types were tried, the closest
+    async def answer_invalid_request(request: Request, error: RequestValidationError) -> Response:
+        if isinstance(error.body, bytes):  # FastAPI parses only bodies of type application/json
+            return _wrong_content_type(request.headers.get("content-type"))
+        found = max(error.errors(), key=lambda found: len(found["loc"]))  # of several types tried, the closest match
         path = [str(part) for part in found["loc"] if not _PLACES.fullmatch(str(part))]
         unknown = found["type"] == "extra_forbidden"
         field = ".".join([*path, found["ctx"]["field"]] if unknown else path)[:200] or "the body"
         if unknown:
-            message = f"{field} is not a field of this request, or not one that is supported"
+            message = f"{field} is not a field of this request, or is not supported"
         elif found["type"] == "json_invalid":
             message = f"the body is not JSON: {found.get('ctx', {}).get('error', '')}"
         elif found["type"] == "missing":
@@ -125,7 +104,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(400, error_body(400, message, param=field))
 
 
-def _other_type(content_type: str | None) -> Response:
+def _wrong_content_type(content_type: str | None) -> Response:
     given = "missing" if content_type is None else f"{content_type[:100]!r}"
     message = f"content-type is {given}; allowed: application/json (curl: -H 'content-type: application/json')"
     return error_response(415, error_body(415, message, param="content-type"))

@@ -1,4 +1,4 @@
-"""Whether the server lives, and whether it takes requests."""
+"""Health checks: whether the server is alive, and whether it takes requests."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from fastapi import APIRouter, Request
 import chameleon_jax
 from chameleon_jax.errors import Draining
 from chameleon_jax.serving.http.access import service_of
-from chameleon_jax.serving.http.errors import answered
+from chameleon_jax.serving.http.errors import translate_errors
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/health/live")
 async def live(request: Request) -> dict[str, str]:
-    """200 as long as the device works; when it does not, a restart is all that helps."""
+    """Answer 200 while the device works. Any other status: only a restart helps."""
     error = service_of(request).llm.error
-    with answered():
+    with translate_errors():
         if error is not None:
             raise error
     return {"status": "alive"}
@@ -25,9 +25,9 @@ async def live(request: Request) -> dict[str, str]:
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, str]:
-    """200 as long as the server takes requests."""
+    """Answer 200 while the server takes requests."""
     await live(request)
-    with answered():
+    with translate_errors():
         if service_of(request).llm.draining:
             raise Draining("the server is about to stop")
     return {"status": "ready"}

@@ -1,4 +1,4 @@
-"""Messages of a conversation, as clients send them and as chat templates know them."""
+"""Messages of a conversation, in OpenAI's form and in that of chat templates."""
 
 from __future__ import annotations
 
@@ -6,62 +6,62 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from chameleon_jax.serving.http.body import EMPTY, Body, only
+from chameleon_jax.serving.http.strict_model import StrictModel, Unsupported
 
 MAX_PARTS = 1024
 
 
-class Part(Body):
-    """Of a message: text, or a refusal that a model gave."""
+class Part(StrictModel):
+    """Part of a message's content: text, or a refusal by the model."""
 
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
 
-    # taken and not used: prompts are not cached
+    # accepted and ignored: prompts are not cached
     cache_control: Any = None
     prompt_cache_breakpoint: Any = None
 
     @model_validator(mode="before")
     @classmethod
-    def _type_first(cls, data: Any) -> Any:
-        """Has another type named, and not the fields that come with it."""
+    def _keep_unknown_type(cls, data: Any) -> Any:
+        """Drop all but an unknown type, so that the error names the type and not the fields that come with it."""
         if isinstance(data, dict) and data.get("type") not in (None, "text", "refusal"):
             return {"type": data["type"]}
         return data
 
     @model_validator(mode="after")
-    def _complete(self) -> Part:
-        if self.said is None:
+    def _require_text(self) -> Part:
+        if self.content is None:
             raise ValueError(f"allowed: with {self.type}")
         return self
 
     @property
-    def said(self) -> str | None:
+    def content(self) -> str | None:
         return self.text if self.type == "text" else self.refusal
 
 
-class Message(Body):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    refusal: str | None = Field(default=None, description="The text of a message without content.")
+    refusal: str | None = Field(default=None, description="Text of a message that has no content.")
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = Field(default=None, description="As `reasoning`, for the chat template.")
+    reasoning_content: str | None = Field(default=None, description="Like `reasoning`: passed to the chat template.")
     reasoning: str | None = None
 
-    # taken and not used: no template has them
+    # accepted and ignored: no chat template uses them
     annotations: Any = None
     cache_control: Any = None
 
-    tool_calls: Annotated[Any, only(*EMPTY)] = None
-    function_call: Annotated[Any, only(*EMPTY)] = None
-    audio: Annotated[Any, only(*EMPTY)] = None
+    tool_calls: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
 
     def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it."""
+        """Convert to the fields that chat templates read."""
         content = self.content or self.refusal or ""
-        text = content if isinstance(content, str) else "".join(part.said or "" for part in content)
+        text = content if isinstance(content, str) else "".join(part.content or "" for part in content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         optional = ("name", "tool_call_id", "reasoning_content", "reasoning")
         return message | {name: value for name in optional if (value := getattr(self, name)) is not None}

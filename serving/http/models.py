@@ -1,4 +1,4 @@
-"""The base model and its adapters by name: listed, loaded and unloaded."""
+"""`/v1/models` and the loading and unloading of adapters."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, require_admin, service_of
-from chameleon_jax.serving.http.body import Body
-from chameleon_jax.serving.http.errors import answered
-from chameleon_jax.serving.service.service import Service
+from chameleon_jax.serving.http.errors import translate_errors
+from chameleon_jax.serving.http.strict_model import StrictModel
+from chameleon_jax.serving.service.adapter_sources import MAX_SOURCE_LEN
+from chameleon_jax.serving.service.service import MAX_NAME_LEN, Service
 
 router = APIRouter(prefix="/v1", tags=["models"], route_class=KeyedRoute)
 
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LEN)]
 
 
 class ModelCard(BaseModel):
-    """`parent` is the base model's name, None for the base model itself."""
+    """Entry of the model list. `parent` is the base model's name, None for the base model itself."""
 
     id: str
     object: Literal["model"] = "model"
@@ -34,25 +35,28 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class LoadLora(Body):
-    """`lora_path`: below one of the server's adapter directories, or a hub id that it allows."""
+class LoadLora(StrictModel):
+    """Adapter to load. `lora_path` is a path below one of the server's adapter directories, or a hub id that it allows."""
 
     lora_name: Name
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    pinned: bool | None = Field(default=None, description="Never leaves the device; null: as before, a new name is not pinned.")
-    load_inplace: bool = Field(default=True, description="False refuses other content for a name that exists.")
+    lora_path: Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_LEN)]
+    pinned: bool | None = Field(
+        default=None,
+        description="Keep it on the device once there. Null keeps the name's setting, which for a new name is false.",
+    )
+    load_inplace: bool = Field(default=True, description="False refuses new content for an existing name.")
 
 
 class LoadedLora(BaseModel):
-    """`already_loaded`: the name had that very content before."""
+    """Adapter now loaded. `already_loaded` says that the name had the same content before."""
 
     lora_name: str
     already_loaded: bool
 
 
-class UnloadLora(Body):
+class UnloadLora(StrictModel):
     lora_name: Name
-    lora_int_id: int | None = Field(default=None, description="As in vLLM; not used.")
+    lora_int_id: int | None = Field(default=None, description="Accepted as in vLLM, and ignored.")
 
 
 class UnloadedLora(BaseModel):
@@ -68,7 +72,7 @@ def _card(service: Service, name: str) -> ModelCard:
 @router.get("/models", dependencies=[Depends(require_access)])
 async def list_models(request: Request) -> ModelList:
     service = service_of(request)
-    with answered():
+    with translate_errors():
         names = [service.model_name, *await service.llm.list_loras()]
     return ModelList(data=[_card(service, name) for name in names])
 
@@ -76,8 +80,8 @@ async def list_models(request: Request) -> ModelList:
 @router.get("/models/{model:path}", dependencies=[Depends(require_access)])
 async def get_model(request: Request, model: str) -> ModelCard:
     service = service_of(request)
-    with answered():
-        if not model:  # in requests that is the base model, but it is nobody's name
+    with translate_errors():
+        if not model:  # in completion requests the empty name is the base model, but no model is called so
             raise KeyError("the model '' does not exist; see the list of models")
         service.lora_named(model)
     return _card(service, model)
@@ -85,15 +89,15 @@ async def get_model(request: Request, model: str) -> ModelCard:
 
 @router.post("/load_lora_adapter", dependencies=[Depends(require_admin)])
 async def load_lora_adapter(request: Request, body: LoadLora) -> LoadedLora:
-    """Loads an adapter, or gives a name new content; requests that run keep what they began with."""
-    with answered():
+    """Load an adapter, or give a name new content. Running requests keep the content they started with."""
+    with translate_errors():
         already = await service_of(request).load_lora(body.lora_name, body.lora_path, body.pinned, body.load_inplace)
     return LoadedLora(lora_name=body.lora_name, already_loaded=already)
 
 
 @router.post("/unload_lora_adapter", dependencies=[Depends(require_admin)])
 async def unload_lora_adapter(request: Request, body: UnloadLora) -> UnloadedLora:
-    """Requests that use it finish; then its memory is free."""
-    with answered():
+    """Unload an adapter. Requests that use it finish; then its memory is freed."""
+    with translate_errors():
         await service_of(request).unload_lora(body.lora_name)
     return UnloadedLora(lora_name=body.lora_name)

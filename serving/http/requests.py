@@ -1,38 +1,41 @@
-"""What clients may ask: OpenAI's fields, and vLLM's where they mean something here."""
+"""Requests for completions: OpenAI's fields, and the fields of vLLM that apply here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from fastapi import Request
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
-from chameleon_jax.sampling_params import MAX_STOP_IDS, MAX_STOPS, SamplingParams
-from chameleon_jax.serving.http.body import EMPTY, Body, only
+from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS, MAX_STOPS, SamplingParams
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message
+from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, Unsupported, reject_unsupported
+from chameleon_jax.serving.service.service import MAX_NAME_LEN
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+NumLogprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
 
 TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
-"""All lists fail at their first error, as `Body` does: there may be a million, and to find them all takes seconds."""
+"""Every list here fails at its first error: a body may hold a million, and to find them all takes seconds."""
 
 
-class StreamOptions(Body):
+class StreamOptions(StrictModel):
     include_usage: StrictBool = False
-    continuous_usage_stats: StrictBool = Field(default=False, description="Usage so far in every event, as in vLLM.")
-    include_obfuscation: StrictBool = Field(default=False, description="Taken, and not used.")
+    continuous_usage_stats: StrictBool = Field(default=False, description="Send the usage so far with every event, as in vLLM.")
+    include_obfuscation: StrictBool = Field(default=False, description="Accepted and ignored.")
 
 
-class Sampling(Body):
-    """Fields of both kinds of completions."""
+class Sampling(StrictModel):
+    """Fields that both kinds of completions share."""
 
-    model: Annotated[str, Field(max_length=256)] | None = Field(
-        default=None, description="The base model or an adapter; left out: the base model."
+    model: Annotated[str, Field(max_length=MAX_NAME_LEN)] | None = Field(
+        default=None, description="Base model or adapter. Default: the base model."
     )
-    temperature: Number | None = Field(default=None, description="Left out, as others: the model's default.")
+    temperature: Number | None = Field(default=None, description="Default, here and below: the model's own setting.")
     top_p: Number | None = None
     top_k: StrictInt | None = None
     min_p: Number | None = None
@@ -47,7 +50,7 @@ class Sampling(Body):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
 
-    # taken and not used: they change no answer
+    # accepted and ignored: they change no answer
     user: Any = None
     metadata: Any = None
     service_tier: Any = None
@@ -58,43 +61,43 @@ class Sampling(Body):
     cache_salt: Any = None
     session_id: Any = None
 
-    # not supported: only values that change nothing are taken
-    best_of: Any = Field(default=None, description="Only the value of n.")
-    store: Annotated[Any, only(False)] = None
-    presence_penalty: Annotated[Any, only(0)] = None
-    frequency_penalty: Annotated[Any, only(0)] = None
-    repetition_penalty: Annotated[Any, only(1)] = None
-    length_penalty: Annotated[Any, only(1)] = None
-    use_beam_search: Annotated[Any, only(False)] = None
-    logit_bias: Annotated[Any, only(*EMPTY)] = None
-    logits_processors: Annotated[Any, only(*EMPTY)] = None
-    allowed_token_ids: Annotated[Any, only(*EMPTY)] = None
-    bad_words: Annotated[Any, only(*EMPTY)] = None
-    response_format: Annotated[Any, only({"type": "text"}, *EMPTY)] = None
-    structured_outputs: Annotated[Any, only(*EMPTY)] = None
-    structural_tag: Annotated[Any, only(*EMPTY)] = None
-    guided_json: Annotated[Any, only("")] = None
-    guided_regex: Annotated[Any, only(*EMPTY)] = None
-    guided_choice: Annotated[Any, only(*EMPTY)] = None
-    guided_grammar: Annotated[Any, only(*EMPTY)] = None
-    guided_decoding_backend: Annotated[Any, only(*EMPTY)] = None
-    guided_whitespace_pattern: Annotated[Any, only(*EMPTY)] = None
-    spaces_between_special_tokens: Annotated[Any, only(True)] = None
-    detokenize: Annotated[Any, only(True)] = None
-    truncate_prompt_tokens: Annotated[Any, only()] = None
-    truncation_side: Annotated[Any, only("left", "right", "")] = None
-    prompt_logprobs: Annotated[Any, only()] = None
-    logprob_token_ids: Annotated[Any, only(*EMPTY)] = None
-    return_token_ids: Annotated[Any, only(False)] = None
-    return_tokens_as_token_ids: Annotated[Any, only(False)] = None
-    thinking_token_budget: Annotated[Any, only(-1)] = None
-    priority: Annotated[Any, only(0)] = None
-    request_id: Annotated[Any, only("")] = None
-    kv_transfer_params: Annotated[Any, only(*EMPTY)] = None
-    vllm_xargs: Annotated[Any, only(*EMPTY)] = None
+    # not supported: only values that change nothing are accepted
+    best_of: Any = Field(default=None, description="Accepted only if equal to n.")
+    store: Annotated[Any, reject_unsupported(False)] = None
+    presence_penalty: Annotated[Any, reject_unsupported(0)] = None
+    frequency_penalty: Annotated[Any, reject_unsupported(0)] = None
+    repetition_penalty: Annotated[Any, reject_unsupported(1)] = None
+    length_penalty: Annotated[Any, reject_unsupported(1)] = None
+    use_beam_search: Annotated[Any, reject_unsupported(False)] = None
+    logit_bias: Unsupported = None
+    logits_processors: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    bad_words: Unsupported = None
+    response_format: Annotated[Any, reject_unsupported({"type": "text"}, *ACCEPTED_VALUES)] = None
+    structured_outputs: Unsupported = None
+    structural_tag: Unsupported = None
+    guided_json: Annotated[Any, reject_unsupported("")] = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    guided_decoding_backend: Unsupported = None
+    guided_whitespace_pattern: Unsupported = None
+    spaces_between_special_tokens: Annotated[Any, reject_unsupported(True)] = None
+    detokenize: Annotated[Any, reject_unsupported(True)] = None
+    truncate_prompt_tokens: Annotated[Any, reject_unsupported()] = None
+    truncation_side: Annotated[Any, reject_unsupported("left", "right", "")] = None
+    prompt_logprobs: Annotated[Any, reject_unsupported()] = None
+    logprob_token_ids: Unsupported = None
+    return_token_ids: Annotated[Any, reject_unsupported(False)] = None
+    return_tokens_as_token_ids: Annotated[Any, reject_unsupported(False)] = None
+    thinking_token_budget: Annotated[Any, reject_unsupported(-1)] = None
+    priority: Annotated[Any, reject_unsupported(0)] = None
+    request_id: Annotated[Any, reject_unsupported("")] = None
+    kv_transfer_params: Unsupported = None
+    vllm_xargs: Unsupported = None
 
-    def check_together(self) -> None:
-        """Raises ApiError where fields do not go together."""
+    def check_combinations(self) -> None:
+        """Raise ApiError for fields that exclude each other."""
         if self.best_of not in (None, self.n or 1):
             raise ApiError(400, f"best_of is {self.best_of!r:.40}; it is not supported, allowed: null or n", param="best_of")
         asked = [name for name, value in self.stream_options or () if value]
@@ -104,12 +107,18 @@ class Sampling(Body):
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
     ) -> list[SamplingParams]:
-        """One for each of `n`. Raises ValueError or ApiError.
+        """Make the parameters of each of the `n` choices.
 
         Args:
-            defaults: values of the fields that are left out.
+            max_tokens: Most output tokens. None takes the default.
+            logprobs: Alternatives to report at each token. None reports none.
+            max_choices: Largest `n` allowed.
+            defaults: Values of fields that the request leaves out.
+
+        Raises:
+            ValueError, ApiError: A field is out of range, or excludes another.
         """
-        self.check_together()
+        self.check_combinations()
         n = self.n or 1
         if n > max_choices:
             raise ApiError(400, f"n is {n}; allowed: 1 to {max_choices}", param="n")
@@ -128,7 +137,7 @@ class Sampling(Body):
         return [
             SamplingParams(
                 **given,
-                seed=None if self.seed is None else _wrapped(self.seed, i),
+                seed=None if self.seed is None else _choice_seed(self.seed, i),
                 logprobs=logprobs,
                 ignore_eos=self.ignore_eos,
                 skip_special_tokens=self.skip_special_tokens,
@@ -137,12 +146,12 @@ class Sampling(Body):
         ]
 
 
-def _wrapped(seed: int, i: int) -> int:
-    """The seed of choice i: the first is the one that was given. Of what is no 64-bit integer `SamplingParams` complains."""
+def _choice_seed(seed: int, i: int) -> int:
+    """Seed of choice `i`, wrapped to 64 bits. A given seed outside of 64 bits is left for `SamplingParams` to refuse."""
     return seed + i if i == 0 or not -(2**63) <= seed < 2**63 else (seed + i + 2**63) % 2**64 - 2**63
 
 
-def _none_of_false(value: Any) -> Any:
+def _false_as_null(value: Any) -> Any:
     return None if value is False else value
 
 
@@ -154,17 +163,17 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: StrictInt | None = Field(
-        default=None, description="Left out: the model's default, else 16, within the context."
+        default=None, description="Default: the model's own setting, else 16, within the context."
     )
-    logprobs: Annotated[Annotated[StrictInt, Field(ge=0, le=20)] | None, BeforeValidator(_none_of_false)] = None
+    logprobs: Annotated[NumLogprobs | None, BeforeValidator(_false_as_null)] = None
     echo: StrictBool | None = False
 
-    suffix: Annotated[Any, only(*EMPTY)] = None
-    prompt_embeds: Annotated[Any, only(*EMPTY)] = None
-    add_special_tokens: Annotated[Any, only(True)] = None
+    suffix: Unsupported = None
+    prompt_embeds: Unsupported = None
+    add_special_tokens: Annotated[Any, reject_unsupported(True)] = None
 
-    def check_together(self) -> None:
-        super().check_together()
+    def check_combinations(self) -> None:
+        super().check_combinations()
         if self.echo and self.logprobs is not None:
             raise ApiError(400, "echo is set; allowed: not together with logprobs", param="echo")
 
@@ -178,7 +187,7 @@ class CompletionRequest(Sampling):
 _TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
 
 
-def _variables(given: dict[str, Any]) -> dict[str, Any]:
+def _refuse_template_fields(given: dict[str, Any]) -> dict[str, Any]:
     if fields := sorted(given.keys() & _TEMPLATE_FIELDS):
         raise ValueError(f"allowed: not {fields[0]}, which is a field of the request")
     return given
@@ -188,39 +197,39 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = Field(
-        default=None, description="Left out: the model's default, within the context."
+        default=None, description="Default: the model's own setting, else the whole context."
     )
     logprobs: StrictBool | None = False
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = Field(
-        default=False, description="Go on with the last message; only with add_generation_prompt false."
+        default=False, description="Continue the last message. Requires add_generation_prompt to be false."
     )
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] = Field(
-        default_factory=dict, description="More variables of the chat template."
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_refuse_template_fields)] = Field(
+        default_factory=dict, description="Further variables for the chat template."
     )
 
-    include_reasoning: Annotated[Any, only(True, False)] = None  # there is no such text beside the content
-    reasoning_effort: Annotated[Any, only("none", "")] = None
-    verbosity: Annotated[Any, only("medium", "")] = None
-    tools: Annotated[Any, only(*EMPTY)] = None
-    tool_choice: Annotated[Any, only("none", *EMPTY)] = None
-    functions: Annotated[Any, only(*EMPTY)] = None
-    function_call: Annotated[Any, only("none", *EMPTY)] = None
-    parallel_tool_calls: Annotated[Any, only(True, False)] = None
-    modalities: Annotated[Any, only(["text"], *EMPTY)] = None
-    audio: Annotated[Any, only()] = None
-    moderation: Annotated[Any, only()] = None
-    prediction: Annotated[Any, only()] = None
-    web_search_options: Annotated[Any, only()] = None  # an empty one asks for a search
-    documents: Annotated[Any, only(*EMPTY)] = None
-    chat_template: Annotated[Any, only(*EMPTY)] = None
-    mm_processor_kwargs: Annotated[Any, only(*EMPTY)] = None
-    echo: Annotated[Any, only(False)] = None
-    add_special_tokens: Annotated[Any, only(False)] = None  # as in vLLM: the template has them
+    include_reasoning: Annotated[Any, reject_unsupported(True, False)] = None  # no model here returns reasoning apart
+    reasoning_effort: Annotated[Any, reject_unsupported("none", "")] = None
+    verbosity: Annotated[Any, reject_unsupported("medium", "")] = None
+    tools: Unsupported = None
+    tool_choice: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
+    functions: Unsupported = None
+    function_call: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
+    parallel_tool_calls: Annotated[Any, reject_unsupported(True, False)] = None
+    modalities: Annotated[Any, reject_unsupported(["text"], *ACCEPTED_VALUES)] = None
+    audio: Annotated[Any, reject_unsupported()] = None
+    moderation: Annotated[Any, reject_unsupported()] = None
+    prediction: Annotated[Any, reject_unsupported()] = None
+    web_search_options: Annotated[Any, reject_unsupported()] = None  # an empty object would ask for a search
+    documents: Unsupported = None
+    chat_template: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
+    echo: Annotated[Any, reject_unsupported(False)] = None
+    add_special_tokens: Annotated[Any, reject_unsupported(False)] = None  # as in vLLM, the chat template adds them
 
-    def check_together(self) -> None:
-        super().check_together()
+    def check_combinations(self) -> None:
+        super().check_combinations()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is set; allowed: only together with logprobs", param="top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
@@ -230,3 +239,18 @@ class ChatRequest(Sampling):
     def template_variables(self) -> dict[str, Any]:
         fields = {"add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message}
         return self.chat_template_kwargs | fields
+
+
+def timeout_of(request: Request) -> float | None:
+    """Seconds in the header `X-Request-Timeout`, None without one. Raises ApiError where it is invalid."""
+    header = request.headers.get("x-request-timeout")
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        name = "x-request-timeout"
+        raise ApiError(400, f"{name} is {header[:40]!r}; allowed: above 0 seconds, finite", param=name)
+    return seconds

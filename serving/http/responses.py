@@ -1,4 +1,4 @@
-"""What clients are answered, for the OpenAPI document. Answers themselves are built as plain dicts: there is one a token."""
+"""Schemas of answers, for the OpenAPI document only: answers are plain dicts, as one is built for every token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """`stop_reason`: the stop string or token id that ended it."""
+    """Choice of a completion. `stop_reason` is the stop string or token id that ended it."""
 
     index: int
     text: str

@@ -1,4 +1,4 @@
-"""What operators see: metrics for Prometheus, and a page that shows the engine at work."""
+"""Routes for operators: metrics for Prometheus, and a live status page."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from fastapi.responses import HTMLResponse
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.http.access import require_access
+from chameleon_jax.serving.http.access import require_access, service_of
 from chameleon_jax.serving.service.service import Service
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry.metrics import CONTENT_TYPE, Metrics
 from chameleon_jax.serving.telemetry.recent import RecentRequests
 
 MAX_REQUESTS = 200
-"""Unfinished requests that the page is told of, those that run first."""
+"""Unfinished requests sent to the status page, running ones first."""
 
 PAGE = Path(__file__).with_name("status.html").read_text(encoding="utf-8")
 
 
 def status_router(metrics: Metrics, recent: RecentRequests) -> APIRouter:
-    """The page and the metrics are open to all, as the page holds no data and scrapers and gateways have no keys; the data of
-    the page needs what requests need."""
+    """Make the router.
+
+    The page and the metrics need no key: the page holds no data, and scrapers and gateways have no keys. The page's data
+    needs the same key as requests.
+    """
     router = APIRouter(include_in_schema=False)
 
     @router.get("/metrics")
     async def get_metrics(request: Request) -> Response:
-        service: Service = request.app.state.service
+        service = service_of(request)
         stats = await _stats(service.llm)
         return Response(metrics.render(stats, up=service.llm.error is None), media_type=CONTENT_TYPE)
 
@@ -44,14 +47,14 @@ def status_router(metrics: Metrics, recent: RecentRequests) -> APIRouter:
 
     @router.get("/status.json", dependencies=[Depends(require_access)])
     async def get_status(request: Request) -> Response:
-        status = await _status(request.app.state.service, recent)
+        status = await _status(service_of(request), recent)
         return Response(json.dumps(status, default=vars), media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return router
 
 
 async def _stats(llm: AsyncLLM) -> EngineStats | None:
-    """What the engine says of itself. Once it is dead: what it said last, if anything, without the requests that ran."""
+    """Snapshot of the engine. Of a dead engine, the last snapshot, if any, without its requests."""
     try:
         return await llm.stats()
     except EngineDead:
@@ -78,7 +81,7 @@ async def _status(service: Service, recent: RecentRequests) -> dict[str, object]
 
 
 def _hash(element: str) -> str:
-    """What a content security policy calls the only text of such an element that may run."""
+    """Hash by which the content security policy allows the page's only element of this name."""
     (text,) = re.findall(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 

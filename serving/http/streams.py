@@ -1,21 +1,15 @@
-"""Requests of the engine as answers of HTTP: collected, or event by event, and given up when the client is gone."""
+"""Reading of several request streams at once, for as long as the client is connected."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from chameleon_jax.errors import ServingError
-from chameleon_jax.serving.http.errors import ApiError, api_error
-from chameleon_jax.serving.http.requests import StreamOptions
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.updates import Delta
 
@@ -24,45 +18,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
-
-
-def usage_so_far(options: StreamOptions | None, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """What an event of a stream says of it."""
-    wanted = options is not None and options.continuous_usage_stats
-    return {"usage": usage(prompt_tokens, completion_tokens)} if wanted else {}
-
-
-def note_usage(request: Request, model: str, prompt_tokens: int, completion_tokens: int) -> None:
-    """For the access log."""
-    counts = {"model": model, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    request.state.log.update(counts)
-
-
-def unused_id(prefix: str, request: Request) -> str:
-    """What the engine knows a request by: the id that it came with, which a client may give to several at a time."""
-    return f"{prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
-
-
-def timeout_of(request: Request) -> float | None:
-    """Seconds, of the header `X-Request-Timeout`. Raises ApiError."""
-    header = request.headers.get("x-request-timeout")
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        name = "x-request-timeout"
-        raise ApiError(400, f"{name} is {header[:40]!r}; allowed: above 0 seconds, finite", param=name)
-    return seconds
-
-
-async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """`(number of the stream, what is new)`, as it comes."""
+async def merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Yield `(index of the stream, delta)` as deltas arrive."""
     if len(streams) == 1:
         async for delta in streams[0]:
             yield 0, delta
@@ -82,67 +39,18 @@ async def merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, 
         await asyncio.gather(*reads, return_exceptions=True)
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns, or None as soon as the client is gone."""
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Run `work` and return its result. Cancel it and return None when the client disconnects first."""
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        await _cancel(working, gone)
+        await _cancel(working, disconnected)
 
 
-class EventStream(Response):
-    """Server-sent events. The streams are closed when the last is sent, or the client is gone.
-
-    Args:
-        events: of each delta, what is sent; may be nothing.
-        end: what is sent when all have ended.
-    """
-
-    def __init__(
-        self,
-        streams: Sequence[RequestStream],
-        events: Callable[[int, Delta], list[dict[str, Any]]],
-        begin: Callable[[], list[dict[str, Any]]],
-        end: Callable[[], list[dict[str, Any]]],
-    ):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._streams, self._events, self._begin, self._end = streams, events, begin, end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-        finally:
-            await _cancel(writing, gone)
-            for stream in self._streams:
-                stream.close()
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
-        async def write(events: list[dict[str, Any]], last: bytes = b"", more: bool = True) -> None:
-            body = b"".join([b"data: %b\n\n" % json.dumps(event).encode() for event in events]) + last
-            if body:
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        try:
-            await write(self._begin())
-            async with contextlib.aclosing(merged(self._streams)) as deltas:
-                async for i, delta in deltas:
-                    await write(self._events(i, delta))
-            await write(self._end(), b"data: [DONE]\n\n", more=False)
-        except ServingError as error:  # too late for a status
-            await write([api_error(error).body], b"data: [DONE]\n\n", more=False)
-
-
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -152,4 +60,4 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
         task.cancel()
     for error in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(error, Exception):
-            logger.debug("given up: %s", error)
+            logger.debug("cancelled after the client had gone: %s", error)

@@ -37,7 +37,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers with what is new, as it comes. Cancelling ends the request.
+        """Completes one prompt and streams new output as it arrives. Cancelling the call aborts the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,14 +146,14 @@ class ControlServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def LoadLora(self, request, context):
-        """Loads an adapter, or gives a name new content; requests that run keep what they began with. Needs an admin key.
+        """Loads an adapter, or gives a name new content. Running requests keep the content they started with. Needs an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadLora(self, request, context):
-        """Requests that use the adapter finish; then its memory is free. Needs an admin key.
+        """Unloads an adapter. Requests that use it finish; then its memory is freed. Needs an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,7 +173,7 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """What a router needs to know.
+        """Queue lengths, free pages and resident adapters, for routers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,7 +11,7 @@ from chameleon_jax.serving.service.service import Service
 
 
 class Control(stubs.ControlServicer):
-    """Raises what `Edge` makes status codes of."""
+    """Adapters, load and model of the server. Errors become status codes in `RpcInterceptor`."""
 
     def __init__(self, service: Service):
         self._service = service

@@ -1,4 +1,4 @@
-"""Between messages of the wire and values of Python, for the server and the clients. Imports no engine."""
+"""Conversion between protobuf messages and Python values, for the server and the clients. Imports no engine."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _ALWAYS = ("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
 
 
 def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
-    """Raises ValueError where a seed is no signed 64-bit integer."""
+    """Convert sampling parameters. Raises ValueError for a seed outside of signed 64 bits."""
     given = {name: getattr(params, name) for name in _OPTIONAL if getattr(params, name) is not None}
     always = {name: getattr(params, name) for name in _ALWAYS}
     return messages.SamplingParams(**given, **always)
 
 
 def sampling_from_message(message: messages.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Raises ValueError, naming the field.
+    """Convert sampling parameters of a request. Raises ValueError, naming the field.
 
     Args:
-        defaults: values of the fields that are left out.
+        message: The request's parameters.
+        defaults: Values of the fields that the message leaves out.
     """
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     always = {name: getattr(message, name) for name in _ALWAYS}
@@ -54,7 +55,7 @@ def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> l
 
 
 def logprobs_from_messages(positions: Sequence[messages.TokenLogprobs]) -> list[dict[int, Logprob]] | None:
-    """None where there are none: they were not asked for."""
+    """Convert logprobs of an answer. None if it has none, as they were not requested."""
     if not positions:
         return None
     return [{a.token_id: Logprob(a.logprob, a.text, a.token_bytes) for a in position.alternatives} for position in positions]

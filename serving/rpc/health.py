@@ -1,4 +1,4 @@
-"""`grpc.health.v1.Health`: the same of every service, as one engine is behind them all."""
+"""`grpc.health.v1.Health`: one status for all services, as one engine serves them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Response = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """In place of grpcio's own, whose Watch ends only with its client, so that a server would have to wait for that.
+    """Health service whose watches the server can end. Those of grpcio's own last as long as their clients stay.
 
     Args:
-        services: full names; "" is the whole server.
+        services: Full names of the services. The empty name, for the whole server, is added.
     """
 
     def __init__(self, services: Sequence[str]):
@@ -23,11 +23,11 @@ class Health(health_pb2_grpc.HealthServicer):
         self._down, self._ending = asyncio.Event(), asyncio.Event()
 
     def set_not_serving(self) -> None:
-        """For good: a server that is about to stop, or whose device is lost, does not come back."""
+        """Report NOT_SERVING from now on. Final: neither a stopping server nor a dead engine comes back."""
         self._down.set()
 
     def end_watches(self) -> None:
-        """Each has said NOT_SERVING by its end."""
+        """End all watches, each after a last NOT_SERVING."""
         self._down.set()
         self._ending.set()
 
@@ -42,7 +42,7 @@ class Health(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         if request.service not in self._services:
-            yield Response(status=Response.SERVICE_UNKNOWN)  # and not NOT_FOUND, says the protocol
+            yield Response(status=Response.SERVICE_UNKNOWN)  # the protocol asks for this instead of NOT_FOUND
         else:
             if not self._down.is_set():
                 yield Response(status=Response.SERVING)

@@ -18,29 +18,22 @@ from chameleon_jax.serving.rpc.convert import (
     sampling_from_message,
     stop_reason_to_message,
 )
-from chameleon_jax.serving.rpc.edge import REQUEST_ID, notes
-from chameleon_jax.serving.service.service import Service
+from chameleon_jax.serving.rpc.interceptor import access_fields
+from chameleon_jax.serving.service.deltas import join_deltas
+from chameleon_jax.serving.service.service import REQUEST_ID, Service
 from chameleon_jax.serving.updates import Delta
 
 
 class Inference(stubs.InferenceServicer):
-    """Raises what `Edge` makes status codes of."""
+    """Completions, whole or streamed. Errors become status codes in `RpcInterceptor`."""
 
     def __init__(self, service: Service):
         self._service = service
 
     async def Generate(self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext) -> messages.GenerateResponse:
         async with await self._open(request, context) as stream:
-            deltas = [delta async for delta in stream]
-        logprobs = None if deltas[-1].logprobs is None else [p for delta in deltas for p in delta.logprobs or ()]
-        token_ids = [t for delta in deltas for t in delta.token_ids]
-        return messages.GenerateResponse(
-            request_id=stream.request_id,
-            text="".join(delta.text for delta in deltas),
-            token_ids=token_ids,
-            logprobs=logprobs_to_messages(logprobs),
-            **_end(stream, deltas[-1], len(token_ids)),
-        )
+            output = join_deltas([delta async for delta in stream])
+        return messages.GenerateResponse(**_output(stream, output), **_end(stream, output, len(output.token_ids)))
 
     async def GenerateStream(
         self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext
@@ -49,20 +42,15 @@ class Inference(stubs.InferenceServicer):
         async with await self._open(request, context) as stream:
             async for delta in stream:
                 num_tokens += len(delta.token_ids)
-                yield messages.GenerateStreamResponse(
-                    request_id=stream.request_id,
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    logprobs=logprobs_to_messages(delta.logprobs),
-                    **({} if delta.finish_reason is None else _end(stream, delta, num_tokens)),
-                )
+                end = {} if delta.finish_reason is None else _end(stream, delta, num_tokens)
+                yield messages.GenerateStreamResponse(**_output(stream, delta), **end)
 
     async def _open(self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext) -> RequestStream:
         if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
             raise ValueError(
-                f"request_id is {request.request_id[:128]!r}; allowed: 1 to 128 printable ASCII characters, or none at all"
+                f"request_id is {request.request_id[:128]!r}; allowed: 1 to 128 printable ASCII characters, or empty"
             )
-        request_id = notes.get()["request_id"]  # the client's, or one that `Edge` made
+        request_id = access_fields.get()["request_id"]  # the client's, or a new one from `RpcInterceptor`
         field = request.WhichOneof("prompt")
         if field is None:
             raise ValueError("prompt is missing; allowed: text or token_ids")
@@ -71,19 +59,29 @@ class Inference(stubs.InferenceServicer):
         lora = self._service.lora_named(request.lora_name)
         timeout = context.time_remaining()
         if timeout is not None and timeout <= 0:
-            raise DeadlineExceeded("the call's deadline is over")
+            raise DeadlineExceeded("the deadline of the call has passed")
         deadline = self._service.deadline(timeout)
         fit = not request.sampling.HasField("max_tokens")
         (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline, fit=fit)
-        notes.get()["model"] = request.lora_name or self._service.model_name
+        access_fields.get()["model"] = request.lora_name or self._service.model_name
         return stream
 
 
+def _output(stream: RequestStream, delta: Delta) -> dict[str, Any]:
+    """Fields of every response."""
+    return {
+        "request_id": stream.request_id,
+        "text": delta.text,
+        "token_ids": delta.token_ids,
+        "logprobs": logprobs_to_messages(delta.logprobs),
+    }
+
+
 def _end(stream: RequestStream, delta: Delta, num_tokens: int) -> dict[str, Any]:
-    """The fields of the last message."""
+    """Further fields of the last response. Args: num_tokens: output tokens of the request."""
     assert stream.request is not None
     usage = messages.Usage(prompt_tokens=len(stream.prompt_token_ids), completion_tokens=num_tokens)
-    notes.get().update(prompt_tokens=usage.prompt_tokens, completion_tokens=num_tokens)
+    access_fields.get().update(prompt_tokens=usage.prompt_tokens, completion_tokens=num_tokens)
     return {
         "finish_reason": FINISH_REASONS[delta.finish_reason],
         "stop_reason": stop_reason_to_message(delta.stop_reason),

@@ -1,4 +1,4 @@
-"""Which adapters a client may have loaded: those below the directories, and of the hub ids, that the operator named."""
+"""Places from which clients may load adapters: directories and hub ids that the operator named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
+from chameleon_jax.checkpoints.peft_config import CONFIG_FILE
+
+MAX_SOURCE_LEN = 4096
+"""Characters of an adapter's path or hub id."""
 
 
 class AdapterSources:
-    """Args: see `ServerConfig.adapter_dirs` and `hub_adapters`. Raises ValueError where a directory is not there."""
+    """Allowed sources of adapters.
+
+    Args:
+        directories: See `ServerConfig.adapter_dirs`.
+        hub_ids: See `ServerConfig.hub_adapters`.
+
+    Raises:
+        ValueError: A directory does not exist.
+    """
 
     def __init__(self, directories: Sequence[str], hub_ids: Sequence[str]):
         for directory in directories:
@@ -20,7 +32,7 @@ class AdapterSources:
         self._hub_ids = frozenset(hub_ids)
 
     def found(self) -> dict[str, Path]:
-        """The adapters directly in the directories, by name. Of two with one name the first counts. Raises ValueError."""
+        """List the adapters directly inside the directories by name, the first of each name. Raises ValueError."""
         adapters: dict[str, Path] = {}
         for root in self._roots:
             try:
@@ -33,28 +45,31 @@ class AdapterSources:
         return adapters
 
     def resolve(self, source: str) -> Path:
-        """The directory of an adapter that a client named: a path, absolute or relative to one of the directories, or a hub id.
+        """Find the directory of an adapter that a client named. May download it.
 
-        A symbolic link counts as what it leads to, of the directory and of each file in it that is read. May download.
+        The directory and both files must lie below an allowed directory after symbolic links are followed.
+
+        Args:
+            source: Hub id, or a path, absolute or relative to one of the directories.
 
         Raises:
-            ValueError: it is not one of the allowed, or not an adapter. The text does not say what else is on the disk.
+            ValueError: The source is not allowed or no adapter. The message reveals nothing else about the disk.
         """
         if source in self._hub_ids:
             return download(source)
         refused = ValueError(
             f"source {reprlib.repr(source)} is not an adapter that may be loaded; allowed: directories with "
-            f"{peft.CONFIG_FILE} and {peft.WEIGHTS_FILE} below one of the server's adapter directories ({len(self._roots)}), "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} below one of the server's adapter directories ({len(self._roots)}), "
             f"and {len(self._hub_ids)} hub ids"
         )
-        if not source or len(source) > 4096 or not source.isprintable():
+        if not source or len(source) > MAX_SOURCE_LEN or not source.isprintable():
             raise refused
         for root in self._roots:
             try:
                 directory = (root / source).resolve(strict=True)
-                files = [(directory / name).resolve(strict=True) for name in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)]
+                files = [(directory / name).resolve(strict=True) for name in (CONFIG_FILE, WEIGHTS_FILE)]
                 are_files = all(file.is_file() for file in files)
-            except (OSError, RuntimeError, ValueError):  # not there, not ours to read, a loop of links, or no path at all
+            except (OSError, RuntimeError, ValueError):  # missing, unreadable, a loop of links, or no valid path
                 continue
             if are_files and all(path.is_relative_to(root) for path in (directory, *files)):
                 return directory
@@ -62,19 +77,19 @@ class AdapterSources:
 
 
 def _may_be_adapter(directory: Path) -> bool:
-    """Whether it is one, or may not be looked into, so that the log names it as left out."""
+    """Whether it is an adapter, or cannot be read: loading then fails, and the log names it."""
     try:
-        return (directory / peft.CONFIG_FILE).is_file()
+        return (directory / CONFIG_FILE).is_file()
     except OSError:
         return True
 
 
 def download(hub_id: str) -> Path:
-    """The two files of a hub repository, from the cache if they are there. Raises ValueError."""
+    """Download the two files of a hub repository, or take them from the cache. Raises ValueError."""
     import huggingface_hub
 
     try:
-        files = [peft.CONFIG_FILE, peft.WEIGHTS_FILE]
+        files = [CONFIG_FILE, WEIGHTS_FILE]
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # the library documents no narrower type
         raise ValueError(f"adapter {hub_id!r} cannot be downloaded: {error}") from error

@@ -1,4 +1,4 @@
-"""How a server is set up: what it listens on, who may use it, and what it refuses."""
+"""Settings of a server: addresses, keys and limits, checked once."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ class ServerConfig:
     """Settings of one server.
 
     Attributes:
-        host: address to listen on.
-        port: of HTTP; 0: any that is free.
-        grpc_port: of gRPC; 0: any that is free; None: no gRPC.
-        served_model_name: what requests call the base model; None: what it was loaded as.
-        api_keys: one of them must come with every request but health, as `Authorization: Bearer KEY`; none: open to all.
-            Without spaces, as these are between the keys of an environment variable.
-        admin_keys: loading and unloading adapters needs one of them as soon as there is a key of either kind. They may also do
-            what `api_keys` may.
-        adapter_dirs: directories below which clients may name adapters; those directly in them are named at the start.
-        hub_adapters: hub ids that clients may name.
-        tls_cert, tls_key: PEM files for both protocols; None: no TLS.
-        request_timeout: seconds that a request may take at most, and does where it names no deadline.
-        drain_timeout: seconds that running requests are given when the server stops.
-        max_body_bytes: of an HTTP request and of a gRPC message.
-        max_header_bytes: of an HTTP request.
-        max_connections: of HTTP that are served at once.
-        max_choices: of `n`.
+        host: Address to listen on.
+        port: HTTP port. 0 picks a free one.
+        grpc_port: gRPC port. 0 picks a free one; None serves no gRPC.
+        served_model_name: Name of the base model in requests. None takes it from the path or id it was loaded from.
+        api_keys: Keys, of which every request except health checks must send one as `Authorization: Bearer KEY`. Without any,
+            the server is open. Keys hold no spaces, as spaces separate the keys in an environment variable.
+        admin_keys: Keys for loading and unloading adapters, required as soon as the server has a key of either kind. An admin
+            key also serves as an API key.
+        adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
+        hub_adapters: Hub ids from which clients may load adapters.
+        tls_cert: PEM file of the certificate for both protocols. None serves without TLS.
+        tls_key: PEM file of the certificate's key.
+        request_timeout: Most seconds a request may take, and the default for requests without a deadline.
+        drain_timeout: Seconds that running requests get to finish when the server stops.
+        max_body_bytes: Bytes of the body of an HTTP request, and of a gRPC message.
+        max_header_bytes: Bytes of the head of an HTTP request.
+        max_connections: HTTP connections served at once.
+        max_choices: Choices of one request: its prompts times `n`.
     """
 
     host: str = "127.0.0.1"
@@ -54,7 +55,7 @@ class ServerConfig:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
         require(self.grpc_port is None or 0 <= self.grpc_port < 65536, "grpc_port", self.grpc_port, "0 to 65535")
         require(not self.port or self.grpc_port != self.port, "grpc_port", self.grpc_port, "another than port")
-        for field in ("api_keys", "admin_keys"):  # HTTP headers carry no others
+        for field in ("api_keys", "admin_keys"):  # HTTP headers carry no other characters
             valid = all(re.fullmatch("[!-~]+", key) for key in getattr(self, field))
             require(valid, field, "...", "printable ASCII without spaces, not empty")
         require((self.tls_cert is None) == (self.tls_key is None), "tls_key", self.tls_key, "given together with tls_cert")

@@ -1,10 +1,11 @@
-"""What the HTTP and the gRPC server have in common: who may do what, what names mean, and what a request may ask for."""
+"""Rules that HTTP and gRPC share: access by keys, names of models and adapters, deadlines and chat prompts."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import logging
+import re
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,19 @@ from chameleon_jax.serving.service.server_config import ServerConfig
 logger = logging.getLogger(__name__)
 
 MAX_NAME_LEN = 256
+"""Characters of an adapter's name."""
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""Ids that a client may give to its requests."""
 
 
 class Service:
-    """One engine as both servers offer it.
+    """One engine, as both protocols serve it.
 
     Attributes:
-        model_name: what requests call the base model.
-        created: Unix time of the start, seconds.
-        sampling_defaults: values of fields of `SamplingParams` that requests leave out.
+        model_name: Name of the base model in requests.
+        created: Unix time at which serving started, seconds.
+        sampling_defaults: Values of `SamplingParams` fields that requests leave out.
     """
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
@@ -43,7 +48,16 @@ class Service:
     # -- access ---------------------------------------------------------------------------------------------------------
 
     def check_access(self, authorization: str | None, admin: bool = False) -> None:
-        """Args: authorization: `Bearer KEY`, as it came. Raises Unauthenticated or Forbidden."""
+        """Check the key of a request.
+
+        Args:
+            authorization: The request's header, `Bearer KEY`. None without one.
+            admin: Whether the request needs an admin key.
+
+        Raises:
+            Unauthenticated: The key is missing or wrong.
+            Forbidden: The key is valid, but no admin key.
+        """
         config = self.config
         if not config.api_keys and not config.admin_keys:
             return
@@ -54,14 +68,16 @@ class Service:
             return
         known = _is_one_of(key, config.api_keys)
         if not known and (config.api_keys or admin):
-            raise Unauthenticated("no valid key was given; allowed: 'authorization: Bearer KEY' with a key of this server")
+            raise Unauthenticated(
+                "the API key is missing or wrong; allowed: 'authorization: Bearer KEY' with a key of this server"
+            )
         if admin:
-            raise Forbidden("loading and unloading adapters needs an admin key")
+            raise Forbidden("loading and unloading adapters requires an admin key")
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def lora_named(self, model: str | None) -> LoRARequest | None:
-        """The adapter that a request's `model` names; None: the base model. Raises KeyError where there is no such name."""
+        """Adapter that a request's `model` names, None for the base model. Raises KeyError for an unknown name."""
         if model is None or model in ("", self.model_name):
             return None
         if self.llm.engine.adapters.get(model) is None:
@@ -69,20 +85,20 @@ class Service:
         return LoRARequest(model)
 
     def deadline(self, timeout: float | None) -> Deadline:
-        """Of a request that comes now. Args: timeout: seconds; None or more than the server's `request_timeout`: that."""
+        """Deadline of a request arriving now. Args: timeout: seconds, at most and by default the server's `request_timeout`."""
         most = self.config.request_timeout
         return Deadline(most if timeout is None else min(timeout, most))
 
     @property
     def chat_error(self) -> str | None:
-        """Why conversations are refused; None where they are not."""
+        """Reason why chat requests are refused, None where they are served."""
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
             return "the model has no tokenizer (load_format='dummy'), so it cannot chat"
         return tokenizer.chat_template.error
 
     async def chat_tokens(self, messages: Sequence[Mapping[str, str]], /, **options: Any) -> list[int]:
-        """A conversation as the token ids of a prompt. Args: options: of `apply_chat_template`. Raises ValueError."""
+        """Format a conversation as the token ids of a prompt. Args: options: of `apply_chat_template`. Raises ValueError."""
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
             raise ValueError(f"messages: {self.chat_error}")
@@ -92,8 +108,17 @@ class Service:
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     async def load_named(self, adapters: dict[str, str]) -> None:
-        """What the operator named, and what is in the adapter directories. Raises ValueError for the former; what cannot be
-        served of the latter is logged, whatever the reason, unless the engine is dead."""
+        """Load the adapters that the operator named, then all others in the adapter directories.
+
+        An adapter of a directory that cannot be served is logged and left out.
+
+        Args:
+            adapters: Path of each named adapter.
+
+        Raises:
+            ValueError: A named adapter cannot be served.
+            EngineDead: The engine died meanwhile.
+        """
         for name, path in adapters.items():
             try:
                 self._check_name(name)
@@ -107,22 +132,22 @@ class Service:
                 self._check_name(name)
                 await self.llm.add_lora(name, self.sources.resolve(str(directory)))
             except (ValueError, RequestFailed) as error:
-                logger.warning("adapter %r of an adapter directory is left out: %s", name, error)
+                logger.warning("adapter %r in an adapter directory is left out: %s", name, error)
 
     async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
-        """Loads what a client named. Returns whether the name had that very content already. Raises as `AsyncLLM.add_lora`."""
+        """Load an adapter for a client. Returns whether the name had the same content before. Raises as `AsyncLLM.add_lora`."""
         self._check_name(name)
         if self.llm.draining:
             raise Draining("the server is about to stop")
         path = await asyncio.to_thread(self.sources.resolve, source)
         loaded = await self.llm.add_lora(name, path, pinned, load_inplace=load_inplace)
-        logger.info("adapter %r is loaded", name)
+        logger.info("loaded adapter %r", name)
         return loaded
 
     async def unload_lora(self, name: str) -> None:
-        """Raises KeyError."""
+        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError."""
         await self.llm.remove_lora(name)
-        logger.info("adapter %r is unloaded", name)
+        logger.info("unloaded adapter %r", name)
 
     def _check_name(self, name: str) -> None:
         if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name == self.model_name:
@@ -133,6 +158,6 @@ class Service:
 
 
 def _is_one_of(key: str, keys: Sequence[str]) -> bool:
-    """Takes as long whichever of the keys it is, and however much of one is right."""
+    """Compare in time that depends neither on which key matches, nor on how much of one does."""
     found = [hmac.compare_digest(key.encode(), known.encode()) for known in keys]
     return any(found)

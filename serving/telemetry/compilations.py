@@ -1,4 +1,4 @@
-"""How many programs JAX compiled, and how many of them while requests waited. The latter should stay 0."""
+"""Counts of the programs that JAX compiled, at the start and while serving. The latter should stay 0."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import threading
 import jax.monitoring
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-"""What JAX tells after it compiled a program, or read a compiled one from its cache."""
+"""Event that JAX records for each program compiled, or read from the compilation cache."""
 
 
 class Compilations:
-    """Counts from when it is made until `close`.
+    """Counter of compilations, from its creation until `close`.
 
     Attributes:
-        at_start: those before `serve` was called; while_serving: those since.
+        at_start: Compilations before `serve` was called.
+        while_serving: Compilations since.
     """
 
     def __init__(self) -> None:
         self.at_start = self.while_serving = 0
         self._serving = False
         self._lock = threading.Lock()  # programs are compiled on several threads
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def serve(self) -> None:
-        """The engine is up: whatever is compiled from now on holds requests back."""
+        """Count compilations as `while_serving` from now on: they delay requests."""
         self._serving = True
 
     def close(self) -> None:
-        with contextlib.suppress(AssertionError, ValueError):  # somebody cleared all listeners
-            jax.monitoring.unregister_event_duration_listener(self._heard)
+        with contextlib.suppress(AssertionError, ValueError):  # all listeners were cleared meanwhile
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event != COMPILE_EVENT:
             return
         with self._lock:

@@ -1,6 +1,6 @@
-"""Logs: one line a record, as text or as JSON, written by a thread of its own so that nobody waits for a terminal or a pipe.
+"""Logs: one line for each record, as text or as JSON, written by a thread so that no caller waits for a terminal or a pipe.
 
-What a record was given as `extra` (the request's id, say) is part of the line. Prompts and outputs are never logged.
+The `extra` fields of a record, such as the request's id, are part of the line. Prompts and outputs are never logged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from chameleon_jax.checks import require
 FORMATS = ("text", "json")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 MAX_QUEUED = 10_000
-"""Records that wait for the writer; what comes while there are as many is dropped, and counted."""
+"""Records that may wait for the writer. Further ones are dropped and counted."""
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)} | {
     ord("\n"): "\\n",
@@ -33,11 +33,12 @@ _BUILT_IN = frozenset((*RESERVED_ATTRS, "taskName", "message", "asctime", "color
 
 
 def setup_logging(format: str = "text", level: str = "INFO", stream: TextIO | None = None) -> LogWriter:
-    """Sends what every logger says from `level` on to a stream, the standard error by default.
+    """Send the records of all loggers, from `level` on, to a stream, by default the standard error.
 
-    Run uvicorn with `log_config=None, access_log=False`: requests are logged once, by `chameleon_jax.access`.
+    Run uvicorn with `log_config=None, access_log=False`: `chameleon_jax.access` logs each request already.
 
-    Raises ValueError.
+    Raises:
+        ValueError: The format or the level is unknown.
     """
     require(format in FORMATS, "log_format", format, " or ".join(FORMATS))
     require(level in LEVELS, "log_level", level, ", ".join(LEVELS))
@@ -47,11 +48,7 @@ def setup_logging(format: str = "text", level: str = "INFO", stream: TextIO | No
 
 
 class LogWriter:
-    """Takes the place of the root logger's handlers until it is closed.
-
-    Attributes:
-        num_dropped: records that were lost, as the stream does not take them fast enough.
-    """
+    """Replaces the root logger's handlers until it is closed."""
 
     def __init__(self, handler: logging.Handler, level: str, max_queued: int = MAX_QUEUED):
         self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(max_queued)
@@ -66,10 +63,11 @@ class LogWriter:
 
     @property
     def num_dropped(self) -> int:
+        """Records lost because the stream is too slow."""
         return self._entry.num_dropped
 
     def close(self, timeout: float = 2.0) -> None:
-        """Writes what is left, for as many seconds at most, and puts back what was there before."""
+        """Write the remaining records and restore the previous handlers. Args: timeout: most seconds for the writing."""
         root = logging.getLogger()
         root.handlers[:], level = self._before
         root.setLevel(level)
@@ -86,15 +84,17 @@ class LogWriter:
             self._handler.handle(record)
             dropped = self.num_dropped
             if dropped > reported:
-                text = "%d log records were dropped: the stream does not take them fast enough"
+                text = "%d log records were dropped: the stream is too slow"
                 values = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "args": (dropped - reported,)}
                 self._handler.handle(logging.makeLogRecord({**values, "msg": text}))
                 reported = dropped
 
 
 class TextFormatter(logging.Formatter):
-    """`TIME LEVEL LOGGER: MESSAGE KEY=VALUE...`, local time. Tracebacks are indented and control characters escaped, so that
-    nothing that a client sends looks like a record."""
+    """Formatter of lines `TIME LEVEL LOGGER: MESSAGE KEY=VALUE...`, in local time.
+
+    Tracebacks are indented and control characters escaped, so that no client can forge a record.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
@@ -107,7 +107,7 @@ class TextFormatter(logging.Formatter):
 
 
 def _json_formatter() -> logging.Formatter:
-    """One object a line; `time` is UTC."""
+    """Make a formatter of one JSON object a line. Its `time` is in UTC."""
     return JsonFormatter(
         "%(levelname)s%(name)s%(message)s",
         rename_fields={"levelname": "level", "name": "logger"},
@@ -125,7 +125,7 @@ def _quoted(text: str) -> str:
 
 
 class _QueueHandler(logging.handlers.QueueHandler):
-    """Never waits."""
+    """Handler that drops records instead of waiting for room in the queue."""
 
     def __init__(self, records: queue.Queue[logging.LogRecord | None]):
         super().__init__(records)
@@ -135,10 +135,10 @@ class _QueueHandler(logging.handlers.QueueHandler):
         try:
             self.queue.put_nowait(record)
         except queue.Full:
-            self.num_dropped += 1  # under the handler's lock
+            self.num_dropped += 1  # safe: `handle` holds the handler's lock
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Makes text of what may change or must not be kept: arguments and the frames of a traceback."""
+        """Format a record's arguments, which may change later, and its traceback, whose frames would stay alive."""
         record = copy.copy(record)
         record.msg, record.args = record.getMessage(), None
         if record.exc_info:

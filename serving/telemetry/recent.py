@@ -1,4 +1,4 @@
-"""The last first tokens, for percentiles of now instead of since the start."""
+"""Percentiles of the latest times to first token, which a histogram since the start cannot give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_REQUESTS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Of the times to the first token, in seconds; None where there are none."""
+    """Percentiles of times to first token, in seconds. None without any."""
 
     count: int
     p50: float | None
@@ -25,7 +25,7 @@ class Percentiles:
 
 
 class RecentRequests(Observer):
-    """An observer of the engine that keeps the last NUM_REQUESTS times to the first token."""
+    """Observer of the engine that keeps the last NUM_REQUESTS times to first token."""
 
     def __init__(self) -> None:
         self._ttft: deque[float] = deque(maxlen=NUM_REQUESTS)
@@ -45,5 +45,5 @@ class RecentRequests(Observer):
 
 
 def _nearest_rank(ordered: Sequence[float], share: float) -> float | None:
-    """The smallest value that `share` of the values do not exceed."""
+    """Smallest value that at least `share` of the values do not exceed. Args: ordered: values, ascending."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

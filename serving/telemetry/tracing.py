@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: the spans of each request, made from its times when it has ended. Needs the extra `otel`."""
+"""OpenTelemetry traces: the spans of each request, made from its times once it has ended. Needs the extra `otel`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096
-"""Ended requests whose spans are not made yet; those that come while there are as many have none."""
+"""Ended requests that may wait for their spans. Further ones get none."""
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
-    """Sends spans to a collector over gRPC. Raises ValueError; also where the extra is missing."""
+    """Make an exporter to a collector over gRPC.
+
+    Raises:
+        ValueError: The endpoint is no URL, or the extra `otel` is not installed.
+    """
     require(endpoint.startswith(("http://", "https://")), "otlp_endpoint", endpoint, "http://HOST:PORT or https://HOST:PORT")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -38,7 +42,7 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 
 class Phase(NamedTuple):
-    """A part of a request's life, from `begin` to `end` on the engine's clock, in seconds."""
+    """Phase of a request, from `begin` to `end` on the engine's clock, in seconds."""
 
     name: str
     begin: float
@@ -46,8 +50,10 @@ class Phase(NamedTuple):
 
 
 def phases(request: Request) -> Iterator[Phase]:
-    """What a request went through. The wait for its adapter lies within the queue, or where the system holds steps back for
-    loads, within the prefill."""
+    """Yield the phases of a finished request.
+
+    The wait for its adapter overlaps the queue phase, or the prefill where the system holds steps back for loads.
+    """
     times = request.metrics
     assert times.finished_time is not None
     started = times.first_scheduled_time
@@ -64,7 +70,7 @@ def phases(request: Request) -> Iterator[Phase]:
 
 
 def attributes(request: Request, model_name: str) -> dict[str, AttributeValue]:
-    """After OpenTelemetry's conventions for generative AI; what these lack is under `chameleon`."""
+    """Make a span's attributes by OpenTelemetry's conventions for generative AI. Others are named `chameleon.*`."""
     times, params, reason = request.metrics, request.params, request.finish_reason
     assert reason is not None
     values: dict[str, AttributeValue | None] = {
@@ -92,26 +98,29 @@ def attributes(request: Request, model_name: str) -> dict[str, AttributeValue]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ended:
-    """A request and the same moment on two clocks: the engine's, in seconds, and Unix time in nanoseconds."""
+    """Ended request, with one moment on two clocks: the engine's, in seconds, and Unix time in nanoseconds."""
 
     request: Request
     clock: float
     unix_ns: int
 
     def ns(self, seconds: float) -> int:
+        """Convert a time of the engine's clock to Unix time in nanoseconds."""
         return self.unix_ns - round((self.clock - seconds) * 1e9)
 
 
 class RequestTracer(Observer):
-    """An observer of the engine. Spans are made in a thread of its own.
+    """Observer of the engine that exports the spans of ended requests, from a thread of its own.
+
+    Requests lost with a dead engine get no spans.
 
     Args:
-        model_name: what requests call the base model.
-        clock: the engine's.
+        exporter: Exporter that receives the spans.
+        model_name: Name of the base model in requests.
+        clock: Clock of the engine, in seconds.
 
     Attributes:
-        num_dropped: requests without spans, as too many ended at once; `close` logs how many. (Those that are lost with the
-            engine have none either.)
+        num_dropped: Requests without spans because too many ended at once. `close` logs the number.
     """
 
     def __init__(self, exporter: SpanExporter, model_name: str, clock: Callable[[], float] = time.monotonic):
@@ -136,7 +145,7 @@ class RequestTracer(Observer):
             self.num_dropped += 1
 
     def close(self, timeout: float = 5.0) -> None:
-        """Sends what is left, for as many seconds at most."""
+        """Export the remaining spans. Args: timeout: most seconds to wait for them."""
         self._ended.put(None)
         self._thread.join(timeout)
         if self.num_dropped:
@@ -147,7 +156,7 @@ class RequestTracer(Observer):
             try:
                 self._make_spans(ended)
             except Exception:
-                logger.exception("the spans of request %r could not be made", ended.request.request_id)
+                logger.exception("cannot make the spans of request %r", ended.request.request_id)
         self._provider.shutdown()
 
     def _make_spans(self, ended: _Ended) -> None:

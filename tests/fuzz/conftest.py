@@ -1,7 +1,8 @@
-"""A whole server on the small model, and the proof that a fuzz has disturbed nothing. `make fuzz` runs many more inputs."""
+"""A whole server on the small model, and a check that fuzzing left it intact. `make fuzz` runs many more inputs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,31 +13,33 @@ import pytest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
-from tests.serving.conftest import SETTINGS
+from tests.engines import Engines
 from tests.serving.running import Running
 from tests.serving.running import running as running_server
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
-"""Inputs to each of the two protocols."""
+"""Inputs for each of the two protocols."""
 
 TIMEOUT = 120
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder: Path = tmp_path_factory.mktemp("fuzz")
-    model = reference.save_model(folder / "gqa", "gqa", text=True)
+def running(engines: Engines, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("fuzz")
     for i, rank in enumerate((2, 8, 16, 40)):
         reference.save_adapter(folder / "adapters" / f"a{i}", reference.CONFIGS["gqa"], rank, seed=i)
-    llm = AsyncLLM(str(model), progress=lambda done, total: None, **SETTINGS)
-    with running_server(llm, ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(folder / "adapters"),))) as server:
+    config = ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(folder / "adapters"),))
+    with (
+        engines.borrow(text_model) as engine,
+        contextlib.closing(AsyncLLM(engine)) as llm,
+        running_server(llm, config) as server,
+    ):
         yield server
-    llm.close()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(running: Running) -> Iterator[None]:
-    """What is asked after all the inputs is answered as before them, and nothing is left running."""
+    """Check that answers after all inputs equal those before, and that no request is left."""
 
     def ask(model: str) -> str:
         body = {"model": model, "prompt": "love is", "max_tokens": 24, "temperature": 0}

@@ -1,4 +1,4 @@
-"""Messages of every kind to both services, and bytes that are none: the status is one of those that are documented."""
+"""Messages of every type, and bytes that are no message, to both services: every status is a documented one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def values(field: FieldDescriptor) -> st.SearchStrategy:
 
 @st.composite
 def message_of(draw: st.DrawFn, descriptor) -> object:
-    """A message with some of its fields: small values that are mostly right, and any others."""
+    """Draw a message with some of its fields set, to mostly valid small values or to any."""
     message = getattr(messages, descriptor.name)()
     for field in descriptor.fields:
         if not draw(st.booleans()):

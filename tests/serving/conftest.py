@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
@@ -16,17 +18,13 @@ from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
 from tests import text_models
+from tests.engines import Engines
 from tests.serving.async_calls import run, settled
 from tests.serving.running import TIMEOUT, Running, running
 
 CONFIG = reference.CONFIGS["gqa"]
-SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64)
-
-
-@pytest.fixture(scope="session")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a tokenizer."""
-    return reference.save_model(tmp_path_factory.mktemp("text-model") / "gqa", "gqa", text=True)
+THREADS = {"step_timeout", "max_lora_loads", "max_lora_queue"}
+"""Settings of AsyncLLM itself."""
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +37,10 @@ def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_llm(text_model: Path) -> Iterator[AsyncLLM]:
+def shared_llm(engines: Engines, text_model: Path) -> Iterator[AsyncLLM]:
     """Not to be closed, nor its adapters a0 to a3 removed: others use it too."""
-    llm = AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS)
-    yield llm
-    llm.close()
+    with engines.borrow(text_model) as engine, contextlib.closing(AsyncLLM(engine)) as llm:
+        yield llm
 
 
 @pytest.fixture
@@ -56,17 +53,16 @@ def llm(shared_llm, adapter_dir):
 
 
 @pytest.fixture
-def own_llm(text_model):
-    """One that a test may break."""
-    made = []
+def own_llm(engines: Engines, text_model: Path) -> Iterator[Callable[..., AsyncLLM]]:
+    """Makes an AsyncLLM that a test may break, over an engine that it may not."""
+    with contextlib.ExitStack() as stack:
 
-    def make(**settings) -> AsyncLLM:
-        made.append(AsyncLLM(str(text_model), progress=lambda done, total: None, **(SETTINGS | settings)))
-        return made[-1]
+        def make(**settings: Any) -> AsyncLLM:
+            own = {name: settings.pop(name) for name in THREADS & settings.keys()}
+            engine = stack.enter_context(engines.borrow(text_model, **settings))
+            return stack.enter_context(contextlib.closing(AsyncLLM(engine, **own)))
 
-    yield make
-    for llm in made:
-        llm.close()
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +79,16 @@ def llama2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(llama2_model: Path) -> Iterator[SimpleNamespace]:
+def served(engines: Engines, llama2_model: Path) -> Iterator[SimpleNamespace]:
     """Every way to ask one engine with that model: `llm`, `openai`, `rpc`."""
-    llm = AsyncLLM(str(llama2_model), progress=lambda done, total: None, **(SETTINGS | {"num_pages": 300}))
     with (
+        engines.borrow(llama2_model, num_pages=300) as engine,
+        contextlib.closing(AsyncLLM(engine)) as llm,
         running(llm, ServerConfig(port=0, grpc_port=0)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT) as client,
         Client(server.target) as rpc,
     ):
         yield SimpleNamespace(llm=llm, openai=client, rpc=rpc)
-    llm.close()
 
 
 def make_service(llm: AsyncLLM, adapter_dir: Path, **settings: object) -> Service:

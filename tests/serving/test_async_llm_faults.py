@@ -12,8 +12,8 @@ import pytest
 
 from chameleon_jax import AsyncLLM, LoRARequest
 from chameleon_jax.errors import Draining, EngineDead
+from tests.engines import SETTINGS
 from tests.serving.async_calls import LONG, PROMPTS, TIMEOUT, Watcher, last, run, settled
-from tests.serving.conftest import SETTINGS
 
 
 def broken(method, times: int | None):

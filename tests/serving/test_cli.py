@@ -117,7 +117,7 @@ def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
 def test_mistakes_are_one_line_and_no_traceback(model, arguments, message):
     result = run(*(model if a == "MODEL" else a for a in arguments))
     assert result.exit_code != 0
-    output = " ".join(result.output.replace("│", " ").split())  # typer puts its own into a box
+    output = " ".join(result.output.replace("│", " ").split())  # typer draws boxes around its own errors
     assert message in output
     assert "Traceback" not in result.output
 
@@ -159,9 +159,9 @@ FLAGS = {
     "max_queue_len": 6,
     "seed": 42,
 }
-"""A value of each setting of a server and its engine that is not the default."""
+"""A value other than the default for each setting of a server and its engine."""
 SINGULAR = {"api_keys": "api_key", "admin_keys": "admin_key", "adapter_dirs": "adapter_dir", "hub_adapters": "hub_adapter"}
-"""What the flags are called that are given once for each value."""
+"""Names of the flags that are repeated for each value."""
 
 
 def test_serve_has_a_flag_for_every_setting(monkeypatch):
@@ -170,13 +170,13 @@ def test_serve_has_a_flag_for_every_setting(monkeypatch):
         flag = SINGULAR.get(field, field).replace("_", "-")
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", value[0] if isinstance(value, tuple) else value]
     given = []
-    module = sys.modules[_greet.__module__]  # the package has a command of the module's name
+    module = sys.modules[_greet.__module__]  # the package's name `serve` is the command
     monkeypatch.setattr(module, "_serve", lambda *args: given.append(args))
     result = run("serve", "MODEL", *arguments)
     assert result.exit_code == 0, result.output
     [(_, config, settings, *_)] = given
     got = dataclasses.asdict(config) | dataclasses.asdict(EngineConfig(**settings))
-    assert got == FLAGS  # also no setting is left out here
+    assert got == FLAGS  # so FLAGS has every setting
     defaults = dataclasses.asdict(ServerConfig()) | dataclasses.asdict(EngineConfig())
     assert all(defaults[field] != value for field, value in FLAGS.items())
 
@@ -190,13 +190,13 @@ def test_a_variable_for_keys_that_is_empty_does_not_open_the_server(model, monke
     assert f"{variable} is {text!r}; allowed: keys" in " ".join(result.output.split())
 
 
-def test_an_adapter_may_be_called_what_looks_like_markup(text_model, adapter_dir):
+def test_adapter_names_are_not_markup(text_model, adapter_dir):
     result = run("generate", text_model, "--prompt", "x", "--lora-modules", f"[/x]={adapter_dir}/a0", "--max-tokens", 2)
     assert result.exit_code == 0, result.output
     assert "[/x]" in result.output.splitlines()
 
 
-def test_generate_goes_on_from_its_prompt(llama2_model, served):
+def test_generate_continues_its_prompt(llama2_model, served):
     expected = text_calls.ask(served, PROMPT, SamplingParams(temperature=0, max_tokens=9))[-1].outputs[0].text
     result = run("generate", llama2_model, "--prompt", PROMPT, "--max-tokens", 9)
     assert result.exit_code == 0 and expected.startswith(" ")
@@ -204,7 +204,7 @@ def test_generate_goes_on_from_its_prompt(llama2_model, served):
 
 
 @pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
-def test_what_is_said_at_the_start(capsys, host, shown):
+def test_the_greeting_has_addresses_and_commands(capsys, host, shown):
     async def list_loras() -> list[str]:
         return ["[/x]'s", "[red]"]
 

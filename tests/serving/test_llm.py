@@ -18,18 +18,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 CONFIG = reference.CONFIGS["gqa"]
 
 
-def make_llm(model, **settings) -> LLM:
-    defaults = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200)
-    return LLM(str(model), progress=lambda done, total: None, **(defaults | settings))
-
-
 def tokens(outputs) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return reference.save_model(tmp_path_factory.mktemp("model"), "gqa")
+def model(text_model):
+    return text_model
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +37,9 @@ def adapters(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(model):
-    with make_llm(model) as engine:
-        yield engine
+def llm(engines, model):
+    with engines.borrow(model) as engine, LLM(engine) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +58,13 @@ def test_in_a_batch_of_others(llm, adapters, alone):
     assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
 
 
-def test_batch_of_32_and_chunked(model, adapters, alone):
+def test_batch_of_32_and_chunked(make_llm, model, adapters, alone):
     prompts, loras = workload(adapters)
-    with make_llm(model, max_num_seqs=32, max_num_batched_tokens=32, num_pages=2000) as llm:
+    with make_llm(model, max_num_seqs=32, max_num_batched_tokens=32) as llm:
         assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
 
 
-def test_adapters_evicted_and_reloaded(model, adapters, alone):
+def test_adapters_evicted_and_reloaded(make_llm, model, adapters, alone):
     prompts, loras = workload(adapters)
     with make_llm(model, num_pages=64) as llm:
         outputs = llm.generate(prompts, GREEDY, lora_request=loras)
@@ -81,7 +76,7 @@ def test_adapters_evicted_and_reloaded(model, adapters, alone):
     assert tokens(outputs) == alone
 
 
-def test_squashed_and_recomputed(model, adapters, alone):
+def test_squashed_and_recomputed(make_llm, model, adapters, alone):
     prompts, loras = workload(adapters)
     picks = [i for i, lora in enumerate(loras) if lora in (None, adapters[0])] * 3
     # one small adapter and far more requests than pages, each admitted for one token of the 24 it will have
@@ -92,7 +87,7 @@ def test_squashed_and_recomputed(model, adapters, alone):
     assert tokens(outputs) == [alone[i] for i in picks]
 
 
-def test_adapters_that_wait_on_disk(model, adapters, alone):
+def test_adapters_that_wait_on_disk(make_llm, model, adapters, alone):
     prompts, loras = workload(adapters)
     with make_llm(model, num_pages=64, lora_host_bytes=0) as llm:
         assert tokens(llm.generate(prompts, GREEDY, lora_request=loras)) == alone
@@ -140,7 +135,7 @@ def test_the_same_seed_gives_the_same_text_however_it_is_batched(llm, adapters):
     assert tokens(llm.generate([prompts[0]], other_seed, lora_request=adapters[0]))[0] != alone[0]
 
 
-def test_a_running_request_keeps_the_weights_it_started_with(model, adapters, tmp_path):
+def test_a_running_request_keeps_the_weights_it_started_with(make_llm, model, adapters, tmp_path):
     with make_llm(model) as llm:
         engine = llm.engine
         llm.add_lora("name", adapters[0].path)
@@ -158,7 +153,7 @@ def test_a_running_request_keeps_the_weights_it_started_with(model, adapters, tm
         assert old not in engine.loop.cache and old not in engine.store  # nothing holds the old weights any more
 
 
-def test_another_path_under_a_name_replaces_the_adapter(model, adapters):
+def test_another_path_under_a_name_replaces_the_adapter(make_llm, model, adapters):
     with make_llm(model) as llm:
         paths = [adapters[0].path, adapters[1].path, adapters[1].path]
         first, second, again = (
@@ -167,7 +162,7 @@ def test_another_path_under_a_name_replaces_the_adapter(model, adapters):
         assert first != second and second == again
 
 
-def test_removed_memory_comes_back(model, adapters):
+def test_removed_memory_comes_back(make_llm, model, adapters):
     with make_llm(model) as llm:
         loop = llm.engine.loop
         free = loop.pool.num_free
@@ -181,7 +176,7 @@ def test_removed_memory_comes_back(model, adapters):
             llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("a0"))
 
 
-def test_a_pinned_adapter_stays(model, adapters):
+def test_a_pinned_adapter_stays(make_llm, model, adapters):
     with make_llm(model, num_pages=64) as llm:
         llm.generate([reference.prompt(1)], GREEDY, lora_request=adapters[0])
         llm.pin_lora("a0")
@@ -246,10 +241,10 @@ def test_dummy_weights_of_a_quantised_model_are_refused(tmp_path):
     hf = reference.CONFIGS["gqa"].to_hf() | {"quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     with pytest.raises(ValueError, match="quantization_config .*awq"):
-        make_llm(tmp_path, load_format="dummy")
+        LLM(str(tmp_path), load_format="dummy")
 
 
-def test_dummy_weights(tmp_path):
+def test_dummy_weights(make_llm, tmp_path):
     with make_llm("tiny", load_format="dummy", num_pages=50, enable_lora=False) as llm:
         [output] = llm.generate([[1, 2, 3]], GREEDY)
         assert len(output.outputs[0].token_ids) == 24
@@ -259,7 +254,7 @@ def test_dummy_weights(tmp_path):
             llm.add_lora("x", reference.save_adapter(tmp_path, PRESETS["tiny"], 2))
 
 
-def test_a_request_that_loads_in_place_reads_its_path_once_a_call(model, tmp_path, monkeypatch):
+def test_a_request_that_loads_in_place_reads_its_path_once_a_call(make_llm, model, tmp_path, monkeypatch):
     path = reference.save_adapter(tmp_path / "policy", CONFIG, 8, seed=1)
     with make_llm(model) as llm:
         reads = []

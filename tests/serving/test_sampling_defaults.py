@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -11,7 +12,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from chameleon_jax import AsyncLLM, SamplingParams
+from chameleon_jax import LLM, AsyncLLM, SamplingParams
 from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
@@ -20,7 +21,6 @@ from chameleon_jax.serving.sampling_defaults import SamplingDefaults, fit_max_to
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.async_calls import TIMEOUT, run
 from tests.serving.running import running
-from tests.serving.test_llm import make_llm
 
 SMALL = dict(dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32, num_pages=60, enable_lora=False)
 GENERATION = {
@@ -115,7 +115,7 @@ def test_a_directory_without_the_file_is_refused(source, tmp_path):
     ):
         generation_file(source)
     with pytest.raises(ValueError, match="generation_config is"):
-        make_llm("tiny", load_format="dummy", generation_config=source)
+        LLM("tiny", load_format="dummy", generation_config=source)
 
 
 def test_max_tokens_fit_behind_the_prompt():
@@ -131,13 +131,14 @@ def test_max_tokens_fit_behind_the_prompt():
     ("source", "expected"),
     [("auto", EXPECTED), ("none", {}), ("vllm", {}), ("OTHER", {"temperature": 0.5, "max_tokens": 3000})],
 )
-def test_prompts_without_parameters_have_the_models(model, tmp_path, source, expected):
+def test_prompts_without_parameters_have_the_models(make_llm, model, tmp_path, monkeypatch, source, expected):
     write(tmp_path, temperature=0.5, max_new_tokens=3000)
     with make_llm(model, **SMALL, generation_config=str(tmp_path) if source == "OTHER" else source) as llm:
         assert llm.get_default_sampling_params() == SamplingParams(**expected)
         asked = []
         submit = llm.engine.submit
-        llm.engine.submit = lambda ids, params, *rest: (asked.append(params), submit(ids, params, *rest))[1]
+        record = lambda ids, params, *rest: (asked.append(params), submit(ids, params, *rest))[1]  # noqa: E731
+        monkeypatch.setattr(llm.engine, "submit", record)
         mine = SamplingParams(max_tokens=2)
         llm.generate(["love", "x" * 61])
         llm.generate(["love", "hate"], [mine, None])
@@ -150,21 +151,24 @@ def test_prompts_without_parameters_have_the_models(model, tmp_path, source, exp
         assert all(p.temperature == whole.temperature and p.top_k == whole.top_k for p in (asked[0], asked[1], asked[4]))
 
 
-def test_dummy_weights_have_the_defaults_of_their_directory(model):
+def test_dummy_weights_have_the_defaults_of_their_directory(make_llm, model):
     with make_llm(model, load_format="dummy", **SMALL) as llm:
         assert llm.get_default_sampling_params() == SamplingParams(**EXPECTED)
 
 
 @pytest.fixture(scope="module")
-def served(model):
+def served(engines, model):
     """A server over the model, and the parameters that its engine was given."""
-    llm = AsyncLLM(str(model), progress=lambda done, total: None, **SMALL)
     asked: list[SamplingParams] = []
-    submit = llm.engine.submit
-    llm.engine.submit = lambda ids, params, *rest: (asked.append(params), submit(ids, params, *rest))[1]
-    with running(llm, ServerConfig(port=0, grpc_port=0)) as server:
-        yield server, llm, asked
-    llm.close()
+    with (
+        engines.borrow(model, **SMALL) as engine,
+        contextlib.closing(AsyncLLM(engine)) as llm,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        submit = engine.submit
+        patch.setattr(engine, "submit", lambda ids, params, *rest: (asked.append(params), submit(ids, params, *rest))[1])
+        with running(llm, ServerConfig(port=0, grpc_port=0)) as server:
+            yield server, llm, asked
 
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

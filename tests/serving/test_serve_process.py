@@ -1,5 +1,7 @@
-"""`chameleon-jax serve` as a process: started, told to stop under load, killed, and started again. And, in this process, what
-is found before a model is loaded, and how serving ends."""
+"""`chameleon-jax serve` as a process: stopped under load, killed and restarted.
+
+Within the test process: settings that are checked before a model is loaded, and shutdown.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ ENGINE += ["--num-pages", "1200"]
 
 
 class Process:
-    """A server, and what it has written so far."""
+    """Server process, and its output so far."""
 
     def __init__(self, model: Path, adapter_dir: Path, *options: str):
         command = [sys.executable, "-m", "chameleon_jax.serving.cli", "serve", str(model), "--adapter-dir", str(adapter_dir)]
@@ -53,7 +55,7 @@ class Process:
         self._ready.set()
 
     def wait(self) -> tuple[str, str]:
-        """The address of HTTP and of gRPC, once both are served."""
+        """Wait until the server runs. Returns its addresses for HTTP and gRPC."""
         assert self._ready.wait(TIMEOUT), self.log
         url = re.search(r"http://127\.0\.0\.1:\d+", self.log)
         grpc = re.search(r"gRPC, .*: (127\.0\.0\.1:\d+)", self.log)
@@ -124,7 +126,7 @@ def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
                     while "stopping" not in process.log:
                         pass
                     process.process.send_signal(signal.SIGINT)
-                    assert process.ended() in (0, 128 + signal.SIGINT)  # 0: it was done by then
+                    assert process.ended() in (0, 128 + signal.SIGINT)  # 0 if it was done before the second signal
     assert texts[0] == texts[1]
 
 
@@ -182,7 +184,7 @@ def test_a_host_that_does_not_exist_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files: two keys, the certificate of the first, the first key encrypted, a text, and none."""
+    """Make PEM files: two keys, the certificate of the first, the first key encrypted, a text. One file is missing."""
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl")
     folder = tmp_path_factory.mktemp("pems")
@@ -231,7 +233,7 @@ def test_http_that_ends_by_itself_ends_the_server_with_an_error(service):
         server._http.should_exit = True
         await asyncio.wait_for(server.run(), TIMEOUT)
 
-    with pytest.raises(OSError, match="HTTP ended though nobody stopped it"):
+    with pytest.raises(OSError, match="HTTP ended without being stopped"):
         asyncio.run(main())
 
 

@@ -9,12 +9,10 @@ from tests import text_models
 from tests.serving.text_calls import GREEDY, LLAMA2, NUM_TOKENS, ask, complete
 from tests.text_models import PROMPT, VARIANTS, written
 
-SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=300)
-
 
 @pytest.fixture(scope="module")
-def offline(llama2_model):
-    with LLM(str(llama2_model), progress=lambda done, total: None, **SETTINGS) as llm:
+def offline(engines, llama2_model):
+    with engines.borrow(llama2_model, num_pages=300) as engine, LLM(engine) as llm:
         yield llm
 
 

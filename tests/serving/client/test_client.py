@@ -1,4 +1,4 @@
-"""The typed clients: one behaviour, sync and async, and what they do when the server is not there."""
+"""The typed clients: the same behaviour, sync and async, and retries while the server is unavailable."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def client(server):
         yield client
 
 
-def test_they_need_no_engine():
+def test_clients_import_no_engine():
     code = "import sys, chameleon_jax.serving.client; assert not {'jax', 'flax', 'fastapi', 'tokenizers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)
 
 
-def test_sync_and_async_say_the_same(server, client):
+def test_sync_and_async_clients_agree(server, client):
     whole = client.generate("love is", GREEDY, lora_name="a1")
     parts = list(client.stream("love is", GREEDY, lora_name="a1", request_id="mine"))
     assert "".join(part.text for part in parts) == whole.text and {part.request_id for part in parts} == {"mine"}
@@ -121,7 +121,7 @@ def test_leaving_a_stream_ends_the_request(server, client, shared_llm):
 
 
 class Flaky(grpc.GenericRpcHandler):
-    """Fails so many calls with a code, or after a first message, before it answers with an empty message or another code."""
+    """Handler that fails its first calls, after `first` messages each, and answers later ones with a message or a code."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ def served(handler, port: int = 0):
 
 
 def both(target: str, **options) -> list:
-    """What a stream brings, by both clients."""
+    """Read one stream with each client."""
 
     async def stream():
         async with AsyncClient(target, **options) as client:
@@ -172,7 +172,7 @@ def both(target: str, **options) -> list:
         return [list(client.stream("x")), asyncio.run(stream())]
 
 
-def test_what_was_not_available_is_tried_again():
+def test_unavailable_calls_are_retried():
     for failures in (0, 2):
         flaky = Flaky(grpc.StatusCode.UNAVAILABLE, failures)
         with served(flaky) as target, Client(target, timeout=TIMEOUT, retries=2) as client:
@@ -195,14 +195,14 @@ def test_what_was_not_available_is_tried_again():
         (grpc.StatusCode.PERMISSION_DENIED, None, Forbidden),
     ],
 )
-def test_nothing_else_is_tried_again(code, retry_after, error):
+def test_other_errors_are_not_retried(code, retry_after, error):
     flaky = Flaky(code, 1, retry_after=retry_after)
     with served(flaky) as target, Client(target, timeout=TIMEOUT) as client, pytest.raises(error):
         list(client.stream("x"))
     assert flaky.calls == 1
 
 
-def test_nothing_is_tried_again_once_something_came():
+def test_streams_are_not_retried_after_their_first_part():
     flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 1, first=1)
     with served(flaky) as target, Client(target, timeout=TIMEOUT) as client:
         stream = client.stream("x")
@@ -212,7 +212,7 @@ def test_nothing_is_tried_again_once_something_came():
     assert flaky.calls == 1
 
 
-def test_a_message_that_is_too_large_is_no_queue(server, client):
+def test_too_large_messages_are_value_errors(server, client):
     prompt = "x" * (server.service.config.max_body_bytes + 1)
     with pytest.raises(ValueError, match="larger"):
         client.generate(prompt)
@@ -239,7 +239,7 @@ def unload_async(target: str, **options) -> None:
 
 
 @pytest.mark.parametrize("unload", [unload, unload_async])
-def test_unloading_is_done_where_an_earlier_try_did_it(unload):
+def test_unloading_accepts_that_an_earlier_attempt_succeeded(unload):
     flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 1, retry_after="0", then=grpc.StatusCode.NOT_FOUND)
     with served(flaky) as target:
         unload(target)
@@ -250,7 +250,7 @@ def test_unloading_is_done_where_an_earlier_try_did_it(unload):
 
 
 @pytest.mark.parametrize("unload", [unload, unload_async])
-def test_a_server_that_comes_up_after_the_first_try_is_reached(monkeypatch, unload):
+def test_a_server_that_starts_after_the_first_attempt_is_reached(monkeypatch, unload):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 0)
@@ -266,7 +266,7 @@ def test_a_server_that_comes_up_after_the_first_try_is_reached(monkeypatch, unlo
         assert flaky.calls == 1
 
 
-def test_a_server_that_is_not_there_yet(shared_llm, adapter_dir):
+def test_calls_wait_for_a_server_that_starts_later(shared_llm, adapter_dir):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with Client(f"127.0.0.1:{port}", retries=0, timeout=TIMEOUT) as client, pytest.raises(Unavailable):
@@ -285,7 +285,7 @@ def test_a_server_that_is_not_there_yet(shared_llm, adapter_dir):
     assert answers == [12]
 
 
-def test_attempts_end_with_the_time():
+def test_attempts_end_with_the_timeout():
     class Lost(grpc.RpcError):
         def code(self):
             return grpc.StatusCode.UNAVAILABLE
@@ -293,6 +293,6 @@ def test_attempts_end_with_the_time():
         def trailing_metadata(self):
             return (("retry-after", "3"),)
 
-    assert Attempts(5, timeout=1.0).pause_after(Lost()) is None  # it would be over by then
+    assert Attempts(5, timeout=1.0).pause_after(Lost()) is None  # the timeout would have passed by then
     assert Attempts(5, timeout=None).pause_after(Lost()) >= 1.5
     assert Attempts(0, timeout=None).pause_after(Lost()) is None

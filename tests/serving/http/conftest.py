@@ -1,4 +1,4 @@
-"""Clients of the server."""
+"""HTTP clients of the server."""
 
 from __future__ import annotations
 

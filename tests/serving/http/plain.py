@@ -1,4 +1,4 @@
-"""A request in plain HTTP, and the error in an answer."""
+"""Body of a plain request, and parsing of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come too late, too often or from a client that goes away, over plain HTTP."""
+"""Deadlines, full queues, shutdown, keys and clients that disconnect, over plain HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_server_without_a_chat_template_says_so_at_the_start(shared_llm, monke
     broken = ChatTemplate("a\n{% for", {}, "chat_template.jinja")
     monkeypatch.setattr(shared_llm.tokenizer, "chat_template", broken)
     with running(shared_llm, ServerConfig(port=0, grpc_port=None)) as server:
-        assert "conversations are refused" in caplog.text and "chat_template.jinja, line 2" in caplog.text
+        assert "chat completions are refused" in caplog.text and "chat_template.jinja, line 2" in caplog.text
         with httpx.Client(base_url=server.url, timeout=TIMEOUT) as http:
             assert http.post("/v1/completions", json=BODY).status_code == 200
             response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
@@ -60,7 +60,7 @@ def test_routes_that_are_not_there(http, method, path, status):
     assert response.status_code == status and error_of(response)
 
 
-def test_a_template_that_says_much_is_cut_short(http, shared_llm, monkeypatch):
+def test_long_template_errors_are_shortened(http, shared_llm, monkeypatch):
     monkeypatch.setattr(shared_llm.tokenizer, "chat_template", ChatTemplate("{{ raise_exception(messages[0].content) }}", {}))
     response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 5000}]})
     message = error_of(response)["message"]
@@ -87,7 +87,7 @@ def test_one_request_id_may_be_given_to_several_at_a_time(server):
     asyncio.run(main())
 
 
-def test_the_access_log_says_who_and_how_much(http, caplog):
+def test_the_access_log_has_model_and_token_counts(http, caplog):
     caplog.set_level(logging.INFO, "chameleon_jax.access")
     http.post("/v1/completions", json=BODY | {"model": "a1"}, headers={"x-request-id": "mine"})
     deadline = time.monotonic() + TIMEOUT
@@ -110,14 +110,14 @@ def test_a_deadline(http, shared_llm):
     response = http.post("/v1/completions", json=body, headers={"x-request-timeout": "0.001"})
     assert response.status_code == 504 and "longer than 0.001 s" in error_of(response)["message"]
     with http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers={"x-request-timeout": "0.001"}) as stream:
-        assert stream.status_code in (200, 504)  # in mid stream, or before it began
+        assert stream.status_code in (200, 504)  # the deadline passes within the stream, or before it
         assert "longer than 0.001 s" in stream.read().decode()
     settled(shared_llm)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away(server, shared_llm, stream):
-    """Its requests end in the engine, however many there are."""
+    """All its requests end in the engine."""
     begun = asyncio.run(shared_llm.stats(max_age=0)).generation_tokens
     body = json.dumps(BODY | {"max_tokens": 100, "n": 4, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
@@ -166,7 +166,7 @@ def test_a_dead_engine(http, shared_llm, monkeypatch):
     assert http.get("/v1/models").status_code == 503 and http.get("/metrics").status_code == 200
 
 
-def test_what_nobody_expected_is_an_error_without_details(http, shared_llm, monkeypatch, caplog):
+def test_unexpected_errors_hide_their_details(http, shared_llm, monkeypatch, caplog):
     async def broken(*args, **kwargs):
         raise ZeroDivisionError("secret")
 
@@ -225,14 +225,14 @@ def test_keys(shared_llm, adapter_dir):
 
 
 def raw(server, request: bytes) -> bytes:
-    """What comes back for it until the server closes."""
+    """Send bytes and return all that comes back until the server closes."""
     with socket.create_connection(("127.0.0.1", server.server.port), timeout=TIMEOUT) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_keys_come_before_bodies(shared_llm):
-    """Nobody without a key has bodies read."""
+    """Without a valid key, no body is read."""
     config = ServerConfig(port=0, grpc_port=None, api_keys=("user-key",), admin_keys=("admin-key",))
     with running(shared_llm, config) as server:
         paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
@@ -249,7 +249,7 @@ def test_keys_come_before_bodies(shared_llm):
                 assert answer.startswith(b"HTTP/1.1 403")
 
 
-def test_more_connections_than_are_served(shared_llm):
+def test_connections_above_the_limit_are_refused(shared_llm):
     config = ServerConfig(port=0, grpc_port=None, max_connections=2)
     with running(shared_llm, config) as server, contextlib.ExitStack() as stack:
         inside = [stack.enter_context(httpx.Client(base_url=server.url, timeout=TIMEOUT)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Bodies that are wrong, too large or of another type."""
+"""Bodies that are invalid, too large or of another content type."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.serving.http.plain import BODY, error_of
         (b'{"prompt": ' + b"[" * 100_000, ""),
     ],
 )
-def test_bodies_that_are_wrong(http, content, match):
+def test_invalid_bodies(http, content, match):
     response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400 and match in error_of(response)["message"]
     assert len(response.content) < 3000
@@ -66,7 +66,7 @@ def test_bodies_that_are_wrong(http, content, match):
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
 )
-def test_bodies_of_another_type(http, path, content_type, named):
+def test_bodies_of_other_content_types(http, path, content_type, named):
     headers = {} if content_type is None else {"content-type": content_type}
     response = http.post(path, content=json.dumps(BODY), headers=headers)
     error = error_of(response)
@@ -92,8 +92,8 @@ def test_types_of_bodies_that_are_json(http, content_type):
 @pytest.mark.parametrize(
     ("field", "value"), [("n", "%s"), ("max_tokens", "%s"), ("seed", "%s"), ("prompt", "[%s]"), ("stop_token_ids", "[%s]")]
 )
-def test_errors_are_short_whatever_was_sent(http, field, value):
-    body = json.dumps(BODY | {field: "here"}).replace('"here"', value % ("9" * 4000))  # the most digits that Python reads
+def test_errors_are_short(http, field, value):
+    body = json.dumps(BODY | {field: "here"}).replace('"here"', value % ("9" * 4000))  # almost as many digits as Python parses
     response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and len(error_of(response)["message"]) <= 1000
 
@@ -108,13 +108,13 @@ def test_large_bodies(http, server):
         for _ in range(most // 65536 + 2):
             yield b" " * 65536
 
-    with contextlib.suppress(httpx.WriteError):  # the answer may be there before the client has sent everything
+    with contextlib.suppress(httpx.WriteError):  # the answer may arrive before the client has sent everything
         assert http.post("/v1/completions", content=pieces()).status_code == 413  # no content-length
     prompt = json.dumps(BODY | {"prompt": "x" * (most - 200)}).encode()
     response = http.post("/v1/completions", content=prompt, headers={"content-type": "application/json"})
     assert response.status_code == 400 and "characters" in error_of(response)["message"]
 
 
-def test_bodies_that_are_encoded(http):
+def test_encoded_bodies_are_refused(http):
     response = http.post("/v1/completions", content=b"\x1f\x8b" + b"\0" * 50, headers={"content-encoding": "gzip"})
     assert response.status_code == 415 and "identity" in error_of(response)["message"]

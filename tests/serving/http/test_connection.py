@@ -15,7 +15,7 @@ from chameleon_jax.serving.http import connection, lingering
 
 LIMIT = 4096
 LARGE = 16 << 20
-"""Bytes: more than the buffers of both ends hold."""
+"""Bytes, more than the buffers of both ends hold."""
 
 
 async def app(scope, receive, send):
@@ -26,13 +26,13 @@ async def app(scope, receive, send):
 
 
 async def early(scope, receive, send):
-    """Answers before it has read anything."""
+    """Application that answers before it reads anything."""
     await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"no"})
 
 
 class Patient:
-    """An application that begins its answer, and ends it when told to, or when the client is gone."""
+    """Application that begins its answer, and ends it when `end` is set or the client disconnects."""
 
     def __init__(self):
         self.begun, self.end, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -63,7 +63,7 @@ class Silent(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serving(app) -> AsyncIterator[Silent]:
-    """A server; `port` is where."""
+    """Run a server. Its `port` is the bound one."""
     settings = connection.uvicorn_settings(LIMIT, 100)
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1, **settings)
     server = Silent(config)
@@ -96,14 +96,14 @@ def run(main: Callable[[], Awaitable[None]], **kwargs) -> None:
 
 
 def talk(*pieces: bytes, pause: float = 0.0) -> bytes:
-    """Sends the pieces over one connection, ends it, and returns everything that came back."""
+    """Send pieces over one connection and return all that comes back until the server closes."""
     answers = []
 
     async def main() -> None:
         async with serving(app) as server, connected(server) as (reader, writer):
             answer = asyncio.create_task(reader.read())
             for piece in pieces:
-                if not answer.done():  # else the server has closed
+                if not answer.done():  # otherwise the server has closed the connection
                     writer.write(piece)
                     await writer.drain()
                     await asyncio.sleep(pause)
@@ -134,7 +134,7 @@ def test_a_large_body_is_not_a_large_head():
         request(b"a: " + b"x" * LIMIT + b"\r\n"),
         request(b"".join(b"a%d: x\r\n" % i for i in range(LIMIT // 4))),
         request().replace(b"/x", b"/" + b"x" * LIMIT),
-        b"POST /x HTTP/1.1\r\nhost: a\r\na: " + b"x" * 3 * LIMIT,  # no end
+        b"POST /x HTTP/1.1\r\nhost: a\r\na: " + b"x" * 3 * LIMIT,  # never ends
         b"POST /" + b"x" * 3 * LIMIT,
     ],
 )
@@ -145,12 +145,12 @@ def test_a_large_head_is_refused(head, pieces):
     assert answer.startswith(b"HTTP/1.1 431") and answer.count(b"HTTP/1.1") == 1
 
 
-def test_what_is_no_http():
+def test_invalid_http_is_refused():
     assert talk(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
 @pytest.mark.parametrize("pieces", [[], [b"POST /x HTTP/1.1\r\nhost: a\r\n"], [request(close=False), b"POST /y"]])
-def test_a_head_that_does_not_come(monkeypatch, pieces):
+def test_a_late_head_closes_the_connection(monkeypatch, pieces):
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
     answer = talk(*pieces, pause=0.05)  # returns, since the server closes
     assert answer.count(b"HTTP/1.1 200") == (len(pieces) == 2)
@@ -162,7 +162,7 @@ def test_the_next_head_may_be_in_pieces_with_the_end_of_a_body():
 
 
 @pytest.mark.parametrize("pieces", [[b"\r\n"], [request(close=False), b"\r\n"]])
-def test_nothing_but_line_ends(monkeypatch, pieces):
+def test_line_ends_alone_time_out(monkeypatch, pieces):
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
     assert talk(*pieces, pause=0.05).count(b"HTTP/1.1") == len(pieces) - 1
 
@@ -179,14 +179,14 @@ def test_chunks():
     "rest",
     [
         [b"3\r\nabc\r\n0\r\nx-request-id: smuggled\r\n\r\n"],
-        [b"3\r\nabc\r\n0\r\na: " + b"x" * LIMIT, *[b"x" * LIMIT] * 50],  # no end
+        [b"3\r\nabc\r\n0\r\na: " + b"x" * LIMIT, *[b"x" * LIMIT] * 50],  # never ends
         [b"3\r\nabc\r\n0\r\n", *[b"a: x\r\n" * 100] * 50],
         [b"3;", *[b"x" * LIMIT] * 50],
         [b"3", *[b" " * LIMIT] * 50],
         [b"3\r\nabc\r\n", *[b"1;a=" + b"x" * 1000 + b"\r\nx\r\n"] * 50],
     ],
 )
-def test_what_is_beside_a_chunked_body_is_bounded(rest):
+def test_framing_of_a_chunked_body_is_bounded(rest):
     answer = talk(CHUNKED, *rest, request(), pause=0.002)
     assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["type"] == "invalid_request_error"
@@ -199,7 +199,7 @@ def test_an_early_answer_is_not_lost(loop_factory):
             async with connected(server) as (reader, writer):
                 writer.write(b"POST /x HTTP/1.1\r\nhost: a\r\n" + head + b"\r\n\r\n")
                 await reader.readuntil(b"HTTP/1.1 ")
-                for _ in range(LARGE >> 16):  # raises where it is reset
+                for _ in range(LARGE >> 16):  # raises if the connection is reset
                     writer.write(b"fff8\r\n" + b"x" * 0xFFF8 + b"\r\n")
                     await writer.drain()
                 answer = await reader.read()
@@ -229,7 +229,7 @@ def test_an_early_answer_to_a_client_that_does_not_end(monkeypatch, end):
     run(main)
 
 
-def test_a_body_that_does_not_come(monkeypatch):
+def test_a_late_body_is_refused(monkeypatch):
     monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.2)
     for start in (b"content-length: 9\r\n\r\nx", b"transfer-encoding: chunked\r\n\r\n9\r\n"):
         answer = talk(b"POST /x HTTP/1.1\r\nhost: a\r\n" + start)
@@ -237,8 +237,8 @@ def test_a_body_that_does_not_come(monkeypatch):
         assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_a_body_that_has_come_may_be_answered_slowly(monkeypatch):
-    """Also while a body that is not read yet waits behind it."""
+def test_a_received_body_may_be_answered_slowly(monkeypatch):
+    """Slowly: later than both timeouts, also while an unread body waits behind it."""
     monkeypatch.setattr(connection, "BODY_TIMEOUT_S", 0.2)
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.2)
 
@@ -258,7 +258,7 @@ def test_a_body_that_has_come_may_be_answered_slowly(monkeypatch):
 @pytest.mark.parametrize(
     "second", [b"POST /x HTTP/1.1\r\na: " + b"x" * LIMIT + b"\r\n\r\n", b"POST /" + b"x" * LIMIT, b"\0\r\n\r\n", b"POST /y"]
 )
-def test_an_answer_is_never_in_the_midst_of_another(monkeypatch, second):
+def test_answers_never_interleave(monkeypatch, second):
     async def main():
         patient = Patient()
         async with serving(patient) as server, connected(server) as (reader, writer):
@@ -284,7 +284,7 @@ def test_a_client_that_goes_away_with_requests_in_line():
                 writer.write(request(close=False) * 2)
                 await asyncio.sleep(0.05)
                 writer.transport.abort()
-            for protocol in server.server_state.connections:  # a socket that is not read is only found dead by writing
+            for protocol in server.server_state.connections:  # without reads, only a write would reveal that the socket is dead
                 protocol.transport.abort()
             await patient.gone.wait()
             await without_connections(server)
@@ -345,7 +345,7 @@ class FakeTransport:
 
 
 class FakeLoop:
-    """Timers run when told to."""
+    """Event loop whose timers run when `later` is called."""
 
     def __init__(self):
         self.timers: list[tuple[asyncio.TimerHandle, Callable]] = []
@@ -366,7 +366,7 @@ class FakeLoop:
 
 @pytest.mark.parametrize("closing", [False, True])
 def test_a_client_that_reads_slowly(closing):
-    """It is not given up as long as it takes something, whatever is written once it has taken enough."""
+    """The connection lasts as long as the client reads something, even if more is written meanwhile."""
     transport, loop = FakeTransport(), FakeLoop()
     lingering = connection.LingeringTransport(transport, loop, lambda: False)
     lingering.write(b"x" * 100)
@@ -374,7 +374,7 @@ def test_a_client_that_reads_slowly(closing):
     for _ in range(3):
         transport.num_waiting -= 10
         loop.later()
-    lingering.resumed()
+    lingering.on_writable()
     lingering.write(b"x" * 100)
     if closing:
         lingering.close()

@@ -1,4 +1,4 @@
-"""Messages as chat templates know them, and messages that are refused."""
+"""Messages in the form of chat templates, and messages that are refused."""
 
 from __future__ import annotations
 

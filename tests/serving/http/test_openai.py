@@ -1,4 +1,4 @@
-"""The flows of OpenAI's own client."""
+"""Requests by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_model_without_a_name(http):
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
-def test_created_is_when_it_was_asked(client, server, monkeypatch):
+def test_created_is_the_time_of_arrival(client, server, monkeypatch):
     monkeypatch.setattr(server.service, "created", 1)
     before = int(time.time())
     messages = [{"role": "user", "content": "hi"}]
@@ -158,11 +158,11 @@ def test_chat(client, shared_llm):
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     rest = client.chat.completions.create(model="a2", messages=messages, temperature=0)
-    assert rest.usage.total_tokens == 128  # what the context has room for
+    assert rest.usage.total_tokens == 128  # the whole context
 
 
 def accumulated(chunks) -> dict[str, Any]:
-    """A message put together from a stream, as clients do it: text joined, everything else as it came last."""
+    """Put a message together from a stream, as clients do: texts joined, the last of any other value."""
     message: dict[str, Any] = {}
     for chunk in chunks:
         for name, value in chunk.choices[0].delta.model_dump().items():
@@ -196,7 +196,7 @@ KEPT = {
 
 @pytest.mark.parametrize("keep", KEPT)
 def test_a_conversation_that_keeps_the_answers(client, shared_llm, keep):
-    """Each turn sees the whole text of those before."""
+    """Each turn sees the whole text of the turns before."""
     messages: list[Any] = []
     text = ""
     for turn in ("hi", "so"):
@@ -224,7 +224,7 @@ def test_variables_of_the_chat_template(client, shared_llm, monkeypatch):
     assert answer.usage.prompt_tokens == len(" ann: hi")
 
 
-def test_parts_that_are_no_text_are_named(client):
+def test_parts_of_other_types_are_refused_by_name(client):
     parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
     with pytest.raises(openai.BadRequestError, match=r"messages\.1\.content\.1\.type is 'image_url'"):
         client.chat.completions.create(
@@ -233,7 +233,7 @@ def test_parts_that_are_no_text_are_named(client):
 
 
 @pytest.mark.parametrize("obfuscation", [False, True])
-def test_obfuscation_is_taken_and_not_used(client, obfuscation):
+def test_obfuscation_is_accepted_and_ignored(client, obfuscation):
     options = {"include_usage": True, "include_obfuscation": obfuscation}
     chat = client.chat.completions.create(
         model="gqa", messages=[{"role": "user", "content": "hi"}], max_tokens=3, stream=True, stream_options=options
@@ -245,7 +245,7 @@ def test_obfuscation_is_taken_and_not_used(client, obfuscation):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_top", [None, 0, 3])
 def test_logprobs_of_chat(client, stream, num_top):
-    """With a seed that draws tokens which are not among the likeliest."""
+    """The seed draws tokens that are not among the likeliest."""
     messages = [{"role": "user", "content": "hi"}]
     asked = dict(model="gqa", messages=messages, max_tokens=9, seed=1, logprobs=True, stream=stream)
     answer = client.chat.completions.create(**asked, extra_body={"top_logprobs": num_top})
@@ -292,7 +292,7 @@ def test_logprobs_of_chat(client, stream, num_top):
         ("spaces_between_special_tokens", False),
     ],
 )
-def test_what_is_not_supported_or_wrong_is_named(client, field, value):
+def test_unsupported_and_invalid_fields_are_named(client, field, value):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="gqa", messages=[{"role": "user", "content": "hi"}], extra_body={field: value})
     assert field in str(error.value) and error.value.type == "invalid_request_error"
@@ -314,7 +314,7 @@ def test_what_is_not_supported_or_wrong_is_named(client, field, value):
         {"add_generation_prompt": True, "add_special_tokens": False},
     ],
 )
-def test_what_changes_nothing_is_taken(client, fields):
+def test_neutral_values_are_accepted(client, fields):
     answer = client.chat.completions.create(
         model="gqa", messages=[{"role": "user", "content": "hi"}], max_tokens=2, extra_body=fields
     )

@@ -1,4 +1,4 @@
-"""Fields that clients send: taken, refused by name, and wrong in very many places, where the check ends at the first."""
+"""Fields of requests: accepted, refused by name, or wrong in many places, of which only the first is reported."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ REQUIRED = {"messages": [MESSAGE], "prompt": "x", "role": "user", "type": "text"
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, StreamOptions, Message, Part, LoadLora, UnloadLora])
-def test_a_field_that_is_null_says_nothing(kind):
+def test_null_fields_count_as_left_out(kind):
     needed = {name: REQUIRED.get(name, "x") for name, field in kind.model_fields.items() if field.is_required()}
     needed |= {"text": "x"} if kind is Part else {}
     plain = kind.model_validate(needed)
@@ -174,7 +174,7 @@ CHAT, COMPLETION = (ChatRequest, {"messages": [MESSAGE]}), (CompletionRequest, {
         ],
     ],
 )
-def test_a_value_that_changes_nothing_is_taken(kind, field, value):
+def test_a_neutral_value_is_accepted(kind, field, value):
     model, needed = kind
     plain, given = model.model_validate(needed), model.model_validate(needed | {field: value})
     assert given.sampling_params(5, None, 16, {}) == plain.sampling_params(5, None, 16, {})

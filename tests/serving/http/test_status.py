@@ -45,7 +45,7 @@ HOSTILE = "<img src=x onerror=document.title='executed'>"
 
 
 class StubLLM:
-    """Says what it is told to; with an error it is dead, and `stats` what it said last."""
+    """Engine with given stats. With an error it is dead, and they are its last."""
 
     def __init__(self, stats: EngineStats | None, error: str | None = None, draining: bool = False):
         self.last_stats = stats
@@ -142,7 +142,7 @@ def test_many_requests_are_cut_short_and_counted():
     assert [r["state"] for r in status["requests"][:9]] == ["running"] * 8 + ["waiting"]
 
 
-def test_an_engine_that_died_before_anybody_asked():
+def test_status_of_an_engine_that_died_before_its_first_stats():
     status = get(make_app(StubService(StubLLM(None, "the device is gone"))), "/status.json").json()
     assert status["stats"] is None and status["error"] == "the device is gone"
 
@@ -160,7 +160,7 @@ def test_an_engine_that_is_dead_is_still_scraped(stats):
     assert ("chameleon:generation_tokens_total 2000.0" in scraped.text) == (stats is not None)
 
 
-def test_the_last_that_is_known_of_a_dead_engine_is_without_its_requests():
+def test_last_stats_of_a_dead_engine_list_no_requests():
     stats = get(make_app(StubService(StubLLM(engine_stats(["a"]), "the device is gone"))), "/status.json").json()["stats"]
     assert (stats["running"], stats["waiting"], stats["requests"], stats["finished"]) == (0, 0, [], 50)
 
@@ -180,7 +180,7 @@ def test_the_page_may_only_run_its_own_script_and_ask_its_own_server():
 
 
 class Document(html.parser.HTMLParser):
-    """Texts by the id of the element around them, the rows of tables by the id of their body, and all tags."""
+    """Texts by the id of their element, rows of tables by the id of their body, and all tags."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -218,7 +218,7 @@ class Document(html.parser.HTMLParser):
 
 @contextlib.contextmanager
 def served(service: Any) -> Iterator[str]:
-    """The address of a server in a thread."""
+    """Run a server in a thread and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -231,7 +231,7 @@ def served(service: Any) -> Iterator[str]:
 
 
 def browse(service: Any, tmp_path: Path) -> Document:
-    """The document five seconds after it was opened. Fails where the browser complains of anything."""
+    """Open the page and return its document after five seconds. Fails on any message in the browser's console."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium")
@@ -282,7 +282,7 @@ def test_a_locked_page_asks_for_the_key_and_shows_nothing(tmp_path):
         (StubLLM(engine_stats(["a"]), draining=True), "draining", "The server is about to stop"),
     ],
 )
-def test_trouble_is_said_at_the_top(llm, state, banner, tmp_path):
+def test_the_banner_shows_trouble(llm, state, banner, tmp_path):
     page = browse(StubService(llm), tmp_path)
     assert page.texts["state"] == state
     assert page.shown["banner"] and page.texts["banner"].startswith(banner)

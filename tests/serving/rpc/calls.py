@@ -1,4 +1,4 @@
-"""What the tests of gRPC ask, and what they are refused."""
+"""Requests of the gRPC tests, and calls that are expected to fail."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def settled(llm) -> None:
 
 
 @pytest.mark.parametrize("lora", ["", "gqa", "a0", "a3"])
-def test_unary_and_stream_say_what_offline_does(inference, shared_llm, lora):
+def test_unary_and_stream_match_offline_output(inference, shared_llm, lora):
     async def main():
         request = LoRARequest(lora) if lora.startswith("a") else None
         params = SamplingParams(temperature=0, max_tokens=16, logprobs=1)
@@ -103,7 +103,7 @@ def test_wrong_requests(inference, method, request_, code, match):
 
 
 @pytest.mark.parametrize("method", ["Inference/Generate", "Control/LoadLora", "Control/GetLoad"])
-def test_bytes_that_are_no_message(channel, method):
+def test_undecodable_messages(channel, method):
     call = channel.unary_unary(f"/chameleon.v1.{method}")  # sends bytes as they are
     error = refused(call, b"\xff\xff\xff")
     assert error.code() is Code.INVALID_ARGUMENT and "cannot be parsed" in error.details()
@@ -114,7 +114,7 @@ def test_messages_that_are_too_large(inference, server):
     assert error.code() is Code.RESOURCE_EXHAUSTED
 
 
-def test_methods_that_are_not_there(channel):
+def test_unknown_methods(channel):
     assert refused(channel.unary_unary("/chameleon.v1.Inference/Nothing"), b"").code() is Code.UNIMPLEMENTED
 
 
@@ -205,7 +205,7 @@ def test_deadlines(inference, shared_llm, monkeypatch):
         (ZeroDivisionError("secret"), Code.INTERNAL),
     ],
 )
-def test_what_the_engine_raises(inference, shared_llm, monkeypatch, raised, code):
+def test_status_codes_of_engine_errors(inference, shared_llm, monkeypatch, raised, code):
     async def fails(*args, **kwargs):
         raise raised
 

@@ -1,4 +1,4 @@
-"""The gRPC server as a whole: its start, its health and its end."""
+"""Start, health and shutdown of the gRPC server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_health_and_its_end(shared_llm, adapter_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("service", "first"), [("", Status.SERVING), ("chameleon.v1.Control", Status.SERVING), ("other", Status.SERVICE_UNKNOWN)]
 )
-def test_the_end_ends_watches_too(shared_llm, service, first):
+def test_shutdown_ends_watches(shared_llm, service, first):
     with contextlib.ExitStack() as stack:
         with running(shared_llm, ServerConfig(port=0, grpc_port=0)) as server:
             health = health_pb2_grpc.HealthStub(stack.enter_context(grpc.insecure_channel(server.target)))
@@ -63,7 +63,7 @@ def test_the_end_ends_watches_too(shared_llm, service, first):
         assert error.value.code() is Code.UNAVAILABLE and "about to stop" in error.value.details()
 
 
-def test_calls_that_run_at_the_end_are_answered(shared_llm, monkeypatch):
+def test_running_calls_are_answered_at_shutdown(shared_llm, monkeypatch):
     begun = threading.Event()
 
     async def slow(name):
@@ -87,7 +87,7 @@ def test_a_port_that_is_taken(shared_llm, adapter_dir):
             asyncio.run(RpcServer(service).start())
 
 
-def test_a_certificate_that_is_none(shared_llm, adapter_dir, tmp_path):
+def test_an_invalid_certificate_is_refused(shared_llm, adapter_dir, tmp_path):
     cert = tmp_path / "cert.pem"
     cert.write_text("nothing")
     service = make_service(shared_llm, adapter_dir, tls_cert=str(cert), tls_key=str(cert))

@@ -1,4 +1,4 @@
-"""What a client may name: nothing outside of the roots, however it is written or linked."""
+"""Sources that clients may name: none outside of the roots, however it is written or linked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def root(tmp_path):
     os.symlink(tmp_path / "outside" / "secret" / "adapter_config.json", root / "half" / "adapter_config.json")
     os.symlink(root / "a" / "adapter_model.safetensors", root / "half" / "adapter_model.safetensors")
     (root / "whole").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # as the hub's cache lies on disk
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # links, like those of the hub's cache
         os.symlink(root / "a" / name, root / "whole" / name)
     (root / "pipe").mkdir()
     os.symlink(root / "a" / "adapter_config.json", root / "pipe" / "adapter_config.json")
@@ -37,7 +37,7 @@ def root(tmp_path):
     return root
 
 
-def test_what_is_below_a_root(root):
+def test_adapters_below_a_root_are_resolved(root):
     sources = AdapterSources([str(root)], [])
     assert sources.resolve("a") == sources.resolve("link-in") == sources.resolve(str(root / "a")) == root / "a"
     assert sources.resolve("deep/c") == root / "deep" / "c"
@@ -73,7 +73,7 @@ def test_what_is_below_a_root(root):
         "http://127.0.0.1/a",
     ],
 )
-def test_what_is_not(root, source):
+def test_other_sources_are_refused(root, source):
     with pytest.raises(ValueError, match="not an adapter that may be loaded") as error:
         AdapterSources([str(root)], ["someone/other"]).resolve(source)
     assert str(root.parent) not in str(error.value)
@@ -91,7 +91,7 @@ def test_a_root_may_be_a_link(root, tmp_path):
     assert AdapterSources([str(tmp_path / "alias")], []).resolve("a") == root / "a"
 
 
-def test_found(root):
+def test_adapters_directly_in_the_roots_are_found(root):
     other = root.parent / "root-2"
     reference.save_adapter(other / "a", CONFIG, 2)
     found = AdapterSources([str(root), str(other)], []).found()

@@ -1,4 +1,4 @@
-"""Settings of a server name what is wrong with them."""
+"""Invalid settings of a server are named in the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both servers share: keys, names, adapters that clients name, and files that are not what they should be."""
+"""Rules shared by both servers: keys, names, adapters that clients load, and damaged files."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_float8_adapters_are_served(shared_llm, tmp_path):
     asyncio.run(main())
 
 
-def test_directories_are_loaded_and_what_is_broken_is_left_out(shared_llm, tmp_path, caplog):
+def test_adapter_directories_are_loaded_without_broken_adapters(shared_llm, tmp_path, caplog):
     for i in range(3):
         reference.save_adapter(tmp_path / f"d{i}", CONFIG, 2, seed=i)
     (tmp_path / "d1" / peft.CONFIG_FILE).write_text("{")
-    reference.save_adapter(tmp_path / "gqa", CONFIG, 2)  # called as the base model is
+    reference.save_adapter(tmp_path / "gqa", CONFIG, 2)  # has the base model's name
     service = make_service(shared_llm, tmp_path)
 
     async def main():
@@ -110,7 +110,9 @@ def test_a_dtype_that_is_not_served_is_the_clients_error_over_both_protocols(sha
     for name in ("good", "bad"):
         reference.save_adapter(tmp_path / name, CONFIG, 2)
     damage(tmp_path / "bad", "other dtype")
-    with running(shared_llm, ServerConfig(adapter_dirs=(str(tmp_path),), port=0, grpc_port=0)) as server:  # it starts
+    with running(
+        shared_llm, ServerConfig(adapter_dirs=(str(tmp_path),), port=0, grpc_port=0)
+    ) as server:  # the server starts all the same
         response = httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
         assert response.status_code == 400 and "dtype F8_E8M0; allowed: F16" in response.json()["error"]["message"]
         with Client(server.target) as client, pytest.raises(ValueError, match="dtype F8_E8M0; allowed: F16"):
@@ -120,7 +122,7 @@ def test_a_dtype_that_is_not_served_is_the_clients_error_over_both_protocols(sha
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), TypeError("odd"), RuntimeError("device")])
-def test_whatever_fails_for_one_adapter_leaves_the_others(shared_llm, tmp_path, caplog, monkeypatch, error):
+def test_one_failing_adapter_leaves_the_others(shared_llm, tmp_path, caplog, monkeypatch, error):
     for i in range(3):
         reference.save_adapter(tmp_path / f"e{i}", CONFIG, 2, seed=i)
     service = make_service(shared_llm, tmp_path)
@@ -151,13 +153,13 @@ def test_whatever_fails_for_one_adapter_leaves_the_others(shared_llm, tmp_path, 
         asyncio.run(service.load_named({"e1": str(tmp_path / "e1")}))
 
 
-def test_what_the_operator_names_must_be_there(service):
+def test_named_adapters_must_exist(service):
     with pytest.raises(ValueError, match="nowhere"):
         asyncio.run(service.load_named({"x": "/nowhere"}))
 
 
 @pytest.mark.parametrize("name", ["", "gqa", "a\nb", "a\0", "x" * 257])
-def test_names_that_no_adapter_may_have(service, name):
+def test_forbidden_adapter_names(service, name):
     with pytest.raises(ValueError, match="lora_name"):
         asyncio.run(service.load_lora(name, "a0"))
 

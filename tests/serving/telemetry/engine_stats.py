@@ -1,4 +1,4 @@
-"""What an engine with many adapters would say of itself."""
+"""Made-up stats of an engine with many adapters."""
 
 from __future__ import annotations
 

@@ -21,18 +21,18 @@ def exported() -> set[str]:
 
 
 def queried() -> set[str]:
-    """Names of the series that the panels and the variables ask for."""
+    """Names of the series that panels and variables query."""
     expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
     expressions += [variable["query"] for variable in DASHBOARD["templating"]["list"]]
     return {name for expression in expressions for name in re.findall(r"chameleon:\w+", expression)}
 
 
-def test_all_that_is_queried_is_exported():
+def test_every_queried_metric_is_exported():
     assert len(queried()) > 20
     assert queried() <= exported()
 
 
-def test_all_that_is_exported_is_queried():
+def test_every_exported_metric_is_queried():
     def family(series: str) -> str:
         return re.sub(r"_(bucket|sum|count)$", "", series)
 

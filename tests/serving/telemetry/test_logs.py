@@ -25,7 +25,7 @@ FIELDS = {
 
 
 class SlowStream(io.StringIO):
-    """Takes nothing before `go` is set; `entered` is set once somebody tries."""
+    """Stream that blocks writers until `go` is set. `entered` is set by the first write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_wrong_settings(handlers, settings, field):
         setup_logging(**settings)
 
 
-def test_a_stream_that_is_stuck_stops_nobody(handlers):
+def test_a_stuck_stream_blocks_no_caller(handlers):
     stream = SlowStream()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logs.TextFormatter())

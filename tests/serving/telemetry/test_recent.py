@@ -11,7 +11,7 @@ def begun(ttft: float) -> Request:
     return request
 
 
-def test_nothing_yet():
+def test_no_percentiles_without_requests():
     assert RecentRequests().ttft() == Percentiles(0, None, None, None)
 
 
@@ -19,11 +19,11 @@ def test_percentiles_are_values_that_were_seen():
     recent = RecentRequests()
     for i in reversed(range(1, 201)):
         recent.first_token(begun(float(i)))
-        recent.finished(begun(float(i)))  # is counted once
+        recent.finished(begun(float(i)))  # must not count again
     assert recent.ttft() == Percentiles(200, 100.0, 180.0, 198.0)
 
 
-def test_only_the_last_count():
+def test_only_the_last_requests_count():
     recent = RecentRequests()
     for ttft in (*[100.0] * NUM_REQUESTS, *[1.0] * NUM_REQUESTS):
         recent.first_token(begun(ttft))

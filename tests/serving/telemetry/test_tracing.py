@@ -17,7 +17,7 @@ from chameleon_jax.serving.telemetry.tracing import RequestTracer, otlp_exporter
 from tests.serving.conftest import make_service
 
 NOW = 1000.0
-"""Of the engine's clock."""
+"""Time of the engine's clock."""
 
 
 def spans_of(*requests: Request) -> Sequence[ReadableSpan]:
@@ -58,7 +58,7 @@ def test_the_spans_of_a_request():
     root = spans.pop("llm_request")
     assert root.parent is None and root.context is not None
     assert all(span.parent is not None and span.parent.span_id == root.context.span_id for span in spans.values())
-    assert root.end_time is not None and before - 1 <= root.end_time / 1e9 <= time.time() - 1  # a second before it was told
+    assert root.end_time is not None and before - 1 <= root.end_time / 1e9 <= time.time() - 1  # it had ended a second earlier
     assert spans["queue"].end_time == spans["prefill"].start_time
     assert spans["prefill"].end_time == spans["decode"].start_time
     assert root.resource.attributes["service.name"] == "chameleon-jax"
@@ -96,7 +96,7 @@ def test_the_base_model_has_no_adapter():
         ({"adapter_wait": 0.5}, {"queue": 2, "adapter_load_wait": 0.5, "prefill": 3, "decode": 4}),
     ],
 )
-def test_requests_that_did_not_get_everywhere(times, names):
+def test_phases_of_requests_that_ended_early(times, names):
     spans = spans_of(ended(FinishReason.ABORT, **times))
     assert {span.name: seconds(span) for span in spans[:-1]} == pytest.approx(names)
 
@@ -108,9 +108,9 @@ def test_a_failed_request_says_why():
     assert root.status.status_code is StatusCode.ERROR and root.status.description == "its adapter could not be loaded"
 
 
-def test_requests_without_spans_are_counted_and_said(caplog):
+def test_dropped_spans_are_counted_and_logged(caplog):
     tracer = RequestTracer(InMemorySpanExporter(), "base")
-    tracer.close()  # nothing is taken from the queue any more
+    tracer.close()  # ends the thread that empties the queue
     tracer._ended.maxsize = 1
     for _ in range(3):
         tracer.finished(ended())
@@ -131,7 +131,7 @@ def test_real_requests(shared_llm, adapter_dir):
             params = SamplingParams(max_tokens=4, ignore_eos=True)
             async for _ in shared_llm.generate("hello", params, LoRARequest("a1"), request_id="traced"):
                 pass
-            await shared_llm.stats(max_age=0)  # the observers were told by now
+            await shared_llm.stats(max_age=0)  # observers have been called by now
         finally:
             shared_llm.observers.remove(tracer)
             tracer.close()

@@ -1,3 +1,5 @@
+"""HEAD requests, and their line in the access log."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +31,7 @@ def test_head_is_get_without_the_body(http, path):
     got, head = http.get(path), http.head(path)
     assert head.status_code == got.status_code == 200 and head.content == b"" and got.content
     assert head.headers["content-type"] == got.headers["content-type"]
-    if path not in ("/metrics", "/status.json"):  # which change
+    if path not in ("/metrics", "/status.json"):  # their contents change
         assert head.headers["content-length"] == got.headers["content-length"]
 
 
@@ -40,13 +42,13 @@ def test_head_of_errors(http, path, status):
     assert head.headers.get("allow") == got.headers.get("allow")
 
 
-def test_head_says_whether_the_server_takes_requests(http, shared_llm, monkeypatch):
+def test_head_reports_readiness(http, shared_llm, monkeypatch):
     monkeypatch.setattr(shared_llm, "_draining", True)
     assert (http.head("/health").status_code, http.head("/health/live").status_code) == (503, 200)
 
 
 def test_a_connection_goes_on_after_head(server):
-    """No byte of a body is sent, which a client would take for the next answer."""
+    """Check that no byte of a body is sent, which a client would take for the next answer."""
     with socket.create_connection(("127.0.0.1", server.server.port), timeout=TIMEOUT) as connection:
         paths = ["/health", "/metrics", "/nothing", "/v1/models", "/docs"]
         asked = "".join(f"HEAD {path} HTTP/1.1\r\nhost: a\r\n\r\n" for path in paths)
@@ -57,7 +59,7 @@ def test_a_connection_goes_on_after_head(server):
     assert all("content-length: " in head for head in heads) and json.loads(body)["version"]
 
 
-def test_the_access_log_says_head(http, caplog):
+def test_head_requests_are_logged_as_head(http, caplog):
     caplog.set_level(logging.INFO, "chameleon_jax.access")
     http.head("/health", headers={"x-request-id": "head"})
     deadline = time.monotonic() + TIMEOUT

@@ -1,4 +1,4 @@
-"""What every call passes: errors' texts, and what the access log says of a call."""
+"""Texts of errors, and records of calls in the access log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
-from chameleon_jax.serving.rpc.edge import Edge
+from chameleon_jax.serving.rpc.interceptor import RpcInterceptor
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.conftest import make_service
 from tests.serving.rpc.calls import Code, asked, refused
@@ -24,7 +24,7 @@ OWN_ID = re.compile("rpc-[0-9a-f]{32}")
 
 @pytest.fixture
 def logged(caplog):
-    """What the access log says of the calls of a method, once it has said it: after some answers only."""
+    """Find the access-log records of a method. Waits for them, as some are written after the answer."""
     caplog.set_level(logging.INFO, "chameleon_jax.access")
 
     def find(method: str) -> list[logging.LogRecord]:
@@ -61,7 +61,7 @@ def test_the_log_has_the_id_of_the_request(inference, logged, given):
 
 
 @pytest.mark.parametrize("given", ["x" * 129, "x" * 100_000, "a\nb", "é", ""])
-def test_what_is_no_id_is_not_logged(shared_llm, logged, given):
+def test_invalid_ids_are_not_logged(shared_llm, logged, given):
     config = ServerConfig(port=0, grpc_port=0, api_keys=("key",))
     with running(shared_llm, config) as server, grpc.insecure_channel(server.target) as channel:
         control = stubs.ControlStub(channel)
@@ -92,13 +92,13 @@ def test_a_client_that_leaves_between_two_messages_is_logged(shared_llm, adapter
         yield "another"
 
     async def main():
-        edge = Edge(make_service(shared_llm, adapter_dir))
+        interceptor = RpcInterceptor(make_service(shared_llm, adapter_dir))
         details = SimpleNamespace(method="/chameleon.v1.Inference/GenerateStream")
 
         async def continuation(details):
             return grpc.unary_stream_rpc_method_handler(answers)
 
-        handler = await edge.intercept_service(continuation, details)
+        handler = await interceptor.intercept_service(continuation, details)
         stream = handler.unary_stream(asked(), SimpleNamespace(invocation_metadata=tuple))
         assert await anext(stream) == "a message"
         await stream.aclose()

@@ -1,0 +1,190 @@
+"""Answers to completion requests: choices that grow with the engine's output, sent whole or as server-sent events."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from chameleon_jax.errors import ServingError
+from chameleon_jax.serving.http.access import service_of
+from chameleon_jax.serving.http.errors import api_error, translate_errors
+from chameleon_jax.serving.http.requests import Sampling
+from chameleon_jax.serving.http.streams import merge, run_while_connected
+from chameleon_jax.serving.request_stream import RequestStream
+from chameleon_jax.serving.service.deltas import join_deltas
+from chameleon_jax.serving.updates import Delta
+
+JsonObject = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Names that OpenAI's API gives to one kind of answer: the prefix of its id, the whole, and an event of its stream."""
+
+    id_prefix: str
+    whole: str
+    event: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Fields that every JSON object of one answer begins with. Made when the request arrives.
+
+    Attributes:
+        id: Request id for the engine. Unique, although a client may send its own id with several requests at once.
+        created: Unix time of arrival, seconds.
+    """
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def of(cls, request: Request, model: str | None, kind: Kind) -> Head:
+        own_id = f"{kind.id_prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
+        return cls(kind, own_id, int(time.time()), model or service_of(request).model_name)
+
+    def whole(self, choices: Sequence[JsonObject], **rest: Any) -> JsonObject:
+        return self._object(self.kind.whole, choices, rest)
+
+    def event(self, *choices: JsonObject, **rest: Any) -> JsonObject:
+        return self._object(self.kind.event, choices, rest)
+
+    def _object(self, name: str, choices: Sequence[JsonObject], rest: JsonObject) -> JsonObject:
+        head = {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {**head, "choices": list(choices), **rest}
+
+
+class Choice(ABC):
+    """One choice of an answer, as JSON objects."""
+
+    def opening(self) -> JsonObject | None:
+        """Choice of the event sent before any output. None sends no such event."""
+        return None
+
+    @abstractmethod
+    def part(self, delta: Delta) -> JsonObject | None:
+        """Choice of the event for new output. None where the client would learn nothing."""
+
+    @abstractmethod
+    def whole(self, output: Delta) -> JsonObject:
+        """Choice of an answer that is not streamed. Args: output: all output, joined."""
+
+
+class Answer:
+    """Answer to one completion request.
+
+    Args:
+        request: The HTTP request. Its access-log record gets the token counts.
+        streams: Output of the engine, one stream for each choice. Closed once the answer is sent or the client is gone.
+        prompt_tokens: Tokens of all prompts together.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        body: Sampling,
+        head: Head,
+        streams: Sequence[RequestStream],
+        choices: Sequence[Choice],
+        prompt_tokens: int,
+    ):
+        self.streams = streams
+        self._request = request
+        self._body = body
+        self._head = head
+        self._choices = choices
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+
+    async def respond(self) -> Response:
+        if self._body.stream:
+            return EventStream(self)
+        try:
+            return JSONResponse(await run_while_connected(self._request.receive, self._collect()))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    async def _collect(self) -> JsonObject:
+        deltas: list[list[Delta]] = [[] for _ in self.streams]
+        with translate_errors():
+            async for i, delta in merge(self.streams):
+                self._completion_tokens += len(delta.token_ids)
+                deltas[i].append(delta)
+        choices = [choice.whole(join_deltas(own)) for choice, own in zip(self._choices, deltas)]
+        return self._head.whole(choices, usage=self._final_usage())
+
+    # -- events of a stream ---------------------------------------------------------------------------------------------
+
+    def opening_events(self) -> list[JsonObject]:
+        return [self._head.event(opening) for choice in self._choices if (opening := choice.opening()) is not None]
+
+    def events(self, i: int, delta: Delta) -> list[JsonObject]:
+        """Events for new output of choice `i`."""
+        self._completion_tokens += len(delta.token_ids)
+        part = self._choices[i].part(delta)
+        if part is None:
+            return []
+        options = self._body.stream_options
+        wants_usage = options is not None and options.continuous_usage_stats
+        return [self._head.event(part, **({"usage": self._usage()} if wants_usage else {}))]
+
+    def closing_events(self) -> list[JsonObject]:
+        usage, options = self._final_usage(), self._body.stream_options
+        return [self._head.event(usage=usage)] if options is not None and options.include_usage else []
+
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def _final_usage(self) -> dict[str, int]:
+        counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens}
+        self._request.state.log.update(model=self._head.model, **counts)
+        return self._usage()
+
+
+class EventStream(Response):
+    """Server-sent events of an answer."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await run_while_connected(receive, self._write(send))
+        finally:
+            self._answer.close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def write(events: list[JsonObject], end: bytes = b"") -> None:
+            body = b"".join([b"data: %b\n\n" % json.dumps(event).encode() for event in events]) + end
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": not end})
+
+        done = b"data: [DONE]\n\n"
+        try:
+            await write(self._answer.opening_events())
+            async with contextlib.aclosing(merge(self._answer.streams)) as deltas:
+                async for i, delta in deltas:
+                    await write(self._answer.events(i, delta))
+            await write(self._answer.closing_events(), done)
+        except ServingError as error:  # the status 200 is sent already
+            await write([api_error(error).body], done)

@@ -1,0 +1,48 @@
+"""Engines that tests share. Building one takes seconds, restarting one for the next test milliseconds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.serving.engine import COMPILED, LLMEngine
+
+SETTINGS: dict[str, Any] = dict(
+    dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64
+)
+"""Settings of an engine that a test borrows, where the test gives no others."""
+
+SIZES = dict(max_num_seqs=32)
+"""Sizes for which shared programs are compiled, beside those of SETTINGS."""
+
+
+class Engines:
+    """Engines by model and by the settings that a restart cannot change. A borrowed engine belongs to one test at a time."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[object, ...], list[LLMEngine]] = {}
+
+    @contextlib.contextmanager
+    def borrow(self, model: str | Path, **settings: Any) -> Iterator[LLMEngine]:
+        """Lend an engine with no adapters, no requests, an empty pool and nothing learnt."""
+        wanted = SETTINGS | settings
+        fixed = {field: wanted[field] for field in (*COMPILED, "enable_lora") if field in wanted}
+        idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
+        engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | SIZES | fixed))
+        try:
+            for name in engine.list_loras():
+                engine.remove_lora(name)
+            engine.restart(**wanted)
+            yield engine
+        except BaseException:
+            engine.close()
+            raise
+        idle.append(engine)
+
+    def close(self) -> None:
+        """Close every engine that is not lent."""
+        for engine in (engine for engines in self._idle.values() for engine in engines):
+            engine.close()
