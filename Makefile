@@ -11,7 +11,7 @@ GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 .PHONY: demo serve examples docs test test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks demo
 
 serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and gRPC; ARGS="--port 9000" for more
 	$(BIN)/chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters $(ARGS)
@@ -38,7 +38,7 @@ parity: $(VENV)/installed-parity ## against live transformers and peft (installs
 	$(BIN)/python -m pytest tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
 
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
-	$(BIN)/python -m benchmarks.reproduce_paper --quick --out .cache/paper $(FIGURES)
+	$(BIN)/python -m benchmarks paper --quick --out .cache/paper $(FIGURES)
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
 	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
@@ -46,11 +46,11 @@ h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine 
 device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a tiny model, with only the packages that the GPU machine has
 	mkdir -p .cache/device-plan
 	for call in 1 2 3; do \
-	  $(GPU_MACHINE) $(BIN)/python -m benchmarks.device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
+	  $(GPU_MACHINE) $(BIN)/python -m benchmarks device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
 	done
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
-	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),10)
 
 fuzz: $(VENV)/installed-test ## 10,000 odd and wrong inputs to each protocol; EXAMPLES=500 for less
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/fuzz -s

@@ -1,0 +1,1 @@
+"""Benchmarks of chameleon-jax: `python -m benchmarks` lists them."""

@@ -1,4 +1,4 @@
-"""What a run over a workload gave, whether the engine served it or the simulator did."""
+"""Figures of one run over a workload, on the engine or in the simulator, and their recorder."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ from chameleon_jax.request import Request
 
 @dataclasses.dataclass
 class Outcome:
-    """Seconds, by the clock that started with the run. Arrays have one element a request, in order of arrival, unless they say
-    otherwise.
+    """Figures of a run over a workload.
+
+    Times are seconds of the clock that started with the run. Arrays have one element a request, in order of arrival, unless a
+    shape is given.
 
     Attributes:
-        ttft, e2e: time to first and to last token.
-        queue: from arrival to admission.
-        output: tokens.
-        size: the scheduler's weighted request size.
-        adapter_wait: part of the TTFT that its adapter's load cost, after its turn had come.
-        tbt: `[gaps]` between tokens of a request.
-        memory: `[samples, 4]`: time, pages of KV, of adapters, free.
-        waiting: `[samples]` requests waiting.
-        hit_rate: share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
-        load_wait: for which steps were held back by loads.
-        finished_s: when the last request ended.
+        ttft: Time to first token.
+        queue: Time from arrival to admission.
+        e2e: Time to the last token.
+        adapter_wait: The part of the TTFT that the load of the request's adapter cost after the request's turn had come.
+        tbt: `[gaps]` between the tokens of a request.
+        memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
+        hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
+        load_wait: Time for which steps were held back by loads.
+        squashes: Bypassing requests that were squashed.
+        finished_s: End of the last request.
     """
 
     ttft: np.ndarray
     queue: np.ndarray
     e2e: np.ndarray
     output: np.ndarray
-    size: np.ndarray
     adapter_wait: np.ndarray
     tbt: np.ndarray
     memory: np.ndarray
-    waiting: np.ndarray
     hit_rate: float
     loads: int
     bytes_loaded: int
@@ -50,10 +49,10 @@ class Outcome:
 
 
 class Recorder:
-    """Watches a loop while it serves.
+    """Recorder of a loop while it serves.
 
     Args:
-        sample_s: seconds between samples of memory and queue, at least; a step may take longer.
+        sample_s: Seconds between samples of memory, at least; a step may take longer.
     """
 
     def __init__(self, loop: ServingLoop, sample_s: float):
@@ -61,11 +60,11 @@ class Recorder:
         self._sample_s = sample_s
         self._gaps: list[float] = []
         self._latest: dict[str, float] = {}
-        self._samples: list[tuple[float, int, int, int, int]] = []
+        self._samples: list[tuple[float, int, int, int]] = []
         self._next = 0.0
 
     def stepped(self, updated: list[Request], now: float) -> None:
-        """A step has ended; `updated` is what it returned."""
+        """Record the end of a step that returned the requests `updated`."""
         latest, gaps = self._latest, self._gaps
         for request in updated:
             name = request.request_id
@@ -74,25 +73,24 @@ class Recorder:
             latest[name] = now
 
     def sample(self, now: float) -> None:
+        """Record the memory, unless the sample before is too recent."""
         if now >= self._next:
             usage = self._loop.pool.usage()
-            self._samples.append((now, usage.kv, usage.adapters, usage.free, self._loop.scheduler.num_waiting))
+            self._samples.append((now, usage.kv, usage.adapters, usage.free))
             self._next = now + self._sample_s
 
     def measured(self, requests: list[Request], workload: Workload, finished_s: float) -> dict[str, Any]:
-        """Fields of `Outcome`, of requests in order of arrival."""
-        loop, counters, samples = self._loop, self._loop.cache.counters, np.array(self._samples)
+        """Fields of `Outcome`; `requests` are in order of arrival."""
+        loop, counters = self._loop, self._loop.cache.counters
         metrics = [request.metrics for request in requests]
         return {
             "ttft": np.array([m.first_token_time for m in metrics], np.float64) - workload.arrival_s,
             "queue": np.array([m.first_scheduled_time for m in metrics], np.float64) - workload.arrival_s,
             "e2e": np.array([m.finished_time for m in metrics], np.float64) - workload.arrival_s,
             "output": np.array([len(r.output_token_ids) for r in requests]),
-            "size": np.array([r.size for r in requests]),
             "adapter_wait": np.array([m.adapter_wait for m in metrics]),
             "tbt": np.array(self._gaps),
-            "memory": samples[:, :4],
-            "waiting": samples[:, 4],
+            "memory": np.array(self._samples),
             "hit_rate": counters.hits / max(counters.hits + counters.misses, 1),
             "loads": counters.loads,
             "bytes_loaded": counters.bytes_loaded,

@@ -1,8 +1,6 @@
-"""A stream of requests as Chameleon's evaluation draws them: when each arrives, how long it is, which adapter it names.
+"""A stream of requests as Chameleon's evaluation draws them: arrival times, lengths and adapters.
 
-    python -m benchmarks.workload --rps 9 --duration 600 --locality 0.84
-
-Lengths are those of a trace, or of a small model fitted to the Azure LLM inference trace 2023, conversation (Microsoft,
+Lengths come from a trace, or from a small model fitted to the Azure LLM inference trace 2023, conversation (Microsoft,
 AzurePublicDataset, CC-BY 4.0). Popularity follows the paper (section 5): ranks of equal shares, a power law within each.
 Independent draws have less temporal locality than real adapters do; `WorkloadSpec.locality` adds it.
 
@@ -18,7 +16,7 @@ import dataclasses
 import gzip
 from pathlib import Path
 from statistics import NormalDist
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import typer
@@ -53,31 +51,49 @@ REAL_HIT_RATES_SHUFFLED = {8: 0.10, 32: 0.29, 128: 0.61}
 _cdf, _inverse_cdf = np.vectorize(NormalDist().cdf, otypes=[float]), np.vectorize(NormalDist().inv_cdf, otypes=[float])
 
 
+Rps: TypeAlias = Annotated[float, typer.Option(help="Mean requests a second.")]
+Duration: TypeAlias = Annotated[float, typer.Option("--duration", help="Seconds in which requests arrive.")]
+LengthFactor: TypeAlias = Annotated[float, typer.Option(help="Scale of Azure's input and output tokens.")]
+MaxInput: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to which inputs are cut.")]
+MaxOutput: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to which outputs are cut.")]
+Ranks: TypeAlias = Annotated[str, typer.Option(help="Comma-separated ranks; adapters take them in turn.")]
+AdapterExponent: TypeAlias = Annotated[float, typer.Option(help="Power law of popularity within a rank; 0 for equal shares.")]
+Locality: TypeAlias = Annotated[float, typer.Option(help="Probability of repeating a recent adapter.")]
+Arrivals: TypeAlias = Annotated[str, typer.Option(help=f"Gaps between arrivals: {', '.join(ARRIVALS)}.")]
+Shape: TypeAlias = Annotated[str, typer.Option(help=f"Rate over time: {', '.join(SHAPES)}.")]
+PeakFactor: TypeAlias = Annotated[float, typer.Option(help="Highest rate over lowest.")]
+SpikeShare: TypeAlias = Annotated[float, typer.Option(help="Busy share of the time.")]
+Trace: TypeAlias = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="CSV or CSV.gz with Azure's columns, for the lengths.")
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkloadSpec:
-    """What to draw.
+    """Parameters of a workload.
 
     Attributes:
-        rps: mean requests a second over the whole duration, whatever the shape.
-        duration_s: seconds; every arrival is below it.
-        length_factor: scales input and output tokens, to 1 at least; the paper scales Azure's by a factor it does not give.
-        max_input: tokens to which longer inputs are cut after scaling; None: not cut.
-        max_output: the same for outputs.
-        ranks: distinct; adapter i has rank ranks[i % len(ranks)], so each rank has an equal share of the adapters.
-        rank_exponent: popularity of the k-th smallest rank, k = 1, 2, ..., is k ** -rank_exponent; 0: all alike.
-        adapter_exponent: popularity of the k-th adapter of a rank is k ** -adapter_exponent; 0: all alike.
-        locality: probability that a request names the adapter of a recent one (see LAG_EXPONENT) instead of an independent
-            draw. Expected popularity does not change with it; that of one run scatters more. With 874 adapters of one rank,
-            adapter_exponent 0.9 and 36,000 requests, an LRU that starts empty with 8, 32, 128 slots hits 83, 88, 92 % at
-            0.84, as in the real trace, and shuffled 12, 31, 60 % (real: 10, 29, 61 %); at 0 it hits 12, 30, 54 %.
-        arrivals: gaps that are exponential ("poisson"), gamma-distributed ("gamma"), or the trace's, rescaled so that the
+        rps: Mean requests a second over the whole duration, whatever the shape.
+        duration_s: Length in seconds; every arrival is below it.
+        length_factor: Scale of input and output tokens, which stay at 1 at least. The paper scales Azure's by a factor that it
+            does not give.
+        max_input: Tokens to which longer inputs are cut after scaling. None cuts nothing.
+        max_output: Tokens to which longer outputs are cut after scaling. None cuts nothing.
+        ranks: Distinct ranks. Adapter i has rank ranks[i % len(ranks)], so each rank has an equal share of the adapters.
+        rank_exponent: Popularity of the k-th smallest rank, k = 1, 2, ..., is k ** -rank_exponent.
+        adapter_exponent: Popularity of the k-th adapter of a rank is k ** -adapter_exponent.
+        locality: Probability that a request names the adapter of a recent one (see LAG_EXPONENT) instead of an independent
+            draw. Expected popularity does not change with it; the popularity in one run scatters more. With 874 adapters of
+            one rank, adapter_exponent 0.9 and 36,000 requests, an LRU that starts empty with 8, 32, 128 slots hits 83, 88,
+            92 % at 0.84, as in the real trace, and shuffled 12, 31, 60 % (real: 10, 29, 61 %). At 0 it hits 12, 30, 54 %.
+        arrivals: Gaps that are exponential ("poisson"), gamma-distributed ("gamma"), or the trace's, rescaled so that the
             trace's mean rate becomes rps ("trace").
-        cv: standard deviation of gamma gaps over their mean.
-        shape: of the rate over time, made by warping time: "flat", "diurnal" (a sinusoid, lowest at the ends of a period)
-            or "spike" (the middle spike_share of each period is busy).
-        peak_factor: highest rate over lowest, for diurnal and spike.
-        spike_share: share of time that is busy.
-        period_s: seconds of one cycle; None: the duration.
+        cv: Standard deviation of gamma gaps over their mean.
+        shape: Rate over time, made by warping time: "flat", "diurnal" (a sinusoid, lowest at the ends of a period) or "spike"
+            (the middle spike_share of each period is busy).
+        peak_factor: Highest rate over lowest, for diurnal and spike.
+        spike_share: Busy share of the time.
+        period_s: Seconds of one cycle. None takes the duration.
         trace: CSV or CSV.gz with the columns of one of TRACE_COLUMNS, the second being Azure's own. It gives lengths, in order
             from a random request on, and starts again at its end.
     """
@@ -127,14 +143,14 @@ class WorkloadSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """n requests in order of arrival.
+    """Arrays of n requests in order of arrival.
 
     Attributes:
-        arrival_s: [n] float64, ascending, seconds from the start.
-        input_tokens: [n] int64, 1 or more.
-        output_tokens: [n] int64, 1 or more.
-        adapter: [n] int64, index into `ranks`.
-        ranks: [num_adapters] int64, rank of each adapter.
+        arrival_s: `[n]` float64, ascending seconds from the start.
+        input_tokens: `[n]` int64, 1 or more.
+        output_tokens: `[n]` int64, 1 or more.
+        adapter: `[n]` int64, index into `ranks`.
+        ranks: `[num_adapters]` int64, rank of each adapter.
     """
 
     arrival_s: np.ndarray
@@ -148,7 +164,7 @@ class Workload:
 
 
 def generate(spec: WorkloadSpec) -> Workload:
-    """Draws a workload; the same spec gives the same one."""
+    """SamplingRow a workload; the same spec gives the same one."""
     start_rng, gap_rng, length_rng, adapter_rng = np.random.default_rng(spec.seed).spawn(4)
     trace = None
     if spec.trace is not None:
@@ -164,7 +180,14 @@ def generate(spec: WorkloadSpec) -> Workload:
 
 
 def read_trace(path: Path) -> np.ndarray:
-    """[requests, 3] float64, by time: gap to the request before, in mean gaps (the first is 1), input and output tokens."""
+    """Read gaps and lengths of a trace, in the order of time.
+
+    Returns:
+        `[requests, 3]` float64: the gap to the request before, in mean gaps (the first is 1), input tokens, output tokens.
+
+    Raises:
+        ValueError: The file has other columns, gaps in its rows, or no two different times.
+    """
     with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
         reader = csv.DictReader(file)
         columns = next((c for c in TRACE_COLUMNS if set(c) <= set(reader.fieldnames or ())), None)
@@ -185,7 +208,7 @@ def read_trace(path: Path) -> np.ndarray:
 
 
 def _unit_arrivals(spec: WorkloadSpec, trace: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Arrival times of a process with one arrival a unit of time, below rps * duration_s; [n] ascending."""
+    """Arrival times of a process with one arrival a unit of time, `[n]` ascending, below rps * duration_s."""
     end = spec.rps * spec.duration_s
     count = int(end + 6 * spec.cv * end**0.5) + 16  # almost always enough
     arrivals = np.zeros(1)
@@ -199,7 +222,7 @@ def _unit_arrivals(spec: WorkloadSpec, trace: np.ndarray | None, rng: np.random.
 
 
 def _warp(spec: WorkloadSpec, unit: np.ndarray) -> np.ndarray:
-    """Seconds at which the cumulative rate reaches `unit`: piecewise linear, exact for flat and spike."""
+    """Seconds at which the cumulative rate reaches `unit`, piecewise linear and exact for flat and spike."""
     period = spec.period_s or spec.duration_s
     if spec.shape == "diurnal":
         phase = np.linspace(0, 1, 257)
@@ -218,7 +241,7 @@ def _warp(spec: WorkloadSpec, unit: np.ndarray) -> np.ndarray:
 
 
 def _azure_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, 2] float64: input and output tokens of the fitted model."""
+    """Input and output tokens of the fitted model, `[count, 2]` float64."""
     uniform = np.clip(rng.random((count, 2)), 1e-12, 1 - 1e-12)
     folded = np.where(uniform[:, 0] < PEAK, uniform[:, 0] / PEAK, (1 - uniform[:, 0]) / (1 - PEAK))
     own = (1 - FOLDED_CORRELATION**2) ** 0.5
@@ -227,7 +250,7 @@ def _azure_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _adapters(spec: WorkloadSpec, ranks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count] int64: an independent draw each, or what the request `lag` places before has."""
+    """Adapter of each request, `[count]` int64: an independent draw, or the adapter of the request `lag` places before."""
     uniform = rng.random((count, 3))
     cumulative = np.cumsum(popularity(spec, ranks))
     drawn = np.searchsorted(cumulative, uniform[:, 0] * cumulative[-1], side="right")
@@ -241,7 +264,7 @@ def _adapters(spec: WorkloadSpec, ranks: np.ndarray, count: int, rng: np.random.
 
 
 def popularity(spec: WorkloadSpec, ranks: np.ndarray) -> np.ndarray:
-    """[num_adapters] float64: share of the requests of each adapter; 1 in all."""
+    """Compute the expected share of each adapter's requests, `[num_adapters]` float64; the sum is 1."""
     share = np.empty(len(ranks))
     for place, rank in enumerate(np.unique(ranks)):
         own = np.arange(1, np.sum(ranks == rank) + 1) ** -float(spec.adapter_exponent)
@@ -280,38 +303,39 @@ def _report(workload: Workload) -> Table:
     return table
 
 
-def main(
-    rps: Annotated[float, typer.Option(help="Mean requests a second.")],
-    duration_s: Annotated[float, typer.Option("--duration", help="Seconds.")],
-    seed: int = 0,
-    length_factor: Annotated[float, typer.Option(help="Scales input and output tokens.")] = 1.0,
-    max_input: Annotated[int | None, typer.Option(help="Tokens to which inputs are cut.")] = None,
-    max_output: Annotated[int | None, typer.Option(help="Tokens to which outputs are cut.")] = None,
-    num_adapters: int = 100,
-    ranks: Annotated[str, typer.Option(help="Comma-separated; adapters have them in turn.")] = "8,16,32,64,128",
-    rank_exponent: Annotated[float, typer.Option(help="Power law over ranks; 0: all alike.")] = 0.0,
-    adapter_exponent: Annotated[float, typer.Option(help="Power law within a rank; 0: all alike.")] = 1.0,
-    locality: Annotated[float, typer.Option(help="Probability of repeating a recent adapter.")] = 0.0,
-    arrivals: Annotated[str, typer.Option(help=", ".join(ARRIVALS))] = "poisson",
-    cv: Annotated[float, typer.Option(help="Coefficient of variation of gamma gaps.")] = 1.0,
-    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "flat",
-    peak_factor: Annotated[float, typer.Option(help="Highest rate over lowest.")] = 3.0,
-    spike_share: Annotated[float, typer.Option(help="Share of time that is busy.")] = 0.1,
-    period_s: Annotated[float | None, typer.Option("--period", help="Seconds of one cycle; default: the duration.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="CSV or CSV.gz with Azure's columns.")] = None,
-) -> None:
-    """Print the statistics of a workload beside Azure's.
+def rank_list(text: str) -> tuple[int, ...]:
+    """Ranks of a comma-separated list."""
+    return tuple(int(rank) for rank in text.split(","))
 
-    Example: python -m benchmarks.workload --rps 9 --duration 600 --locality 0.84
+
+def main(
+    rps: Rps,
+    duration_s: Duration,
+    seed: int = 0,
+    length_factor: LengthFactor = 1.0,
+    max_input: MaxInput = None,
+    max_output: MaxOutput = None,
+    num_adapters: int = 100,
+    ranks: Ranks = "8,16,32,64,128",
+    rank_exponent: Annotated[float, typer.Option(help="Power law of popularity over ranks; 0 for equal shares.")] = 0.0,
+    adapter_exponent: AdapterExponent = 1.0,
+    locality: Locality = 0.0,
+    arrivals: Arrivals = "poisson",
+    cv: Annotated[float, typer.Option(help="Coefficient of variation of gamma gaps.")] = 1.0,
+    shape: Shape = "flat",
+    peak_factor: PeakFactor = 3.0,
+    spike_share: SpikeShare = 0.1,
+    period_s: Annotated[float | None, typer.Option("--period", help="Seconds of one cycle; default: the duration.")] = None,
+    trace: Trace = None,
+) -> None:
+    """Print the statistics of a workload beside the statistics of Azure's trace.
+
+    Example: python -m benchmarks workload --rps 9 --duration 600 --locality 0.84
     """
     fields: dict[str, Any] = dict(locals())  # the options are the fields of the spec
     try:
-        workload = generate(WorkloadSpec(**fields | {"ranks": tuple(int(rank) for rank in ranks.split(","))}))
+        workload = generate(WorkloadSpec(**fields | {"ranks": rank_list(ranks)}))
         require(len(workload) > 1, "number of requests", len(workload), "2 or more: raise --rps or --duration")
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     Console().print(_report(workload))
-
-
-if __name__ == "__main__":
-    typer.run(main)

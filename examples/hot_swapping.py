@@ -36,9 +36,8 @@ async def wave(llm: AsyncLLM, names: list[str]) -> None:
     stats = await llm.stats(max_age=0)
     resident = [adapter.names[0] for adapter in stats.adapters if adapter.tier == "resident"]
     print(f"{len(resident):2d} of {len(stats.adapters)} resident: {' '.join(resident)}")
-    print(
-        f"   loads {stats.cache.loads}, evictions {stats.cache.evictions}; pages: adapters {stats.pool.adapters}, free {stats.pool.free}"
-    )
+    cache, pool = stats.cache, stats.pool
+    print(f"   loads {cache.loads}, evictions {cache.evictions}; pages: adapters {pool.adapters}, free {pool.free}")
 
 
 async def serve(folder: Path) -> None:

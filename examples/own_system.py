@@ -4,7 +4,7 @@ Run: python examples/own_system.py
 
 Prints the mean time to first token of short and of long requests, under a built-in system and under one that starts the
 shortest predicted output first. The model is tiny and has random weights: the gap between short and long requests means
-something, the milliseconds do not. `python -m benchmarks.simulate` compares systems on a modelled device.
+something, the milliseconds do not. `python -m benchmarks simulate` compares systems on a modelled device.
 """
 
 import dataclasses

@@ -71,7 +71,7 @@ def test_serve_curve(tmp_path):
     sizes = "--num-adapters 2 --ranks 8 --max-num-seqs 1 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
     traffic = "--system fifo --rps 4 --duration 1 --length-factor 0.05 --max-input 16 --max-output 4"
     out = tmp_path / "curve.json"
-    run_python("-m", "benchmarks.serve_curve", "tiny", *sizes.split(), *traffic.split(), "--out", out)
+    run_python("-m", "benchmarks", "serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", out)
     [row] = json.loads(out.read_text())["table"]
     assert row["requests"] > 0
 
@@ -83,4 +83,9 @@ def test_tests_of_the_model():
 
 
 def test_benchmarks_are_imported():
-    run_python("-c", "import benchmarks.serve, benchmarks.device.__main__, benchmarks.compile_h100, benchmarks.ops")
+    modules = ("device.command", "kernels.compile_h100", "kernels.ops", "serving.serve")
+    run_python("-c", "import " + ", ".join(f"benchmarks.{module}" for module in modules))
+
+
+def test_benchmarks_are_listed():
+    assert "serve-curve" in run_python("-m", "benchmarks")

@@ -1,10 +1,10 @@
-"""Correctness and speed on one GPU: `python -m benchmarks.device --plan` prints the three calls of a half hour.
+"""Correctness and speed on one GPU: `python -m benchmarks device --plan` prints the three calls of a half hour.
 
 `--call N --out DIR` runs one of them. DIR gets call-N.json and call-N.md, both rewritten after every row, so that a run that is
 cut off keeps its rows, and call-N-programs-K.zip, the compiled programs, which `--cache DIR` takes along to a later call. An
 existing report is replaced when its call begins again. Without --call the sections of `--sections a,b`, or all of them, go to
-device.json and device.md. `--small` runs it with a tiny model, as a machine without a GPU does anyway. Nothing of it was run on
-a GPU yet.
+device.json and device.md. `--small` runs a tiny model, as a machine without a GPU does anyway. Nothing of it was run on a GPU
+yet.
 
 | section | content |
 |---|---|
@@ -20,12 +20,12 @@ a GPU yet.
 | serve_curve | time to first token at two loads, two systems |
 | variants | compiler options and constants of the kernels, each beside its prediction |
 | startup | programs, seconds to compile them cold and from the cache, memory |
-| autotuning | how XLA chooses kernels: not at all, and exhaustively |
+| autotuning | two ways in which XLA chooses kernels: without measuring, and exhaustively |
 
 A section is a list of cases (`report.Case`), each with a limit in seconds. The command itself never touches the device: it
-starts a process for each group of sections, and another when one dies or hangs, which goes on with the next case. A kernel that
+starts a process for each group of sections, and another if one dies or hangs, which goes on with the next case. A kernel that
 poisons the device's state costs its own case and no other, and memory is free again between groups.
 """
 
 MEMORY_SHARE = 0.92
-"""Share of the device's memory that JAX takes: the driver and the libraries need the rest."""
+"""Share of the device's memory that JAX takes; the driver and the libraries need the rest."""

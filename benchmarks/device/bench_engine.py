@@ -1,18 +1,17 @@
-"""An engine to measure: random weights, a pool full of random numbers, programs compiled as they are needed."""
+"""Engine to measure, with random weights, a pool full of random numbers, and programs that are compiled on demand."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.device.compilation import threads
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.runtime.model_runner import ModelRunner
@@ -21,8 +20,8 @@ from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk,
 from chameleon_jax.models.runtime.steps import StepBuckets
 
 SCALE_OF_ROWS = 0.02
-"""Standard deviation of what the pool holds, as KV and as LoRA rows: adapters then change what a layer gives by as much as it
-is."""
+"""Standard deviation of the numbers in the pool, KV and LoRA rows; adapters then change a layer's output by as much as the
+output itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +29,8 @@ class Batch:
     """A step that can be run again and again.
 
     Attributes:
-        floor_bytes: what it must read: the weights but for the embedding, each row's KV, each adapter's rows.
-        note: what is not as asked for; empty where all is.
+        floor_bytes: Bytes that the step must read: the weights but for the embedding, each row's KV, each adapter's rows.
+        note: Difference to the batch that was asked for, empty if there is none.
     """
 
     chunks: list[SequenceChunk]
@@ -41,23 +40,23 @@ class Batch:
 
 
 class BenchEngine(ModelRunner):
-    """A `ModelRunner` whose programs are compiled as they are used, and whose pool and steps can be reached."""
+    """`ModelRunner` with programs that are compiled when they are used, and with access to its pool and steps."""
 
     def prepare(self, batches: Iterable[Batch]) -> tuple[int, float]:
-        """Compiles the forward programs of some steps, on some threads; returns how many and the seconds."""
+        """Compile the forward programs of some steps side by side, and return their number and the seconds."""
         begin = time.perf_counter()
         keys = dict.fromkeys(pack_step(batch.chunks, batch.sampling_rows, self.buckets).program for batch in batches)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-            list(threads.map(self.programs.forward.__getitem__, keys))
+        with threads() as pool:
+            list(pool.map(self.programs.forward.__getitem__, keys))
         return len(keys), time.perf_counter() - begin
 
     def compile(self, batch: Batch, buckets: StepBuckets | None = None, programs: Programs | None = None) -> None:
-        """Compiles a step's forward program, among other `programs` if any. Thread-safe where programs differ."""
+        """Compile a step's forward program, among other `programs` if any. Thread-safe for different programs."""
         program = pack_step(batch.chunks, batch.sampling_rows, buckets or self.buckets).program
         (programs or self.programs).forward[program]
 
     def fill(self, seed: int = 0) -> None:
-        """Random numbers in all pages; pages that are far from one another are copies."""
+        """Fill all pages with random numbers; pages that are far from one another are copies."""
         shape, dtype = self._pages[0].shape, self.dtype
         few = min(shape[0], 61)
 
@@ -67,14 +66,14 @@ class BenchEngine(ModelRunner):
             return some[jnp.arange(shape[0]) % few]
 
         for i, key in enumerate(jax.random.split(jax.random.key(seed), len(self._pages))):
-            self._pages[i].delete()  # there is not room for two
+            self._pages[i].delete()  # there is no room for two
             self._pages[i] = draw(key)
         vocab = self.layout.config.vocab_size
         self._slot_tokens = jax.random.randint(jax.random.key(seed), self._slot_tokens.shape, 0, vocab, jnp.int32)
         self.block_until_ready()
 
     def packed(self, batch: Batch) -> Callable[[], jax.Array]:
-        """Dispatches the step with arguments that are on the device already: what remains is the device's time."""
+        """Return a dispatch of the step with arguments already on the device, which takes the device's time alone."""
         packed, program, _, mode = pack_step(batch.chunks, batch.sampling_rows, self.buckets)
         if mode is None:
             raise ValueError("a step to measure draws tokens")
@@ -89,13 +88,13 @@ class BenchEngine(ModelRunner):
         return step
 
     def through(self, program: Callable[..., list[jax.Array]], *arguments: Any) -> jax.Array:
-        """Runs a program that takes the pool, donated, and returns it."""
+        """Run a program that takes the pool, donated, and returns it."""
         self._pages = program(self._pages, *arguments)
         return self._pages[-1]
 
     @property
     def pool(self) -> list[jax.Array]:
-        """A layer each. Whoever runs a step afterwards must ask again."""
+        """Pool, one array a layer; ask again after a step, which replaces it."""
         return self._pages
 
     @property
@@ -104,12 +103,12 @@ class BenchEngine(ModelRunner):
 
     @property
     def ready(self) -> bool:
-        """Whether the pool is there: a step that failed took it along."""
+        """Whether the pool is there; a step that failed has taken it along."""
         return not any(layer.is_deleted() for layer in self._pages)
 
 
 def random_weights(config: LlamaConfig, dtype: jnp.dtype, seed: int = 0) -> Llama:
-    """As `llama.random_model`, with a small program for each shape instead of a large one for all."""
+    """Random model as `llama.random_model` makes it, with a small program for each shape instead of a large one for all."""
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0))))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))

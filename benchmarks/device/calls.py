@@ -1,4 +1,4 @@
-"""The three calls of one half hour on a GPU: which sections each runs, in which order, and how long they may take.
+"""The three calls of a half hour on a GPU: their sections in order, and limits in seconds.
 
 The most valuable sections run first. Seconds are predictions for an H100 with nothing compiled before; none was measured.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 CALL_SECONDS = 560.0
-"""A call ends by itself within this."""
+"""Limit of a call, within which it ends by itself."""
 PACK_SECONDS = 20.0
-"""The last of them, in which processes are killed and compiled programs are packed."""
+"""Last seconds of a call, in which processes are killed and compiled programs are packed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,7 @@ class Group:
     """Sections that share a process, and with it an engine.
 
     Attributes:
-        expected_s: predicted seconds.
-        limit_s: seconds after which the group is cut off; seconds that groups before it left over are added.
+        limit_s: Seconds after which the group is cut off; seconds that groups before it left over are added.
     """
 
     sections: tuple[str, ...]
@@ -49,7 +48,7 @@ SECTIONS = tuple(section for group in GROUPS for section in group.sections)
 
 
 def deadlines(groups: tuple[Group, ...], begin: float) -> list[float]:
-    """When each group of a call must have ended, for a call that begins at `begin` (seconds)."""
+    """Deadline of each group of a call that begins at `begin`, seconds."""
     ends = []
     for group in groups:
         begin += group.limit_s
@@ -58,7 +57,7 @@ def deadlines(groups: tuple[Group, ...], begin: float) -> list[float]:
 
 
 def plan() -> str:
-    """The calls as text: commands, sections in order, seconds."""
+    """Text of the calls: commands, sections in order, seconds."""
     lines = [
         f"Three calls of at most {CALL_SECONDS:.0f} s each. Seconds are predictions for an H100 with nothing compiled before; "
         "none was measured."
@@ -75,20 +74,20 @@ def plan() -> str:
 
 def command(number: int) -> str:
     cache = " --cache results" if number in WITH_PROGRAMS else ""
-    return f"python -m benchmarks.device --call {number} --out results{cache}"
+    return f"python -m benchmarks device --call {number} --out results{cache}"
 
 
 WITH_PROGRAMS = (2,)
-"""Calls that an earlier one's programs make faster. In the third all but a few are new."""
+"""Calls that an earlier call's programs make faster. In the third call nearly all programs are new."""
 NOTES = (
     "--out: the only folder with results: call-N.json, call-N.md and call-N-programs-1.zip to -4.zip (12 MiB each at most).",
-    "  Where a machine gives back one folder only, name that one.",
-    "--cache: takes along one earlier call's programs, up to 48 MiB, and compares with its report. Where a machine gets its",
+    "  If a machine gives back one folder only, name that one.",
+    "--cache: takes along one earlier call's programs, up to 48 MiB, and compares with its report. If a machine gets its",
     "  files by copying, copy that call's zip and json files into a folder of the checkout that git ignores, and name it.",
     "  A machine that ran the call before may have the programs in .cache/device-programs already. Call 3 needs none.",
     f"Time: three calls of {CALL_SECONDS:.0f} s are {3 * CALL_SECONDS:.0f} s, and the machine's start comes on top.",
-    "  Give the last call what is left with --budget SECONDS: its first group is the most valuable one, and fits 210 s.",
+    "  Give the last call the remaining time with --budget SECONDS: its first group is the most valuable, and fits 210 s.",
     "Remainder: run a call that was cut off again by the same command with --cache, or in part:",
-    "  python -m benchmarks.device --sections a,b --budget SECONDS --out DIR --cache DIR",
-    "Exit code: 0 where all was measured and no check failed.",
+    "  python -m benchmarks device --sections a,b --budget SECONDS --out DIR --cache DIR",
+    "Exit code: 0 if all was measured and no check failed.",
 )

@@ -1,4 +1,4 @@
-"""Programs of a section, compiled side by side; a case waits for each, so that one that hangs costs its own case."""
+"""Programs of a section, compiled side by side; a case waits for each, so that a program that hangs costs its own case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.device.report import Case, Report, Row
 
 FIRST_SECONDS = 75.0
-"""Seconds for which the first case waits: all programs are compiled at the same time."""
+"""Seconds for which the first case waits, as all programs are compiled at the same time."""
 LIMIT_SECONDS = 50.0
 """Seconds for which each of the others waits."""
 
@@ -21,9 +21,9 @@ class Compilation:
     """Cases that compile before others measure.
 
     Args:
-        section: section to which the cases belong.
-        jobs: name -> compiles a program; called on some thread.
-        prepare: called once before all of them, on the thread that runs the cases.
+        section: Section to which the cases belong.
+        jobs: Functions that compile a program, by name; each is called on some thread.
+        prepare: Called once before all jobs, on the thread that runs the cases.
     """
 
     def __init__(self, report: Report, section: str, jobs: Mapping[str, Callable[[], Any]], prepare: Callable[[], Any]):
@@ -31,18 +31,21 @@ class Compilation:
         self._running: dict[str, Future[float]] = {}
 
     def begin(self, name: str, priority: int = 0) -> Case:
-        """Begins to compile and does not wait. Without it, or in a process after the one that did it, the first wait begins."""
+        """Case that begins to compile and does not wait.
+
+        Without it, or in a process that follows on another, the first wait begins.
+        """
         return Case(name, self._begin, 90.0, priority)
 
     def cases(self, priority: int = 0) -> list[Case]:
-        """Waits for each program."""
+        """Cases that wait, one for each program."""
         limits = [FIRST_SECONDS, *[LIMIT_SECONDS] * len(self._jobs)]
         return [
             Case(_case(name), functools.partial(self._wait, name), limit, priority) for name, limit in zip(self._jobs, limits)
         ]
 
     def failed(self, name: str) -> bool:
-        """Whether the program is known not to compile. Nothing then asks for it again."""
+        """Return whether the program is known not to compile; it is then asked for no more."""
         return self._report.failed(self._section, _case(name))
 
     def _begin(self) -> list[Row]:
@@ -57,17 +60,22 @@ class Compilation:
     def _start(self) -> None:
         self._prepare()
         missing = [name for name in self._jobs if not self._report.has(self._section, _case(name))]
-        threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        self._running = {name: threads.submit(_timed, self._jobs[name]) for name in missing}
-        threads.shutdown(wait=False)
+        pool = threads()
+        self._running = {name: pool.submit(_timed, self._jobs[name]) for name in missing}
+        pool.shutdown(wait=False)
 
 
 def _case(name: str) -> str:
     return f"compile, {name}"
 
 
+def threads() -> ThreadPoolExecutor:
+    """Threads to compile on."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
 def _timed(job: Callable[[], Any]) -> float:
-    """Seconds."""
+    """Run a job, and return its seconds."""
     begin = time.perf_counter()
     job()
     return time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Facts of the GPU, asked of its driver: JAX would take the device."""
+"""Facts of the GPU, asked of its driver because JAX would take the device."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ SLACK_BYTES = 512 << 20
 
 
 def is_there() -> bool:
-    if gpu_name() is not None:
-        return True
-    return jax_has_it()
+    return gpu_name() is not None or jax_has_it()
 
 
 def jax_has_it() -> bool:
-    """Whether JAX computes on a GPU, asked in a process of its own."""
+    """Return whether JAX computes on a GPU, asked in a process of its own."""
     probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         return "gpu" in subprocess.run(probe, capture_output=True, text=True, timeout=SECONDS).stdout
@@ -38,7 +36,7 @@ def jax_has_it() -> bool:
 
 
 def free_bytes() -> int | None:
-    """Free memory of the first GPU; None: the driver does not say."""
+    """Free memory of the first GPU in bytes; None if the driver does not say."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
@@ -49,7 +47,7 @@ def free_bytes() -> int | None:
 
 
 def wait_until_free(num_bytes: int | None) -> None:
-    """Waits until about `num_bytes` are free, but not for long; None: not at all."""
+    """Wait until about `num_bytes` are free, but not for long; None does not wait."""
     end = time.monotonic() + FREED_SECONDS
     while num_bytes is not None and time.monotonic() < end:
         free = free_bytes()
@@ -59,7 +57,7 @@ def wait_until_free(num_bytes: int | None) -> None:
 
 
 def needed_bytes(scale: Scale) -> dict[str, int]:
-    """Weights, scratch, and the least pool: one that holds the largest decode step at the shortest context."""
+    """Bytes of weights, scratch, and the least pool, which holds the largest decode step at the shortest context."""
     itemsize = jnp.dtype(scale.dtype).itemsize
     layout = PageLayout.for_model(scale.config)
     pages = 1 + max(scale.rows) * layout.pages_for_tokens(min(scale.contexts))
@@ -71,7 +69,7 @@ def needed_bytes(scale: Scale) -> dict[str, int]:
 
 
 def lack_of_memory(scale: Scale) -> str:
-    """Why the scale does not fit the GPU; empty: it does, or the driver does not say."""
+    """Reason why the scale does not fit the GPU, empty if it does or the driver does not say."""
     free, needed = free_bytes(), needed_bytes(scale)
     whole = sum(needed.values()) / MEMORY_SHARE
     if free is None or free >= whole:

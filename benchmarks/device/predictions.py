@@ -36,7 +36,7 @@ DECODE_MS: dict[str, Mixes] = {
 """Steps of CONTEXT tokens a row, by rows and adapters."""
 PREFILL_MS = {"base": 48.0, "mixed ranks, all seven": 53.8}
 """One prompt of PREFILL_TOKENS, on both devices. With adapters on all seven targets: 48 ms times 1.10 to 1.14
-(docs/experiments.md), of which 1.12 is the middle. Both predate tiles that are ordered, the longest first."""
+(docs/experiments.md), with 1.12 in the middle. Both predate tiles that are ordered, the longest first."""
 LOADED_GB_PER_S = {32: 33.0}
 """Adapters loaded beside decode steps with mixed ranks on q k v o, by the step's rows, on both devices where the link is not
 slower: 1 GiB in three steps of the H100's predicted length."""
@@ -55,13 +55,13 @@ def loaded_gb_per_s(device: str, rows: int) -> float | None:
 
 
 def beside(predicted_ms: float | None, ms: float) -> dict[str, Any]:
-    """Columns of a row: the predicted time, and the measured one in percent of it (above 100: it took longer)."""
+    """Columns of a row: the predicted time, and the measured time in percent of it, above 100 if it took longer."""
     share = "" if predicted_ms is None else round(100 * ms / predicted_ms, 1)
     return {"predicted ms": "" if predicted_ms is None else predicted_ms, "% of predicted": share}
 
 
 def summary(sections: dict[str, Any]) -> list[str]:
-    """How far the measured times are from the predicted ones: a line, or none where nothing was predicted."""
+    """Line that compares measured times with predicted ones; none if nothing was predicted."""
     rows = [row for cases in sections.values() for case in cases.values() for row in case.get("rows", [])]
     shares = sorted(row["% of predicted"] for row in rows if row.get("% of predicted") not in (None, ""))
     if not shares:

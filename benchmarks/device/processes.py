@@ -1,4 +1,4 @@
-"""Processes that end in time: killed with all their children, in whatever session those are."""
+"""Processes that end in time, killed with all their children in any session."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 POLL_SECONDS = 0.1
 PARENT_SECONDS = 3.0
-"""A child ends this much before its parent's deadline."""
+"""Time before its parent's deadline at which a child ends."""
 KILL_SECONDS = 5.0
-"""A process that the kernel does not end within this is left alone."""
+"""Patience with a killed process that the kernel does not end."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], overdue: Callable[[], str]) -> tuple[str, str]:
-    """Runs a command until it ends or `overdue` says why it must not go on.
+    """Run a command until it ends or `overdue` gives a reason why it must not go on.
 
     Returns:
-        The reason for which it was killed, or its exit code in words; and the end of its error output.
+        The reason for which the process was killed, or its exit code in words; and the end of its error output.
     """
     adopt_orphans()
     others = _children()
@@ -48,13 +48,13 @@ def exit_code(code: int) -> str:
 
 
 def run_json(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> tuple[str | None, list[str]]:
-    """Runs a command that prints lines, within the caller's own process group.
+    """Run a command that prints lines, within the caller's own process group.
 
     Returns:
-        Why it gave no result (None: it did), and the lines.
+        The reason for which there is no result, None if there is one; and the lines.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: The command failed.
     """
     try:
         ran = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=max(1.0, limit_s))
@@ -67,21 +67,20 @@ def run_json(command: Sequence[str], environment: Mapping[str, str], limit_s: fl
 
 
 def seconds_until(deadline: float, limit_s: float) -> float:
-    """Limit of a child, so that its parent can still write before its own deadline (`time.time()`)."""
+    """Limit of a child in seconds, so that its parent can still write before its own deadline (`time.time()`)."""
     return min(limit_s, deadline - time.time() - PARENT_SECONDS)
 
 
 def adopt_orphans() -> None:
-    """Children whose parents end become this process's own, so that they can be found and killed. Linux only."""
+    """Make children whose parents end this process's own, so that they can be found and killed. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_descendants(process: subprocess.Popen[bytes], others: frozenset[int]) -> None:
-    """Kills a process that was started in a session of its own, and everything that it started.
+    """Kill a process that was started in a session of its own, and everything that it started.
 
-    Args:
-        others: children of this process that are left alone.
+    Children of this process that are in `others` are left alone.
     """
     end = time.monotonic() + KILL_SECONDS
     known = {process.pid}
@@ -112,7 +111,10 @@ def _children() -> frozenset[int]:
 
 
 def _living() -> dict[int, tuple[int, int]]:
-    """Process -> (parent, session), without zombies. A process whose other threads outlive its first is shown as one."""
+    """Parent and session of each process that is no zombie.
+
+    The system shows a process as a zombie if its other threads outlive the first.
+    """
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

@@ -24,14 +24,14 @@ MAX_ARCHIVES = 4
 ARCHIVE_BYTES = 12 << 20
 """Limit of one archive. Four of them travel with the repository in 64 MiB."""
 ENTRY_OVERHEAD = 128
-"""Bytes of an entry beside its content and twice its name; the archive's own end as well."""
+"""Bytes of an entry beside its content and twice its name, and bytes of the archive's end."""
 MAX_ENTRIES = 20_000
 ENTRY_NAME = re.compile(rf"(?:{AUTOTUNED}/)?[A-Za-z0-9_=+-][A-Za-z0-9._=+-]{{0,199}}")
 ARCHIVE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}-programs-[0-9]\.zip")
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Variables by which JAX keeps every program in `folder`."""
+    """Environment variables with which JAX keeps every program in `folder`."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder.resolve()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -40,7 +40,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def entries(folder: Path) -> dict[str, int]:
-    """Name -> bytes of each file that may be packed: programs, and measured choices."""
+    """Bytes of each file that may be packed, by name: programs, and measured choices."""
     found = {}
     for prefix, place in (("", folder), (f"{AUTOTUNED}/", folder / AUTOTUNED)):
         for file in sorted(place.iterdir()) if place.is_dir() and not place.is_symlink() else ():
@@ -50,16 +50,13 @@ def entries(folder: Path) -> dict[str, int]:
 
 
 def pack(folder: Path, out: Path, name: str, before: Iterable[str] = ()) -> tuple[int, int]:
-    """Writes `NAME-programs-1.zip` and on, each complete in itself, and replaces those of an earlier pack.
+    """Write `NAME-programs-1.zip` and on, each complete in itself, and replace archives of an earlier pack.
 
     Measured choices come first, then programs, the smallest first: they take about as long to compile as large ones. Entries
     from before the call come last, as an earlier call packed them.
 
-    Args:
-        before: entries that the call did not make.
-
     Returns:
-        Entries packed, and entries for which there was no room.
+        The number of entries packed, and of entries for which there was no room.
     """
     sizes, old = entries(folder), set(before)
     order = sorted(sizes, key=lambda entry: (not entry.startswith(AUTOTUNED), entry in old, sizes[entry], entry))
@@ -95,7 +92,7 @@ def _write(file: Path, folder: Path, chosen: list[str], sizes: dict[str, int]) -
 
 
 def forget_since(folder: Path, since: float) -> None:
-    """Removes entries that were written since `since` (`time.time()`): a process that was killed may have left half of one."""
+    """Remove entries written since `since` (`time.time()`): a killed process may have left half of one."""
     for entry in entries(folder):
         with contextlib.suppress(FileNotFoundError):
             if (folder / entry).stat().st_mtime >= since:
@@ -103,20 +100,20 @@ def forget_since(folder: Path, since: float) -> None:
 
 
 def archives(folder: Path) -> list[Path]:
-    """Files by names of archives; none where there is no folder."""
+    """Files named as archives; none if the folder is missing."""
     return sorted(file for file in folder.iterdir() if ARCHIVE_NAME.fullmatch(file.name)) if folder.is_dir() else []
 
 
 def unpack(folder: Path, earlier: Path) -> int:
-    """Copies programs that `folder` lacks out of the archives in `earlier`; returns how many.
+    """Copy programs that `folder` lacks out of the archives in `earlier`, and return their number.
 
-    An archive that is not as `pack` writes it is ignored as a whole, with a line on the error output.
+    An archive that `pack` cannot have written is ignored as a whole, with a line on the error output.
     """
     count = 0
     for file in archives(earlier):
         try:
             contents = _read(file)
-        except Exception as error:  # zipfile has many for bytes that are no archive
+        except Exception as error:  # zipfile raises many kinds for bytes that are no archive
             print(f"{file} is ignored: {error}", file=sys.stderr, flush=True)
             continue
         count += sum(_place(folder / name, content) for name, content in contents.items())
@@ -124,10 +121,10 @@ def unpack(folder: Path, earlier: Path) -> int:
 
 
 def _read(file: Path) -> dict[str, bytes]:
-    """Everything in an archive.
+    """Read everything in an archive.
 
     Raises:
-        ValueError: an entry is not one of those that `pack` writes.
+        ValueError: The file or an entry cannot be `pack`'s.
     """
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -149,7 +146,7 @@ def _read(file: Path) -> dict[str, bytes]:
 
 
 def _place(path: Path, content: bytes) -> bool:
-    """Whether the file is new. It is there at once or not at all."""
+    """Write a file, at once or not at all, and return whether it is new."""
     if path.parent.is_symlink() or os.path.lexists(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

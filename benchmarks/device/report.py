@@ -1,4 +1,4 @@
-"""Results so far, as NAME.json and NAME.md in one folder."""
+"""Report with the results so far, as NAME.json and NAME.md in one folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import predictions
+from benchmarks.machine import Row, markdown
 
-Row = dict[str, Any]
-"""Column -> value. `ok` False marks a check that failed."""
 TIME_WAS_UP = "the time was up"
 HIDDEN = ("sections", "doing", "ceilings", "expected", "planned", "boot")
-"""Fields that the Markdown leaves out, or tells in its own way."""
+"""Fields that the Markdown omits, or shows in its own way."""
+
+
+class Skip(Exception):
+    """Reason why a case is not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Case:
     """One check or measurement.
 
     Attributes:
-        run: returns its rows; each is written when it comes, so a generator keeps its rows.
-        limit_s: seconds after which the case is taken for hanging, and its process killed.
-        priority: of the cases of sections that share a process those with the lowest number run first.
+        run: Returns the rows. Each is written when it comes, so a generator keeps its rows; `ok` False marks a failed check.
+        limit_s: Seconds after which the case counts as hanging, and its process is killed.
+        priority: Cases of sections that share a process run in this order, the lowest number first.
     """
 
     name: str
@@ -37,11 +40,11 @@ class Case:
 
 
 class Report:
-    """The folder's two files. Processes take turns: each reads the file that the one before wrote.
+    """Two files of a folder. Processes take turns: each reads the file that the one before wrote.
 
     Args:
-        name: file name without its ending.
-        earlier: further folders with reports of other calls.
+        name: File name without its ending.
+        earlier: Further folders with reports of other calls.
     """
 
     def __init__(self, folder: Path, name: str = "device", earlier: Iterable[Path] = ()):
@@ -51,7 +54,7 @@ class Report:
 
     @functools.cached_property
     def _earlier(self) -> list[tuple[str, dict[str, Any]]]:
-        """File name and content of other calls' reports, from the same machine since it was started."""
+        """File names and contents of other calls' reports from this machine since it was started."""
         patterns = ("call-*.json", "device.json")
         files = [file for folder in self._folders for pattern in patterns for file in sorted(folder.glob(pattern))]
         found = [(file.name, _read(file)) for file in files if file.resolve() != self._json.resolve()]
@@ -60,7 +63,7 @@ class Report:
 
     @property
     def doing(self) -> tuple[str, str, float, float] | None:
-        """Section and case that were begun and did not end, when they were begun (`time.time()`), and limit in seconds."""
+        """Section and case that were begun and did not end, the time of their begin (`time.time()`), and limit in seconds."""
         doing = self.content.get("doing")
         return None if doing is None else (doing[0], doing[1], doing[2], doing[3])
 
@@ -70,21 +73,26 @@ class Report:
         return self.content.get("ceilings")
 
     def adopt_ceilings(self) -> None:
-        """Takes them from an earlier call on the same machine, and says from which."""
+        """Take the ceilings of an earlier call on the same machine, and record its name."""
         for name, content in self._earlier:
             if {"copy", "matrix", "link"} <= set(content.get("ceilings") or {}):
                 self.update(ceilings=content["ceilings"], **{"ceilings from": name})
                 return
 
     def rows(self, section: str) -> list[Row]:
-        """Rows of all cases so far. Those of an earlier call on the same machine where this one has none of the section."""
+        """Rows of all cases so far, or of an earlier call on the same machine if this one lacks the section."""
         for content in (self.content, *(content for _, content in self._earlier)):
             if section in content["sections"]:
                 return [row for case in content["sections"][section].values() for row in case.get("rows", [])]
         return []
 
+    def find(self, section: str, **values: Any) -> Row | None:
+        """First measured row of a section with these values."""
+        rows = (row for row in self.rows(section) if "skipped" not in row)
+        return next((row for row in rows if all(row.get(name) == value for name, value in values.items())), None)
+
     def has(self, section: str, case: str) -> bool:
-        """Whether the case has come to an end."""
+        """Return whether the case has ended."""
         return case in self._cases(section) and (self.doing or ())[:2] != (section, case)
 
     def failed(self, section: str, case: str) -> bool:
@@ -95,25 +103,25 @@ class Report:
         self._write()
 
     def expect(self, section: str, cases: Iterable[str]) -> None:
-        """Writes down the cases of a section, so that those which never come are known."""
+        """Record the cases of a section, so that missing ones are known."""
         self.update(expected=self.content.get("expected", {}) | {section: list(cases)})
 
     def begin(self, section: str, case: str, limit_s: float) -> None:
         self.update(doing=[section, case, time.time(), limit_s])
 
     def idle(self) -> None:
-        """Nothing is being done."""
+        """Record that no case is running."""
         self.content.pop("doing", None)
         self._write()
 
     def add(self, section: str, case: str, row: Row) -> None:
-        """A row of a case that goes on."""
+        """Add a row of a case that goes on."""
         cases = self.content["sections"].setdefault(section, {})
         cases.setdefault(case, {}).setdefault("rows", []).append(row)
         self._write()
 
     def end(self, section: str, case: str, rows: Iterable[Row] = ()) -> None:
-        """Rows beside those that were added."""
+        """End a case, with rows beside the added ones."""
         self._record(section, case, {"rows": [*self._cases(section).get(case, {}).get("rows", []), *rows]})
 
     def fail(self, section: str, case: str, error: str) -> None:
@@ -124,7 +132,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Cases that raised or hung, and checks that did not hold."""
+        """Cases that raised or hung, and cases whose checks failed."""
         found = []
         for section, cases in self.content["sections"].items():
             for name, case in cases.items():
@@ -134,13 +142,13 @@ class Report:
 
     @property
     def measured(self) -> bool:
-        """Whether there is any row that is not about something skipped."""
+        """Whether any row was measured and not skipped."""
         cases = [case for section in self.content["sections"].values() for case in section.values()]
         return any("skipped" not in row for case in cases for row in case.get("rows", []))
 
     @property
     def missing(self) -> list[str]:
-        """Planned sections, and cases of sections that were begun, without a result."""
+        """Planned sections, and cases of begun sections, that have no result."""
         found = []
         expected = self.content.get("expected", {})
         for section in self.content.get("planned", []):
@@ -153,7 +161,7 @@ class Report:
         return found
 
     def close(self, seconds: float) -> None:
-        """The call has ended; it is complete where nothing is missing."""
+        """End the call, which is complete if nothing is missing."""
         self.content.pop("doing", None)
         self.update(seconds=round(seconds, 1), complete=not self.missing)
         self._json.with_suffix(".partial").unlink(missing_ok=True)
@@ -169,7 +177,7 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        """Each file at once or not at all."""
+        """Write both files, each at once or not at all."""
         for file, text in (
             (self._json, json.dumps(self.content, indent=1) + "\n"),
             (self._json.with_suffix(".md"), self.text()),
@@ -179,7 +187,7 @@ class Report:
             os.replace(partial, file)
 
     def text(self) -> str:
-        """All of it in Markdown."""
+        """Text of the report in Markdown."""
         lines = ["# Measured on the device", ""]
         lines += [f"- {line}" for line in predictions.summary(self.content["sections"])]
         lines += [f"- {key}: {value}" for key, value in self.content.items() if key not in HIDDEN]
@@ -188,7 +196,7 @@ class Report:
         for section, cases in self.content["sections"].items():
             seconds = sum(case.get("seconds", 0.0) for case in cases.values())
             lines += ["", f"## {section} ({seconds:.0f} s)", ""]
-            lines += _tables([row for case in cases.values() for row in case.get("rows", [])])
+            lines += [*(table := markdown(row for case in cases.values() for row in case.get("rows", []))), *[""] * bool(table)]
             for name, case in cases.items():
                 for word in set(case) & {"error", "skipped"}:
                     lines.append(f"- {name}: {word}: {last_line(case[word])}")
@@ -196,12 +204,12 @@ class Report:
 
 
 def last_line(error: str) -> str:
-    """The line of a traceback that has the message."""
+    """Line of a traceback that has the message."""
     return (error.strip().splitlines() or [""])[-1][:300]
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """A report's content; None: there is none, or it is something else."""
+    """Content of a report; None if the file is missing or is no report."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -210,21 +218,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _by_section(missing: list[str]) -> list[str]:
-    """A line a section, long lists cut."""
+    """Lines of missing cases, one a section, long lists cut."""
     cases: dict[str, list[str]] = {}
     for line in missing:
         section, case = line.split(": ", 1)
         cases.setdefault(section, []).append(case)
     return [f"{section}: {'; '.join(c[:3])}" + f" and {len(c) - 3} more" * (len(c) > 3) for section, c in cases.items()]
-
-
-def _tables(rows: list[Row]) -> list[str]:
-    """Rows of like columns side by side make a table."""
-    lines: list[str] = []
-    header: list[str] = []
-    for row in rows:
-        if list(row) != header:
-            header = list(row)
-            lines += [""] * bool(lines) + ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines.append("| " + " | ".join(str(value) for value in row.values()) + " |")
-    return [*lines, ""] if lines else lines

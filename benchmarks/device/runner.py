@@ -1,4 +1,4 @@
-"""Runs the sections' cases in this process: one that raises is recorded, the rest goes on."""
+"""Runner of the sections' cases in this process; a case that raises is recorded, and the rest goes on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.device.report import TIME_WAS_UP, Case, Report, last_line
+from benchmarks.device.report import TIME_WAS_UP, Case, Report, Skip, last_line
 from benchmarks.device.scale import FULL, Scale
 
 OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
-"""Sections where JAX in this process must not take the device: processes of their own do, or torch."""
+"""Sections for which JAX in this process must not take the device, because processes of their own or torch do."""
 NEED_CEILINGS = ("decode", "prefill", "loads", "ops")
 START = "start"
 START_SECONDS = 90.0
@@ -19,24 +19,24 @@ START_SECONDS = 90.0
 
 
 class NoGpu(Exception):
-    """JAX has no GPU where the full model is to run."""
+    """No GPU for JAX to run the full model on."""
 
 
 class DeviceLost(Exception):
-    """After an error the device computes nothing any more; another process may go on."""
+    """Loss of the device, which computes nothing after an error; another process may go on."""
 
 
 def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline: float) -> None:
-    """Runs what the report does not have yet. Cases that would start after `deadline` (`time.time()`) are skipped.
+    """Run the cases that the report lacks; cases that would start after `deadline` (`time.time()`) are skipped.
 
     Raises:
-        NoGpu: before any case.
-        DeviceLost: with the case that lost it recorded.
+        NoGpu: Raised before any case.
+        DeviceLost: A case, which is recorded, has lost the device.
     """
     require_gpu(sections, scale)
     found = []
     for section in sections:
-        if report.failed(section, START):  # in the process before this one, which that may have ended
+        if report.failed(section, START):  # in the process before this one, which the section may have ended
             continue
         try:
             report.begin(section, START, START_SECONDS)
@@ -56,7 +56,11 @@ def run_sections(sections: Sequence[str], scale: Scale, report: Report, deadline
 
 
 def require_gpu(sections: Sequence[str], scale: Scale) -> None:
-    """The full model on a CPU would take all of the call and measure nothing of use."""
+    """Require a GPU for the full model, which would take all of the call on a CPU and measure nothing of use.
+
+    Raises:
+        NoGpu: JAX has none.
+    """
     if scale != FULL or set(sections) <= set(OTHERS_DEVICE):
         return
     import jax
@@ -70,12 +74,12 @@ def require_gpu(sections: Sequence[str], scale: Scale) -> None:
 
 
 def cases_of(section: str, scale: Scale, report: Report, deadline: float) -> list[Case]:
-    return importlib.import_module(f"benchmarks.device.{section}").cases(scale, report, deadline)
+    return importlib.import_module(f"benchmarks.device.sections.{section}").cases(scale, report, deadline)
 
 
 def _measure_ceilings(scale: Scale, report: Report, deadline: float) -> None:
-    """Where neither the section `machine` nor an earlier call on the same machine did."""
-    from benchmarks.device import machine
+    """Measure the ceilings that neither the section `machine` nor an earlier call on the same machine has."""
+    from benchmarks.device.sections import machine
 
     case = machine.ceilings_case(scale, report)
     if case is not None and not report.has("machine", case.name):
@@ -93,7 +97,10 @@ def _run(section: str, case: Case, report: Report, deadline: float) -> None:
             report.add(section, case.name, row)
         report.end(section, case.name)
         return
-    except Exception:  # whatever it is, it belongs to the case
+    except Skip as why:
+        report.skip(section, case.name, str(why))
+        return
+    except Exception:  # any error belongs to the case
         error = _short(traceback.format_exc())
     report.fail(section, case.name, error)
     print(f"  FAILED {section}: {case.name}: {last_line(error)}", flush=True)
@@ -111,5 +118,5 @@ def _device_works() -> bool:
 
 
 def _short(error: str, characters: int = 1500) -> str:
-    """The end of a traceback, which says what went wrong, and its beginning where the message is long."""
+    """End of a traceback, which has the message, and its beginning if the message is long."""
     return error if len(error) <= characters else error[: characters // 3] + "\n[...]\n" + error[-2 * characters // 3 :]

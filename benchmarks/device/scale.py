@@ -1,4 +1,4 @@
-"""What a full run and a small one differ in."""
+"""Sizes of a full run and of a small one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Adapters of a batch: every row another, with `ranks` in turn."""
+    """Adapters of a batch, one for each row, with `ranks` in turn."""
 
     name: str
     ranks: tuple[int, ...] = ()
@@ -24,23 +24,23 @@ class Scale:
     """Sizes of everything.
 
     Attributes:
-        config, grouped: of the model, and of one whose query heads share key heads.
-        dtype: of weights and pool.
-        rows, contexts: of decode steps.
-        ranks: of adapters that are mixed.
-        load_ranks: of adapters that are loaded.
-        prompt_tokens: of a prefill step.
-        prefill_tile: see StepBuckets.
-        max_tokens: of the longest sequence.
-        scratch_bytes: of the device's memory that the pool leaves free.
-        pool_bytes: of the pool at most; None: what is left.
-        copy_bytes: of arrays that are read and written for bandwidth.
-        matrix: rows and columns of matrices that are multiplied for their rate.
-        link_bytes: of pieces that are sent to the device.
-        checks: which ops are checked in which dtype, of a model whose heads are "alike" or "grouped".
-        variant_layers: layers of the model that the section `variants` runs.
+        grouped: A model whose query heads share key heads.
+        rows: Rows of decode steps.
+        contexts: Tokens of the sequences in decode steps.
+        ranks: Ranks of adapters that are mixed.
+        load_ranks: Ranks of adapters that are loaded.
+        prompt_tokens: Tokens of a prefill step.
+        max_tokens: Tokens of the longest sequence.
+        scratch_bytes: Device memory that the pool leaves free.
+        pool_bytes: Largest size of the pool. None takes all remaining memory.
+        copy_bytes: Bytes of arrays that are read and written for bandwidth.
+        matrix: Rows and columns of matrices that are multiplied for their rate.
+        link_bytes: Bytes of pieces that are sent to the device.
+        checks: Dtypes in which ops are checked, each for a model whose heads are "alike" or "grouped".
+        variant_layers: Layers of the model that the section `variants` runs.
     """
 
+    name: str
     config: LlamaConfig
     grouped: LlamaConfig
     dtype: str
@@ -61,7 +61,7 @@ class Scale:
 
     @property
     def mixes(self) -> tuple[Mix, ...]:
-        """What decode steps are measured with. The first has no adapters: the others are compared with it."""
+        """Mixes of the measured decode steps; the first has no adapters, and the others are compared with it."""
         return (
             Mix("base"),
             Mix("mixed ranks, q k v o", self.ranks, ATTENTION_TARGETS),
@@ -75,6 +75,7 @@ class Scale:
 
 
 FULL = Scale(
+    name="full",
     config=PRESETS["llama-7b"],
     grouped=PRESETS["llama-3-8b"],
     dtype="bfloat16",
@@ -94,6 +95,7 @@ FULL = Scale(
     variant_layers=8,
 )
 SMALL = Scale(
+    name="small",
     config=dataclasses.replace(PRESETS["tiny"], num_kv_heads=4, num_layers=1),
     grouped=PRESETS["tiny"],
     dtype="float32",
@@ -112,6 +114,7 @@ SMALL = Scale(
     checks=(("float32", "grouped"),),
     variant_layers=1,
 )
+SCALES = {scale.name: scale for scale in (FULL, SMALL)}
 
 
 def on_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""Runs a call: a process for each group of sections, and another when one dies or hangs, which goes on with the next case."""
+"""Supervisor of a call: a process for each group of sections, and another if one dies or hangs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.device import gpu, processes, program_cache
+from benchmarks.device import MEMORY_SHARE, gpu, processes, program_cache
 from benchmarks.device.calls import CALL_SECONDS, CALLS, GROUPS, PACK_SECONDS, Group, deadlines
 from benchmarks.device.report import TIME_WAS_UP, Report, last_line
 from benchmarks.device.runner import OTHERS_DEVICE, START_SECONDS
 from benchmarks.machine import describe
 
 DEVICE_LOST = 3
-"""Exit code of a process whose device computes nothing any more."""
+"""Exit code of a process that lost its device."""
 NO_GPU = 4
-"""Exit code of a process that was to run the full model and whose JAX has no GPU."""
+"""Exit code of a process that had no GPU for the full model."""
 RETRY_SECONDS = 3.0
 """Pause after a process that died before its first case."""
 KILLED_SECONDS = 1.0
 """Programs written this long before a process died are compiled again."""
 PROCESS = "process"
-"""The case of a process that has begun none of its own."""
+"""Case of a process before its first own case."""
 MAX_RESTARTS = 8
-"""More restarts of a group than this, and something is wrong with all of it."""
+"""Most restarts of a group; more mean that something is wrong with all of it."""
 OWN_CACHE = ("startup",)
 """Sections that time compiling, each start in a cache of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Sections to run, where, and for how long.
+    """Sections to run, their folder, and their limits in seconds.
 
     Attributes:
-        name: file name of the report, without its ending.
-        groups: in order, each with the time (`time.time()`) at which it is cut off.
-        end: time at which everything has ended.
-        earlier: folders with archives of programs, and with reports.
-        free: free bytes of the GPU's memory when the call began; None: unknown.
+        name: File name of the report, without its ending.
+        groups: Groups in order, each with the time (`time.time()`) at which it is cut off.
+        end: Time at which everything has ended.
+        small: Whether the tiny model is run.
+        cache: Folder of the compiled programs.
+        earlier: Folders with archives of programs, and with reports.
+        free: Free bytes of the GPU's memory when the call began. None if unknown.
     """
 
     name: str
@@ -57,29 +59,29 @@ class Request:
 
 
 def call_of(number: int, out: Path, begin: float, small: bool = False, seconds: float = CALL_SECONDS) -> Request:
-    """One of the plan's calls, for fewer seconds where that is asked for."""
+    """Request for one of the plan's calls."""
     last = begin + seconds - PACK_SECONDS
     groups = tuple((group, min(end, last)) for group, end in zip(CALLS[number - 1], deadlines(CALLS[number - 1], begin)))
-    command = f"python -m benchmarks.device --call {number}" + " --small" * small
+    command = f"python -m benchmarks device --call {number}" + " --small" * small
     return Request(f"call-{number}", command, groups, begin + seconds, out, small)
 
 
 def sections_of(sections: Sequence[str], out: Path, begin: float, small: bool, seconds: float) -> Request:
-    """Chosen sections, in the plan's order and groups; each may take all that is left."""
+    """Request for chosen sections, in the plan's order and groups; each may take all remaining time."""
     last = begin + max(seconds - PACK_SECONDS, seconds / 2)
     chosen = [tuple(section for section in group.sections if section in sections) for group in GROUPS]
     groups = tuple((Group(names, 0.0, seconds), last) for names in chosen if names)
-    command = f"python -m benchmarks.device --sections {','.join(sections)} --budget {seconds:g}" + " --small" * small
+    command = f"python -m benchmarks device --sections {','.join(sections)} --budget {seconds:g}" + " --small" * small
     return Request("device", command, groups, begin + seconds, out, small)
 
 
 def with_programs_of(request: Request, folders: Sequence[Path]) -> Request:
-    """The same request with the archives in `folders` unpacked first."""
+    """Request that first unpacks the archives in `folders`."""
     return dataclasses.replace(request, earlier=tuple(folders))
 
 
 def supervise(request: Request) -> int:
-    """Runs the groups and prints the report; returns 1 where anything failed or is missing, or nothing was measured."""
+    """Run the groups, print the report, and return 1 if anything failed or is missing, or nothing was measured."""
     begin = time.time()
     request.cache.mkdir(parents=True, exist_ok=True)
     taken = sum(program_cache.unpack(request.cache, folder) for folder in request.earlier)
@@ -96,7 +98,7 @@ def supervise(request: Request) -> int:
     for group, deadline in request.groups:
         if goes_on and time.time() < deadline:
             goes_on = _run_group(group.sections, request, deadline)
-            _tell_failures(request, group)
+            _print_failures(request, group)
         _pack(request, before)
         if not goes_on:
             break
@@ -107,32 +109,32 @@ def supervise(request: Request) -> int:
 
 
 def _has_gpu(request: Request) -> bool:
-    """Asks for sections whose children take the device, unless sections come first that find out themselves."""
+    """Ask for a GPU, unless the first sections find out themselves: children of the others take the device."""
     sections = request.groups[0][0].sections
     if request.small or not set(sections) <= set(OTHERS_DEVICE) - {"peers"} or gpu.jax_has_it():
         return True
-    told = "JAX has no GPU. --small runs a tiny model"
-    Report(request.out, request.name).fail(sections[0], PROCESS, told)
-    print(f"the call ends: {told}", file=sys.stderr, flush=True)
+    lack = "JAX has no GPU. --small runs a tiny model"
+    Report(request.out, request.name).fail(sections[0], PROCESS, lack)
+    print(f"the call ends: {lack}", file=sys.stderr, flush=True)
     return False
 
 
 def _remove_old(request: Request) -> None:
-    """An earlier report of the same call, and its archives, which were unpacked if they are to be used."""
+    """Remove an earlier report of the same call, and its archives, which are unpacked if they are to be used."""
     old = [request.out / f"{request.name}.{ending}" for ending in ("json", "md", "partial")]
     for file in [*old, *request.out.glob(f"{request.name}-programs-*.*")]:
         file.unlink(missing_ok=True)
 
 
 def _boot() -> str:
-    """Names the machine since it was started: figures of another are not compared with this one's."""
+    """Name of the machine since it was started; its figures are compared with no other's."""
     file = Path("/proc/sys/kernel/random/boot_id")
     told = file.read_text() if file.is_file() else str(os.uname())
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def _pack(request: Request, before: dict[str, int]) -> None:
-    """Runs after each group: a call that is ended from outside has left its programs."""
+    """Pack the programs, after each group, so that a call that is ended from outside has left them."""
     try:
         packed, left_out = program_cache.pack(request.cache, request.out, request.name, before)
     except OSError as error:
@@ -142,7 +144,7 @@ def _pack(request: Request, before: dict[str, int]) -> None:
     Report(request.out, request.name).update(**{"programs at the end": told})
 
 
-def _tell_failures(request: Request, group: Group) -> None:
+def _print_failures(request: Request, group: Group) -> None:
     report = Report(request.out, request.name)
     for failure in report.failures:
         if failure.split(":")[0] in group.sections:
@@ -150,7 +152,7 @@ def _tell_failures(request: Request, group: Group) -> None:
 
 
 def _run_group(sections: Sequence[str], request: Request, deadline: float) -> bool:
-    """Returns whether the call goes on."""
+    """Run a group, and return whether the call goes on."""
     retried = False
     for _ in range(MAX_RESTARTS):
         ending, told = _run_process(sections, request, deadline)
@@ -171,7 +173,7 @@ def _run_group(sections: Sequence[str], request: Request, deadline: float) -> bo
             report.fail(doing[0], doing[1], told)
             print(f"  FAILED {doing[0]}: {doing[1]}: {last_line(told)}", flush=True)
         elif ending != processes.exit_code(DEVICE_LOST):
-            if retried or not ending.startswith("exit code"):  # nothing says that another process would get further
+            if retried or not ending.startswith("exit code"):  # no sign that another process would get further
                 report.fail(sections[0], PROCESS, told)
                 return True
             retried = True
@@ -182,7 +184,7 @@ def _run_group(sections: Sequence[str], request: Request, deadline: float) -> bo
 
 
 def _run_process(sections: Sequence[str], request: Request, deadline: float) -> tuple[str, str]:
-    """Returns the process's ending and its last words; see `processes.run`."""
+    """Run a process, and return its ending and the end of its error output; see `processes.run`."""
     kept = {} if set(sections) & set(OWN_CACHE) else program_cache.environment(request.cache)
     gpu.wait_until_free(request.free)
     Report(request.out, request.name).begin(sections[0], PROCESS, START_SECONDS)
@@ -194,20 +196,21 @@ def _run_process(sections: Sequence[str], request: Request, deadline: float) -> 
             noticed.append(time.time())
         return why
 
-    ending, told = processes.run(command, os.environ | kept, overdue)
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(MEMORY_SHARE)}
+    ending, told = processes.run(command, memory | os.environ | kept, overdue)
     if ending not in (processes.exit_code(0), processes.exit_code(DEVICE_LOST)):
         program_cache.forget_since(request.cache, (noticed or [time.time()])[0] - KILLED_SECONDS)
     return ending, told
 
 
 def worker_command(sections: Sequence[str], request: Request, deadline: float) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.device", "--out", str(request.out), "--report", request.name]
+    command = [sys.executable, "-m", "benchmarks", "device", "--out", str(request.out), "--report", request.name]
     command += [word for folder in request.earlier for word in ("--cache", str(folder))]
     return [*command, "--sections", ",".join(sections), "--worker", str(deadline), *["--small"] * request.small]
 
 
 def _overdue(request: Request, deadline: float) -> str:
-    """Why the process must not go on; empty: it may."""
+    """Reason why the process must not go on, empty if it may."""
     now = time.time()
     if now > deadline:
         return TIME_WAS_UP

@@ -10,19 +10,22 @@ from typing import Any
 
 import jax
 
+from benchmarks.device import predictions
+from benchmarks.machine import Row
+
 TARGET_SECONDS = 0.12
-"""What a repeat should last: the wait at its end and the clock are then below a percent."""
+"""Length of a repeat; the wait at its end and the clock are then below a percent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one call.
+    """Times of one call.
 
     Attributes:
-        seconds: median over repeats.
-        spread: how far they lie apart, as a share of it.
-        host: seconds until a call returned that found the device idle: what the host does. Calls cannot follow one another
-            faster.
+        seconds: Median over repeats.
+        spread: Range of the repeats, as a share of the median.
+        host: Seconds until a call returned that found the device idle, which is the host's work. Calls cannot follow one
+            another faster.
     """
 
     seconds: float
@@ -43,13 +46,10 @@ class Timing:
 
 
 def time_calls(run: Callable[[], Any], *, calls: int | None = None, repeats: int = 3) -> Timing:
-    """Seconds a call of `run`, which dispatches work and returns what is ready when it was done.
+    """Time calls of `run`, which dispatches work and returns arrays that are ready when the work is done.
 
-    The device works through the calls of a repeat back to back. A first repeat is thrown away.
-
-    Args:
-        calls: of a repeat; None: as many as take TARGET_SECONDS, 2 to 50.
-    """
+    The device works through the calls of a repeat back to back, and a first repeat is thrown away. With `calls` None a repeat
+    has as many as last TARGET_SECONDS, 2 to 50."""
     jax.block_until_ready(run())
     if calls is None:
         once = _repeat(run, 2)
@@ -61,7 +61,7 @@ def time_calls(run: Callable[[], Any], *, calls: int | None = None, repeats: int
 
 
 def best_of(run: Callable[[], Any], *, calls: int = 5, repeats: int = 5) -> float:
-    """Seconds a call of the fastest repeat: for ceilings."""
+    """Seconds a call of the fastest repeat, for ceilings."""
     jax.block_until_ready(run())
     return min(_repeat(run, calls) for _ in range(repeats))
 
@@ -76,9 +76,27 @@ def _repeat(run: Callable[[], Any], calls: int) -> float:
 
 
 def _dispatch(run: Callable[[], Any]) -> float:
-    """Seconds that a call takes to return."""
+    """Seconds until a call returns."""
     begin = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begin
     jax.block_until_ready(result)
     return seconds
+
+
+def columns(step: Timing, device: Timing, floor: float, predicted_ms: float | None) -> Row:
+    """Columns of a step's row, beside its floor in seconds and its prediction.
+
+    `step` is timed as serving runs it, `device` without the host's part, which may be longer.
+    """
+    predicted = predictions.beside(predicted_ms, step.ms)
+    return {
+        "floor ms": round(floor * 1e3, 3),
+        "predicted ms": predicted["predicted ms"],
+        "ms": round(step.ms, 3),
+        "% of floor": round(100 * floor / step.seconds, 1),
+        "% of predicted": predicted["% of predicted"],
+        "spread %": round(100 * step.spread, 1),
+        "device ms": round(device.ms, 3),
+        "host ms": round(step.host_ms, 3),
+    }

@@ -1,4 +1,4 @@
-"""The engine that a group of sections shares, and steps for it."""
+"""Engine that a group of sections shares, and steps for it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.device.bench_engine import Batch, BenchEngine, random_weights
+from benchmarks.device.report import Skip
 from benchmarks.device.scale import ChosenBuckets, Mix, Scale
 from chameleon_jax.models import ops
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -26,11 +27,11 @@ from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 
 
 class Workbench:
-    """The engine of a group of sections, and batches for it.
+    """Engine of a group of sections, and batches for it.
 
     Args:
-        config: other than the scale's.
-        pool_bytes: of the pool at most, other than the scale's.
+        config: The model. None takes the scale's.
+        pool_bytes: Largest size of the pool. None takes the scale's.
     """
 
     def __init__(self, scale: Scale, config: LlamaConfig | None = None, pool_bytes: int | None = None):
@@ -50,7 +51,7 @@ class Workbench:
 
     @property
     def engine(self) -> BenchEngine:
-        """Built when first asked for, and anew when a failed step took its pool."""
+        """Engine, built when it is first asked for, and anew after a failed step has taken its pool."""
         if self._engine is None or not self._engine.ready:
             self._engine = None
             gc.collect()
@@ -60,7 +61,7 @@ class Workbench:
         return self._engine
 
     def buckets(self, max_tokens: int | None = None) -> ChosenBuckets:
-        """Buckets for sequences of up to `max_tokens`, other than the scale's."""
+        """Buckets for sequences of up to `max_tokens`, or up to the scale's."""
         scale = self.scale
         return ChosenBuckets(
             max_num_seqs=max(scale.rows),
@@ -68,13 +69,13 @@ class Workbench:
             table_width=self.layout.pages_for_tokens(max_tokens or scale.max_tokens),
             max_rank=scale.max_rank,
             max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
-            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also where there is no GPU
+            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also without a GPU
             rows=scale.rows,
-            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # what is shorter is padded
+            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # shorter steps are padded
         )
 
     def programs(self, buckets: ChosenBuckets, options: Mapping[str, Any] | None = None) -> Programs:
-        """For other shapes than the engine's, or by other options of XLA's; compiled as they are used."""
+        """Programs for other shapes than the engine's, or with other XLA options, compiled when they are used."""
         engine = self.engine
         graph, params = nnx.split(self.model)
         made = Programs(
@@ -85,7 +86,7 @@ class Workbench:
 
     @contextlib.contextmanager
     def using(self, buckets: ChosenBuckets, programs: Programs) -> Iterator[BenchEngine]:
-        """The engine with `programs` that were made for `buckets`."""
+        """Let the engine use `programs` that were made for `buckets`."""
         engine = self.engine
         before = engine.buckets, engine.programs
         engine.buckets, engine.programs = buckets, programs
@@ -96,7 +97,7 @@ class Workbench:
 
     @functools.cached_property
     def num_pages(self) -> int:
-        """The same for every engine that is built here, as programs are compiled for it."""
+        """Pages of every engine that is built here, as programs are compiled for them."""
         page_bytes = self.layout.page_bytes(self.dtype.itemsize)
         stats = jax.devices()[0].memory_stats()
         room = self._pool_bytes
@@ -108,17 +109,21 @@ class Workbench:
 
     # -- batches --------------------------------------------------------------------------------------------------------
 
-    def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """A step of `rows` sequences that have `context` tokens with the one that is computed; or why there is none."""
+    def decode(self, rows: int, context: int, mix: Mix, seed: int = 0) -> Batch:
+        """Step of `rows` sequences of `context` tokens, the computed one included.
+
+        Raises:
+            Skip: The step does not fit the pool.
+        """
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(context)
         capacity = self.engine.num_pages - 1
         if rows * width > capacity:
-            return f"KV takes {rows * width} pages; the pool has {capacity}"
+            raise Skip(f"KV takes {rows * width} pages; the pool has {capacity}")
         tables = [tuple(itertools.islice(deal, width)) for _ in range(rows)]
         adapters = self.adapters(mix, rows, deal, capacity - rows * width)
         if mix.ranks and not adapters:
-            return "no adapter fits beside the KV"
+            raise Skip("no adapter fits beside the KV")
         owners = [adapters[i % len(adapters)] if adapters else None for i in range(rows)]
         chunks = [SequenceChunk(None, context - 1, i, tables[i], owner) for i, owner in enumerate(owners)]
         sampling_rows = {i: SamplingRow(i, context, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(rows)}
@@ -127,17 +132,21 @@ class Workbench:
             chunks, sampling_rows, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
         )
 
-    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch | str:
-        """A step that computes `tokens` tokens of each of `count` prompts, from position `start` on."""
+    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch:
+        """Step that computes `tokens` tokens of each of `count` prompts from position `start` on.
+
+        Raises:
+            Skip: The step does not fit the pool.
+        """
         deal = self._deal(seed)
         width = self.layout.pages_for_tokens(start + tokens)
         capacity = self.engine.num_pages - 1
         if count * width > capacity:
-            return f"KV takes {count * width} pages; the pool has {capacity}"
+            raise Skip(f"KV takes {count * width} pages; the pool has {capacity}")
         tables = [tuple(itertools.islice(deal, width)) for _ in range(count)]
         adapters = self.adapters(mix, count, deal, capacity - count * width)
         if mix.ranks and len(adapters) < count:
-            return "the adapters do not fit beside the KV"
+            raise Skip("the adapters do not fit beside the KV")
         words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
         chunks = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
         sampling_rows = {i: SamplingRow(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
@@ -155,7 +164,7 @@ class Workbench:
         return placed
 
     def _deal(self, seed: int) -> Iterator[int]:
-        """Pages in no order, the trash page excepted."""
+        """Pages in random order, the trash page excepted."""
         return iter((1 + np.random.default_rng(seed).permutation(self.engine.num_pages - 1)).tolist())
 
     @property
@@ -168,12 +177,12 @@ class Workbench:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.config.num_layers * self.dtype.itemsize
 
     def adapter_bytes(self, adapters: Sequence[PlacedAdapter]) -> int:
-        """Bytes of true rank rows: each adapter's once, however many rows of the batch use it."""
+        """Bytes of true rank rows, once for each adapter, however many rows of the batch use it."""
         elems = sum(r * sum(self.config.target_shape(t)) for a in adapters for t, r in a.placement.ranks.items())
         return elems * self.config.num_layers * self.dtype.itemsize
 
     def run(self, batch: Batch) -> Callable[[], Any]:
-        """A whole step as serving runs it."""
+        """Return a run of the whole step as serving does it."""
         engine = self.engine
 
         def step() -> Any:
@@ -184,5 +193,5 @@ class Workbench:
 
 @functools.cache
 def shared(scale: Scale) -> Workbench:
-    """One for all sections that run in this process: weights are drawn and a pool is filled once."""
+    """Workbench of all sections in this process, so that weights are drawn and a pool is filled once."""
     return Workbench(scale)

@@ -1,13 +1,13 @@
-"""Clients in a process of their own, as lean as can be: their work is on the machine too.
+"""Lean clients in a process of their own, whose work is on the machine too.
 
-`python -m benchmarks.overhead.clients http|grpc HOST:PORT REQUESTS.json RESULT.json`, started by `benchmarks.overhead`.
+`benchmarks.overhead.overhead` starts it: `python -m benchmarks.overhead.clients TASK.json RESULT.json`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -20,8 +20,10 @@ from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 
 
 def http_client(target: str) -> Callable[[dict], AsyncIterator[None]]:
-    """Yields once for each event of a stream. Connections are kept alive, and made as they are needed: a server closes those on
-    which no request comes."""
+    """Make a client that yields once for each event of a stream.
+
+    Connections are kept alive, and made as they are needed: a server closes idle ones.
+    """
     host, _, port = target.partition(":")
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -83,12 +85,5 @@ async def main(protocol: str, target: str, requests: list[dict], concurrency: in
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("protocol", choices=("http", "grpc"))
-    parser.add_argument("target")
-    parser.add_argument("requests", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--concurrency", type=int, required=True)
-    args = parser.parse_args()
-    outcome = uvloop.run(main(args.protocol, args.target, json.loads(args.requests.read_text()), args.concurrency))
-    args.result.write_text(json.dumps(outcome))
+    task, result = map(Path, sys.argv[1:])
+    result.write_text(json.dumps(uvloop.run(main(**json.loads(task.read_text())))))

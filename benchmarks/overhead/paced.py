@@ -1,4 +1,4 @@
-"""An engine whose device is a clock: what the host does for a step stays, what a GPU would compute is waited for."""
+"""Engine whose device is a clock: the host's work for a step stays, and the GPU's is waited for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.serving.engine import LLMEngine
 
 VOCAB = 4096
-"""Token ids that are handed out are below it."""
+"""Bound of the token ids."""
 
 
 class PacedExecutor:
-    """Takes `step_s` seconds for a step, of no processor's time, one step after another as a device would. Tokens are random;
-    adapters are there at once."""
+    """Executor that takes `step_s` seconds for a step and no processor time, one step after another as a device would.
+
+    Tokens are random; adapters are loaded at once.
+    """
 
     def __init__(self, step_s: float, vocab_size: int):
         self._step_s = step_s
@@ -55,5 +57,5 @@ class PacedExecutor:
 
 
 def pace(engine: LLMEngine, step_s: float) -> None:
-    """Replaces the device of an engine that has not run."""
+    """Replace the device of an engine that has not run."""
     engine.loop.executor = PacedExecutor(step_s, engine.model_config.vocab_size)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cost_model import LENGTH_FACTOR, MEDIUM_INPUT, PROFILES
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, LOW, MEDIUM, Study, known
+from benchmarks.paper.study import BASELINES, LOW, MEDIUM, Study
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, Row, compare
-from benchmarks.simulate import simulate
+from benchmarks.simulator.cost_model import LENGTH_FACTOR, MEDIUM_INPUT, PROFILES
+from benchmarks.simulator.simulate import simulate
 from benchmarks.workload import Workload
 
 IDLE_TTFT_MS = {8: 74, 16: 78, 32: 88, 64: 107, 128: 144}
@@ -22,7 +22,7 @@ FAR_APART_S = 100.0
 def idle_ttft(study: Study) -> Outcome:
     """One request at a time, each to find its adapter on the host."""
     rows: list[Row] = []
-    times: dict[str, list[float]] = {"paper": [float(ms) for ms in IDLE_TTFT_MS.values()], "ours": [], "of that load": []}
+    times: dict[str, list[float]] = {"paper": [float(ms) for ms in IDLE_TTFT_MS.values()], "ours": [], "the adapter's load": []}
     for profile, system in (("a40-llama-7b", "s-lora"), ("a100-tp4-llama-70b", "s-lora")):
         ranks = np.array(list(IDLE_TTFT_MS))
         n = len(ranks)
@@ -35,7 +35,7 @@ def idle_ttft(study: Study) -> Outcome:
             rows.append(compare(f"load's share of it, rank {rank}", paper, 100 * wait / ttft, "%"))
             if a40:
                 times["ours"].append(1e3 * ttft)
-                times["of that load"].append(1e3 * wait)
+                times["the adapter's load"].append(1e3 * wait)
     plot, axes = plots.grid(title="Figure 2: idle TTFT by rank, A40")
     plots.bars(axes[0], list(IDLE_TTFT_MS), times, "rank", "TTFT, ms")
     note = (
@@ -82,7 +82,7 @@ def number_of_adapters(study: Study) -> Outcome:
 
 
 def spikes(study: Study) -> Outcome:
-    names = known("s-lora", "chameleon", "chameleon-plus")
+    names = ("s-lora", "chameleon", "chameleon-plus")
     points = study.measure({name: study.case(name, 5.0, shape="spike", spike_share=0.2, timeline=True) for name in names})
     rows = []
     for name, point in points.items():
@@ -120,7 +120,7 @@ def _pressure(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def policies(study: Study) -> Outcome:
-    names = known("chameleon-no-cache", "chameleon-lru", "chameleon-fairshare", "chameleon-gdsf", "chameleon", "chameleon-plus")
+    names = ("chameleon-no-cache", "chameleon-lru", "chameleon-fairshare", "chameleon-gdsf", "chameleon", "chameleon-plus")
     loads = _pressure(study)
     first = next(iter(loads))
     points = study.measure({(n, label): study.case(n, **fields) for label, fields in loads.items() for n in names})
@@ -169,7 +169,7 @@ def prefetch(study: Study) -> Outcome:
 
 
 def many_adapters(study: Study) -> Outcome:
-    counts, names = (10, 25, 50, 100, 150, 200), known("s-lora", "chameleon", "chameleon-plus")
+    counts, names = (10, 25, 50, 100, 150, 200), ("s-lora", "chameleon", "chameleon-plus")
     ranks, loads = {"uniform ranks": 0.0, "power-law ranks": 1.0}, (study.near_knee(), 9.5)
     runs = {
         (name, kind, rps, count): study.case(name, rps, num_adapters=count, rank_exponent=exponent)

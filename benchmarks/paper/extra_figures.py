@@ -1,14 +1,14 @@
-"""Beyond the paper: our own system beside its, and what locality in adapter use changes."""
+"""Figures beyond the paper: our own system beside the paper's, and the effect of locality in adapter use."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper import plots
-from benchmarks.paper.study import A40, BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
+from benchmarks.paper.study import A40, BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study
 from benchmarks.paper.tables import Outcome, Row, compare
+from benchmarks.simulator.cost_model import LENGTH_FACTOR
 from chameleon_jax.systems import SYSTEMS, System
 
 PLUS = "chameleon-plus"
@@ -32,8 +32,8 @@ MEASURES = {
 
 
 def plus(study: Study) -> Outcome:
-    """Loads are shares of chameleon's own knee on each workload."""
-    names = known("s-lora", "chameleon", PLUS)
+    """Compare at loads that are shares of chameleon's own knee on each workload."""
+    names = ("s-lora", "chameleon", PLUS)
     cases = {(name, workload): study.case(name, **fields) for workload, fields in WORKLOADS.items() for name in names}
     knees = study.knees(cases)
     loads = {(w, load): round(RELATIVE[load] * knees["chameleon", w], 3) for w in WORKLOADS for load in ("medium", "high")}
@@ -45,8 +45,7 @@ def plus(study: Study) -> Outcome:
             for measure, (key, scale, unit) in MEASURES.items():
                 row: Row = {"workload": w, "measure": f"{measure}, {unit}, at {loads[w, load]:.2f} RPS"}
                 row |= {name: scale * points[name, w, load].mean(key) for name in names}
-                if PLUS in names:
-                    row[f"{PLUS} against chameleon, %"] = points[PLUS, w, load].change(points["chameleon", w, load], key)
+                row[f"{PLUS} against chameleon, %"] = points[PLUS, w, load].change(points["chameleon", w, load], key)
                 rows.append(row)
     plot, axes = plots.grid(3, title="Ours beside the paper's system", panel=(5.4, 4.0))
     plots.bars(axes[0], list(WORKLOADS), {name: [knees[name, w] for w in WORKLOADS] for name in names}, "", "knee, RPS")
@@ -54,12 +53,11 @@ def plus(study: Study) -> Outcome:
         series = {name: [points[name, w, load]["ttft_p99"] for w in WORKLOADS] for name in names}
         plots.bars(axis, list(WORKLOADS), series, "", f"P99 TTFT, s, {load} load", log=True)
     note = "Loads are 0.93 and 1.05 of chameleon's own knee on each workload. The paper has none of these figures."
-    tables = [study.table(f"{PLUS} and chameleon", rows, note if PLUS in names else f"{note} {PLUS} is not among the systems.")]
-    if PLUS in names:
-        tables.append(
-            _ablation(study, "the calibrated workload", loads["calibrated", "medium"], loads["calibrated", "high"], {})
-        )
-        tables.append(_ablation(study, "400 adapters, all alike", MEDIUM, HIGH, {"num_adapters": 400, "adapter_exponent": 0.0}))
+    tables = [
+        study.table(f"{PLUS} and chameleon", rows, note),
+        _ablation(study, "the calibrated workload", loads["calibrated", "medium"], loads["calibrated", "high"], {}),
+        _ablation(study, "400 adapters, all alike", MEDIUM, HIGH, {"num_adapters": 400, "adapter_exponent": 0.0}),
+    ]
     return Outcome("Ours: chameleon-plus", tables, plot)
 
 
@@ -90,11 +88,11 @@ def _ablation(study: Study, workload: str, medium: float, high: float, spec: dic
         row["loads"] = points[label, medium].mean("loads")
         rows.append(row)
     note = "One choice at a time set back to chameleon's; the last four columns are at the lower load."
-    return study.table(f"{PLUS}, what each choice brings: {workload}", rows, note)
+    return study.table(f"{PLUS}, effect of each choice: {workload}", rows, note)
 
 
 def locality(study: Study) -> Outcome:
-    names, values = known("s-lora", "chameleon-lru", "chameleon", PLUS), (0.0, 0.84)
+    names, values = ("s-lora", "chameleon-lru", "chameleon", PLUS), (0.0, 0.84)
     loads: dict[str, dict[str, Any]] = {f"{rps:g} RPS": {"rps": rps} for rps in sorted({LOW, MEDIUM, study.near_knee(), HIGH})}
     loads[f"{MEDIUM:g} RPS, 500 adapters"] = {"rps": MEDIUM, "num_adapters": 500}
     knees = study.knees({(name, value): study.case(name, locality=value) for name in names for value in values})
@@ -122,7 +120,7 @@ def locality(study: Study) -> Outcome:
     for axis, value in zip(axes, values, strict=True):
         series = {name: [points[name, value, load]["ttft_p99"] for load in loads] for name in names}
         plots.bars(axis, list(loads), series, f"locality {value:g}", "P99 TTFT, s", log=True)
-    note = "Locality: probability that a request names a recent one's adapter; 0.84 is what a real LoRA trace has."
+    note = "Locality: probability that a request names a recent one's adapter; a real LoRA trace has 0.84."
     tables = [
         study.table("Both ends of locality", rows, note),
         study.table("Knees", tops),
@@ -132,7 +130,7 @@ def locality(study: Study) -> Outcome:
 
 
 def calibration(study: Study) -> Outcome:
-    """How the A40 profile's two free numbers, lengths and pool, move what the paper says of its machine."""
+    """Show the effect of the A40 profile's two free numbers, lengths and pool, on the paper's figures of its machine."""
     pools = {A40: "all that the device leaves", SMALL_POOL: "2,005 pages"}
     cases: dict[tuple[float, str], dict[str, Any]] = {
         (f, p): {"length_factor": f, "profile": p} for f in LENGTH_FACTORS for p in pools
@@ -154,4 +152,4 @@ def calibration(study: Study) -> Outcome:
     note = (
         f"Chosen: lengths x {LENGTH_FACTOR}, the whole pool. No choice has all three; the hit rate is the one that is given up."
     )
-    return Outcome("Calibration of the A40", [study.table("What lengths and pool change", rows, note)], plot)
+    return Outcome("Calibration of the A40", [study.table("Effect of lengths and pool", rows, note)], plot)

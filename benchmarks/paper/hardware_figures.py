@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, RELATIVE, Point, Study, known
+from benchmarks.paper.study import BASELINES, RELATIVE, Point, Study
 from benchmarks.paper.tables import Outcome, Row, Table, compare
 
 NOTE = (
@@ -19,7 +19,7 @@ MAX_INPUT = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A column of a figure. `paper_change`: of P99 TTFT at high load, %; `paper_throughput`: ratio to the baseline."""
+    """Column of a figure, with the paper's change of P99 TTFT at high load (percent), and its throughput over the baseline."""
 
     label: str
     profile: str
@@ -61,7 +61,7 @@ def tensor_parallel(study: Study) -> Outcome:
 
 
 def _figure(study: Study, title: str, machines: Sequence[Machine], note: str) -> Outcome:
-    ours = known("chameleon", "chameleon-plus")
+    ours = ("chameleon", "chameleon-plus")
     knees: dict[tuple[str, Machine], float] = {}
     for m in machines:
         runs = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Point, Study, known
+from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Point, Study
 from benchmarks.paper.summary import SIZE_CLASSES, SLO_S
 from benchmarks.paper.tables import Check, Outcome, Row, Table, compare
 
@@ -24,7 +24,7 @@ RPS, P99 = "requests/s", "P99 TTFT, s"
 
 def _curve(study: Study) -> dict[tuple[str, float], Point]:
     loads = sorted({*study.settings.loads, *LOADS})
-    return study.measure({(name, rps): study.case(name, rps) for name in known(*SYSTEMS) for rps in loads})
+    return study.measure({(name, rps): study.case(name, rps) for name in SYSTEMS for rps in loads})
 
 
 def _lines(
@@ -42,8 +42,8 @@ def _curve_table(study: Study, title: str, points: dict[tuple[str, float], Point
 
 def ttft_p99(study: Study) -> Outcome:
     points = _curve(study)
-    knees = study.knees({name: study.case(name) for name in known(*SYSTEMS)})
-    ours = known(*OURS)
+    knees = study.knees({name: study.case(name) for name in SYSTEMS})
+    ours = OURS
     near = study.measure(
         {
             (name, base): study.case(name, round(RELATIVE["high"] * knees[base], 3))
@@ -99,7 +99,7 @@ def ttft_p99(study: Study) -> Outcome:
 
 def tbt(study: Study) -> Outcome:
     points = _curve(study)
-    ours, rows = known("s-lora", "s-lora-published", *OURS), []
+    ours, rows = ("s-lora", "s-lora-published", *OURS), []
     for rps in LOADS:
         for name in ours:
             paper = "under 150" if name in ("s-lora", "chameleon") else None
@@ -113,7 +113,7 @@ def tbt(study: Study) -> Outcome:
     ):
         plots.curves(axis, *_lines(points, value, 1e3), RPS, label)
         plots.target(axis, 150, "ms")
-    note = "The paper does not say whether its TBT is that of gaps or of requests; 150 ms is its target."
+    note = "The paper does not say whether its TBT is taken over gaps or over requests; 150 ms is its target."
     checks = [
         Check(
             f"P99 gap: chameleon <= s-lora at {rps:g} RPS (ms)",
@@ -129,7 +129,7 @@ def ttft_p50(study: Study) -> Outcome:
     points = _curve(study)
     rows = []
     for base in BASELINES:
-        for name in known(*OURS):
+        for name in OURS:
             claimed = (-13.9, -20.9, -48.1) if name == "chameleon" else (None, None, None)
             for rps, paper in zip(LOADS, claimed, strict=True):
                 change = points[name, rps].change(points[base, rps], "ttft_p50")
@@ -145,7 +145,7 @@ def critical_path(study: Study) -> Outcome:
     points = _curve(study)
     rows = []
     for rps in LOADS:
-        for name in known("s-lora", "s-lora-published", "chameleon", "chameleon-plus"):
+        for name in ("s-lora", "s-lora-published", "chameleon", "chameleon-plus"):
             point = points[name, rps]
             waits = {"s-lora": "up to 30", "chameleon": "up to 6"}.get(name)
             rows.append(
@@ -165,7 +165,7 @@ def critical_path(study: Study) -> Outcome:
 
 
 def over_time(study: Study) -> Outcome:
-    names = known("s-lora", "sjf", *OURS)
+    names = ("s-lora", "sjf", *OURS)
     loads = {"9 RPS (the paper's high load)": HIGH, "8 RPS": MEDIUM}
     points = study.measure({(name, rps): study.case(name, rps, timeline=True) for name in names for rps in loads.values()})
     plot, axes = plots.grid(2, title="Figure 15: P99 TTFT over time")
@@ -190,7 +190,7 @@ def over_time(study: Study) -> Outcome:
 
 
 def queueing(study: Study) -> Outcome:
-    names = known("s-lora", "sjf", *OURS)
+    names = ("s-lora", "sjf", *OURS)
     points = study.measure({(name, rps): study.case(name, rps) for name in names for rps in LOADS})
     paper = {("s-lora", "small"): 28.6} | {("chameleon", size): "under 8" for size in SIZE_CLASSES}
     rows = [

@@ -1,4 +1,4 @@
-"""The plots that figures are made of. Every system has one colour everywhere."""
+"""Plots of the figures; every system has one colour everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MARKERS = "osv^D<>Pdh"
 
 
 def grid(columns: int = 1, rows: int = 1, title: str = "", panel: tuple[float, float] = (5.6, 4.0)) -> tuple[Plot, list[Any]]:
-    """A plot and its axes, row by row. The title says that it is simulated."""
+    """Make a plot and its axes, row by row, with a title that says it is simulated."""
     plot = Plot(figsize=(panel[0] * columns, panel[1] * rows + 0.3), dpi=110, layout="constrained")
     plot.suptitle(f"{title} (simulated)", fontsize=11)
     axes = plot.subplots(rows, columns, squeeze=False)
@@ -41,7 +41,7 @@ def grid(columns: int = 1, rows: int = 1, title: str = "", panel: tuple[float, f
 def curves(
     axis: Any, x: Sequence[float], lines: Mapping[str, Sequence[Estimate | float]], xlabel: str, ylabel: str, log: bool = False
 ) -> None:
-    """A line a name, in the colour of the system that it starts with."""
+    """SamplingRow one line a name, in the colour of the system with which the name starts."""
     for i, (name, values) in enumerate(lines.items()):
         y = [value.value if isinstance(value, Estimate) else value for value in values]
         marker = MARKERS[i % len(MARKERS)] if len(y) < 30 else ""
@@ -59,8 +59,10 @@ def bars(
     ylabel: str,
     log: bool = False,
 ) -> None:
-    """A group of bars an element of `groups`, a bar a name in each. Whiskers are 95 % intervals, drawn where all are shorter
-    than the tallest bar (those of two seeds seldom are)."""
+    """SamplingRow a group of bars for each element of `groups`, with one bar a name.
+
+    Whiskers are 95 % intervals. They are drawn if all are shorter than the tallest bar, which is rare with two seeds.
+    """
     width = 0.8 / len(series)
     cells = [value for line in series.values() for value in line]
     values = [v.value if isinstance(v, Estimate) else v for v in cells]
@@ -98,7 +100,7 @@ def ratios(axis: Any, groups: Sequence[str], series: Mapping[str, Sequence[float
 
 
 def log_scale(axis: Any) -> None:
-    """With 1, 2 and 5 of each decade in plain figures."""
+    """Scale the axis logarithmically, with 1, 2 and 5 of each decade in plain figures."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""Simulations by value: a Run says everything that determines one; its summary is computed once and kept."""
+"""Simulations by value: a Run determines a simulation, whose summary is computed once and kept."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cost_model import PROFILES
 from benchmarks.paper.summary import Summary, summarize
-from benchmarks.simulate import simulate
+from benchmarks.simulator.cost_model import PROFILES
+from benchmarks.simulator.simulate import simulate
 from benchmarks.workload import WorkloadSpec, generate
 from chameleon_jax.systems import System, get_system
 
@@ -29,13 +29,13 @@ SOURCES = (
     "chameleon_jax/scheduler/*.py",
     "chameleon_jax/models/config.py",
     "chameleon_jax/models/page_layout.py",
-    "benchmarks/simulate.py",
-    "benchmarks/cost_model.py",
+    "benchmarks/simulator/simulate.py",
+    "benchmarks/simulator/cost_model.py",
     "benchmarks/outcome.py",
     "benchmarks/workload.py",
     "benchmarks/paper/summary.py",
 )
-"""What determines a summary beside the Run."""
+"""Files that determine a summary beside the Run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Run:
     """One simulation.
 
     Attributes:
-        predictor: see `simulate.make_predictor`.
-        timeline: the summary also has lines over time.
+        profile: Model and device, a name in PROFILES.
+        predictor: See `simulate.make_predictor`.
+        timeline: Whether the summary has lines over time.
     """
 
     system: str | System
@@ -54,11 +55,11 @@ class Run:
     timeline: bool = False
 
     def at(self, **changes: Any) -> Run:
-        """The same with other fields of the workload."""
+        """Run with other fields of the workload."""
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changes))
 
     def describe(self) -> dict[str, Any]:
-        """Fields that differ from the defaults, as JSON has them."""
+        """Fields that differ from the defaults, for JSON."""
         spec = {f.name: getattr(self.spec, f.name) for f in dataclasses.fields(self.spec)}
         usual = {f.name: f.default for f in dataclasses.fields(self.spec)}
         spec = {name: str(v) if isinstance(v, Path) else v for name, v in spec.items() if v != usual[name] and name != "seed"}
@@ -66,7 +67,7 @@ class Run:
         return {"system": system, "profile": self.profile, "predictor": self.predictor} | spec
 
     def key(self) -> str:
-        """Hash of the content: the same under another name of the same system or profile."""
+        """Hash of the content, the same for all names of one system or profile."""
         content = dataclasses.asdict(self) | {
             "system": dataclasses.asdict(get_system(self.system)),
             "profile": dataclasses.asdict(PROFILES[self.profile]) | {"name": ""},
@@ -102,8 +103,10 @@ def execute(run: Run) -> Summary:
 
 
 class Cache:
-    """Summaries by Run, on disk: a line of JSON each, appended as soon as it is known. Every fingerprint has its own file, so
-    what other sources computed is never read."""
+    """Summaries by Run, on disk: a line of JSON each, appended as soon as it is known.
+
+    Every fingerprint has a file of its own, so summaries by other sources are never read.
+    """
 
     def __init__(self, folder: Path, sources: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ class Cache:
 
 
 class Runner:
-    """Runs what the cache lacks, in `workers` processes (1: in this one)."""
+    """Runner of the simulations that the cache lacks, in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, cache: Cache, workers: int):
         self.cache = cache
@@ -149,7 +152,7 @@ class Runner:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, runs: Iterable[Run]) -> None:
-        """Afterwards the cache has them all."""
+        """Run all that the cache lacks; the cache then has every summary."""
         missing = list({run.key(): run for run in runs if self.cache.get(run) is None}.values())
         missing.sort(key=lambda run: run.spec.rps * run.spec.duration_s, reverse=True)  # the last to end should be short
         for run, summary in self._summaries(missing):

@@ -1,14 +1,14 @@
-"""Figures about what the scheduler knows and how it adapts: 19, 21, 22."""
+"""Figures about the scheduler's knowledge and adaptation: 19, 21, 22."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper import plots
-from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study, known
+from benchmarks.paper.study import BASELINES, HIGH, LOW, MEDIUM, RELATIVE, Study
 from benchmarks.paper.summary import SLO_S
 from benchmarks.paper.tables import Check, Outcome, compare
+from benchmarks.simulator.cost_model import LENGTH_FACTOR
 
 PREDICTORS = {"100 %": "proxy-1.0", "80 %": "proxy-0.8", "60 %": "proxy-0.6", "exact length": "oracle", "history": "history"}
 STAND_INS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def predictor_accuracy(study: Study) -> Outcome:
-    names = known("chameleon", "chameleon-plus")
+    names = ("chameleon", "chameleon-plus")
     shapes: dict[str, dict[str, Any]] = {
         "flat": {"rps": MEDIUM},
         "bursts": {"rps": 5.5, "shape": "spike", "spike_share": 0.2, "period_s": study.settings.duration_s / 3},
@@ -52,14 +52,14 @@ def predictor_accuracy(study: Study) -> Outcome:
         plots.bars(axis, list(PREDICTORS), series, f"predictor, {shape}", "P99 TTFT, s")
     note = (
         f"Flat: {MEDIUM:g} RPS. Bursts: {shapes['bursts']['rps']:g} RPS on average, three times the base rate for a fifth of "
-        "the time, thrice. Accuracy is that of a three-class predictor; history knows only what earlier requests took."
+        "the time, thrice. The accuracy is a three-class predictor's; history knows only the lengths of earlier requests."
     )
     tables = [study.table("Accuracy of the length predictor", rows, note), study.table("Time to first token", detail)]
     return Outcome("Figure 19: predictor accuracy", tables, plot)
 
 
 def other_traces(study: Study) -> Outcome:
-    ours = known("chameleon", "chameleon-plus")
+    ours = ("chameleon", "chameleon-plus")
     runs = {(name, trace): study.case(name, **fields) for trace, fields in STAND_INS.items() for name in (*BASELINES, *ours)}
     knees = study.knees(runs)
     loads = {(base, trace): round(RELATIVE["high"] * knees[base, trace], 3) for base in BASELINES for trace in STAND_INS}
@@ -99,7 +99,7 @@ def other_traces(study: Study) -> Outcome:
 
 
 def static_levels(study: Study) -> Outcome:
-    names, loads = known("static", "output-only", "chameleon", "chameleon-plus"), sorted({LOW, MEDIUM, study.near_knee(), HIGH})
+    names, loads = ("static", "output-only", "chameleon", "chameleon-plus"), sorted({LOW, MEDIUM, study.near_knee(), HIGH})
     points = study.measure({(name, rps): study.case(name, rps) for name in names for rps in loads})
     papers = {LOW: 0.0, MEDIUM: 0.0, HIGH: -10.0}
     rows = [

@@ -15,7 +15,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval; NaN bounds where one value says nothing of the spread."""
+    """Mean and its 95 % interval, with NaN bounds for a single value."""
 
     value: float
     low: float
@@ -23,7 +23,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Student's t interval over seeds."""
+    """Mean over seeds with Student's t interval."""
     array = np.asarray(values, np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -33,23 +33,26 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def change(values: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Estimate:
-    """By how many percent `values` differ from `base`, paired by seed: the geometric mean of the ratios, as past a knee they
-    spread over orders of magnitude."""
+    """Percent by which `values` differ from `base`, paired by seed.
+
+    It is the geometric mean of the ratios, which spread over orders of magnitude past a knee.
+    """
     logs = estimate(np.log(np.asarray(values)) - np.log(np.asarray(base)))
     return Estimate(*(100 * (math.exp(min(x, 99.0)) - 1) for x in (logs.value, logs.low, logs.high)))
 
 
 Search = Generator[float, float, float]
-"""Yields loads, is sent what was measured there, returns the load at which it reaches the limit."""
+"""Generator that yields loads, is sent their measurements, and returns the load at which the limit is reached."""
 
 
 def search_knee(
     start: float, limit: float, tolerance: float, factor: float = 1.5, bounds: tuple[float, float] = (0.25, 512)
 ) -> Search:
-    """Brackets the knee from `start` on in steps of `factor`, then bisects until the bracket is `tolerance` wide (relative).
+    """Bracket the knee from `start` on in steps of `factor`, then bisect to a relative width of `tolerance`.
 
-    Returns the load within the bracket where a line through the logarithms crosses the limit; NaN where even the lowest load
-    is above it, infinity where the highest is not.
+    Returns:
+        The load within the bracket where a line through the logarithms crosses the limit; NaN where even the lowest load is
+        above it, infinity where the highest is not.
     """
     low = high = start
     at_low = at_high = yield start
@@ -77,7 +80,7 @@ def search_knee(
 
 
 def find_knees(searches: Mapping[K, Search], measure: Callable[[dict[K, float]], Mapping[K, float]]) -> dict[K, float]:
-    """Drives several searches in step, so that each round's loads can be measured side by side."""
+    """Drive several searches in step, so that the loads of a round can be measured side by side."""
     knees: dict[K, float] = {}
     loads = {key: next(search) for key, search in searches.items()}
     while loads:

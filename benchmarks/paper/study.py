@@ -1,4 +1,4 @@
-"""The setting that all figures share, and what they ask of it: measured points and knees."""
+"""Setting that all figures share, and its answers to them: measured points and knees."""
 
 from __future__ import annotations
 
@@ -9,39 +9,34 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.cost_model import LENGTH_FACTOR
 from benchmarks.paper.runs import Run, Runner
 from benchmarks.paper.statistics import Estimate, change, estimate, find_knees, search_knee
 from benchmarks.paper.summary import SLO_S, Summary
 from benchmarks.paper.tables import Row, Table
+from benchmarks.simulator.cost_model import LENGTH_FACTOR
 from benchmarks.workload import WorkloadSpec
-from chameleon_jax.systems import SYSTEMS, System
+from chameleon_jax.systems import System
 
 K = TypeVar("K", bound=Hashable)
 A40 = "a40-llama-7b"
 LOW, MEDIUM, HIGH = 6.0, 8.0, 9.0
 """The paper's loads on the A40, requests a second."""
 RELATIVE = {"low": 0.7, "medium": 0.93, "high": 1.05}
-"""The same as shares of the baseline's knee, for hardware on which absolute loads do not transfer."""
+"""The paper's loads as shares of the baseline's knee, for hardware to which absolute loads do not transfer."""
 BASELINES = ("s-lora", "s-lora-published")
 KEPT = ("ttft_p50", "ttft_p99", "tbt_p99", "hit_rate")
-"""Values of every seed that the results list."""
-
-
-def known(*names: str) -> list[str]:
-    """Those that SYSTEMS has."""
-    return [name for name in names if name in SYSTEMS]
+"""Values that the results list for every seed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is run.
+    """Extent of a reproduction.
 
     Attributes:
-        duration_s: for which requests arrive in a run.
-        loads: of the curves, requests a second.
-        tolerance: relative width to which a knee is bracketed.
-        trace: file whose lengths are used; None: the generator's.
+        duration_s: Seconds for which requests arrive in a run.
+        loads: Loads of the curves, requests a second.
+        tolerance: Relative width to which a knee is bracketed.
+        trace: File with the lengths. None takes the generator's.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -70,18 +65,18 @@ class Point:
         return float(self.values(name).mean())
 
     def line(self, name: str) -> list[float]:
-        """Mean over seeds of a line over time, NaN where no seed has anything."""
+        """Mean over seeds of a line over time, NaN where no seed has a value."""
         values = [[np.nan if value is None else value for value in summary[name]] for summary in self.summaries]
         bins = [[value for value in bin if not np.isnan(value)] for bin in zip(*values, strict=True)]
         return [float(np.mean(bin)) if bin else float("nan") for bin in bins]
 
     def change(self, base: Point, name: str = "ttft_p99") -> Estimate:
-        """Percent."""
+        """Change of a value against another point, percent."""
         return change(self.values(name), base.values(name))
 
 
 class Study:
-    """Runs what figures declare and remembers it."""
+    """Runs that figures declare, with their results."""
 
     def __init__(self, settings: Settings, runner: Runner):
         self.settings = settings
@@ -98,12 +93,12 @@ class Study:
         timeline: bool = False,
         **spec: Any,
     ) -> Run:
-        """The calibrated workload with what `spec` changes."""
+        """Run of the calibrated workload with the fields of `spec` changed."""
         fields = {"length_factor": LENGTH_FACTOR, "trace": self.settings.trace} | spec
         return Run(system, WorkloadSpec(rps, self.settings.duration_s, **fields), profile, predictor, timeline)
 
     def measure(self, runs: Mapping[K, Run]) -> dict[K, Point]:
-        """Every run under every seed."""
+        """Measure every run under every seed."""
         seeds = self.settings.seeds
         self.runner.run(run.at(seed=seed) for run in runs.values() for seed in seeds)
         found = {key: Point([self._summary(run.at(seed=seed)) for seed in seeds]) for key, run in runs.items()}
@@ -116,7 +111,7 @@ class Study:
         return summary
 
     def knees(self, runs: Mapping[K, Run], start: float = 8.0) -> dict[K, float]:
-        """Highest load whose P99 TTFT, mean over seeds, meets the paper's target; requests a second."""
+        """Highest loads whose P99 TTFT, mean over seeds, meets the paper's target, requests a second."""
 
         def measure(loads: dict[K, float]) -> dict[K, float]:
             points = self.measure({key: runs[key].at(rps=round(rps, 3)) for key, rps in loads.items()})
@@ -125,7 +120,7 @@ class Study:
         return find_knees({key: search_knee(start, SLO_S, self.settings.tolerance) for key in runs}, measure)
 
     def near_knee(self) -> float:
-        """Just below the fair baseline's knee, where queues neither vanish nor grow without end; requests a second."""
+        """Load just below the fair baseline's knee, where queues neither vanish nor grow without end, requests a second."""
         return round(0.97 * self.knees({"s-lora": self.case("s-lora")})["s-lora"], 1)
 
     def table(self, title: str, rows: Sequence[Row], note: str = "", profile: str = A40) -> Table:
@@ -139,14 +134,14 @@ class Study:
         return Table(title, rows, setting, note)
 
     def record(self) -> list[dict[str, Any]]:
-        """Per-seed values of all points, as JSON has them."""
+        """Per-seed values of all points, for JSON."""
         return [
             run.describe() | {name: [float(f"{value:.4g}") for value in point.values(name)] for name in KEPT}
             for run, point in self.points.items()
         ]
 
     def speed(self) -> dict[str, float]:
-        """What the simulator did in a second of one process's wall time."""
+        """Rates of the simulator in one process, by wall time."""
         summaries = [summary for point in self.points.values() for summary in point.summaries]
         total = {name: sum(s[name] for s in summaries) for name in ("wall_s", "steps", "tokens", "requests", "simulated_s")}
         wall = max(total["wall_s"], 1e-9)

@@ -1,4 +1,4 @@
-"""What is kept of a simulation: scalars, so that thousands of them fit a cache and a parent process."""
+"""Scalars that are kept of a simulation, so that thousands of simulations fit a cache and a parent process."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate import Result
+from benchmarks.simulator.simulate import Result
 
 Summary = dict[str, Any]
 SLO_S = 5.0
 """The paper's target for the 99th percentile of the time to first token."""
 SIZE_CLASSES = ("small", "medium", "large")
 BINS = 60
-"""Of a timeline, over the time in which requests arrive."""
+"""Bins of a timeline, over the time in which requests arrive."""
 
 
 def summarize(result: Result, timeline: bool = False) -> Summary:
-    """Seconds and shares, by name; with `timeline` also lists of BINS elements (None: nothing fell into the bin).
+    """Summarise a simulation in seconds and shares, by name.
 
-    `tpot` is a request's mean gap between tokens; `queue_share` the time to admission over the time to the last token; a size
-    class is a tercile of the true weighted size; `worst_*` the largest mean time to admission among the classes.
+    `tpot` is a request's mean gap between tokens; `queue_share` is the time to admission over the time to the last token. A
+    size class is a tercile of the true weighted size. `worst_*` is the largest mean time to admission among the classes.
+    With `timeline` there are also lists of BINS elements, None for an empty bin.
     """
     ttft, queue, output = result.ttft, result.queue, result.output
     several = output > 1
@@ -63,7 +64,7 @@ def summarize(result: Result, timeline: bool = False) -> Summary:
 
 
 def size_classes(result: Result) -> np.ndarray:
-    """[n] tercile of each request's weighted size, as the paper defines it but with the true output."""
+    """Tercile of each request's weighted size, `[n]`, as the paper defines it but with the true output."""
     size = (0.4 * result.input / result.input.max() + 0.6 * result.output / result.output.max()) * result.rank
     return np.searchsorted(np.percentile(size, [100 / 3, 200 / 3]), size)
 

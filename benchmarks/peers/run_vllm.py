@@ -1,4 +1,4 @@
-"""One pass of the peers' comparison through vLLM's CPU build: `python run_vllm.py WORK OUT` (see compare.py)."""
+"""Run one pass of the comparison through vLLM's CPU build: `python run_vllm.py WORK OUT`, started by compare.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 
 
 def serve(engine, work: Path, requests: list[dict], concurrency: int, tag: str) -> dict:
-    """Keeps `concurrency` requests in flight; times are seconds."""
+    """Keep `concurrency` requests in flight; times are seconds."""
     waiting = list(enumerate(requests))[::-1]
     sent: dict[int, float] = {}
     running: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Several systems against the same workloads on one engine, forth and back, and what a simulation would have expected."""
+"""Several systems against the same workloads on one engine, forth and back, beside simulations of the same runs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from scipy import stats
 
 from benchmarks.outcome import Outcome
 from benchmarks.serving import calibrate
-from benchmarks.serving.calibrate import Calibration, TimingExecutor, Timings
+from benchmarks.serving.calibrate import Calibration, TimedEngine, Timings
 from benchmarks.serving.engine import BenchmarkEngine
 from benchmarks.serving.measure import serve, summarise
-from benchmarks.simulate import step_tokens
+from benchmarks.simulator.simulate import step_tokens
 from benchmarks.workload import Workload
 from chameleon_jax.config import EngineConfig
 
 LENGTH_STEP = 64
-"""Tokens."""
+"""Divisor of the engine's longest request, which is rounded up, tokens."""
 MEMORY_POINTS = 240
-"""Samples of memory that are kept of a run, at most."""
+"""Samples of memory that a result keeps of a run, at most."""
 RATIOS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "e2e_p50_ms", "tokens_per_s")
 PREDICTED = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "e2e_p50_ms", "e2e_p99_ms", "tokens_per_s", "hit_rate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every run has in common. `batched_tokens` is a step's prompt tokens; see `simulate.step_tokens`."""
+    """Settings that every run has in common; for `batched_tokens` see `simulate.step_tokens`."""
 
     predictor: str
     length_factor: float
@@ -42,9 +42,10 @@ class Comparison:
     """Runs by system, one a pass.
 
     Attributes:
-        predicted: what the calibrated cost model expects.
-        adjusted: what it would have expected, had it known how fast the machine was during the run.
-        slowness: seconds of the run's steps over what the calibration says of them.
+        predicted: Simulations by the calibrated cost model.
+        adjusted: Simulations by the calibrated cost model, slowed to the machine's speed during the run.
+        slowness: Seconds of the run's steps over their seconds by the calibration.
+        calibration: The calibration. None if nothing was simulated.
     """
 
     measured: dict[str, list[Outcome]]
@@ -56,12 +57,14 @@ class Comparison:
 
 def build_engine(
     model: str, workloads: list[Workload], systems: list[str], settings: Settings, config: dict[str, Any]
-) -> BenchmarkEngine:
-    """Compiled for the longest request of all workloads, rounded up so that others find the programs in the compilation cache;
-    the adapters are in host memory."""
+) -> TimedEngine:
+    """Build an engine for the longest request of all workloads, with the workloads' adapters in host memory.
+
+    The length is rounded up, so that later engines find the programs in the compilation cache.
+    """
     longest = max(int(w.input_tokens.max() + max(v.output_tokens.max() for v in workloads)) for w in workloads)
     ranks = workloads[0].ranks.tolist()
-    engine = BenchmarkEngine(
+    engine = TimedEngine(
         model,
         EngineConfig(
             max_lora_rank=max(ranks),
@@ -75,15 +78,14 @@ def build_engine(
     return engine
 
 
-def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Settings) -> tuple[Outcome, Timings]:
-    timings = TimingExecutor.timings = Timings()
+def run(engine: TimedEngine, workload: Workload, system: str, settings: Settings) -> tuple[Outcome, Timings]:
+    timings = engine.measure()
     measured = serve(
         engine,
         workload,
         system,
         predictor=settings.predictor,
         length_factor=settings.length_factor,
-        executor=TimingExecutor,
         max_num_batched_tokens=step_tokens(system, settings.batched_tokens),
         ttft_slo=settings.ttft_slo,
         tbt_slo=settings.tbt_slo,
@@ -93,14 +95,16 @@ def run(engine: BenchmarkEngine, workload: Workload, system: str, settings: Sett
 
 
 def compare(
-    engine: BenchmarkEngine,
+    engine: TimedEngine,
     systems: list[str],
     workloads: list[Workload],
     calibration_workload: Workload | None,
     settings: Settings,
 ) -> Comparison:
-    """A pass over the systems for each workload, every second one backwards. Each pass first times steps to calibrate with,
-    since a machine that others use is not equally fast all the time."""
+    """Serve each workload in a pass over the systems, every second pass backwards.
+
+    Each pass first times steps to calibrate with, since a shared machine is not equally fast all the time.
+    """
     result = Comparison({system: [] for system in systems})
     timings: dict[str, list[Timings]] = {system: [] for system in systems}
     others = Timings()
@@ -145,7 +149,7 @@ def predict(engine: BenchmarkEngine, workload: Workload, system: str, settings: 
 
 
 def tables(comparison: Comparison, ttft_slo: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows to print, and for each system every figure of every pass."""
+    """Make rows to print, and every figure of every pass by system."""
     rows: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
     for system, runs in comparison.measured.items():
@@ -166,7 +170,7 @@ def tables(comparison: Comparison, ttft_slo: float) -> tuple[list[dict[str, Any]
 
 
 def ratios(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ratio of each system's figures to the last system's, pass by pass: geometric mean, 95 % interval by Student's t."""
+    """Ratios of each system's figures to the last system's, pass by pass: geometric mean, 95 % interval by Student's t."""
     *systems, base = details
     rows = []
     for system in systems:
@@ -183,7 +187,7 @@ def ratios(details: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def orders(comparison: Comparison) -> dict[str, str]:
-    """Systems from the lowest TTFT p99 to the highest, means of the passes: measured, and predicted."""
+    """Systems from the lowest TTFT p99 to the highest, by the mean of the passes, measured and predicted."""
     groups = {"measured": comparison.measured, "predicted": comparison.predicted, "at the run's speed": comparison.adjusted}
     result = {}
     for title, runs_by_system in groups.items():
@@ -194,7 +198,7 @@ def orders(comparison: Comparison) -> dict[str, str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and half the range where there are several."""
+    """Mean of some values, and half their range if there are several."""
     return number(float(np.mean(values))) + (f" ± {number((max(values) - min(values)) / 2)}" if len(values) > 1 else "")
 
 
@@ -203,7 +207,7 @@ def number(value: float) -> str:
 
 
 def memory_over_time(outcome: Outcome) -> dict[str, list[float]]:
-    """Columns; the first sample of each of MEMORY_POINTS equal stretches of time."""
+    """Columns of the memory, with the first sample of each of MEMORY_POINTS equal stretches of time."""
     stretch = (outcome.memory[:, 0] * MEMORY_POINTS / outcome.finished_s).astype(int)
     seconds, *pages = outcome.memory[np.unique(stretch, return_index=True)[1]].T
     names = ("kv_pages", "adapter_pages", "free_pages")

@@ -1,35 +1,32 @@
-"""The engine that serves, with a loop that can be started anew and outputs whose lengths the benchmark sets."""
+"""Engine with random adapters, and outputs whose lengths the benchmark sets."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate import STOP, TOKEN
+from benchmarks.simulator.simulate import STOP, TOKEN
 from chameleon_jax.executor import SampledToken
-from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.scheduler.length_predictor import LengthPredictor
 from chameleon_jax.serving.engine import LLMEngine
-from chameleon_jax.systems import System, get_system
 
 ATTENTION = TARGETS[:4]
-"""What the paper's adapters adapt."""
+"""Targets of the paper's adapters."""
 
 
 class EndingExecutor(JaxExecutor):
-    """Ends each output at a length that only the benchmark knows: the token there becomes STOP, and none before it is.
+    """Executor that ends each output at a length that only the benchmark knows.
+
+    The token at that length becomes STOP, and no token before it is STOP.
 
     Attributes:
-        lengths: request id to output tokens.
+        lengths: Request id to output tokens.
     """
 
     lengths: dict[str, int]
@@ -45,11 +42,19 @@ class EndingExecutor(JaxExecutor):
 
 
 class BenchmarkEngine(LLMEngine):
-    """`Engine` whose weights, programs and adapters in host memory outlive the loop."""
+    """Engine with random adapters, whose requests end at lengths that the benchmark sets."""
+
+    _executor: EndingExecutor
+
+    def _make_executor(self) -> EndingExecutor:
+        return EndingExecutor(self.runner, self.store)
 
     def add_random_loras(self, ranks: Sequence[int], seed: int = 0) -> None:
-        """Names `adapter-i`, of rank ranks[i] on q, k, v and o. Those of one rank have the same random values, each in memory
-        of its own: packing hundreds of large adapters takes minutes, and nothing measured depends on what is in them."""
+        """Register adapters named `adapter-i`, of rank ranks[i] on q, k, v and o.
+
+        Adapters of one rank have the same random values, each in memory of its own: packing hundreds of large adapters takes
+        minutes, and nothing measured depends on their values.
+        """
         rng = np.random.default_rng(seed)
         for rank in dict.fromkeys(ranks):
             placement = self.layout.place(dict.fromkeys(ATTENTION, rank))
@@ -58,47 +63,21 @@ class BenchmarkEngine(LLMEngine):
             num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
             for i in [i for i, other in enumerate(ranks) if other == rank]:
                 info = AdapterInfo(f"adapter-{i}-of-rank-{rank}", rank, placement.num_pages, num_bytes)
-                self.store.put(info.content_hash, self.device.stage(block.copy()))
-                self._placements[info.content_hash] = placement
-                self.names.set(f"adapter-{i}", info)
+                self._executor.add(info.content_hash, placement, self.runner.stage(block.copy()))
+                self.adapters.add(f"adapter-{i}", info)
 
-    def restart(
-        self,
-        system: str | System,
-        clock: Callable[[], float],
-        *,
-        lengths: dict[str, int],
-        predictor: LengthPredictor | None,
-        executor: type[EndingExecutor] = EndingExecutor,
-        **settings: Any,
-    ) -> None:
-        """A new loop of another system: an empty pool and cache, nothing learnt; the adapters are known to it.
+    def start_run(self, lengths: dict[str, int], **settings: Any) -> None:
+        """Restart for requests of these output lengths, by id; for `settings` see `restart`.
 
-        Args:
-            lengths: output tokens of the requests to come, by id.
-            settings: fields of `EngineConfig` that differ, within what was compiled.
+        Raises:
+            RuntimeError: Requests are unfinished.
         """
         if self.loop.has_unfinished:
             raise RuntimeError("requests are unfinished")
-        config = dataclasses.replace(self.config, system=system, **settings)
-        ending = executor(self.device, self.store, self._placements, get_system(system).transfers_per_load)
-        ending.lengths = lengths
-        self.loop = ServingLoop(
-            config,
-            ending,
-            PagePool(self.num_pages),
-            page_tokens=self.layout.page_tokens,
-            max_model_len=self.max_model_len,
-            shapes=self.device.buckets.prefill_shapes,
-            clock=clock,
-            predictor=predictor,
-            forget=self._forget,
-        )
-        self.names.loop, self._executor = self.loop, ending
-        for name in self.registry.names():
-            self.loop.add_adapter(self.names.named(name))
+        self._executor.lengths = lengths
+        self.restart(**settings)
 
     def submit_drawn(self, request_id: str, prompt: Sequence[int], max_tokens: int, adapter: int, arrival: float) -> Request:
-        """Greedy; ends at the length given to `restart`."""
+        """Submit a greedy request that ends at the length given to `start_run`."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=(STOP,), ignore_eos=True)
         return self.submit(prompt, params, LoRARequest(f"adapter-{adapter}"), request_id, arrival)

@@ -1,4 +1,7 @@
-"""One open-loop run of a workload on the engine: requests arrive by the clock, whether or not earlier ones are done."""
+"""One open-loop run of a workload on the engine.
+
+Requests arrive by the clock, whether or not earlier ones are done.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.outcome import Outcome, Recorder
-from benchmarks.serving.engine import BenchmarkEngine, EndingExecutor
-from benchmarks.simulate import make_predictor
+from benchmarks.serving.engine import BenchmarkEngine
+from benchmarks.simulator.simulate import make_predictor
 from benchmarks.workload import Workload
 from chameleon_jax.request import Request
 from chameleon_jax.systems import System
@@ -27,10 +30,9 @@ def serve(
     *,
     predictor: str,
     length_factor: float,
-    executor: type[EndingExecutor] = EndingExecutor,
     **settings: Any,
 ) -> Outcome:
-    """Serves a workload to its end, in one thread. Prompts are random tokens; `settings` as in `BenchmarkEngine.restart`."""
+    """Serve a workload of random prompts to its end, in one thread; `settings` as in `LLMEngine.restart`."""
     outputs = workload.output_tokens.tolist()
     lengths = {f"r{i}": n for i, n in enumerate(outputs)}
     vocab = engine.model_config.vocab_size
@@ -43,7 +45,7 @@ def serve(
     def clock() -> float:
         return time.perf_counter() - begin
 
-    engine.restart(system, clock, lengths=lengths, predictor=predict, executor=executor, **settings)
+    engine.start_run(lengths, system=system, clock=clock, predictor=predict, **settings)
     loop = engine.loop
     begin = time.perf_counter()
     requests: list[Request] = []
@@ -62,7 +64,10 @@ def serve(
 
 
 def summarise(outcome: Outcome, ttft_slo: float) -> dict[str, float]:
-    """Milliseconds, rates a second, mebibytes; `met` requests had their first token within `ttft_slo` seconds."""
+    """Summarise a run in milliseconds, rates a second and mebibytes.
+
+    `met_per_s` counts requests that had their first token within `ttft_slo` seconds.
+    """
     summary: dict[str, float] = {}
     for name in ("ttft", "tbt", "e2e"):
         values = getattr(outcome, name)

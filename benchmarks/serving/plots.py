@@ -1,4 +1,4 @@
-"""One picture of a comparison: how long first tokens took, and where the memory went."""
+"""Picture of a comparison: times to first token, and memory over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.outcome import Outcome
 def draw(
     measured: dict[str, list[Outcome]], predicted: dict[str, list[Outcome]], mib_per_page: float, title: str, file: Path
 ) -> None:
-    """TTFT's distribution by system over all runs, and for each system the memory of its first run."""
+    """SamplingRow the TTFT's distribution by system over all runs, and the memory of each system's first run."""
     systems = list(measured)
     rows = 1 + len(systems)
     figure = Figure(figsize=(9, 3.4 + 1.7 * len(systems)), layout="tight")

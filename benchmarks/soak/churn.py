@@ -1,20 +1,20 @@
-"""Adapters that are loaded, replaced and unloaded the whole time, and what a name may mean meanwhile."""
+"""Adapters that are loaded, replaced and unloaded the whole time, and the possible contents of a name meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 
 import httpx
 
 
 class Churn:
-    """Names whose content changes over HTTP, as an operator would do it.
+    """Names whose content changes over HTTP, as an operator would change it.
 
     Args:
-        names: of the adapters that change.
-        contents: directories below the server's adapter directory.
+        contents: Directories below the server's adapter directory.
     """
 
     def __init__(self, http: httpx.AsyncClient, names: list[str], contents: list[str], rng: random.Random):
@@ -31,7 +31,7 @@ class Churn:
         return list(self._possible)
 
     def watch(self, name: str) -> set[str | None]:
-        """What the name means from now until `unwatch`: more is added when it changes."""
+        """Contents that the name has from now until `unwatch`; a change adds to them."""
         seen = set(self._possible[name])
         self._watched[name].append(seen)
         return seen
@@ -39,9 +39,9 @@ class Churn:
     def unwatch(self, name: str, seen: set[str | None]) -> None:
         self._watched[name] = [other for other in self._watched[name] if other is not seen]
 
-    async def run(self, pause: float) -> None:
-        """Until it is cancelled: changes one name after the other."""
-        while True:
+    async def run(self, pause: float, until: float) -> None:
+        """Change one name after the other until `until` (`time.monotonic()`), and never leave a change half done."""
+        while time.monotonic() < until:
             await self.change(self._rng.choice(self.names))
             await asyncio.sleep(self._rng.uniform(0, 2 * pause))
 

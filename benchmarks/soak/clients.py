@@ -1,18 +1,20 @@
-"""Clients of both protocols in a process of their own: they check every text, and some of them behave badly.
+"""Clients of both protocols in a process of their own, which check every text; some of them behave badly.
 
-`python -m benchmarks.soak.clients JOBS.json RESULT.json ...`, started by `benchmarks.soak`.
+`benchmarks.soak.soak` starts it: `python -m benchmarks.soak.clients FOLDER`. It reads jobs.json and task.json there, and writes
+result.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -27,7 +29,7 @@ WEIGHTS = (50, 20, 25, 3, 2)
 
 
 class Clients:
-    """Args: fixed: names of adapters that stay, with their content."""
+    """Clients of one server; `fixed` has the names of adapters that stay, with their content."""
 
     def __init__(self, jobs: Jobs, http: httpx.AsyncClient, grpc: AsyncClient, churn: Churn, fixed: dict[str, str], model: str):
         self.counts: Counter[str] = Counter()
@@ -53,7 +55,7 @@ class Clients:
                     self._churn.unwatch(name, seen)
 
     async def _one(self, rng: random.Random, name: str, number: int, seen: set[str | None]) -> None:
-        """One request, of which `seen` says what its name may have meant."""
+        """Send one request, whose name may have had any of the contents `seen`."""
         kind = rng.choices(KINDS, WEIGHTS)[0]
         try:
             text = await getattr(self, f"_{kind}")(name, *self._jobs.prompts[number])
@@ -118,24 +120,20 @@ class Clients:
         return None
 
 
-async def main(args: argparse.Namespace) -> dict:
-    jobs = Jobs.load(args.jobs)
-    rng = random.Random(args.seed)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.clients)
+async def main(jobs: Jobs, task: dict[str, Any]) -> dict[str, Any]:
+    rng = random.Random(task["seed"])
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=task["clients"])
     async with (
-        httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as http,
-        AsyncClient(args.grpc) as grpc,
+        httpx.AsyncClient(base_url=task["url"], timeout=600, limits=limits) as http,
+        AsyncClient(task["grpc"]) as grpc,
     ):
         model = next(m["id"] for m in (await http.get("/v1/models")).json()["data"] if m.get("parent") is None)
         fixed = {Path(content).name: content for content in jobs.fixed}
-        churn = Churn(http, [f"live-{i}" for i in range(args.names)], jobs.changing, rng)
+        churn = Churn(http, [f"live-{i}" for i in range(task["names"])], jobs.changing, rng)
         clients = Clients(jobs, http, grpc, churn, fixed, model)
-        changes = asyncio.create_task(churn.run(args.pause))
-        until = time.monotonic() + args.seconds
-        await asyncio.gather(*[clients.run(random.Random(rng.random()), until) for _ in range(args.clients)])
-        changes.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await changes
+        until = time.monotonic() + task["seconds"]
+        asking = [clients.run(random.Random(rng.random()), until) for _ in range(task["clients"])]
+        await asyncio.gather(churn.run(task["pause"], until), *asking)
         for name in churn.names:
             await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
     return {
@@ -147,15 +145,6 @@ async def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--grpc", required=True)
-    parser.add_argument("--clients", type=int, required=True)
-    parser.add_argument("--names", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--pause", type=float, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.result.write_text(json.dumps(asyncio.run(main(arguments)), indent=1))
+    folder = Path(sys.argv[1])
+    seen = asyncio.run(main(Jobs.load(folder / "jobs.json"), json.loads((folder / "task.json").read_text())))
+    (folder / "result.json").write_text(json.dumps(seen, indent=1))

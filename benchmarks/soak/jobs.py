@@ -1,4 +1,4 @@
-"""What clients ask and what they must be answered: greedy texts, computed offline before the server is there."""
+"""Prompts of the clients with their correct answers: greedy texts, computed offline before the server starts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 from chameleon_jax import LLM, LoRARequest, SamplingParams
 
 BASE = ""
-"""Content of no adapter."""
+"""Content of the base model, which has no adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Jobs:
-    """
+    """Prompts, adapters and correct texts.
+
     Attributes:
-        prompts: each with its number of output tokens.
-        fixed: directories of the adapters that stay; changing: of those that come and go.
-        texts: `[content][prompt]`, where a content is an adapter's directory, or BASE.
+        prompts: Prompts, each with its number of output tokens.
+        fixed: Directories of the adapters that stay.
+        changing: Directories of the adapters that come and go.
+        texts: Texts by content and prompt, where a content is an adapter's directory, or BASE.
     """
 
     prompts: list[tuple[str, int]]
@@ -43,7 +45,7 @@ def prepare(
     changing: Sequence[str],
     settings: Mapping[str, object],
 ) -> Jobs:
-    """Answers every prompt with every content, each by itself."""
+    """Answer every prompt with every content, one at a time."""
     texts: dict[str, list[str]] = {}
     with LLM(model, **settings) as llm:  # type: ignore[arg-type]
         for content in (BASE, *fixed, *changing):

@@ -1,4 +1,4 @@
-"""What a running server is watched for: what it holds when nothing runs, and how evenly it steps."""
+"""Observations of a running server: its holdings while nothing runs, and the times of its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chameleon_jax.serving.async_llm import AsyncLLM
 
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """What a process holds while nothing runs."""
+    """Holdings of a process while nothing runs."""
 
     kv_pages: int
     adapters: int
@@ -38,10 +38,10 @@ class Holding:
 
 
 class StepTimes:
-    """Times of steps, and of what lies between two steps, while adapters move and while none does.
+    """Times of steps, and between two steps, while adapters move and while none does.
 
-    An adapter moves from when its files are read until it is in the pool. A step that computes prompt tokens is as long as its
-    chunk is, so that decode steps are also told apart.
+    An adapter moves from the reading of its files until it is in the pool. The length of a step with prompt tokens depends on
+    its chunk, so decode steps are also listed apart.
     """
 
     def __init__(self, llm: AsyncLLM):
@@ -71,11 +71,11 @@ class StepTimes:
         return updated
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Milliseconds."""
+        """Summary of each kind of interval, milliseconds."""
         out = {}
-        for what, times in (("step", self.steps), ("decode step", self.decodes), ("between steps", self.pauses)):
+        for interval, times in (("step", self.steps), ("decode step", self.decodes), ("between steps", self.pauses)):
             for moves, values in times.items():
                 p50, p99, most = np.percentile(values, [50, 99, 100]) * 1e3 if values else (np.nan,) * 3
-                key = f"{what}, {'adapters move' if moves else 'none moves'}"
+                key = f"{interval}, {'adapters move' if moves else 'none moves'}"
                 out[key] = {"count": len(values), "p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 2)}
         return out

@@ -10,9 +10,10 @@ import time
 import jax
 import pytest
 
-from benchmarks.device import runner, supervisor, variants
-from benchmarks.device.report import Case, Report
+from benchmarks.device import runner, supervisor
+from benchmarks.device.report import Case, Report, Skip
 from benchmarks.device.scale import SMALL, Mix
+from benchmarks.device.sections import variants
 from benchmarks.device.workbench import shared
 
 
@@ -40,6 +41,17 @@ def test_a_case_that_raises_is_recorded_and_the_rest_goes_on(report, monkeypatch
     assert Report(tmp_path).content == report.content  # on disk as it is in memory
 
 
+def test_a_case_that_cannot_be_measured_says_why_and_is_no_failure(report, monkeypatch):
+    def measure():
+        yield {"x": 1}
+        raise Skip("no room")
+
+    with_cases(monkeypatch, Case("large", measure), Case("good", lambda: [{"x": 2}]))
+    runner.run_sections(["decode"], SMALL, report, in_an_hour())
+    assert report.rows("decode") == [{"x": 1}, {"x": 2}] and not report.failures and not report.missing
+    assert "large: skipped: no room" in report.text()
+
+
 def test_a_lost_device_ends_the_process_and_the_next_goes_on(report, monkeypatch):
     with_cases(monkeypatch, Case("bad", lambda: 1 / 0), Case("good", lambda: [{"x": 1}]))
     monkeypatch.setattr(runner, "_device_works", lambda: False)
@@ -58,7 +70,7 @@ def test_nothing_starts_after_the_deadline(report, monkeypatch):
 
 
 def test_the_command_writes_both_files(tmp_path):
-    """In processes, as it is used."""
+    """The processes are those of a real call."""
     request = supervisor.sections_of(["machine"], tmp_path, time.time(), True, 60.0)
     assert supervisor.supervise(dataclasses.replace(request, cache=tmp_path / "live")) == 0
     report = Report(tmp_path)

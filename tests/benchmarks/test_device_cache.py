@@ -16,7 +16,7 @@ CHOICE = f"{cache.AUTOTUNED}/-+choice_1-2=.textproto"
 
 @pytest.fixture
 def live(tmp_path):
-    """A folder as JAX and XLA leave it, with files that were being written when the process was killed."""
+    """Make a folder as JAX and XLA leave it, with files that a killed process was writing."""
     folder = tmp_path / "live"
     (folder / cache.AUTOTUNED / "tmp").mkdir(parents=True)
     (folder / CHOICE).write_bytes(b"choice")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.device import __main__ as command
-from benchmarks.device import calls, gpu, processes, runner, supervisor
+from benchmarks.__main__ import main
+from benchmarks.device import calls, command, gpu, processes, runner, sections, supervisor
 from benchmarks.device.compilation import Compilation
 from benchmarks.device.report import Case, Report
 from benchmarks.device.scale import FULL, SMALL
@@ -31,14 +31,14 @@ def out(tmp_path):
 
 
 def request_of(out, *sections, seconds=MINUTE):
-    """A group for each section, none of which may take longer than all together."""
+    """Make a request with a group for each section, each with the time of all together."""
     now = time.time()
     groups = tuple((calls.Group((section,), 0.0, seconds), now + seconds) for section in sections)
     return supervisor.Request("call-1", "a test", groups, now + seconds, out, True, out.parent / "live")
 
 
 def with_worker(monkeypatch, script):
-    """Processes run `script`, which has the report, the sections and a counter of starts, instead of a worker."""
+    """Let processes run `script`, which has the report, the section and a counter of starts, instead of a worker."""
     head = "import os, sys, time\nfrom pathlib import Path\nfrom benchmarks.device.report import Report\n"
     head += "out = Path(sys.argv[1])\nreport, section = Report(out, 'call-1'), sys.argv[2]\n"
     head += "starts = out / f'{section}.starts'\nstarts.write_text(starts.read_text() + 'x' if starts.exists() else 'x')\n"
@@ -54,12 +54,10 @@ def with_worker(monkeypatch, script):
 
 
 def test_calls_cover_every_section_once_within_their_limits():
-    modules = {
-        file.stem
-        for file in Path(runner.__file__).parent.glob("*.py")
-        if "\ndef cases(scale: Scale, report" in file.read_text()
-    }
-    assert sorted(calls.SECTIONS) == sorted({*modules - {"correct_steps"}, "peers"})
+    folder = Path(sections.__file__).parent
+    found = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
+    modules = [file for file in found if "\ndef cases(scale: Scale, report: Report, deadline" in file.read_text()]
+    assert sorted(calls.SECTIONS) == sorted(m.parent.name if m.stem == "__init__" else m.stem for m in modules)
     for groups in calls.CALLS:
         assert sum(group.limit_s for group in groups) + calls.PACK_SECONDS == calls.CALL_SECONDS
         assert all(group.expected_s <= group.limit_s for group in groups)
@@ -68,13 +66,18 @@ def test_calls_cover_every_section_once_within_their_limits():
 
 
 def test_the_plan_names_sections_and_commands(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["device", "--plan"])
-    assert command.main() == 0
+    assert main(["device", "--plan"]) == 0
     told = capsys.readouterr().out
     assert all(section in told for section in calls.SECTIONS)
+    ran = []
+    monkeypatch.setattr(supervisor, "supervise", lambda request: ran.append(request.name) or 0)
+    monkeypatch.setattr(command, "make_writable", lambda out: None)
+    monkeypatch.setattr(gpu, "is_there", lambda: False)
     for number in (1, 2, 3):
-        words = calls.command(number).split()[3:]
-        assert calls.command(number) in told and command.parser().parse_args(words).call == number
+        words = calls.command(number).split()
+        assert words[:3] == ["python", "-m", "benchmarks"] and calls.command(number) in told
+        assert main(words[3:]) == 0
+    assert ran == ["call-1", "call-2", "call-3"]
 
 
 def test_a_group_may_use_what_earlier_ones_left():
@@ -141,7 +144,7 @@ def test_a_process_that_dies_once_before_its_first_case_costs_nothing(out, monke
 
 
 def test_a_call_ends_where_jax_has_no_gpu(out, monkeypatch, capsys):
-    """The full model, and JAX on a CPU: in processes, as it is used."""
+    """The full model, and JAX on a CPU, in processes as in use."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     request = dataclasses.replace(request_of(out, "decode", "prefill", seconds=5 * MINUTE), small=False)
     begin = time.monotonic()
@@ -293,14 +296,14 @@ CHEAP = {
     "serve_curve": ("two systems at two loads",),
     "variants": ("as it is",),
 }
-"""Sections and those of their cases that take a second or a few."""
+"""Cheap cases of each section, which take a few seconds."""
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_calls_in_small(number, out, tmp_path, monkeypatch):
     """Every group in this process, by its cheap cases."""
     monkeypatch.setattr("benchmarks.device.timing.TARGET_SECONDS", 0.01)
-    monkeypatch.setattr("benchmarks.device.loads.STEPS", 20)
+    monkeypatch.setattr("benchmarks.device.sections.loads.STEPS", 20)
     cases_of = runner.cases_of
 
     def cheap(section, scale, report, deadline):

@@ -1,4 +1,4 @@
-"""The section `peers` of the device benchmark, small and on the CPU; what needs torch is skipped where it is not installed."""
+"""The section `peers` of the device benchmark, small and on the CPU; tests of torch are skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from benchmarks.device import peers
 from benchmarks.device.report import Report
 from benchmarks.device.scale import FULL, SMALL, Mix
+from benchmarks.device.sections import peers
 from benchmarks.device.timing import Timing
 from benchmarks.device.workbench import Workbench
 from chameleon_jax.models.config import PRESETS
@@ -94,7 +94,7 @@ def test_torch_model_is_right_and_is_timed(report):
 
 def test_the_check_notices_a_wrong_model():
     torch = pytest.importorskip("torch")
-    from benchmarks.device.peers import torch_check, torch_llama, torch_steps
+    from benchmarks.device.sections.peers import torch_check, torch_llama, torch_steps
 
     def backwards(qkv, cos, sin, *heads):
         return torch_llama.rotate(qkv, cos, -sin, *heads)
@@ -121,7 +121,7 @@ def test_mixes_are_timed_beside_our_own(report):
 
 def test_adapters_that_do_not_pass_their_check_are_not_timed(report):
     pytest.importorskip("torch")
-    from benchmarks.device.peers import torch_mixes
+    from benchmarks.device.sections.peers import torch_mixes
 
     report.end(
         "peers", peers.LORA_CHECK, [{"LoRA": torch_mixes.IN_ORDER, "ok": True}, {"LoRA": torch_mixes.IN_ORDER, "ok": False}]
@@ -132,7 +132,7 @@ def test_adapters_that_do_not_pass_their_check_are_not_timed(report):
 
 def test_copies_by_index_are_timed_only_without_a_kernel():
     pytest.importorskip("torch")
-    from benchmarks.device.peers.torch_mixes import BY_INDEX, IN_ORDER, TRITON, worth_timing
+    from benchmarks.device.sections.peers.torch_mixes import BY_INDEX, IN_ORDER, TRITON, worth_timing
 
     assert worth_timing([IN_ORDER, BY_INDEX, TRITON]) == [IN_ORDER, TRITON]
     assert worth_timing([IN_ORDER, BY_INDEX]) == [IN_ORDER, BY_INDEX]
@@ -156,8 +156,8 @@ def test_a_device_that_is_lost_in_the_check_ends_the_process(report, monkeypatch
 
 def test_a_batch_that_does_not_fit_says_so(report):
     pytest.importorskip("torch")
-    from benchmarks.device.peers.torch_mixes import IN_ORDER, TorchMixes
-    from benchmarks.device.peers.torch_steps import lacking_text
+    from benchmarks.device.sections.peers.torch_mixes import IN_ORDER, TorchMixes
+    from benchmarks.device.sections.peers.torch_steps import lacking_text
 
     assert lacking_text(3 << 30, 5 << 30, 8 << 30) == ""
     assert lacking_text(3 << 30, 0, 2 << 30) == "KV takes 3.0 GiB; 2.0 GiB are free"
@@ -206,7 +206,7 @@ def test_transformers_with_mixed_adapters(report, monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_every_row_gets_its_own_adapter():
     torch, _, _ = (pytest.importorskip(package) for package in ("torch", "transformers", "peft"))
-    from benchmarks.device.peers.mixed_adapters import MixedAdapters
+    from benchmarks.device.sections.peers.mixed_adapters import MixedAdapters
 
     adapters = MixedAdapters(SMALL, peers.MIX, 3)
     words = torch.arange(8).expand(3, 8)

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from benchmarks.device import peers
+from benchmarks.device.sections import peers
 from chameleon_jax.models.config import PRESETS
 
 MODELS = {"grouped heads": PRESETS["tiny"], "heads alike": dataclasses.replace(PRESETS["tiny"], num_kv_heads=4)}
@@ -18,9 +18,9 @@ MODELS = {"grouped heads": PRESETS["tiny"], "heads alike": dataclasses.replace(P
 
 @pytest.fixture
 def lora():
-    """The modules that need torch, and the error of a way to add adapters."""
+    """Collect the modules that need torch, and a function for the error of a way to add adapters."""
     torch = pytest.importorskip("torch")
-    from benchmarks.device.peers import torch_check, torch_lora, torch_mixes
+    from benchmarks.device.sections.peers import torch_check, torch_lora, torch_mixes
 
     def error(name, config=PRESETS["tiny"], build=None):
         build = build or torch_mixes.variants()[name]
@@ -77,7 +77,7 @@ INTERPRETED = """
 import dataclasses, functools
 import torch
 import triton.runtime.interpreter as interpreter
-from benchmarks.device.peers import torch_check, torch_mixes
+from benchmarks.device.sections.peers import torch_check, torch_mixes
 from chameleon_jax.models.config import PRESETS
 
 patch = interpreter._patch_lang_tensor
@@ -110,7 +110,7 @@ def test_triton_kernels_compile_for_an_h100_with_16_byte_copies():
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from benchmarks.device.peers import triton_lora
+    from benchmarks.device.sections.peers import triton_lora
 
     divisible = [["tt.divisibility", 16]]
     pointers = {"x": "*bf16", "a": "*bf16", "y": "*bf16", "b": "*bf16", "low": "*fp32", "tasks": "*i32", "entries": "*i32"}

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from benchmarks.device import loads, predictions
+from benchmarks.device import predictions
 from benchmarks.device.report import Report
 from benchmarks.device.scale import FULL
+from benchmarks.device.sections import loads
 
 
 @pytest.fixture

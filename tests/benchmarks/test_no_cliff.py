@@ -1,11 +1,11 @@
-"""What users of servers with slots for adapters complain about (SGLang #13349): here is no edge to fall from. Simulated."""
+"""No latency cliff where active adapters exceed the pool, as servers with slots have it (SGLang #13349). Simulated."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.cost_model import PROFILES
-from benchmarks.simulate import simulate
+from benchmarks.simulator.cost_model import PROFILES
+from benchmarks.simulator.simulate import simulate
 from benchmarks.workload import WorkloadSpec, generate
 
 PROFILE = PROFILES["a40-llama-7b"]

@@ -7,25 +7,36 @@ import asyncio
 import numpy as np
 import pytest
 
-from benchmarks.overhead.__main__ import bare, make_requests, measure, table
 from benchmarks.overhead.clients import http_client
+from benchmarks.overhead.overhead import bare, make_requests, measure, table
 from benchmarks.overhead.paced import pace
-from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.async_llm import AsyncLLM
-from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
 
 
-def test_three_ways_for_the_same_requests(tmp_path):
-    model = str(reference.save_model(tmp_path / "gqa", "gqa", text=True))
-    settings = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=200)
-    llm = AsyncLLM(model, progress=lambda done, total: None, **settings)
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    reference.save_adapter(folder / "a", reference.CONFIGS["gqa"], 8)
+    return folder
 
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    model = str(reference.save_model(tmp_path_factory.mktemp("model") / "gqa", "gqa", text=True))
+    settings = dict(
+        dtype="float32", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=8, num_pages=200
+    )
+    llm = AsyncLLM(model, progress=lambda done, total: None, **settings)
+    yield llm
+    llm.close()
+
+
+def test_three_ways_for_the_same_requests(llm, adapters):
     async def main():
-        reference.save_adapter(tmp_path / "adapters" / "a", reference.CONFIGS["gqa"], 8)
-        service = Service(llm, ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(tmp_path / "adapters"),)))
+        service = Service(llm, ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(adapters),)))
         await service.load_named({})
         requests = make_requests(10, ["gqa", "a"], 6, 256)
         before = (await llm.stats(max_age=0)).generation_tokens
@@ -34,7 +45,6 @@ def test_three_ways_for_the_same_requests(tmp_path):
         return outcomes
 
     closed, opened = asyncio.run(main())
-    llm.close()
     rows = {row["through"]: row for row in table(closed, opened, 60)}
     assert set(rows) == set(closed) == set(opened) == {"bare loop", "http", "grpc"}
     for (outcome,) in (*closed.values(), *opened.values()):
@@ -68,14 +78,18 @@ def test_a_stream_that_fails_is_not_measured(sent, match):
         asyncio.run(main())
 
 
-def test_a_device_that_is_only_waited_for(tmp_path):
-    model = str(reference.save_model(tmp_path / "gqa", "gqa", text=True))
-    engine = LLMEngine(model, EngineConfig(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=200))
-    engine.add_lora("a", reference.save_adapter(tmp_path / "a", reference.CONFIGS["gqa"], 8))
-    pace(engine, 0.005)
+def test_a_device_that_is_only_waited_for(llm, adapters):
+    """It takes the place of the device for good, so this test is the last."""
     requests = make_requests(10, ["gqa", "a"], 6, 256)
-    outcome = bare(engine, requests, 4, "gqa")
-    assert outcome["seconds"] > 3 * 6 * 0.005  # ten requests, four at a time: three rounds of six tokens
-    timed = bare(engine, [request | {"at": 0.01 * i} for i, request in enumerate(requests)], 10, "gqa")
-    assert len(timed["ttft"]) == 10 and min(timed["ttft"]) >= 0.005 and timed["seconds"] > 0.09
-    engine.close()
+    timed = [request | {"at": 0.01 * i} for i, request in enumerate(requests)]
+
+    async def main():
+        if "a" not in await llm.list_loras():
+            await llm.add_lora("a", str(adapters / "a"))
+        await llm.call(lambda engine: pace(engine, 0.005))
+        closed = await llm.call(lambda engine: bare(engine, requests, 4, "gqa"))
+        return closed, await llm.call(lambda engine: bare(engine, timed, 10, "gqa"))
+
+    closed, opened = asyncio.run(main())
+    assert closed["seconds"] > 3 * 6 * 0.005  # ten requests, four at a time: three rounds of six tokens
+    assert len(opened["ttft"]) == 10 and min(opened["ttft"]) >= 0.005 and opened["seconds"] > 0.09

@@ -6,10 +6,9 @@ import math
 import re
 
 import pytest
-from typer.testing import CliRunner
 
-from benchmarks import reproduce_paper
-from benchmarks.paper import load_figures, runs
+from benchmarks.__main__ import main
+from benchmarks.paper import load_figures, reproduce, runs
 from benchmarks.paper.runs import Cache, Run, Runner, fingerprint
 from benchmarks.paper.statistics import change, estimate, find_knees, search_knee
 from benchmarks.paper.study import Settings, Study
@@ -24,7 +23,7 @@ TINY = Settings(seeds=(0, 1), duration_s=8.0, loads=(6.0,), tolerance=0.5)
 
 @pytest.fixture
 def executions(monkeypatch):
-    """Runs that were simulated, not read from the cache."""
+    """Record runs that are simulated, not read from the cache."""
     done, execute = [], runs.execute
 
     def counted(run):
@@ -157,15 +156,12 @@ def test_checks_report_what_is():
     assert not Check("order", [("a", 1.0), ("b", math.nan)]).passes
 
 
-def test_a_figure_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce_paper, "QUICK", TINY)
+def test_a_figure_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
     monkeypatch.setattr(load_figures, "SYSTEMS", ("s-lora", "s-lora-published", "chameleon"))
     monkeypatch.setattr(load_figures, "OURS", ("chameleon",))
-    call = ["--quick", "--figure", "13", "--figure", "2", "--out", str(tmp_path), "--workers", "1"]
-    app = reproduce_paper.typer.Typer()
-    app.command()(reproduce_paper.main)
-    first = CliRunner().invoke(app, call)
-    assert first.exit_code == 0, first.output
+    call = ["paper", "--quick", "--figure", "13", "--figure", "2", "--out", str(tmp_path), "--workers", "1"]
+    assert main(call) == 0
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["quantity"]: row for row in result["figures"]["13"]["tables"][0]["rows"]}
     row = rows["P50 TTFT of chameleon against s-lora at 9 RPS, %"]
@@ -176,22 +172,18 @@ def test_a_figure_end_to_end(tmp_path, monkeypatch):
     assert "Simulated, not measured on hardware. Profile a40-llama-7b; seeds 0, 1" in text
     for image in re.findall(r"\((figure-.*\.png)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    again = CliRunner().invoke(app, call)
-    assert "figure 13: 0 runs" in again.output, "all of it came from the cache"
+    capsys.readouterr()
+    assert main(call) == 0
+    assert "figure 13: 0 runs" in capsys.readouterr().err, "all of it came from the cache"
 
 
-def test_unknown_figure_is_named():
-    app = reproduce_paper.typer.Typer()
-    app.command()(reproduce_paper.main)
-    result = CliRunner().invoke(app, ["--figure", "99"])
-    assert result.exit_code == 2 and "99" in result.output
+def test_unknown_figure_is_named(capsys):
+    assert main(["paper", "--figure", "99"]) == 2 and "99" in capsys.readouterr().err
 
 
 def test_ablations_turn_one_choice_each():
     from benchmarks.paper import extra_figures
 
-    if extra_figures.PLUS not in SYSTEMS:
-        pytest.skip("no chameleon-plus")
     plus, theirs = SYSTEMS[extra_figures.PLUS], SYSTEMS["chameleon"]
     for system in extra_figures.ablations().values():
         turned = [f.name for f in dataclasses.fields(system) if getattr(system, f.name) != getattr(plus, f.name)]

@@ -8,13 +8,13 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from benchmarks import serve, serve_curve
-from benchmarks.serving.calibrate import STEP_TERMS, Timings, fit, slowness
+from benchmarks.__main__ import main
+from benchmarks.serving import serve_curve
+from benchmarks.serving.calibrate import Timings, fit, slowness
 from benchmarks.serving.comparison import RATIOS, Settings, build_engine, ratios
-from benchmarks.simulate import STOP, step_tokens
+from benchmarks.simulator.calibration import STEP_TERMS
+from benchmarks.simulator.simulate import STOP, step_tokens
 from benchmarks.workload import Workload
 from chameleon_jax.outputs import FinishReason
 
@@ -45,11 +45,11 @@ def test_ratios_pair_the_passes():
 
 def start(engine, lengths: dict[str, int], system: str = "chameleon") -> None:
     ticks = itertools.count()
-    engine.restart(system, lambda: next(ticks) * 1e-3, lengths=lengths, predictor=None, predicted_output_len=24)
+    engine.start_run(lengths, system=system, clock=lambda: next(ticks) * 1e-3, predicted_output_len=24)
 
 
 def finish(engine) -> list:
-    """Runs to the end; returns the memory after each step."""
+    """Run to the end, and return the memory after each step."""
     usages = []
     while engine.loop.has_unfinished:
         engine.loop.step()
@@ -125,15 +125,12 @@ def test_a_calibration_finds_the_costs_it_was_made_from():
 
 
 def test_the_command_writes_what_it_measured_and_predicted(engine, tmp_path):
-    app = typer.Typer()
-    app.command()(serve.main)
-    pictures = importlib.util.find_spec("matplotlib") is not None  # not among what the tests need
+    pictures = importlib.util.find_spec("matplotlib") is not None  # not among the tests' packages
     plots = f"--plots {tmp_path}" if pictures else ""
-    options = f"""tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
+    options = f"""serve tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
         --max-input 100 --max-output 24 --num-adapters {NUM_ADAPTERS} --ranks {RANK} --num-pages {NUM_PAGES} --max-num-seqs 2
         --max-num-batched-tokens 32 --predict --calibration-s 1 --out {tmp_path}/result.json {plots}"""
-    result = CliRunner().invoke(app, options.split(), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert main(options.split()) == 0
     written = json.loads((tmp_path / "result.json").read_text())
     assert set(written["systems"]) == {"s-lora", "chameleon"}
     for system in written["systems"].values():
@@ -149,12 +146,18 @@ def test_a_system_that_bounds_stalls_may_take_longer_prompts():
     assert step_tokens("chameleon-plus", 128) == 512
 
 
-def test_a_curve_has_every_system_at_every_load(tmp_path, monkeypatch):
+def test_a_curve_has_every_system_at_every_load(engine, tmp_path, monkeypatch):
+    """On the engine of this module; tests/test_gpu_machine.py runs the command with its own."""
+    built = []
+    monkeypatch.setattr(serve_curve, "build_engine", lambda *arguments: built.append(arguments) or engine)
+    monkeypatch.setattr(engine, "close", lambda: None)
     sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
     traffic = "--rps 4 --rps 2 --duration 1.5 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
     out = tmp_path / "curve.json"
-    monkeypatch.setattr("sys.argv", ["serve_curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)])
-    serve_curve.main()
+    assert main(["serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)]) == 0
+    ((model, workloads, systems, settings, config),) = built
+    assert (model, systems, len(workloads), config["num_pages"]) == ("tiny", ["fifo", "s-lora"], 2, NUM_PAGES)
+    assert (settings.max_num_seqs, settings.batched_tokens) == (2, 32)
     table = json.loads(out.read_text())["table"]
     assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (2, 4) for s in ("fifo", "s-lora")]
     assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)

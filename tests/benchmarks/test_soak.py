@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from benchmarks.soak.__main__ import Soak, failures, soak
 from benchmarks.soak.jobs import prepare
+from benchmarks.soak.soak import Soak, failures, soak
 from chameleon_jax.serving.async_llm import AsyncLLM
 from tests import reference_models as reference
 
-SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=80)
+SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=16, num_pages=64)
 QUIET = dict(progress=lambda done, total: None)
 PLAN = Soak(clients=12, names=3, warm_up=3.0, seconds=6.0, pause=0.05)
 

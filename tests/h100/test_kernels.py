@@ -13,7 +13,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.passmanager import PassManager
 from jaxlib.triton import dialect
 
-from benchmarks.compile_h100 import Model, for_gpu, kernels, lower_for_h100
+from benchmarks.kernels.compile_h100 import Model, for_gpu, kernels, lower_for_h100
 from chameleon_jax.models.ops import pallas_triton as pt
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.steps import Program

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
+from benchmarks.kernels.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
