@@ -8,7 +8,10 @@ PLUGIN = jax-cuda$(if $(JAX),13,12)
 # hides the packages that the GPU machine lacks from a command and the processes it starts
 GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-.PHONY: demo serve examples docs test test-models check parity paper h100 device-plan soak fuzz proto format clean
+# tests of one file share engines, so a file stays with one process
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+.PHONY: demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks demo
@@ -22,11 +25,15 @@ examples: $(VENV)/installed-test ## run the six examples, offline on the CPU
 docs: $(VENV)/docs/bin/mkdocs ## build the documentation's site into build/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $< build --site-dir build/site
 
-test: $(VENV)/installed-test ## the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-test ## the test suite, on every processor
+	$(PYTEST)
+
+test-host: $(VENV)/installed-test ## the fast tests, of all that needs no model: core, checkpoints, parts of the servers
+	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
+	  tests/serving/test_turns.py tests/serving/test_prompts.py tests/serving/test_updates.py tests/test_docs.py tests/test_prose.py
 
 test-models: $(VENV)/installed-test-models ## the tests of the model and its device ops, with only the packages that the GPU machine has
-	$(GPU_MACHINE) $(BIN)/python -m pytest tests/models
+	$(GPU_MACHINE) $(PYTEST) tests/models
 
 check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/ruff format --check .
