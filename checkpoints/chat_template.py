@@ -22,7 +22,7 @@ _END = "END-OF-THE-FINAL-MESSAGE "
 """Marks the end of a message that is continued; the space shows whether the template trims messages."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which clients send a message's reasoning. Most templates read the first, those of gpt-oss the second."""
+"""Names under which clients send a message's reasoning. Most templates read the first; gpt-oss' templates read the second."""
 
 
 class ChatTemplate:

@@ -1,7 +1,7 @@
 """The paper's proxy predictor (section 3): a small encoder that predicts from a prompt's tokens how long the output will be.
 
-It sorts prompts into classes of output length, and a class stands for one number of tokens. Of a long prompt it reads the
-first and the last tokens; the prompt's length is a feature of its own. Ids are hashed (modulo `vocab_buckets`), so one size
+It sorts prompts into classes of output length, and a class stands for one number of tokens. It reads the first and the
+last tokens of a long prompt; the prompt's length is a feature of its own. Ids are hashed (modulo `vocab_buckets`), so one size
 of table serves every vocabulary: in BPE vocabularies low ids are the frequent tokens, so these keep rows of their own.
 
 It runs on the host's CPU where JAX has one, in few shapes, so that it neither queues behind the served model nor compiles

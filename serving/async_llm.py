@@ -127,7 +127,7 @@ class AsyncLLM(Observer):
     ) -> RequestStream:
         """Take a request in and return its stream, for callers that want new output only instead of all so far.
 
-        Args and errors are those of `generate`.
+        Args and errors are as for `generate`.
         """
         params, fit = sampling_params or self.get_default_sampling_params(), sampling_params is None
         (stream,) = await self.open_all([prompt], [params], lora_request, request_id, Deadline(timeout), fit=fit)

@@ -349,7 +349,7 @@ def _dtype(name: str) -> str:
 
 
 def _preset_or_config(model: str) -> LlamaConfig:
-    """Find the configuration for dummy weights: a preset's, or that of a directory with a config.json."""
+    """Find the configuration for dummy weights, in a preset or a directory's config.json."""
     if model in PRESETS:
         return PRESETS[model]
     if not (Path(model) / "config.json").is_file():

@@ -46,7 +46,7 @@ class EngineThread:
         self.error: EngineDead | None = None
         self._observer = observer
         self._commands: queue.SimpleQueue[tuple[Callable[[LLMEngine], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._awaited: set[Future[Any]] = set()
         self._closed = False
         self._step_began: float | None = None

@@ -29,7 +29,7 @@ def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: b
         raise ValueError("the model has no tokenizer (load_format='dummy'): give prompts as token ids")
     try:
         return tokenizer.encode(prompt, add_special_tokens)
-    except TypeError as error:  # of tokenizers, for what cannot be UTF-8
+    except TypeError as error:  # from tokenizers, for text that cannot be UTF-8
         raise ValueError("prompt has a lone surrogate; allowed: text that can be encoded as UTF-8") from error
 
 

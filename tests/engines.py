@@ -33,6 +33,7 @@ class Engines:
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
         engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | SIZES | fixed))
         try:
+            engine.restart()  # first with the executor that it was built with: an earlier test may have replaced it
             for name in engine.list_loras():
                 engine.remove_lora(name)
             engine.restart(**wanted)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chameleon_jax import LLM, LoRARequest, SamplingParams
+from chameleon_jax.serving.engine import LLMEngine
 
 BASE = ""
 """Content of the base model, which has no adapter."""
@@ -39,7 +40,7 @@ class Jobs:
 
 
 def prepare(
-    model: str,
+    model: str | LLMEngine,
     prompts: Sequence[tuple[str, int]],
     fixed: Sequence[str],
     changing: Sequence[str],

@@ -1,4 +1,4 @@
-"""Requests that start together. The batch computes what they need exactly; eviction follows only once that is known."""
+"""Requests that start together. The batch first computes the pages that they need; only then are adapters evicted."""
 
 from __future__ import annotations
 

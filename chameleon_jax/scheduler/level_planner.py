@@ -15,7 +15,7 @@ REFRESH_S = 300.0
 FIRST_REFRESH = 100
 """Arrivals after which levels are formed for the first time."""
 DRIFT_SAMPLE = 128
-"""Arrivals that a drift test compares with those of the last refresh."""
+"""Arrivals that a drift test compares with as many before the last refresh."""
 
 
 class LevelPlanner:
@@ -26,7 +26,7 @@ class LevelPlanner:
         slo: target for time to first token, seconds.
         counters: `quota_refreshes` and `scaled_quotas` are counted here.
         equal_levels: four levels of equal width and quota.
-        drift_test: refresh as soon as sizes differ from those of the last refresh.
+        drift_test: refresh as soon as sizes differ from the sizes at the last refresh.
     """
 
     def __init__(self, total: int, slo: float, counters: SchedulerCounters, equal_levels: bool, drift_test: bool):

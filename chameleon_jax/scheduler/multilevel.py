@@ -47,7 +47,7 @@ class MultiLevelQueue:
 
     Attributes:
         bounds: sizes at which levels part, ascending.
-        levels: one more than there are bounds, that of the smallest requests first.
+        levels: one more than there are bounds, smallest requests first.
 
     Args:
         total: pages of the pool.
@@ -55,7 +55,7 @@ class MultiLevelQueue:
         slo: target for time to first token, seconds.
         counters: bypasses, squashes and refreshes are counted here.
         equal_levels: four levels of equal width and quota.
-        drift_test: refresh as soon as sizes differ from those of the last refresh.
+        drift_test: refresh as soon as sizes differ from the sizes at the last refresh.
     """
 
     def __init__(

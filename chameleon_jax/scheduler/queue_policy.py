@@ -45,4 +45,4 @@ class QueuePolicy(Protocol):
         """List at most `count` waiting requests in the order in which they will likely start."""
 
     def queues(self) -> tuple[QueueStats, ...]:
-        """Describe each queue, that of the smallest requests first."""
+        """Describe each queue, the queue of the smallest requests first."""

@@ -44,7 +44,7 @@ class PageNeeds:
 class RequestSizer:
     """Weighted request size: (A input / max input + B output / max output) x adapter pages / max adapter pages.
 
-    The maxima are those of the requests seen so far (the paper does not say which), so a size is in (0, 1] when it is
+    The maxima are taken over the requests seen so far (the paper does not say which), so a size is in (0, 1] when it is
     computed. A request without an adapter counts as one with the smallest possible adapter, of one page.
 
     Args:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FIRST_ROWS = range(2, 257)
 """Rows for which a CPU takes the weights first. XLA has a matrix-vector product of its own for one row; above 256 rows the
-transposition costs what is won."""
+transposition costs as much as it saves."""
 
 
 def linear(
@@ -27,7 +27,7 @@ def linear(
     Args:
         x: Inputs.
         weight: Matrix.
-        out_dtype: Dtype of the result. None: that of `x`.
+        out_dtype: Dtype of the result. None takes the dtype of `x`.
     """
     out_dtype = out_dtype or x.dtype
 

@@ -14,7 +14,7 @@ from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 
 
 class AsyncClient(BaseClient):
-    """Client of a server's gRPC API for the asyncio loop in which it is made. Calls and errors are those of `Client`."""
+    """Client of a server's gRPC API for the asyncio loop in which it is made. Calls and errors are as for `Client`."""
 
     _grpc = grpc.aio
 

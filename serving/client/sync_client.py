@@ -16,7 +16,7 @@ from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 class Client(BaseClient):
     """Client of a server's gRPC API. Thread-safe.
 
-    Calls raise the errors of the server's Python API: ValueError, KeyError, and those of `chameleon_jax.errors`, of which
+    Calls raise the errors of the server's Python API: ValueError, KeyError, and the errors of `chameleon_jax.errors`, of which
     `Unavailable` means that the server cannot be reached, is about to stop, or is dead.
     """
 

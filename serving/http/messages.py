@@ -1,4 +1,4 @@
-"""Messages of a conversation, in OpenAI's form and in that of chat templates."""
+"""Messages of a conversation, in the form of OpenAI and in the form of chat templates."""
 
 from __future__ import annotations
 

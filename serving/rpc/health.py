@@ -12,7 +12,7 @@ Response = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Health service whose watches the server can end. Those of grpcio's own last as long as their clients stay.
+    """Health service whose watches the server can end. A watch of grpcio's own service lasts as long as its client stays.
 
     Args:
         services: Full names of the services. The empty name, for the whole server, is added.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -24,14 +25,9 @@ def adapters(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    model = str(reference.save_model(tmp_path_factory.mktemp("model") / "gqa", "gqa", text=True))
-    settings = dict(
-        dtype="float32", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=8, num_pages=200
-    )
-    llm = AsyncLLM(model, progress=lambda done, total: None, **settings)
-    yield llm
-    llm.close()
+def llm(engines, text_model):
+    with engines.borrow(text_model, max_num_seqs=4, num_pages=200) as engine, contextlib.closing(AsyncLLM(engine)) as llm:
+        yield llm
 
 
 def test_three_ways_for_the_same_requests(llm, adapters):
@@ -39,9 +35,9 @@ def test_three_ways_for_the_same_requests(llm, adapters):
         service = Service(llm, ServerConfig(port=0, grpc_port=0, adapter_dirs=(str(adapters),)))
         await service.load_named({})
         requests = make_requests(10, ["gqa", "a"], 6, 256)
-        before = (await llm.stats(max_age=0)).generation_tokens
+        before = (await llm.stats(max_age=0)).loop.generation_tokens
         outcomes = await measure(llm, service, requests, concurrency=4, passes=1)
-        assert (await llm.stats(max_age=0)).generation_tokens - before == 3 * 3 * 10 * 6
+        assert (await llm.stats(max_age=0)).loop.generation_tokens - before == 3 * 3 * 10 * 6
         return outcomes
 
     closed, opened = asyncio.run(main())
@@ -79,7 +75,7 @@ def test_a_stream_that_fails_is_not_measured(sent, match):
 
 
 def test_a_device_that_is_only_waited_for(llm, adapters):
-    """It takes the place of the device for good, so this test is the last."""
+    """The paced executor takes the place of the device until the next restart, so this test is the last."""
     requests = make_requests(10, ["gqa", "a"], 6, 256)
     timed = [request | {"at": 0.01 * i} for i, request in enumerate(requests)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -11,15 +12,13 @@ from benchmarks.soak.soak import Soak, failures, soak
 from chameleon_jax.serving.async_llm import AsyncLLM
 from tests import reference_models as reference
 
-SETTINGS = dict(dtype="float32", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=16, num_pages=64)
-QUIET = dict(progress=lambda done, total: None)
+SETTINGS = dict(max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=16, num_pages=64)
 PLAN = Soak(clients=12, names=3, warm_up=3.0, seconds=6.0, pause=0.05)
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(engines, text_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak")
-    model = str(reference.save_model(folder / "gqa", "gqa", text=True))
     root = folder / "adapters"
     contents = [
         str(reference.save_adapter(root / name, reference.CONFIGS["gqa"], rank, seed=seed))
@@ -28,10 +27,12 @@ def result(tmp_path_factory):
         )
     ]
     prompts = [("love is", 24), ("0123456789", 48), ("the heart of man", 12)]
-    jobs = prepare(model, prompts, contents[:2], contents[2:], SETTINGS | QUIET)
-    llm = AsyncLLM(model, **SETTINGS, **QUIET)
-    yield asyncio.run(soak(llm, root, jobs, PLAN))
-    llm.close()
+    with engines.borrow(text_model, **SETTINGS) as engine:
+        jobs = prepare(engine, prompts, contents[:2], contents[2:], {})
+        for name in engine.list_loras():
+            engine.remove_lora(name)
+        with contextlib.closing(AsyncLLM(engine)) as llm:
+            return asyncio.run(soak(llm, root, jobs, PLAN))
 
 
 def test_every_text_is_right_and_nothing_is_left(result):

@@ -11,7 +11,7 @@ from chameleon_jax.checkpoints.length_proxy import load, save
 from chameleon_jax.models.length_proxy import LengthClassifier, LengthProxy, LengthProxyConfig
 
 CONFIG = LengthProxyConfig(window=32, vocab_buckets=256, hidden_size=32, num_heads=2, num_layers=1, epochs=2)
-PROMPTS = [list(np.random.default_rng(i).integers(0, 256, 4 + i % 20)) for i in range(90)]
+PROMPTS = [np.random.default_rng(i).integers(0, 256, 4 + i % 20).tolist() for i in range(90)]
 
 
 @pytest.fixture(scope="module")

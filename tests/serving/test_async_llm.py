@@ -75,7 +75,7 @@ def test_a_slow_reader_gets_more_at_once(llm):
 @pytest.mark.parametrize("early", ["break", "cancel", "close"])
 def test_who_leaves_early_aborts(llm, early):
     async def main():
-        before = (await llm.stats(max_age=0)).generation_tokens
+        before = (await llm.stats(max_age=0)).loop.generation_tokens
         if early == "break":
             generator = llm.generate(PROMPTS[0], LONG)
             async for _ in generator:
@@ -83,7 +83,7 @@ def test_who_leaves_early_aborts(llm, early):
             await generator.aclose()
         elif early == "cancel":
             task = asyncio.create_task(last(llm, PROMPTS[0], LONG))
-            while (await llm.stats(max_age=0)).generation_tokens == before:
+            while (await llm.stats(max_age=0)).loop.generation_tokens == before:
                 await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -91,7 +91,7 @@ def test_who_leaves_early_aborts(llm, early):
         else:
             (await llm.open(PROMPTS[0], LONG)).close()
         await settled(llm)
-        assert (await llm.stats(max_age=0)).generation_tokens < before + LONG.max_tokens
+        assert (await llm.stats(max_age=0)).loop.generation_tokens < before + LONG.max_tokens
 
     run(main())
 

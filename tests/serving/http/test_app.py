@@ -118,19 +118,19 @@ def test_a_deadline(http, shared_llm):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away(server, shared_llm, stream):
     """All its requests end in the engine."""
-    begun = asyncio.run(shared_llm.stats(max_age=0)).generation_tokens
+    begun = asyncio.run(shared_llm.stats(max_age=0)).loop.generation_tokens
     body = json.dumps(BODY | {"max_tokens": 100, "n": 4, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         connection.sendall(head.encode() + body)
-        while asyncio.run(shared_llm.stats(max_age=0)).generation_tokens == begun:
+        while asyncio.run(shared_llm.stats(max_age=0)).loop.generation_tokens == begun:
             pass
         if stream:
             assert connection.recv(20).startswith(b"HTTP/1.1 200")
     settled(shared_llm)
-    assert asyncio.run(shared_llm.stats(max_age=0)).generation_tokens < begun + 400
+    assert asyncio.run(shared_llm.stats(max_age=0)).loop.generation_tokens < begun + 400
     assert shared_llm._streams == {}
 
 

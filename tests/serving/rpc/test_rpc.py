@@ -171,7 +171,7 @@ def test_abort(inference, control):
 
 
 def test_cancelling_ends_the_request(inference, shared_llm):
-    begun = asyncio.run(shared_llm.stats(max_age=0)).generation_tokens
+    begun = asyncio.run(shared_llm.stats(max_age=0)).loop.generation_tokens
     stream = inference.GenerateStream(asked(100), timeout=TIMEOUT)
     next(stream)
     stream.cancel()
@@ -180,7 +180,7 @@ def test_cancelling_ends_the_request(inference, shared_llm):
         pass
     call.cancel()
     settled(shared_llm)
-    assert asyncio.run(shared_llm.stats(max_age=0)).generation_tokens < begun + 200
+    assert asyncio.run(shared_llm.stats(max_age=0)).loop.generation_tokens < begun + 200
     assert shared_llm._streams == {}
 
 

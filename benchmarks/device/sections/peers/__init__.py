@@ -1,8 +1,8 @@
 """Section `peers`: the same steps in torch, with and without adapters, and in transformers + peft.
 
-The torch step (torch_llama.py, torch_lora.py) is the strongest that we could write. Its rows stand beside those of the sections
-`decode` and `prefill`, with the same rows, contexts, mixes of adapters and floor. Cases come in order of importance. JAX must
-not take the device in this process.
+The torch step (torch_llama.py, torch_lora.py) is the strongest that we could write. Its rows stand beside the rows of the
+sections `decode` and `prefill`, with the same rows, contexts, mixes of adapters and floor. Cases come in order of importance.
+JAX must not take the device in this process.
 """
 
 from __future__ import annotations
