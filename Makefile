@@ -42,13 +42,13 @@ check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/lint-imports
 
 parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
-	$(BIN)/python -m pytest tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
+	$(PYTEST) tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
 
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
 	$(BIN)/python -m benchmarks paper --quick --out .cache/paper $(FIGURES)
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
-	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest tests/h100 --override-ini addopts="-q --import-mode=importlib"
+	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest --numprocesses auto tests/h100 --override-ini addopts="-q --import-mode=importlib"
 
 device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a tiny model, with only the packages that the GPU machine has
 	mkdir -p .cache/device-plan

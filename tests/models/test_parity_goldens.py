@@ -33,11 +33,11 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     assert output.outputs[0].token_ids == GOLDEN[f"{name}/tokens"].tolist()
 
 
-def test_each_row_of_a_batch_of_mixed_ranks_has_the_tokens_that_peft_gives_it_alone(tmp_path):
+def test_each_row_of_a_batch_of_mixed_ranks_has_the_tokens_that_peft_gives_it_alone(make_llm, tmp_path):
     config = reference.CONFIGS["gqa"]
     adapters = reference.save_adapters(tmp_path / "adapters", config)
     directory = reference.save_model(tmp_path / "model", "gqa")
-    with LLM(str(directory), max_num_seqs=16, **SMALL) as llm:
+    with make_llm(directory, max_num_seqs=16) as llm:
         names = [*adapters, None, None]
         prompts = [reference.prompt(2)] * len(adapters) + [reference.prompt(1)] * 2
         loras = [LoRARequest(name, str(adapters[name])) if name else None for name in names]

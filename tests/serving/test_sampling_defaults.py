@@ -253,7 +253,7 @@ def test_generate_from_the_command_line(model, tmp_path, monkeypatch):
     )
     plain = {"temperature": 0.0, "max_tokens": 128}
     for options, expected in [
-        (["--chat", "--temperature", 0, "--top-k", 0], EXPECTED | {"temperature": 0, "top_k": 0}),
+        (["--chat", "--temperature", 0, "--top-k", 0, "--max-model-len", 40], EXPECTED | {"temperature": 0, "top_k": 0}),
         (["--generation-config", "none", "--min-p", 0.5, "--max-model-len", 40], plain | {"min_p": 0.5, "max_tokens": 35}),
     ]:
         result = CliRunner().invoke(app, ["generate", str(model), "--prompt", "hello", *map(str, options)])

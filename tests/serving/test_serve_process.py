@@ -29,7 +29,7 @@ from chameleon_jax.serving.telemetry.metrics import Metrics
 from tests.serving.conftest import make_service
 
 TIMEOUT = 120
-ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
+ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
 ENGINE += ["--num-pages", "1200"]
 
 
