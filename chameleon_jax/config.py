@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from chameleon_jax.checks import require_field
 from chameleon_jax.memory.adapters import MAX_RANK
@@ -80,3 +82,15 @@ class EngineConfig:
         require_field(self, "num_pages", self.num_pages is None or self.num_pages >= 2, "2 or more")
         require_field(self, "gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0, at most 1")
         get_system(self.system)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Make a configuration of settings by name.
+
+        Raises:
+            ValueError: A setting is unknown or wrong; names it.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        return cls(**settings)

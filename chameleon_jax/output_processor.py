@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from chameleon_jax.executor import SampledToken
@@ -98,3 +99,35 @@ def stable_text(request: Request) -> str:
         if at >= 0:
             end = at
     return text[:end]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSnapshot:
+    """Output of a request after a step.
+
+    A request's tokens and log-probabilities only ever grow. So another thread may read the first `num_tokens` of them: they do
+    not change.
+
+    Attributes:
+        text: Text that no stop string can take back.
+        num_tokens: Output tokens so far.
+        finished: Nothing follows; `request.finish_reason` is set.
+    """
+
+    request: Request
+    text: str
+    num_tokens: int
+    finished: bool
+
+    @classmethod
+    def of(cls, request: Request) -> OutputSnapshot:
+        return cls(request, stable_text(request), len(request.output_token_ids), request.finish_reason is not None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        reason = self.request.finish_reason if self.finished else None
+        return None if reason is None else reason.value
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        return self.request.stop_reason if self.finished else None

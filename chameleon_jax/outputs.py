@@ -105,3 +105,22 @@ class RequestOutput:
     finished: bool
     lora_request: LoRARequest | None
     metrics: RequestMetrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """Output since the last read of a stream. Text may lag behind the tokens: characters and stop strings end in later ones.
+
+    Attributes:
+        text: New text.
+        token_ids: New tokens.
+        logprobs: One mapping for each of `token_ids`, the chosen token first; None where the request did not ask for them.
+        finish_reason: "stop", "length" or "abort" in the last delta, None before.
+        stop_reason: String or id that ended the request, or None.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None

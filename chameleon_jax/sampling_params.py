@@ -79,6 +79,19 @@ class SamplingParams:
         require_field(self, "stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
         require_field(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
 
+    def fit(self, prompt_len: int, max_model_len: int) -> SamplingParams:
+        """Lower max_tokens to the room behind the prompt, one token at least.
+
+        Args:
+            prompt_len: Tokens of the prompt.
+            max_model_len: Tokens of prompt and output together.
+
+        Raises:
+            ValueError: min_tokens is more than the room.
+        """
+        room = max(1, max_model_len - prompt_len)
+        return self if self.max_tokens <= room else dataclasses.replace(self, max_tokens=room)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRARequest:

@@ -1,26 +1,33 @@
-"""Adapters read and packed a few at a time, while requests run."""
+"""Adapters read and packed a few at a time while requests run, and one after the other for each name."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from chameleon_jax.errors import QueueFull, RequestFailed
 from chameleon_jax.serving.adapters import PackedAdapter
-from chameleon_jax.serving.engine import LLMEngine
 
 
 class AdapterReader:
     """Reads adapters on threads of its own, beside the engine's.
 
     Args:
+        read: Reads and packs an adapter, given a name and a directory; from any thread.
         at_once: Adapters that are read and packed at a time.
         max_queue: Adapters that may wait for that.
+
+    Attributes:
+        turns: Turns of the callers that change a name.
     """
 
-    def __init__(self, engine: LLMEngine, at_once: int, max_queue: int):
-        self._engine = engine
+    def __init__(self, read: Callable[[str, str | Path], PackedAdapter], at_once: int, max_queue: int):
+        self.turns = Turns()
+        self._read = read
         self._most = at_once + max_queue
         self._reads: set[Future[PackedAdapter]] = set()
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="lora-reader")
@@ -39,7 +46,7 @@ class AdapterReader:
         """
         if len(self) >= self._most:
             raise QueueFull(f"{len(self)} adapters are being loaded (max_lora_queue)")
-        reading = self._threads.submit(self._engine.packer.read, name, path)
+        reading = self._threads.submit(self._read, name, path)
         self._reads.add(reading)
         reading.add_done_callback(self._reads.discard)  # also where its caller has left
         try:
@@ -50,4 +57,40 @@ class AdapterReader:
             raise RequestFailed(f"adapter {name!r} cannot be loaded: {error!r}") from error
 
     def close(self) -> None:
+        """End the threads after the adapters that they read now."""
         self._threads.shutdown(cancel_futures=True)
+
+
+class Turns:
+    """First come, first served for each name, from any asyncio loop. (A lock of asyncio belongs to one loop.)"""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[str, Future[None]] = {}  # done when the name's last caller is
+
+    def __len__(self) -> int:
+        """Count the names with a caller that runs or waits."""
+        return len(self._last)
+
+    @contextlib.asynccontextmanager
+    async def of(self, name: str) -> AsyncIterator[None]:
+        """Run the body once every earlier caller of the name is done."""
+        mine: Future[None] = Future()
+        with self._lock:
+            before, self._last[name] = self._last.get(name), mine
+
+        def leave(_: object = None) -> None:
+            with self._lock:
+                if self._last.get(name) is mine:
+                    del self._last[name]
+            mine.set_result(None)
+
+        try:
+            if before is not None:
+                await asyncio.shield(asyncio.wrap_future(before))
+            yield
+        finally:
+            if before is None:
+                leave()
+            else:  # a caller that was cancelled leaves when its turn would have come
+                before.add_done_callback(leave)

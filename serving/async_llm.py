@@ -16,20 +16,18 @@ from typing import Any, TypeVar
 
 from chameleon_jax.errors import Draining, DuplicateRequest, EngineDead
 from chameleon_jax.executor import LoadResult
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
+from chameleon_jax.serving.adapters import PackedAdapter
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.llm import compile_progress, open_engine
 from chameleon_jax.serving.observers import Observer, Observers
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
-from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 from chameleon_jax.serving.stats import EngineStats, take_stats
-from chameleon_jax.serving.turns import Turns
-from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +78,7 @@ class AsyncLLM(Observer):
         self._ids = itertools.count()
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
-        self.reader = AdapterReader(self.engine, max_lora_loads, max_lora_queue)
-        self._turns = Turns()  # for each adapter's name
+        self.reader = AdapterReader(self._read_adapter, max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self)
@@ -180,7 +177,7 @@ class AsyncLLM(Observer):
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
                 text = prompt if isinstance(prompt, str) else None
-                wanted += [fit_max_tokens(p, len(token_ids), self.max_model_len) for p in params] if fit else params
+                wanted += [p.fit(len(token_ids), self.max_model_len) for p in params] if fit else params
                 for _ in params:
                     own = f"{name}-{len(streams)}" if several else name
                     streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
@@ -233,7 +230,7 @@ class AsyncLLM(Observer):
             ValueError: The adapter cannot be served; says why. Nothing has changed then.
             QueueFull, EngineDead: See `chameleon_jax.errors`.
         """
-        async with self._turns.of(name):
+        async with self.reader.turns.of(name):
             return await self._add_lora(name, path, pinned, load_inplace)
 
     async def _add_lora(self, name: str, path: str | Path, pinned: bool | None = None, load_inplace: bool = True) -> bool:
@@ -244,13 +241,16 @@ class AsyncLLM(Observer):
         """Read the adapter of a request where it is not known yet, once for all requests that wait for it."""
         if lora.path is None or not self.engine.must_read(lora):
             return
-        async with self._turns.of(lora.name):
+        async with self.reader.turns.of(lora.name):
             if self.engine.must_read(lora):
                 await self._add_lora(lora.name, lora.path)
 
+    def _read_adapter(self, name: str, path: str | Path) -> PackedAdapter:
+        return self.engine.packer.read(name, path)  # the packer changes when the engine restarts
+
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
-        async with self._turns.of(name):
+        async with self.reader.turns.of(name):
             await self.call(lambda engine: engine.remove_lora(name))
 
     async def list_loras(self) -> list[str]:
@@ -259,7 +259,7 @@ class AsyncLLM(Observer):
 
     async def pin_lora(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter in the pool once it is there, or stop to. Raises ValueError or KeyError."""
-        async with self._turns.of(name):
+        async with self.reader.turns.of(name):
             await self.call(lambda engine: engine.pin_lora(name, pinned))
 
     # -- state ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,13 @@ from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
+from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
-from chameleon_jax.serving.proxy_predictor import ProxyCounters, ProxyPredictor
+from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
-CPU_POOL_BYTES = 2 << 30
 
 COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization")
 """Settings that `restart` cannot change."""
@@ -97,15 +98,14 @@ class LLMEngine:
         if max_model_len > longest:
             raise ValueError(f"max_model_len is {max_model_len}; the model allows at most {longest}")
         stats = jax.devices()[0].memory_stats()
-        buckets = self._buckets(config, max_model_len)
         self.runner = ModelRunner(
             weights,
             self.layout,
-            buckets,
-            config.num_pages or (self._pages_on_host(buckets) if stats is None else None),
+            self._buckets(config, max_model_len),
+            config.num_pages,
             self.dtype,
             progress,
-            memory_limit=0 if stats is None else stats["bytes_limit"],
+            memory_limit=None if stats is None else stats["bytes_limit"],
         )
         self.built = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
@@ -334,14 +334,25 @@ class LLMEngine:
             **steps.shapes_for(ops.default_backend()),
         )
 
-    def _pages_on_host(self, buckets: StepBuckets) -> int:
-        """Pages of the pool where the device is the host: few, as the memory there is for this process is not known."""
-        sequences = buckets.max_num_seqs * buckets.table_width
-        adapters = max(sequences // 2, buckets.max_adapter_pages)
-        page_bytes = self.layout.page_bytes(self.dtype.itemsize)
-        if 2 * page_bytes > CPU_POOL_BYTES:
-            raise ValueError(f"no room for a page pool: {CPU_POOL_BYTES} bytes are left and a page takes {page_bytes}")
-        return min(CPU_POOL_BYTES // page_bytes, 1 + sequences + adapters)
+
+def compile_progress(done: int, total: int) -> None:
+    """Print one line that counts compiled programs."""
+    print(f"\rcompiling programs: {done}/{total}", end="" if done < total else "\n", flush=True)
+
+
+def open_engine(
+    model: str | LLMEngine, settings: Mapping[str, Any], progress: Callable[[int, int], None]
+) -> tuple[LLMEngine, bool]:
+    """Build an engine where `model` names one, else return it. The second value says whether it was built.
+
+    Raises:
+        ValueError: The model cannot be served, a setting is wrong, or settings are given beside an engine.
+    """
+    if isinstance(model, LLMEngine):
+        if settings:
+            raise ValueError(f"{', '.join(settings)}: allowed with a model's name; an engine that is built has its settings")
+        return model, False
+    return LLMEngine(str(model), EngineConfig.of(settings), progress=progress), True
 
 
 def _dtype(name: str) -> str:

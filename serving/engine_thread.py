@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from chameleon_jax.errors import EngineDead
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.observers import Observer
-from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 

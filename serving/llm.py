@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.config import EngineConfig
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.prompts import Prompt, tokens_of
-from chameleon_jax.serving.sampling_defaults import fit_max_tokens
-from chameleon_jax.serving.updates import OutputSnapshot, logprobs_of, make_output
-
-
-def compile_progress(done: int, total: int) -> None:
-    """Print one line that counts compiled programs."""
-    print(f"\rcompiling programs: {done}/{total}", end="" if done < total else "\n", flush=True)
+from chameleon_jax.serving.updates import logprobs_of, make_output
 
 
 class LLM:
@@ -110,7 +104,7 @@ class LLM:
                 known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:
-                    param = fit_max_tokens(self.get_default_sampling_params(), len(token_ids), self.engine.max_model_len)
+                    param = self.get_default_sampling_params().fit(len(token_ids), self.engine.max_model_len)
                 requests.append(self.engine.submit(token_ids, param, known))
                 read.add(lora)
             while self.engine.loop.has_unfinished:
@@ -138,29 +132,6 @@ class LLM:
         texts = [tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]  # type: ignore[arg-type]
         ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
         return self.generate(ids, sampling_params, lora_request)
-
-
-def open_engine(
-    model: str | LLMEngine, settings: Mapping[str, Any], progress: Callable[[int, int], None]
-) -> tuple[LLMEngine, bool]:
-    """Build an engine where `model` names one, else return it. The second value says whether it was built.
-
-    Raises:
-        ValueError: The model cannot be served, a setting is wrong, or settings are given beside an engine.
-    """
-    if isinstance(model, LLMEngine):
-        if settings:
-            raise ValueError(f"{', '.join(settings)}: allowed with a model's name; an engine that is built has its settings")
-        return model, False
-    return LLMEngine(str(model), engine_config(settings), progress=progress), True
-
-
-def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
-    """Make an `EngineConfig`. Raises ValueError, with the name of a setting that is unknown or wrong."""
-    known = {f.name for f in dataclasses.fields(EngineConfig)}
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-    return EngineConfig(**settings)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

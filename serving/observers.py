@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
-from chameleon_jax.serving.updates import OutputSnapshot
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import queue
 import threading
@@ -11,25 +10,11 @@ from collections import deque
 from chameleon_jax.models.length_proxy import ROW_BUCKETS, LengthProxy
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
+from chameleon_jax.scheduler.stats import ProxyCounters
 
 logger = logging.getLogger(__name__)
 BATCH = ROW_BUCKETS[-1]
 """Most prompts that are classified together."""
-
-
-@dataclasses.dataclass
-class ProxyCounters:
-    """Counts since the start.
-
-    Attributes:
-        predicted: Requests that the proxy has predicted.
-        skipped: Requests left to the fallback, as too many waited.
-        failed: Requests left to the fallback, as the proxy failed.
-    """
-
-    predicted: int = 0
-    skipped: int = 0
-    failed: int = 0
 
 
 class ProxyPredictor:

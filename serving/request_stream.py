@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.errors import RequestFailed, ServingError
-from chameleon_jax.outputs import FinishReason, Logprob, RequestOutput
+from chameleon_jax.output_processor import OutputSnapshot
+from chameleon_jax.outputs import Delta, FinishReason, Logprob, RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.updates import Delta, OutputSnapshot, logprobs_of, make_delta, make_output
+from chameleon_jax.serving.updates import logprobs_of, make_delta, make_output
 
 
 class RequestStream:

@@ -63,15 +63,3 @@ def generation_file(source: str) -> Path | None:
     allowed = f"auto, none, or a directory with {huggingface.GENERATION_FILE}"
     require(bool(source) and file.is_file(), "generation_config", source, allowed)
     return file
-
-
-def fit_max_tokens(params: SamplingParams, prompt_len: int, max_model_len: int) -> SamplingParams:
-    """Lower max_tokens to the room behind the prompt, one token at least. Raises ValueError where min_tokens is more.
-
-    Args:
-        params: Sampling parameters.
-        prompt_len: Tokens of the prompt.
-        max_model_len: Tokens of prompt and output together.
-    """
-    room = max(1, max_model_len - prompt_len)
-    return params if params.max_tokens <= room else dataclasses.replace(params, max_tokens=room)

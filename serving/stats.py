@@ -8,9 +8,8 @@ from chameleon_jax.loop import LoopCounters
 from chameleon_jax.memory.adapter_cache import CacheCounters, CacheEntry
 from chameleon_jax.memory.page_pool import PoolUsage
 from chameleon_jax.request import Request, RequestState
-from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
+from chameleon_jax.scheduler.stats import ProxyCounters, QueueStats, SchedulerCounters
 from chameleon_jax.serving.engine import LLMEngine
-from chameleon_jax.serving.proxy_predictor import ProxyCounters
 
 
 @dataclasses.dataclass(frozen=True)

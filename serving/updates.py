@@ -2,66 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 from chameleon_jax.checkpoints.detokenizer import shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.output_processor import stable_text
-from chameleon_jax.outputs import LEAST_LOGPROB, CompletionOutput, Logprob, RequestOutput
+from chameleon_jax.output_processor import OutputSnapshot
+from chameleon_jax.outputs import LEAST_LOGPROB, CompletionOutput, Delta, Logprob, RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputSnapshot:
-    """Output of a request after a step.
-
-    A request's tokens and log-probabilities only ever grow. So another thread may read the first `num_tokens` of them: they do
-    not change.
-
-    Attributes:
-        text: Text that no stop string can take back.
-        num_tokens: Output tokens so far.
-        finished: Nothing follows; `request.finish_reason` is set.
-    """
-
-    request: Request
-    text: str
-    num_tokens: int
-    finished: bool
-
-    @classmethod
-    def of(cls, request: Request) -> OutputSnapshot:
-        return cls(request, stable_text(request), len(request.output_token_ids), request.finish_reason is not None)
-
-    @property
-    def finish_reason(self) -> str | None:
-        reason = self.request.finish_reason if self.finished else None
-        return None if reason is None else reason.value
-
-    @property
-    def stop_reason(self) -> str | int | None:
-        return self.request.stop_reason if self.finished else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """Output since the last read of a stream. Text may lag behind the tokens: characters and stop strings end in later ones.
-
-    Attributes:
-        text: New text.
-        token_ids: New tokens.
-        logprobs: One mapping for each of `token_ids`, the chosen token first; None where the request did not ask for them.
-        finish_reason: "stop", "length" or "abort" in the last delta, None before.
-        stop_reason: String or id that ended the request, or None.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
 
 
 def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]] | None:

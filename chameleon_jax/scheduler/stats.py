@@ -39,6 +39,21 @@ class SchedulerCounters:
         return self.memory_preemptions + self.bypass_squashes
 
 
+@dataclasses.dataclass
+class ProxyCounters:
+    """Counts of a length proxy since the start.
+
+    Attributes:
+        predicted: Requests that the proxy has predicted.
+        skipped: Requests left to the fallback, as too many waited.
+        failed: Requests left to the fallback, as the proxy failed.
+    """
+
+    predicted: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class QueueStats:
     """Size and quota of one waiting queue at one moment.

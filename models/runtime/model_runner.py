@@ -37,6 +37,10 @@ PAGES_ROUNDED_TO = 16
 programs are found again."""
 
 
+HOST_POOL_BYTES = 2 << 30
+"""Most bytes of a pool on a device that does not know its memory: the host, when it computes."""
+
+
 class SentStep(NamedTuple):
     """A step, and its inputs on their way to the device."""
 
@@ -63,7 +67,8 @@ class ModelRunner:
 
     Args:
         num_pages: Pages of the pool, the trash page included. None takes the memory that weights and scratch leave.
-        memory_limit: Bytes of the device that weights, pool and scratch may take together.
+        memory_limit: Bytes of the device that weights, pool and scratch may take together. None where the device does not
+            know its memory; the pool then has room for every sequence, and for adapters half as much again.
         backend: Backend of the device ops, one of `ops.BACKENDS`; None is the platform's.
         compiler_options: Options for XLA beside its defaults.
         ahead: Compile every program here. False compiles a program when it first runs.
@@ -84,7 +89,7 @@ class ModelRunner:
         dtype: jnp.dtype,
         progress: Progress = lambda done, total: None,
         *,
-        memory_limit: int = 0,
+        memory_limit: int | None = None,
         backend: str | None = None,
         compiler_options: Mapping[str, Any] | None = None,
         ahead: bool = True,
@@ -108,7 +113,9 @@ class ModelRunner:
             backend or ops.default_backend(),
             compiler_options,
         )
-        self.num_pages = self._pages_that_fit(memory_limit) if num_pages is None else num_pages
+        if num_pages is None:
+            num_pages = self._pages_on_host() if memory_limit is None else self._pages_that_fit(memory_limit)
+        self.num_pages = num_pages
         self.programs.num_pages = self.num_pages
         if ahead:
             self.programs.compile_all(progress)
@@ -129,6 +136,14 @@ class ModelRunner:
         shape = (self.num_pages, self.layout.page_elems)
         self._pages = [jnp.zeros(shape, self.dtype) for _ in range(self.layout.config.num_layers)]
         self._slot_tokens = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
+
+    def _pages_on_host(self) -> int:
+        sequences = self.buckets.max_num_seqs * self.buckets.table_width
+        adapters = max(sequences // 2, self.buckets.max_adapter_pages)
+        page_bytes = self.layout.page_bytes(self.dtype.itemsize)
+        if 2 * page_bytes > HOST_POOL_BYTES:
+            raise ValueError(f"no room for a page pool: {HOST_POOL_BYTES} bytes are left and a page takes {page_bytes}")
+        return min(HOST_POOL_BYTES // page_bytes, 1 + sequences + adapters)
 
     def _pages_that_fit(self, memory_limit: int) -> int:
         jax.block_until_ready(self.programs.weights)

@@ -47,7 +47,6 @@ def generate(
     from chameleon_jax.sampling_params import LoRARequest, SamplingParams
     from chameleon_jax.serving.llm import LLM
     from chameleon_jax.serving.prompts import tokens_of
-    from chameleon_jax.serving.sampling_defaults import fit_max_tokens
 
     adapters = named_adapters(lora_modules)
     fields = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
@@ -65,7 +64,7 @@ def generate(
         token_ids = tokens_of(text, tokenizer, add_special_tokens=not chat)
         params = SamplingParams(**{"max_tokens": 128, "temperature": 0.0, **llm.engine.sampling_defaults.values, **given})
         if max_tokens is None:
-            params = fit_max_tokens(params, len(token_ids), llm.engine.max_model_len)
+            params = params.fit(len(token_ids), llm.engine.max_model_len)
         for output in llm.generate([{"prompt_token_ids": token_ids}] * len(requests), params, requests):
             if output.lora_request is not None:
                 console.print(output.lora_request.name, style="bold")

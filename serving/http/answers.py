@@ -16,13 +16,13 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from chameleon_jax.errors import ServingError
+from chameleon_jax.outputs import Delta
 from chameleon_jax.serving.http.access import service_of
 from chameleon_jax.serving.http.errors import api_error, translate_errors
 from chameleon_jax.serving.http.requests import Sampling
 from chameleon_jax.serving.http.streams import merge, run_while_connected
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.service.deltas import join_deltas
-from chameleon_jax.serving.updates import Delta
 
 JsonObject = dict[str, Any]
 

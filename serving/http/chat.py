@@ -6,13 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from chameleon_jax.outputs import Logprob
+from chameleon_jax.outputs import Delta, Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.answers import Answer, Choice, Head, JsonObject, Kind
 from chameleon_jax.serving.http.errors import translate_errors
 from chameleon_jax.serving.http.requests import ChatRequest, timeout_of
 from chameleon_jax.serving.http.responses import ChatCompletion
-from chameleon_jax.serving.updates import Delta
 
 router = APIRouter(prefix="/v1", tags=["chat"], route_class=KeyedRoute)
 

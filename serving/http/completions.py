@@ -8,13 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.outputs import Logprob
+from chameleon_jax.outputs import Delta, Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
 from chameleon_jax.serving.http.answers import Answer, Choice, Head, JsonObject, Kind
 from chameleon_jax.serving.http.errors import ApiError, translate_errors
 from chameleon_jax.serving.http.requests import CompletionRequest, timeout_of
 from chameleon_jax.serving.http.responses import Completion
-from chameleon_jax.serving.updates import Delta
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=KeyedRoute)
 

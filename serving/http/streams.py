@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from chameleon_jax.outputs import Delta
 from chameleon_jax.serving.request_stream import RequestStream
-from chameleon_jax.serving.updates import Delta
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from chameleon_jax.errors import DeadlineExceeded
+from chameleon_jax.outputs import Delta
 from chameleon_jax.request import Request
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
@@ -21,7 +22,6 @@ from chameleon_jax.serving.rpc.convert import (
 from chameleon_jax.serving.rpc.interceptor import access_fields
 from chameleon_jax.serving.service.deltas import join_deltas
 from chameleon_jax.serving.service.service import REQUEST_ID, Service
-from chameleon_jax.serving.updates import Delta
 
 
 class Inference(stubs.InferenceServicer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chameleon_jax.serving.updates import Delta
+from chameleon_jax.outputs import Delta
 
 
 def join_deltas(deltas: Sequence[Delta]) -> Delta:

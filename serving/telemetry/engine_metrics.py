@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from chameleon_jax.memory.adapters import AdapterTier
-from chameleon_jax.serving.proxy_predictor import ProxyCounters
+from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.stats import AdapterStats, EngineStats
 
 LEVELS = {AdapterTier.HOST.value: "host", AdapterTier.LOADING.value: "loading", AdapterTier.RESIDENT.value: "device"}

@@ -178,7 +178,7 @@ def test_loads_of_one_name_take_effect_in_the_order_in_which_they_were_asked_for
         await asyncio.gather(tasks[0], tasks[2])
         assert await llm.add_lora("x", steps[3])
         await remove(llm, "x", "y")
-        assert len(llm._turns) == 0
+        assert len(llm.reader.turns) == 0
 
     run(main())
 

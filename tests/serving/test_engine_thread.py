@@ -9,11 +9,11 @@ import pytest
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine_thread import EngineThread
 from chameleon_jax.serving.observers import Observer
-from chameleon_jax.serving.updates import OutputSnapshot
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
 
 TIMEOUT = 30

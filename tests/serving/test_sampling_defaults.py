@@ -17,7 +17,7 @@ from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
-from chameleon_jax.serving.sampling_defaults import SamplingDefaults, fit_max_tokens, generation_file
+from chameleon_jax.serving.sampling_defaults import SamplingDefaults, generation_file
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.async_calls import TIMEOUT, run
 from tests.serving.running import running
@@ -120,11 +120,11 @@ def test_a_directory_without_the_file_is_refused(source, tmp_path):
 
 def test_max_tokens_fit_behind_the_prompt():
     params = SamplingParams(max_tokens=50, temperature=0.5, stop=["x"])
-    assert fit_max_tokens(params, 10, 64) is params
-    assert fit_max_tokens(params, 60, 64) == SamplingParams(max_tokens=4, temperature=0.5, stop=["x"])
-    assert fit_max_tokens(params, 64, 64).max_tokens == fit_max_tokens(params, 99, 64).max_tokens == 1
+    assert params.fit(10, 64) is params
+    assert params.fit(60, 64) == SamplingParams(max_tokens=4, temperature=0.5, stop=["x"])
+    assert params.fit(64, 64).max_tokens == params.fit(99, 64).max_tokens == 1
     with pytest.raises(ValueError, match="min_tokens is 9; allowed: 0 to max_tokens"):
-        fit_max_tokens(SamplingParams(max_tokens=16, min_tokens=9), 60, 64)
+        SamplingParams(max_tokens=16, min_tokens=9).fit(60, 64)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from chameleon_jax.loop import LoopCounters
 from chameleon_jax.memory.adapter_cache import CacheCounters
 from chameleon_jax.memory.page_pool import PoolUsage
-from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
-from chameleon_jax.serving.proxy_predictor import ProxyCounters
+from chameleon_jax.scheduler.stats import ProxyCounters, QueueStats, SchedulerCounters
 from chameleon_jax.serving.stats import AdapterStats, EngineStats, RequestStats
 
 
