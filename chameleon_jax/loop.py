@@ -272,14 +272,11 @@ class ServingLoop:
             now = self._clock()
             self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
             self._collected_at = now
-            self._hand_out(output_processor.process(tokens, now))
-
-    def _hand_out(self, requests: list[Request]) -> None:
-        self.counters.generation_tokens += len(requests)
-        self._updated += requests
-        for request in requests:
-            if request.finish_reason is not None:
-                self._remove(request)
+            for request in output_processor.process(tokens, now):
+                self.counters.generation_tokens += 1
+                self._updated.append(request)
+                if request.finish_reason is not None:
+                    self._remove(request)
 
     def _finish_loads(self, wait: bool = False) -> None:
         for result in self.executor.poll_loads(wait):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from chameleon_jax.executor import SampledToken
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request, RequestState
 
 
-def process(tokens: Iterable[SampledToken], now: float) -> list[Request]:
-    """Append a step's tokens to their requests.
+def process(tokens: Iterable[SampledToken], now: float) -> Iterator[Request]:
+    """Append a step's tokens to their requests, one after the other.
+
+    A request that ends is to be removed before the next is asked for: what raises then leaves no request past its end.
 
     Args:
         tokens: Tokens of one step. A token of a request that has ended meanwhile is dropped.
         now: Time of their arrival, seconds of the engine's clock.
 
-    Returns:
-        Requests that got a token. Those that end with it have a `finish_reason`.
+    Yields:
+        Each request that got a token. One that ends with it has a `finish_reason`.
     """
-    updated = []
     for sampled in tokens:
         request = sampled.request
         request.num_in_flight -= 1
@@ -29,8 +30,7 @@ def process(tokens: Iterable[SampledToken], now: float) -> list[Request]:
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
         append_token(request, sampled)
-        updated.append(request)
-    return updated
+        yield request
 
 
 def append_token(request: Request, sampled: SampledToken) -> None:

@@ -88,10 +88,6 @@ class Request:
         return self.num_known + self.num_in_flight
 
     @property
-    def num_outputs(self) -> int:
-        return len(self.output_token_ids) + self.num_in_flight
-
-    @property
     def max_total_tokens(self) -> int:
         return len(self.prompt_token_ids) + self.params.max_tokens
 

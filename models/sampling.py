@@ -22,13 +22,11 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.outputs import LEAST_LOGPROB
-from chameleon_jax.sampling_params import MAX_STOP_IDS
+from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-MAX_LOGPROBS = 20
-"""Alternatives reported beside the chosen token, as OpenAI's API allows."""
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""
 _THRESHOLD_BITS = 32

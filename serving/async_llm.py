@@ -50,7 +50,7 @@ class AsyncLLM(Observer):
         settings: Fields of `EngineConfig`.
 
     Attributes:
-        observers: Told of requests and loads; append to it.
+        observers: Told of requests and loads; append an `Observer` to it.
         prompts: Turns prompts into token ids.
         reader: Reads adapters.
         last_stats: Latest return of `stats`, which outlives the engine.
@@ -319,16 +319,24 @@ class AsyncLLM(Observer):
             await asyncio.sleep(0.02)  # until their readers have seen it
         return not left
 
-    def close(self) -> None:
-        """End the threads, and every request that is left."""
+    def close(self) -> bool:
+        """End the threads, and every request that is left.
+
+        Returns:
+            Whether the engine's thread has ended. One that hangs in a step is left behind, with its engine.
+        """
         self._thread.die(EngineDead("the engine is closed"))
         self._closed.set()
         ended = self._thread.close()
         if ended and self._owns_engine:
             self.engine.close()
+        elif ended:
+            for request in self.engine.loop.unfinished:
+                self.engine.loop.abort(request.request_id)
         self._watchdog.join()
         self.reader.close()
         self.prompts.close()
+        return ended
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -346,7 +354,6 @@ class AsyncLLM(Observer):
 
     def updated(self, snapshots: list[OutputSnapshot]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, OutputSnapshot]]] = {}
-        self.observers.updated(snapshots)
         for snapshot in snapshots:
             request = snapshot.request
             stream = self._streams.get(request.request_id)
@@ -368,7 +375,7 @@ class AsyncLLM(Observer):
         self.observers.loaded(result)
 
     def engine_died(self, error: EngineDead, num_requests: int) -> None:
-        left = list(self._streams.values())
+        left = list(self._streams.values())  # also of requests that ended in the step that failed, which nothing has told
         self.observers.engine_died(error, len(left))
         for stream in left:
             with contextlib.suppress(RuntimeError):

@@ -17,6 +17,7 @@ import numpy as np
 from chameleon_jax.checkpoints import huggingface, length_proxy
 from chameleon_jax.checkpoints.loading import load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
@@ -76,7 +77,7 @@ class LLMEngine:
         progress: Progress = lambda done, total: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        generation_file(config.generation_config)  # a wrong setting is refused before minutes of reading
+        generation_file(config.generation_config)  # wrong settings are refused before minutes of reading and compiling
         enable_compilation_cache()
         take_device_memory(config.gpu_memory_utilization)
         self.model_name = model
@@ -97,6 +98,7 @@ class LLMEngine:
         max_model_len = config.max_model_len or min(longest, DEFAULT_MAX_MODEL_LEN)
         if max_model_len > longest:
             raise ValueError(f"max_model_len is {max_model_len}; the model allows at most {longest}")
+        parts = self._make_parts(config, None)
         stats = jax.devices()[0].memory_stats()
         self.runner = ModelRunner(
             weights,
@@ -111,20 +113,26 @@ class LLMEngine:
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
         self._executor = self._make_executor()
         self._ids = itertools.count()
-        self._start(self.built, clock, None)
+        self._start(self.built, clock, *parts)
 
-    def _start(self, config: EngineConfig, clock: Callable[[], float], predictor: LengthPredictor | None) -> None:
+    def _make_parts(self, config: EngineConfig, predictor: LengthPredictor | None) -> tuple[SamplingDefaults, LengthPredictor]:
+        """Read the files that settings name. Raises ValueError; nothing has changed then."""
+        return self._read_sampling_defaults(config), predictor or _make_predictor(config)
+
+    def _start(
+        self, config: EngineConfig, clock: Callable[[], float], defaults: SamplingDefaults, predictor: LengthPredictor
+    ) -> None:
         """Make all that depends on settings which `restart` may change."""
         assert config.max_model_len is not None and config.num_pages is not None
         self.config = config
         self.clock = clock
         self.max_model_len = config.max_model_len
         self.num_pages = config.num_pages
-        self.store.byte_limit = config.lora_host_bytes
-        self._executor.transfers_per_load = get_system(config.system).transfers_per_load
-        self.sampling_defaults = self._read_sampling_defaults(config)
+        self.store.restart(config.lora_host_bytes)
+        self._executor.restart(get_system(config.system).transfers_per_load)
+        self.sampling_defaults = defaults
         self.packer = AdapterPacker(config, self.layout, self.dtype, self.num_pages, self.runner.stage)
-        self._predictor = predictor or self._make_predictor(config)
+        self._predictor = predictor
         self._seeds = random.Random(config.seed)
         self.loop = ServingLoop(
             config,
@@ -155,12 +163,13 @@ class LLMEngine:
         """
         config = dataclasses.replace(self.built, **changes)  # type: ignore[arg-type]
         self._check_restart(config)
+        parts = self._make_parts(config, predictor)
         for request in self.loop.unfinished:
             self.loop.abort(request.request_id)
         self.loop.recover()
         adapters = self.adapters
         self._close_predictor()
-        self._start(config, clock or self.clock, predictor)
+        self._start(config, clock or self.clock, *parts)
         adapters.copy_to(self.adapters)
 
     def _check_restart(self, config: EngineConfig) -> None:
@@ -174,6 +183,13 @@ class LLMEngine:
             if value is None or value > built:
                 raise ValueError(f"{field} is {value!r}; allowed: at most {built!r}, for which this engine was built")
         assert config.num_pages is not None
+        for name in self.list_loras():
+            info = self.adapters.named(name)
+            require(config.enable_lora, "enable_lora", False, f"True, as adapter {name!r} is registered")
+            allowed = f"at least {info.rank}, the rank of adapter {name!r}"
+            require(info.rank <= config.max_lora_rank, "max_lora_rank", config.max_lora_rank, allowed)
+            allowed = f"more than {info.num_pages + 1}, as adapter {name!r} takes {info.num_pages}"
+            require(info.num_pages < config.num_pages - 1, "num_pages", config.num_pages, allowed)
         pinned = self.loop.cache.pinned_pages()
         if pinned > (config.num_pages - 1) // 2:
             raise ValueError(
@@ -267,6 +283,7 @@ class LLMEngine:
             QueueFull: max_queue_len requests wait already.
         """
         self._check_tokens(prompt_token_ids, params)
+        stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
         adapter = None
         if lora is not None:
             if self.must_read(lora):
@@ -278,7 +295,7 @@ class LLMEngine:
             params=params,
             arrival_time=self.clock() if arrival_time is None else arrival_time,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            stop_ids=self._stop_ids(params),
+            stop_ids=stop_ids,
             adapter=adapter,
             adapter_name=lora.name if lora is not None else None,
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
@@ -308,10 +325,6 @@ class LLMEngine:
 
     def _make_executor(self) -> JaxExecutor:
         return JaxExecutor(self.runner, self.store)
-
-    def _make_predictor(self, config: EngineConfig) -> LengthPredictor:
-        history = HistoryPredictor(config.predicted_output_len)
-        return history if config.length_proxy is None else ProxyPredictor(length_proxy.load(config.length_proxy), history)
 
     def _close_predictor(self) -> None:
         if isinstance(self._predictor, ProxyPredictor):
@@ -353,6 +366,11 @@ def open_engine(
             raise ValueError(f"{', '.join(settings)}: allowed with a model's name; an engine that is built has its settings")
         return model, False
     return LLMEngine(str(model), EngineConfig.of(settings), progress=progress), True
+
+
+def _make_predictor(config: EngineConfig) -> LengthPredictor:
+    history = HistoryPredictor(config.predicted_output_len)
+    return history if config.length_proxy is None else ProxyPredictor(length_proxy.load(config.length_proxy), history)
 
 
 def _dtype(name: str) -> str:

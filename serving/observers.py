@@ -14,10 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Told by the engine's thread. Every method returns at once; a subclass overrides those it wants."""
+    """Told by the engine's thread, of the engine's death by any thread. Methods return at once.
+
+    A subclass overrides the methods that it wants.
+    """
 
     def updated(self, snapshots: list[OutputSnapshot]) -> None:
-        """Take snapshots of requests that have new tokens or ended. Told before `first_token` and `finished`."""
+        """Take snapshots of requests that have new tokens or ended. Told to the observer of an `EngineThread` alone."""
 
     def first_token(self, request: Request) -> None:
         """Take a request that has its first token. Not told of a request that its caller has left before."""
@@ -34,9 +37,6 @@ class Observer:
 
 class Observers(Observer, list[Observer]):
     """Several observers as one. An exception of one is logged, and the others are told all the same."""
-
-    def updated(self, snapshots: list[OutputSnapshot]) -> None:
-        self._tell(lambda observer: observer.updated(snapshots))
 
     def first_token(self, request: Request) -> None:
         self._tell(lambda observer: observer.first_token(request))

@@ -70,7 +70,7 @@ def measure(rows: int, context: int, adapters: str) -> dict[str, Any]:
     store: Any = None
     executor = JaxExecutor(engine, store)
     for name, placement in placements.items():
-        executor._placed[name] = PlacedAdapter(placement, tuple(itertools.islice(pages, placement.num_pages)))
+        executor._resident[name] = PlacedAdapter(placement, tuple(itertools.islice(pages, placement.num_pages)))
     params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, max_tokens=100)
     requests = []
     for i in range(rows):

@@ -96,15 +96,10 @@ class HostStore(Generic[B]):
         self._closed = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="host-store")
 
-    @property
-    def byte_limit(self) -> int:
-        """Bytes that blocks in memory may take together. A lower value spills at once."""
-        return self._limit
-
-    @byte_limit.setter
-    def byte_limit(self, byte_limit: int) -> None:
+    def restart(self, byte_limit: int) -> None:
+        """Count spills from 0 with another limit, and keep every block. A lower limit spills at once."""
         with self._lock:
-            self._limit = byte_limit
+            self._limit, self._num_spills = byte_limit, 0
             if self._bytes > byte_limit:
                 self._disk.submit(self._spill)
 

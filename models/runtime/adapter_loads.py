@@ -77,15 +77,19 @@ class AdapterLoads:
         store: HostStore[PinnedBlock],
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.copies = 1
-        self.pace = LinkPace(runner.link_rate, runner.pieces.device_bytes)
         self._runner = runner
+        self.restart()
         self._store = store
         self._clock = clock
         self._loads: dict[str, _Load] = {}  # in the order in which they began
         self._on_the_way: deque[_Transfer] = deque()  # in the order in which they were sent; also of loads that ended
         self._writes: deque[tuple[Any, int]] = deque()  # dispatched copies and their bytes, until they were executed
         self._results: dict[str, LoadResult] = {}  # not reported yet: an interrupt may come before
+
+    def restart(self, copies: int = 1) -> None:
+        """Send each piece `copies` times from now on, and forget the pace of steps."""
+        self.copies = copies
+        self.pace = LinkPace(self._runner.link_rate, self._runner.pieces.device_bytes)
 
     def __len__(self) -> int:
         return len(self._loads)

@@ -32,17 +32,13 @@ class JaxExecutor:
         self._store = store
         self._loads = AdapterLoads(runner, store)
         self._placements: dict[str, AdapterPlacement] = {}  # of every adapter that was added
-        self._placed: dict[str, PlacedAdapter] = {}  # those whose load has begun, with their pages
+        self._loading: dict[str, PlacedAdapter] = {}
+        self._resident: dict[str, PlacedAdapter] = {}
         self._in_flight: list[list[Part]] = []  # dispatched and not collected
 
-    @property
-    def transfers_per_load(self) -> int:
-        """Times that each load sends its adapter."""
-        return self._loads.copies
-
-    @transfers_per_load.setter
-    def transfers_per_load(self, copies: int) -> None:
-        self._loads.copies = copies
+    def restart(self, transfers_per_load: int) -> None:
+        """Send each adapter so many times a load from now on, and forget the pace of steps. No load may be under way."""
+        self._loads.restart(transfers_per_load)
 
     def add(self, content_hash: str, placement: AdapterPlacement, block: PinnedBlock) -> None:
         """Take a packed adapter in.
@@ -86,23 +82,31 @@ class JaxExecutor:
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
-        self._placed[content_hash] = PlacedAdapter(self._placements[content_hash], tuple(pages))
+        self._resident.pop(content_hash, None)
+        self._loading[content_hash] = PlacedAdapter(self._placements[content_hash], tuple(pages))
         self._loads.begin(content_hash, pages)
 
     def poll_loads(self, wait: bool = False) -> list[LoadResult]:
-        return self._loads.poll(wait, idle=not self._in_flight)
+        ended = self._loads.poll(wait, idle=not self._in_flight)
+        for result in ended:
+            adapter = self._loading.pop(result.content_hash)
+            if result.error is None:
+                self._resident[result.content_hash] = adapter
+        return ended
 
     def cancel_load(self, content_hash: str) -> None:
+        del self._loading[content_hash]
         self._loads.cancel(content_hash)
 
     def forget(self, content_hash: str) -> None:
         self._store.remove(content_hash)
         self._placements.pop(content_hash, None)
-        self._placed.pop(content_hash, None)
+        self._resident.pop(content_hash, None)
 
     def reset(self) -> None:
         self._loads.reset()
-        self._placed.clear()
+        self._loading.clear()
+        self._resident.clear()
         self._in_flight.clear()
         self._runner.reset()
 
@@ -121,7 +125,7 @@ class JaxExecutor:
         return SequenceChunk(None, request.num_computed - 1, request.slot, request.pages, self._adapter(request))
 
     def _adapter(self, request: Request) -> PlacedAdapter | None:
-        return None if request.adapter is None else self._placed[request.adapter]
+        return None if request.adapter is None else self._resident[request.adapter]
 
 
 def _sampling_row(request: Request, position: int) -> SamplingRow:

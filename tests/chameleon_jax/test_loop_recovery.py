@@ -10,7 +10,7 @@ from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from chameleon_jax.systems import SYSTEMS
-from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
+from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
 from tests.properties import examples
 
 CALLS = ("dispatch", "collect", "begin_load", "poll_loads", "cancel_load")
@@ -132,3 +132,32 @@ def test_adapters_that_were_removed_are_forgotten_by_the_recovery():
     assert forgotten == []  # its request is still to finish with it
     run_recovering(loop)
     assert forgotten == ["a"] and loop.cache.entry("b").pinned
+
+
+class BrokenStream:
+    """Detokeniser that raises at its second token."""
+
+    tokens = 0
+
+    def append(self, token_id: int) -> str:
+        self.tokens += 1
+        if self.tokens == 2:
+            raise Broken
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def test_a_request_that_ended_in_the_step_that_failed_has_ended():
+    loop, executor, _ = make_loop(60)
+    ends, breaks = make_request(0, 5, 2), make_request(1, 5, 4)
+    breaks.stream = BrokenStream()
+    for request in (ends, breaks):
+        loop.submit(request)
+    with pytest.raises(Broken):
+        run(loop)
+    loop.recover()
+    run(loop)
+    assert ends.output_token_ids == expected(executor, ends) and ends.finish_reason is FinishReason.LENGTH
+    assert breaks.finish_reason is FinishReason.LENGTH

@@ -9,6 +9,7 @@ from flax import nnx
 
 from chameleon_jax.models import length_proxy
 from chameleon_jax.models.length_proxy import LengthProxyConfig
+from chameleon_jax.serving.telemetry.compilations import Compilations
 
 CONFIG = LengthProxyConfig(
     window=32, vocab_buckets=256, hidden_size=32, num_heads=2, num_layers=1, epochs=12, learning_rate=3e-3
@@ -89,16 +90,14 @@ def test_the_same_seed_trains_the_same_proxy():
 
 def test_nothing_is_compiled_after_warm_up(proxy):
     proxy.warm_up()
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
-    )
+    compilations = Compilations()
     rng = np.random.default_rng(0)
     for count in (1, 2, 7, 8, 9, 33):
         proxy.predict_lens([rng.integers(0, 50_000, int(rng.integers(1, 90))).tolist() for _ in range(count)])
-    assert compiled == []
+    assert compilations.at_start == 0
     jax.jit(lambda x: x + count)(np.zeros(3))
-    assert compiled  # the listener hears
+    assert compilations.at_start == 1  # the counter hears
+    compilations.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from chameleon_jax import AsyncLLM, SamplingParams
+from chameleon_jax.serving.observers import Observer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 LONG = SamplingParams(temperature=0, max_tokens=80)
@@ -29,7 +30,7 @@ async def settled(llm: AsyncLLM) -> None:
         await asyncio.sleep(0.01)
 
 
-class Watcher:
+class Watcher(Observer):
     """An observer that remembers."""
 
     def __init__(self):

@@ -60,7 +60,13 @@ def own_llm(engines: Engines, text_model: Path) -> Iterator[Callable[..., AsyncL
         def make(**settings: Any) -> AsyncLLM:
             own = {name: settings.pop(name) for name in THREADS & settings.keys()}
             engine = stack.enter_context(engines.borrow(text_model, **settings))
-            return stack.enter_context(contextlib.closing(AsyncLLM(engine, **own)))
+            llm = AsyncLLM(engine, **own)
+
+            def close() -> None:
+                assert llm.close(), "the engine's thread hangs, so no other test may have the engine"
+
+            stack.callback(close)
+            return llm
 
         yield make
 

@@ -112,7 +112,7 @@ def test_cancelled_while_it_is_taken_in(llm):
     run(main())
 
 
-def test_observers_are_told_once(llm):
+def test_observers_are_told_once(llm, caplog):
     watcher = Watcher()
 
     async def main():
@@ -127,6 +127,8 @@ def test_observers_are_told_once(llm):
     # the one that was given up may have had its first token before it was taken back
     assert sorted(watcher.first_tokens) in (names, ["gone", *names])
     assert sorted(watcher.ends) == ["gone", *names] and not watcher.lost_requests
+    errors = {str(record.exc_info[1]) for record in caplog.records if record.exc_info}
+    assert errors <= {"what an observer raises concerns nobody"}  # of a load, if there was one
 
 
 def test_all_get_in_or_none(own_llm):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from collections.abc import Iterator
 
-import jax
 import pytest
 
-from chameleon_jax import LLM, LoRARequest, SamplingParams
+from chameleon_jax import LLM, AsyncLLM, LoRARequest, SamplingParams
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.telemetry.compilations import Compilations
 from tests import reference_models as reference
 from tests.engines import Engines
 
@@ -45,10 +47,7 @@ def submit(engine: LLMEngine, adapter: LoRARequest | None = None, max_tokens: in
 
 def test_every_setting_gives_the_same_text_over_the_same_programs(engine, adapters):
     before = ask(engine, adapters)
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
-    )
+    compilations = Compilations()
     for settings in (
         dict(system="s-lora"),
         dict(num_pages=80, lora_host_bytes=0),
@@ -62,8 +61,8 @@ def test_every_setting_gives_the_same_text_over_the_same_programs(engine, adapte
         assert ask(engine, adapters) == before
         assert engine.loop.pool.capacity == settings.get("num_pages", engine.built.num_pages) - 1
         assert len(engine.loop.scheduler.running) == 0 and engine.config.system == settings.get("system", "chameleon-plus")
-    jax.monitoring.clear_event_listeners()
-    assert compiled == []
+    compilations.close()
+    assert compilations.at_start == 0
 
 
 def test_adapters_keep_names_paths_and_pins(engine, adapters):
@@ -112,14 +111,68 @@ def test_an_engine_restarts_after_a_step_that_failed(engine, adapters, monkeypat
         (dict(tbt_slo=-1.0), "tbt_slo is -1.0"),
         (dict(generation_config="nowhere"), "generation_config is 'nowhere'"),
         (dict(num_pages=3), "num_pages is 3; allowed: more than"),
+        (dict(max_lora_rank=1), "max_lora_rank is 1; allowed: at least 2, the rank of adapter 'a0'"),
+        (dict(length_proxy="/nowhere"), "/nowhere"),
+        (dict(generation_config="BROKEN"), "generation_config.json"),
     ],
 )
-def test_a_setting_that_cannot_be_had_changes_nothing(engine, adapters, settings, match):
+def test_a_setting_that_cannot_be_had_changes_nothing(engine, adapters, tmp_path, settings, match):
+    if settings.get("generation_config") == "BROKEN":
+        (tmp_path / "generation_config.json").write_text("{")
+        settings = {"generation_config": str(tmp_path)}
     engine.add_lora("a0", adapters[0].path, pinned=True)
-    request, loop = submit(engine), engine.loop
+    request, loop, config = submit(engine), engine.loop, engine.config
     with pytest.raises(ValueError, match=match):
         engine.restart(**settings)
-    assert engine.loop is loop and request.finish_reason is None
+    assert engine.loop is loop and engine.config is config and request.finish_reason is None
+
+
+def test_adapters_are_sent_as_often_as_the_system_says(engine, adapters):
+    for system, times in (("s-lora-published", 2), ("fifo", 1)):
+        engine.restart(system=system)
+        ask(engine, adapters)
+        counters = engine.loop.cache.counters
+        assert counters.bytes_sent == times * counters.bytes_loaded > 0
+
+
+def test_spills_are_counted_from_the_restart(engine, adapters):
+    engine.restart(lora_host_bytes=0)
+    ask(engine, adapters)
+    assert engine.store.num_spills > 0
+    engine.restart()
+    assert engine.store.num_spills == 0
+
+
+def test_a_refused_request_takes_no_seed_from_the_next(engine, monkeypatch):
+    monkeypatch.setattr(engine, "model_config", dataclasses.replace(engine.model_config, eos_token_ids=(1,)))
+    drawn = SamplingParams(temperature=1.0, max_tokens=4)
+    first = engine.submit([1], drawn)
+    engine.restart()
+    with pytest.raises(ValueError, match="stop_token_ids and the model's own"):
+        engine.submit([1], SamplingParams(stop_token_ids=range(100, 108)))
+    assert engine.submit([1], drawn).seed == first.seed
+
+
+def test_a_wrong_setting_is_found_before_anything_is_compiled(text_model, tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    for wrong in (dict(generation_config=str(tmp_path)), dict(length_proxy="/nowhere")):
+        compilations = Compilations()
+        with pytest.raises(ValueError, match=r"generation_config.json|/nowhere"):
+            LLM(str(text_model), dtype="float32", max_model_len=97, max_num_seqs=3, **wrong)
+        compilations.close()
+        assert compilations.at_start < 10  # the weights' programs alone
+
+
+def test_an_engine_that_was_lent_is_left_without_requests(engine):
+    async def main() -> None:
+        async with AsyncLLM(engine) as llm:
+            stream = await llm.open([1], SamplingParams(max_tokens=100, ignore_eos=True))
+            await anext(stream)
+
+    asyncio.run(main())
+    assert engine.loop.unfinished == []
+    [output] = LLM(engine).generate([[1, 2]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3 and engine.loop.pool.usage().kv == 0
 
 
 def test_settings_beside_an_engine_are_refused(engine):

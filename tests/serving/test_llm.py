@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from chameleon_jax import LLM, LoRARequest, SamplingParams
 from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.models.config import PRESETS
+from chameleon_jax.serving.telemetry.compilations import Compilations
 from tests import reference_models as reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -94,10 +94,7 @@ def test_adapters_that_wait_on_disk(make_llm, model, adapters, alone):
 
 
 def test_nothing_is_compiled_after_the_start(llm, adapters):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
-    )
+    compilations = Compilations()
     rng = np.random.default_rng(0)
     for _ in range(4):
         count = int(rng.integers(1, 20))
@@ -114,8 +111,8 @@ def test_nothing_is_compiled_after_the_start(llm, adapters):
         ]
         loras = [None if rng.random() < 0.3 else adapters[rng.integers(len(adapters))] for _ in range(count)]
         llm.generate(prompts, params, lora_request=loras)
-    jax.monitoring.clear_event_listeners()
-    assert compiled == []
+    compilations.close()
+    assert compilations.at_start == 0
 
 
 def test_the_same_seed_gives_the_same_text_however_it_is_batched(llm, adapters):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -20,6 +21,7 @@ from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.serving.telemetry.compilations import Compilations
 
 LAYOUT = PageLayout.for_model(dataclasses.replace(PRESETS["tiny"], num_layers=2))
 PAGE_BYTES = LAYOUT.page_bytes(4)
@@ -176,16 +178,10 @@ def test_loads_compile_nothing(monkeypatch):
     engine = make_engine(monkeypatch, 4)
     for size in engine.pieces.all:
         assert engine.programs.write[size]
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None
-    )
-    try:
+    with contextlib.closing(Compilations()) as compilations:
         staged = engine.stage(block(7))
         first = 1
         for piece in staged.pieces:
             engine.write_adapter(engine.put(piece), range(first, first + piece.shape[1])).block_until_ready()
             first += piece.shape[1]
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert compiled == []
+    assert compilations.at_start == 0
