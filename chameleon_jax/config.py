@@ -7,9 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from chameleon_jax.checks import require_field
+from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
+
+COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization")
+"""Settings that a restart of the engine cannot change."""
+LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
+"""Settings that a restart can lower: programs are compiled for their first values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +99,20 @@ class EngineConfig:
         if unknown := sorted(settings.keys() - known):
             raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
         return cls(**settings)
+
+    def check_restart(self, built: EngineConfig) -> None:
+        """Check that an engine can serve with these settings over programs that were compiled for others.
+
+        Args:
+            built: Settings that the programs were compiled for, every size filled in.
+
+        Raises:
+            ValueError: A setting of COMPILED differs, or one of LIMITS is larger.
+        """
+        for field in COMPILED:
+            value, limit = getattr(self, field), getattr(built, field)
+            require(value == limit, field, value, f"{limit!r}, for which this engine was built")
+        for field in LIMITS:
+            value, limit = getattr(self, field), getattr(built, field)
+            allowed = f"at most {limit!r}, for which this engine was built"
+            require(value is not None and value <= limit, field, value, allowed)

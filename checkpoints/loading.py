@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chameleon_jax.checkpoints import huggingface, orbax
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.models.config import PRESETS, LlamaConfig
 
 
 def load_checkpoint(model: str) -> Checkpoint:
@@ -32,3 +33,14 @@ def load_checkpoint(model: str) -> Checkpoint:
     if orbax.is_checkpoint(path):
         return orbax.load(path)
     return huggingface.load(model)
+
+
+def dummy_config(model: str) -> LlamaConfig:
+    """Find the configuration for dummy weights, in a preset or a directory's config.json."""
+    if model in PRESETS:
+        return PRESETS[model]
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json"
+        )
+    return huggingface.read_config(Path(model))

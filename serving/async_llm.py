@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chameleon_jax.errors import Draining, DuplicateRequest, EngineDead
-from chameleon_jax.executor import LoadResult
-from chameleon_jax.output_processor import OutputSnapshot
+from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
@@ -24,7 +20,8 @@ from chameleon_jax.serving.adapters import PackedAdapter
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.observers import Observer, Observers
+from chameleon_jax.serving.observers import Observers
+from chameleon_jax.serving.open_streams import OpenStreams
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.stats import EngineStats, take_stats
@@ -37,7 +34,7 @@ STATS_TIMEOUT_S = 1.0
 """Seconds after which `stats` answers with the last ones: a step takes long, or hangs."""
 
 
-class AsyncLLM(Observer):
+class AsyncLLM:
     """A model and its adapters, served to many callers at once. Its methods may be called from any asyncio loop.
 
     Args:
@@ -50,7 +47,6 @@ class AsyncLLM(Observer):
         settings: Fields of `EngineConfig`.
 
     Attributes:
-        observers: Told of requests and loads; append an `Observer` to it.
         prompts: Turns prompts into token ids.
         reader: Reads adapters.
         last_stats: Latest return of `stats`, which outlives the engine.
@@ -73,18 +69,22 @@ class AsyncLLM(Observer):
         self.tokenizer = self.engine.tokenizer
         self.model_config = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
-        self.observers = Observers()
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = OpenStreams()
         self._ids = itertools.count()
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
         self.reader = AdapterReader(self._read_adapter, max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
-        self._thread = EngineThread(self.engine, self)
+        self._thread = EngineThread(self.engine, self._streams)
         self._closed = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, args=(step_timeout,), name="watchdog", daemon=True)
         self._watchdog.start()
+
+    @property
+    def observers(self) -> Observers:
+        """Observers of requests and loads; append an `Observer` to it."""
+        return self._streams.observers
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
@@ -181,12 +181,9 @@ class AsyncLLM(Observer):
                 for _ in params:
                     own = f"{name}-{len(streams)}" if several else name
                     streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
-            for stream in streams:
-                if stream.request_id in self._streams:
-                    raise DuplicateRequest(f"request_id is {stream.request_id!r}; a request of that id is running")
             if self._draining:
                 raise Draining("the server is about to stop")
-            self._streams.update({stream.request_id: stream for stream in streams})
+            self._streams.add(streams)
             try:
                 await self.call(submit)
             except BaseException:
@@ -206,8 +203,7 @@ class AsyncLLM(Observer):
         return await asyncio.wrap_future(self._thread.abort(request_id))
 
     def _give_up(self, stream: RequestStream) -> None:
-        if self._streams.get(stream.request_id) is stream:
-            del self._streams[stream.request_id]
+        if self._streams.remove(stream):
             self._thread.abort(stream.request_id)  # nothing where it has ended
 
     # -- adapters -------------------------------------------------------------------------------------------------------
@@ -349,40 +345,3 @@ class AsyncLLM(Observer):
             if self._thread.step_seconds > step_timeout:
                 logger.error("a step has taken more than %g s: the device hangs", step_timeout)
                 self._thread.die(EngineDead(f"the device hangs: a step has taken more than {step_timeout:g} s"))
-
-    # -- told by the engine's thread ------------------------------------------------------------------------------------
-
-    def updated(self, snapshots: list[OutputSnapshot]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, OutputSnapshot]]] = {}
-        for snapshot in snapshots:
-            request = snapshot.request
-            stream = self._streams.get(request.request_id)
-            if stream is not None and stream.request is request:  # not one before it of the same id
-                pairs = by_loop.setdefault(stream.loop, deque())
-                if snapshot.num_tokens and not stream.has_begun:
-                    stream.has_begun = True
-                    self.observers.first_token(request)
-                    pairs.appendleft((stream, snapshot))  # a first token waits for no other request's tokens
-                else:
-                    pairs.append((stream, snapshot))
-            if snapshot.finished:
-                self.observers.finished(request)
-        for loop, pairs in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every reader
-                loop.call_soon_threadsafe(self._deliver, pairs)
-
-    def loaded(self, result: LoadResult) -> None:
-        self.observers.loaded(result)
-
-    def engine_died(self, error: EngineDead, num_requests: int) -> None:
-        left = list(self._streams.values())  # also of requests that ended in the step that failed, which nothing has told
-        self.observers.engine_died(error, len(left))
-        for stream in left:
-            with contextlib.suppress(RuntimeError):
-                stream.loop.call_soon_threadsafe(stream.fail, error)
-
-    def _deliver(self, pairs: Iterable[tuple[RequestStream, OutputSnapshot]]) -> None:
-        for stream, snapshot in pairs:
-            stream.deliver(snapshot)
-            if snapshot.finished and self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]

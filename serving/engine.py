@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.checkpoints import huggingface, length_proxy
-from chameleon_jax.checkpoints.loading import load_checkpoint
+from chameleon_jax.checkpoints.loading import dummy_config, load_checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
@@ -24,7 +24,7 @@ from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.models import llama, ops
 from chameleon_jax.models.adapters.host_store import HostStore
-from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
+from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.executor import JaxExecutor
@@ -42,11 +42,6 @@ from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefault
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
-
-COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization")
-"""Settings that `restart` cannot change."""
-LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
-"""Settings that `restart` can lower: programs are compiled for their first values."""
 
 
 class LLMEngine:
@@ -84,7 +79,7 @@ class LLMEngine:
         self.dtype = jnp.dtype(_dtype(config.dtype))
         self.tokenizer: Tokenizer | None = None
         if config.load_format == "dummy":
-            self.model_config = _preset_or_config(model)
+            self.model_config = dummy_config(model)
             weights = llama.random_model(self.model_config, self.dtype, config.seed)
             self._generation_config = huggingface.generation_file(Path(model))
         else:
@@ -155,8 +150,8 @@ class LLMEngine:
         Args:
             clock: Seconds, monotonic; None keeps the clock.
             predictor: Predictor of output lengths; None takes the one of the settings.
-            changes: Fields of `EngineConfig`; the others are those that the engine was built with. The sizes of `LIMITS` can
-                only be lowered.
+            changes: Fields of `EngineConfig`; the others are those that the engine was built with. Sizes can only be
+                lowered, and some settings not changed (`config.COMPILED`, `config.LIMITS`).
 
         Raises:
             ValueError: A setting cannot be changed, or not to that. Nothing has changed then.
@@ -173,15 +168,8 @@ class LLMEngine:
         adapters.copy_to(self.adapters)
 
     def _check_restart(self, config: EngineConfig) -> None:
+        config.check_restart(self.built)
         generation_file(config.generation_config)
-        for field in COMPILED:
-            value, built = getattr(config, field), getattr(self.built, field)
-            if value != built:
-                raise ValueError(f"{field} is {value!r}; allowed: {built!r}, for which this engine was built")
-        for field in LIMITS:
-            value, built = getattr(config, field), getattr(self.built, field)
-            if value is None or value > built:
-                raise ValueError(f"{field} is {value!r}; allowed: at most {built!r}, for which this engine was built")
         assert config.num_pages is not None
         for name in self.list_loras():
             info = self.adapters.named(name)
@@ -375,14 +363,3 @@ def _make_predictor(config: EngineConfig) -> LengthPredictor:
 
 def _dtype(name: str) -> str:
     return name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _preset_or_config(model: str) -> LlamaConfig:
-    """Find the configuration for dummy weights, in a preset or a directory's config.json."""
-    if model in PRESETS:
-        return PRESETS[model]
-    if not (Path(model) / "config.json").is_file():
-        raise ValueError(
-            f"model is {model!r}; with load_format='dummy' allowed: {', '.join(PRESETS)}, or a directory with config.json"
-        )
-    return huggingface.read_config(Path(model))

@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from chameleon_jax.config import EngineConfig
-from chameleon_jax.serving.engine import COMPILED, LLMEngine
+from chameleon_jax.config import COMPILED, EngineConfig
+from chameleon_jax.serving.engine import LLMEngine
 
 SETTINGS: dict[str, Any] = dict(
     dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64
