@@ -20,7 +20,6 @@ from chameleon_jax.serving.adapters import PackedAdapter
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.observers import Observers
 from chameleon_jax.serving.open_streams import OpenStreams
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
@@ -47,6 +46,7 @@ class AsyncLLM:
         settings: Fields of `EngineConfig`.
 
     Attributes:
+        observers: Told of requests and loads; append an `Observer` to it.
         prompts: Turns prompts into token ids.
         reader: Reads adapters.
         last_stats: Latest return of `stats`, which outlives the engine.
@@ -70,6 +70,7 @@ class AsyncLLM:
         self.model_config = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
         self._streams = OpenStreams()
+        self.observers = self._streams.observers
         self._ids = itertools.count()
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
@@ -80,11 +81,6 @@ class AsyncLLM:
         self._closed = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, args=(step_timeout,), name="watchdog", daemon=True)
         self._watchdog.start()
-
-    @property
-    def observers(self) -> Observers:
-        """Observers of requests and loads; append an `Observer` to it."""
-        return self._streams.observers
 
     # -- requests -------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class Server:
         self._stopping = asyncio.Event()
         self._rpc = None if config.grpc_port is None else RpcServer(service)
         recent = RecentRequests()
-        service.llm.observers.extend([metrics, recent])
+        service.llm.observers += [metrics, recent]
         app = make_app(service)
         app.include_router(status_router(metrics, recent))
         self._http = _HttpServer(
