@@ -16,7 +16,6 @@ from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
-from chameleon_jax.serving.adapters import PackedAdapter
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.engine_thread import EngineThread
@@ -74,7 +73,8 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
-        self.reader = AdapterReader(self._read_adapter, max_lora_loads, max_lora_queue)
+        read = lambda name, path: self.engine.packer.read(name, path)  # noqa: E731 (another packer after a restart)
+        self.reader = AdapterReader(read, max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self._streams)
@@ -236,9 +236,6 @@ class AsyncLLM:
         async with self.reader.turns.of(lora.name):
             if self.engine.must_read(lora):
                 await self._add_lora(lora.name, lora.path)
-
-    def _read_adapter(self, name: str, path: str | Path) -> PackedAdapter:
-        return self.engine.packer.read(name, path)  # the packer changes when the engine restarts
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
