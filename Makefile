@@ -28,7 +28,7 @@ docs: $(VENV)/docs/bin/mkdocs ## build the documentation's site into build/site;
 test: $(VENV)/installed-test ## the test suite, on every processor
 	$(PYTEST)
 
-test-host: $(VENV)/installed-test ## the fast tests, of all that needs no model: core, checkpoints, parts of the servers
+test-host: $(VENV)/installed-test ## the fast tests, which build no engine: core, checkpoints, parts of the servers, documentation
 	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
 	  tests/serving/test_adapter_reader.py tests/serving/test_prompts.py tests/serving/test_updates.py tests/test_docs.py tests/test_prose.py
 

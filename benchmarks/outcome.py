@@ -28,7 +28,7 @@ class Outcome:
         memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
         hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
         load_wait: Time for which steps were held back by loads.
-        squashes: Bypassing requests that were squashed.
+        squashes: Running requests sent back to wait, for memory or as bypassers.
         finished_s: End of the last request.
     """
 

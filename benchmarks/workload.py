@@ -61,8 +61,8 @@ AdapterExponent: TypeAlias = Annotated[float, typer.Option(help="Power law of po
 Locality: TypeAlias = Annotated[float, typer.Option(help="Probability of repeating a recent adapter.")]
 Arrivals: TypeAlias = Annotated[str, typer.Option(help=f"Gaps between arrivals: {', '.join(ARRIVALS)}.")]
 Shape: TypeAlias = Annotated[str, typer.Option(help=f"Rate over time: {', '.join(SHAPES)}.")]
-PeakFactor: TypeAlias = Annotated[float, typer.Option(help="Highest rate over lowest.")]
-SpikeShare: TypeAlias = Annotated[float, typer.Option(help="Busy share of the time.")]
+PeakFactor: TypeAlias = Annotated[float, typer.Option(help="Highest request rate divided by the lowest, for shapes that vary.")]
+SpikeShare: TypeAlias = Annotated[float, typer.Option(help="Share of the time that is a spike.")]
 Trace: TypeAlias = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="CSV or CSV.gz with Azure's columns, for the lengths.")
 ]
@@ -92,7 +92,7 @@ class WorkloadSpec:
         shape: Rate over time, made by warping time: "flat", "diurnal" (a sinusoid, lowest at the ends of a period) or "spike"
             (the middle spike_share of each period is busy).
         peak_factor: Highest rate over lowest, for diurnal and spike.
-        spike_share: Busy share of the time.
+        spike_share: Share of the time that is a spike.
         period_s: Seconds of one cycle. None takes the duration.
         trace: CSV or CSV.gz with the columns of one of TRACE_COLUMNS, the second being Azure's own. It gives lengths, in order
             from a random request on, and starts again at its end.

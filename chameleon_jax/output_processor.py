@@ -13,7 +13,7 @@ from chameleon_jax.request import Request, RequestState
 def process(tokens: Iterable[SampledToken], now: float) -> Iterator[Request]:
     """Append a step's tokens to their requests, one after the other.
 
-    A request that ends is to be removed before the next is asked for: what raises then leaves no request past its end.
+    A request that ends is to be removed before the next is asked for, so that an exception in between leaves none past its end.
 
     Args:
         tokens: Tokens of one step. A token of a request that has ended meanwhile is dropped.

@@ -13,7 +13,7 @@ from chameleon_jax.sampling_params import SamplingParams
 
 
 class RequestState(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING when the request is preempted or squashed."""
+    """WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING when the request is preempted."""
 
     WAITING = "waiting"
     RUNNING = "running"

@@ -34,7 +34,7 @@ class SamplingParams:
             (default 0).
         stop: strings that end the output (default none), at most 16 of 1 to 256 characters. The one that is complete first
             ends it, and is not part of it.
-        stop_token_ids: ids that end the output beside the model's end-of-sequence ids, at most 8 (default none).
+        stop_token_ids: ids that end the output beside the model's end-of-sequence ids, at most 8 together with those.
         ignore_eos: generate past the model's end-of-sequence ids (default False).
         logprobs: number of alternatives reported for each token, 0 to 20. None (default) reports no log-probabilities.
         skip_special_tokens: leave special tokens out of the text (default True).

@@ -4,7 +4,7 @@ Run: python examples/finetune_and_serve.py
 
 Prints the training loss, which falls, then the same prompt completed by the base model and by the adapter. The text is this
 repository's licence; `chameleon-jax finetune MODEL --text FILE --output DIRECTORY` does the same from the command line. The
-first run compiles for about a minute.
+first run compiles the programs, which takes longest.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Serve more adapters than the device pool holds; load, pin, replace and remove them while requests run.
+"""Serve more adapters than the device pool holds; replace one while requests run, pin and remove others between waves.
 
 Run: python examples/hot_swapping.py
 

@@ -29,7 +29,12 @@ DEFAULT_SYSTEMS = ("s-lora", "chameleon-no-sched", "chameleon")
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="As for LLM; with --load-format dummy also a preset's name.")] = "smollm2-135m",
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id; any preset with --load-format dummy."
+        ),
+    ] = "smollm2-135m",
     system: Annotated[
         list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(DEFAULT_SYSTEMS)}.")
     ] = None,

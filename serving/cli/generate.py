@@ -27,7 +27,12 @@ def generate(
     model: Model,
     prompt: Annotated[str, Option(help="Text to continue. With --chat, the user's message.")],
     lora_modules: LoraModules = None,
-    lora: Annotated[list[str] | None, Option(help="Adapter to answer with. Repeat to compare several.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        Option(
+            help="Adapter to answer with (default: each of --lora-modules, else the base model). Repeat to compare several."
+        ),
+    ] = None,
     chat: Annotated[bool, Option(help="Wrap the prompt in the model's chat template.")] = False,
     max_tokens: Annotated[int | None, Option(help="Most output tokens (default: the model's own, else 128).")] = None,
     temperature: Annotated[float | None, Option(help="0 decodes greedily (default: the model's own, else 0).")] = None,
@@ -37,7 +42,9 @@ def generate(
     seed: Annotated[int | None, Option(help="Seed of the sampling (default: drawn by the engine).")] = None,
     generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
     dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
-    max_model_len: Annotated[int | None, Option(help="Longest sequence, in tokens (default: set by the model).")] = None,
+    max_model_len: Annotated[
+        int | None, Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048).")
+    ] = None,
     system: SystemName = DEFAULT_SYSTEM,
 ) -> None:
     """Complete one prompt, with the base model or with adapters.

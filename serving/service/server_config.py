@@ -18,8 +18,9 @@ class ServerConfig:
         port: HTTP port. 0 picks a free one.
         grpc_port: gRPC port. 0 picks a free one; None serves no gRPC.
         served_model_name: Name of the base model in requests. None takes it from the path or id it was loaded from.
-        api_keys: Keys, of which every request except health checks must send one as `Authorization: Bearer KEY`. Without any,
-            the server is open. Keys hold no spaces, as spaces separate the keys in an environment variable.
+        api_keys: Keys, of which every request for models, completions or the status page's data must send one as
+            `Authorization: Bearer KEY`. Without any, the server is open. Keys hold no spaces, as spaces separate the keys in an
+            environment variable.
         admin_keys: Keys for loading and unloading adapters, required as soon as the server has a key of either kind. An admin
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.

@@ -68,7 +68,7 @@ def _scheduler(stats: EngineStats) -> Iterator[Metric]:
     quotas = {q.name: q.quota_pages * tokens for q in stats.queues if q.quota_pages is not None}
     yield gauge("scheduler_quota_tokens", "Quota of a queue, in tokens of KV.", quotas, "queue")
     free = {q.name: q.free_pages * tokens for q in stats.queues if q.free_pages is not None}
-    text = "Quota that a queue has left, in tokens of KV; below 0 while it owes."
+    text = "Quota that a queue has left, in tokens of KV; negative while the queue exceeds its quota."
     yield gauge("scheduler_quota_free_tokens", text, free, "queue")
     text = "Times that queues and quotas were formed from recent traffic."
     yield counter("scheduler_quota_refreshes", text, counters.quota_refreshes)

@@ -90,7 +90,7 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
     assert loop.pool.num_free == loop.pool.capacity or any(e.tier is AdapterTier.LOADING for e in loop.cache.entries())
 
 
-def test_small_pools_squash_and_evict():
+def test_small_pools_preempt_and_evict():
     loop, executor, _ = make_loop(26)
     loop.adapters.add("big", adapter("big", 12))
     requests = [make_request(i, 6, 30, "big" if i == 5 else None) for i in range(6)]
@@ -101,7 +101,7 @@ def test_small_pools_squash_and_evict():
     assert [r.output_token_ids for r in requests] == [expected(executor, r) for r in requests]
 
 
-def test_the_oldest_is_never_squashed():
+def test_the_oldest_is_never_preempted():
     loop, _, _ = make_loop(26)
     requests = [make_request(i, 6, 30) for i in range(6)]
     for request in requests:

@@ -20,7 +20,7 @@ TIMEOUT = 30
 
 
 class FakeEngine:
-    """As much of an Engine as the thread uses."""
+    """Parts of an `LLMEngine` that the thread uses."""
 
     def __init__(self, load_polls: int = 1):
         self.loop, self.executor, _ = make_loop(60, load_polls)

@@ -76,7 +76,7 @@ def test_adapters_evicted_and_reloaded(make_llm, model, adapters, alone):
     assert tokens(outputs) == alone
 
 
-def test_squashed_and_recomputed(make_llm, model, adapters, alone):
+def test_preempted_and_recomputed(make_llm, model, adapters, alone):
     prompts, loras = workload(adapters)
     picks = [i for i, lora in enumerate(loras) if lora in (None, adapters[0])] * 3
     # one small adapter and far more requests than pages, each admitted for one token of the 24 it will have

@@ -58,7 +58,9 @@ def tokens(scale: Scale) -> list[Row]:
             for t in (1e-40, 1.2e-38, 1e-9)
         ],
         *[row(f"top_p {p}", int((draw(_rows(seeds, 9.0, top_p=p), SamplingMode.RANDOM) != best).sum())) for p in (0.0, 1e-30)],
-        row("banned", int((draw(_rows(seeds, 0.0, suppressed=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())),
+        row(
+            "suppressed", int((draw(_rows(seeds, 0.0, suppressed=int(best[0])), SamplingMode.GREEDY) != masked.argmax(1)).sum())
+        ),
         # two tokens that differ by a rounding may change places
         row("random, as on the CPU", int((drawn != here).sum()), 1),
     ]
