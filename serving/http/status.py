@@ -54,7 +54,7 @@ def status_router(metrics: Metrics, recent: RecentRequests) -> APIRouter:
 
 
 async def _stats(llm: AsyncLLM) -> EngineStats | None:
-    """Snapshot of the engine. Of a dead engine, the last snapshot, if any, without its requests."""
+    """Snapshot of the engine. Where it is dead, the last snapshot without its requests, if there is one."""
     try:
         return await llm.stats()
     except EngineDead:
