@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from chameleon_jax.checks import require
 from chameleon_jax.models import hf_fields
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,6 +16,13 @@ ATTENTION_TARGETS = TARGETS[:4]
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "eos_token_ids": "eos_token_id",
+}
+"""Fields of `LlamaConfig` that a Hugging Face `config.json` calls otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +35,8 @@ class Llama3RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        if not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"high_freq_factor is {self.high_freq_factor}; allowed: above low_freq_factor ({self.low_freq_factor})"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(low < high, "high_freq_factor", high, f"above low_freq_factor ({low})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +129,12 @@ class LlamaConfig:
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(self.eos_token_ids) or None,
         }
-        if self.rope_scaling is not None:
+        hf |= {_HF_NAMES.get(field, field): value for field, value in vars(self).items()}
+        hf["eos_token_id"] = list(self.eos_token_ids) or None
+        if self.rope_scaling is None:
+            del hf["rope_scaling"]
+        else:
             hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
         return hf
 

@@ -61,22 +61,21 @@ def checked(hf: Fields) -> dict[str, Any]:
     """
     architectures = hf.get("architectures") or []
     names = architectures if isinstance(architectures, list) else [architectures]
-    if any(name not in list(_ARCHITECTURES) for name in names):
-        raise _error("architectures", architectures, ", ".join(_ARCHITECTURES))
+    _require(all(name in list(_ARCHITECTURES) for name in names), "architectures", architectures, ", ".join(_ARCHITECTURES))
     family = hf.get("model_type") or (_ARCHITECTURES[names[0]] if names else "llama")
-    if family not in list(_ARCHITECTURES.values()):
-        raise _error("model_type", family, ", ".join(dict.fromkeys(_ARCHITECTURES.values())))
+    families = list(dict.fromkeys(_ARCHITECTURES.values()))
+    _require(family in families, "model_type", family, ", ".join(families))
     for field, method in _quantised(hf):
         raise ValueError(
             f"{field} says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not served; "
             "allowed: weights in float16, bfloat16, float32 or float64, or a GGUF file"
         )
     for field, neutral in _NEUTRAL.items():
-        if hf.get(field) is not None and hf[field] != neutral:
-            raise _error(field, hf[field], "null" if neutral is None else repr(neutral))
+        value = hf.get(field)
+        _require(value is None or value == neutral, field, value, "null" if neutral is None else repr(neutral))
     layer_types = hf.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise _error("layer_types", layer_types, "full_attention for each layer")
+    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    _require(full, "layer_types", layer_types, "full_attention for each layer")
     hf = {**(_MISTRAL if family == "mistral" else {}), **hf}
     longest = integer(hf, "max_position_embeddings", 2048)
     # a text within the window attends to all of itself, as the layers here do
@@ -102,15 +101,14 @@ def rope(hf: Fields) -> dict[str, float]:
 
 
 def _one_rope(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _error(name, value, "an object")
+    _require(isinstance(value, dict), name, value, "an object")
     kinds = sorted({str(value[field]) for field in ("rope_type", "type") if value.get(field) is not None}) or ["default"]
     if kinds not in (["default"], ["llama3"]):
         raise ValueError(f"{name} type is {', '.join(map(reprlib.repr, kinds))}; allowed: default, llama3")
     if unknown := sorted(str(field) for field in value if field not in _ROPE and value[field] is not None):
         raise ValueError(f"{name} has the field {reprlib.repr(unknown[0])}; allowed: {', '.join(_ROPE)}")
-    if value.get("partial_rotary_factor") not in (None, 1):
-        raise _error("partial_rotary_factor", value["partial_rotary_factor"], "1.0")
+    partial = value.get("partial_rotary_factor")
+    _require(partial in (None, 1), "partial_rotary_factor", partial, "1.0")
     return {**value, "rope_type": kinds[0]}
 
 
@@ -121,8 +119,7 @@ def integer(hf: Fields, field: str, default: int | None = None) -> int:
         ValueError: The field has another value, or is missing and has no default.
     """
     value = _value(hf, field, default)
-    if type(value) is not int or value < 1:
-        raise _error(field, value, "an integer from 1")
+    _require(type(value) is int and value >= 1, field, value, "an integer from 1")
     return value
 
 
@@ -133,8 +130,7 @@ def number(hf: Fields, field: str, default: float | None = None) -> float:
         ValueError: The field has another value, or is missing and has no default.
     """
     value = _value(hf, field, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise _error(field, value, "a finite number above 0")
+    _require(type(value) in (int, float) and 0 < value < math.inf, field, value, "a finite number above 0")
     return float(value)
 
 
@@ -145,8 +141,7 @@ def flag(hf: Fields, field: str) -> bool:
         ValueError: The field has another value.
     """
     value = _value(hf, field, False)
-    if type(value) is not bool:
-        raise _error(field, value, "true or false")
+    _require(type(value) is bool, field, value, "true or false")
     return value
 
 
@@ -158,8 +153,7 @@ def token_ids(hf: Fields, field: str) -> tuple[int, ...]:
     """
     value = hf.get(field)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token) is int for token in ids):
-        raise _error(field, value, "a token id, a list of them, or null")
+    _require(all(type(token) is int for token in ids), field, value, "a token id, a list of them, or null")
     return tuple(ids)
 
 
@@ -179,5 +173,6 @@ def _quantised(hf: Fields) -> Iterator[tuple[str, Any]]:
                 yield path + field, value.get("quant_method") if isinstance(value, dict) else value
 
 
-def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")

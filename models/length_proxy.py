@@ -23,11 +23,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from chameleon_jax import checks
+from chameleon_jax.checks import require_field
 from chameleon_jax.scheduler.length_predictor import CLASS_CUTS
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
+
+    from chameleon_jax.models.shapes import RowInts
 
 ROW_BUCKETS = (1, 8)
 """Rows that a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""
@@ -70,9 +72,6 @@ class LengthProxyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def require(condition: bool, field: str, allowed: str) -> None:
-            checks.require(condition, field, getattr(self, field), allowed)
-
         def positive(values: Sequence[int]) -> bool:
             return all(isinstance(v, numbers.Integral) and v >= 1 for v in values)
 
@@ -80,18 +79,24 @@ class LengthProxyConfig:
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         rising = all(a < b for a, b in itertools.pairwise(self.class_cuts))
-        require(positive(self.class_cuts) and bool(self.class_cuts) and rising, "class_cuts", "rising integers from 1")
+        require_field(
+            self, "class_cuts", positive(self.class_cuts) and bool(self.class_cuts) and rising, "rising integers from 1"
+        )
         lens = self.class_lens
         ok = lens is None or (positive(lens) and len(lens) == self.num_classes)
-        require(ok, "class_lens", f"None, or {self.num_classes} integers from 1")
+        require_field(self, "class_lens", ok, f"None, or {self.num_classes} integers from 1")
         for field in ("vocab_buckets", "hidden_size", "num_heads", "num_layers", "epochs", "batch_size"):
-            require(positive([getattr(self, field)]), field, "an integer from 1")
-        require(positive([self.window]) and self.window >= 8 and self.window % 2 == 0, "window", "an even integer from 8")
-        require(self.hidden_size % self.num_heads == 0, "hidden_size", f"a multiple of num_heads ({self.num_heads})")
-        require(0 <= self.token_dropout < 1, "token_dropout", "from 0, below 1")
-        require(0 < self.held_out < 1, "held_out", "above 0, below 1")
-        require(self.learning_rate > 0, "learning_rate", "above 0")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+            require_field(self, field, positive([getattr(self, field)]), "an integer from 1")
+        require_field(
+            self, "window", positive([self.window]) and self.window >= 8 and self.window % 2 == 0, "an even integer from 8"
+        )
+        require_field(
+            self, "hidden_size", self.hidden_size % self.num_heads == 0, f"a multiple of num_heads ({self.num_heads})"
+        )
+        require_field(self, "token_dropout", 0 <= self.token_dropout < 1, "from 0, below 1")
+        require_field(self, "held_out", 0 < self.held_out < 1, "above 0, below 1")
+        require_field(self, "learning_rate", self.learning_rate > 0, "above 0")
+        require_field(self, "weight_decay", self.weight_decay >= 0, "0 or more")
 
     @property
     def num_classes(self) -> int:
@@ -140,7 +145,7 @@ class LengthClassifier(nnx.Module):
         self.mix = nnx.Linear(d + 1, d, rngs=rngs)
         self.head = nnx.Linear(d, config.num_classes, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]) -> Float[Array, "rows classes"]:
+    def __call__(self, tokens: Int[Array, "rows length"], prompt_lens: RowInts) -> Float[Array, "rows classes"]:
         """Compute the classes' logits from hashed tokens and from the lengths of the whole prompts, both int32."""
         places = jnp.arange(tokens.shape[1])
         valid = places < jnp.maximum(prompt_lens, 1)[:, None]  # a row that pads the batch reads one token
@@ -155,9 +160,7 @@ class LengthClassifier(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _classify(
-    graph: Any, params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]
-) -> Int[Array, " rows"]:
+def _classify(graph: Any, params: Any, tokens: Int[Array, "rows length"], prompt_lens: RowInts) -> RowInts:
     model: LengthClassifier = nnx.merge(graph, params)
     return jnp.argmax(model(tokens, prompt_lens), -1)
 
@@ -172,13 +175,7 @@ class LengthProxy:
         confusion: Held-out examples by class and predicted class.
     """
 
-    def __init__(
-        self,
-        config: LengthProxyConfig,
-        params: Any,
-        class_lens: np.ndarray,
-        confusion: np.ndarray,
-    ):
+    def __init__(self, config: LengthProxyConfig, params: Any, class_lens: np.ndarray, confusion: np.ndarray):
         self.config = config
         self.class_lens = np.asarray(class_lens, np.int64)
         self.confusion = np.asarray(confusion, np.int64)
@@ -257,7 +254,7 @@ def train(
     state = jax.jit(optimizer.init)(params)
 
     def loss(
-        params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"], labels: Int[Array, " rows"], key: Any
+        params: Any, tokens: Int[Array, "rows length"], prompt_lens: RowInts, labels: RowInts, key: Any
     ) -> Float[Array, ""]:
         hidden = jax.random.bernoulli(key, config.token_dropout, tokens.shape)
         logits = nnx.merge(graph, params)(jnp.where(hidden, config.vocab_buckets, tokens), prompt_lens)

@@ -26,6 +26,8 @@ from chameleon_jax.models.ops.linear import linear
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+    from chameleon_jax.models.shapes import Hidden
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Dtypes that a checkpoint's tensors may have."""
@@ -58,9 +60,7 @@ def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
 
 
 def apply_rope(
-    x: Float[Array, "*batch heads head_dim"],
-    cos: Float[Array, "*batch 1 half"],
-    sin: Float[Array, "*batch 1 half"],
+    x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "*batch 1 half"], sin: Float[Array, "*batch 1 half"]
 ) -> Float[Array, "*batch heads head_dim"]:
     """Rotate pairs that lie half a head apart, as in Hugging Face's layout."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -74,7 +74,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, dtype))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    def __call__(self, x: Hidden) -> Hidden:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         return self.scale[...] * wide.astype(x.dtype)
@@ -105,12 +105,12 @@ class LlamaLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "*batch hidden"],
+        x: Hidden,
         rope: tuple[Float[Array, "*batch 1 half"], Float[Array, "*batch 1 half"]],
         extra: Any,
         attend: Attend,
         adapt: Adapt | None,
-    ) -> tuple[Float[Array, "*batch hidden"], Any]:
+    ) -> tuple[Hidden, Any]:
         def add(targets: tuple[str, ...], y: jax.Array, inputs: jax.Array) -> jax.Array:
             return y if adapt is None else adapt(targets, y, inputs, extra)
 
@@ -148,7 +148,7 @@ class Llama(nnx.Module):
         extras: Sequence[Any],
         attend: Attend,
         adapt: Adapt | None = None,
-    ) -> tuple[Float[Array, "*batch hidden"], list[Any]]:
+    ) -> tuple[Hidden, list[Any]]:
         """Run the layers.
 
         Args:
@@ -184,12 +184,12 @@ class Llama(nnx.Module):
         """Matrix that turns hidden states into logits; the embedding where the two are tied."""
         return (self.embed if self.head is None else self.head.weight)[...]
 
-    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    def logits(self, hidden: Hidden) -> Float[Array, "*batch vocab"]:
         """Compute the logits in float32."""
         return logits(hidden, self.output_matrix)
 
 
-def logits(hidden: Float[Array, "*batch hidden"], output_matrix: Float[Array, "vocab hidden"]) -> Float[Array, "*batch vocab"]:
+def logits(hidden: Hidden, output_matrix: Float[Array, "vocab hidden"]) -> Float[Array, "*batch vocab"]:
     """Compute the logits in float32 from `Llama.output_matrix`."""
     with jax.named_scope("head"):
         return linear(hidden, output_matrix, jnp.dtype(jnp.float32))

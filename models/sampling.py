@@ -27,6 +27,8 @@ from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts
+
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""
 _THRESHOLD_BITS = 32
@@ -58,17 +60,14 @@ the bits of three float32 (temperature, greedy below LEAST_TEMPERATURE; top_p; m
 class Sampled:
     """Sampled tokens and, in LOGPROBS mode, the log-probabilities of each token and of the `MAX_LOGPROBS` best."""
 
-    tokens: Int[Array, " rows"]
-    logprobs: Float[Array, " rows"] | None = None
+    tokens: RowInts
+    logprobs: RowFloats | None = None
     top_tokens: Int[Array, "rows best"] | None = None
     top_logprobs: Float[Array, "rows best"] | None = None
 
 
 def sample(
-    logits: Float[Array, "rows vocab"],
-    sampling_rows: Int[Array | np.ndarray, "rows columns"],
-    mode: SamplingMode,
-    guesses: int = 1,
+    logits: Logits, sampling_rows: Int[Array | np.ndarray, "rows columns"], mode: SamplingMode, guesses: int = 1
 ) -> Sampled:
     """Draw one token a row.
 
@@ -97,22 +96,20 @@ def sample(
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
-def _without_suppressed(logits: Float[Array, "rows vocab"], suppressed: Int[Array, "rows _"]) -> Float[Array, "rows vocab"]:
+def _without_suppressed(logits: Logits, suppressed: Int[Array, "rows _"]) -> Logits:
     """Set the logits of suppressed ids to -inf, except in rows that would have no candidate left."""
     rows = jnp.arange(logits.shape[0])[:, None]
     allowed = logits.at[rows, jnp.where(suppressed < 0, logits.shape[1], suppressed)].set(-jnp.inf, mode="drop")
     return jnp.where(allowed.max(-1, keepdims=True) > -jnp.inf, allowed, logits)
 
 
-def _gaps_to_best(logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+def _gaps_to_best(logits: Logits) -> Logits:
     """Subtract each row's largest logit. The largest itself gives 0, even where all are -inf."""
     best = logits.max(-1, keepdims=True)
     return jnp.where(logits == best, 0.0, logits - best)
 
 
-def _draw(
-    gaps: Float[Array, "rows vocab"], sampling_rows: Int[Array, "rows columns"], guesses: int, best: Int[Array, " rows"]
-) -> Int[Array, " rows"]:
+def _draw(gaps: Logits, sampling_rows: Int[Array, "rows columns"], guesses: int, best: RowInts) -> RowInts:
     """Draw by Gumbel-max from the tokens that top-k, top-p and min-p leave. Greedy rows take `best`."""
     temperature, top_p, min_p = lax.bitcast_convert_type(sampling_rows[:, 5:8], jnp.float32).T
     random = temperature >= LEAST_TEMPERATURE
@@ -129,16 +126,14 @@ def _draw(
     return jnp.where(random, jnp.argmax(noisy, -1).astype(jnp.int32), best)
 
 
-def _threshold(
-    scores: Float[Array, "rows vocab"], top_k: Int[Array, " rows"], top_p: Float[Array, " rows"], guesses: int
-) -> Float[Array, " rows"]:
+def _threshold(scores: Logits, top_k: RowInts, top_p: RowFloats, guesses: int) -> RowFloats:
     """Find each row's largest score, at most 0, that top_k tokens and a share top_p of the mass reach.
 
     Ties at the threshold are all kept, as Hugging Face does. top_p applies to the tokens that min_p and top_k left (vLLM's
     order).
     """
 
-    def search(amount: Float[Array, "rows vocab"], least: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    def search(amount: Logits, least: RowFloats) -> RowFloats:
         """Find the largest threshold where the amounts of the scores that reach it sum to at least `least`."""
         low = jnp.full(scores.shape[0], _LEAST_SCORE)
         rounds = math.ceil(_THRESHOLD_BITS / math.log2(guesses + 1))
@@ -158,13 +153,8 @@ def _threshold(
 
 @functools.partial(jax.jit, static_argnums=5)  # lowered once for all rounds; XLA inlines it
 def _narrow(
-    scores: Float[Array, "rows vocab"],
-    amount: Float[Array, "rows vocab"],
-    least: Float[Array, " rows"],
-    low: Float[Array, " rows"],
-    high: Float[Array, " rows"],
-    guesses: int,
-) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    scores: Logits, amount: Logits, least: RowFloats, low: RowFloats, high: RowFloats, guesses: int
+) -> tuple[RowFloats, RowFloats]:
     """Cut the interval from `low` to `high` in `guesses` places and keep the part that holds the threshold."""
     cuts = [low + (high - low) * (i / (guesses + 1)) for i in range(1, guesses + 1)]
     nothing = lax.full_like(amount, 0.0)
@@ -175,7 +165,7 @@ def _narrow(
     return low, high
 
 
-def _sums(arrays: list[Float[Array, "rows vocab"]]) -> Sequence[Float[Array, " rows"]]:
+def _sums(arrays: list[Logits]) -> Sequence[RowFloats]:
     """Sum the rows of several arrays in one pass. XLA does not join separate reductions of this kind."""
     zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
     return lax.reduce(tuple(arrays), zeros, lambda xs, ys: tuple(x + y for x, y in zip(xs, ys)), dimensions=(1,))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 NAMES = ("Array", "Bool", "Float", "Int", "Shaped")
-"""Names of jaxtyping in signatures. The modules import them for type checkers alone."""
+"""Names of jaxtyping in signatures. The modules import them for type checkers alone, and so the names of `models.shapes`."""
 DEVICE_MODULES = ("ops", "llama", "sampling", "length_proxy", "adapters.transfers", "runtime.steps", "runtime.step_inputs")
 """Modules of `chameleon_jax.models` that are checked. Others call small functions so often that wrapping them would be slow."""
 INSTALLED = all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype"))
@@ -22,8 +22,11 @@ def switch_on() -> None:
         return
     import jaxtyping
 
-    for name in NAMES:  # annotations are evaluated among a module's globals, then among builtins
-        setattr(builtins, name, getattr(jaxtyping, name))
+    from chameleon_jax.models import shapes
+
+    shared = {name: value for name, value in vars(shapes).items() if not name.startswith("_")}
+    for name, value in {**shared, **{name: getattr(jaxtyping, name) for name in NAMES}}.items():
+        setattr(builtins, name, value)  # annotations are evaluated among a module's globals, then among builtins
     jaxtyping.install_import_hook([f"chameleon_jax.models.{name}" for name in DEVICE_MODULES], "tests.shape_checks.check")
 
 

@@ -6,7 +6,6 @@ A block in memory is the result of `stage`, in memory that transfers start from.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import itertools
 import logging
 import os
@@ -16,54 +15,26 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import safetensors.numpy
 
+from chameleon_jax.checks import require
+from chameleon_jax.models.adapters.transfers import PinnedBlock
+
 logger = logging.getLogger(__name__)
 
 
-class Block(Protocol):
-    """A packed adapter in memory. `np.asarray` gives the packed array back."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
-
-
-B = TypeVar("B", bound=Block)
-
-
-class BlockState(enum.Enum):
-    """Place of a block. MEMORY -> BOTH once written; BOTH -> DISK when memory is short; DISK -> BOTH once read."""
-
-    MEMORY = enum.auto()
-    BOTH = enum.auto()
-    DISK = enum.auto()
-
-
 @dataclasses.dataclass(eq=False)
-class _Entry(Generic[B]):
-    """`block` is held in MEMORY and BOTH, `file` in BOTH and DISK."""
+class _Entry:
+    """A block in memory, on disk, or both: it has both once it was written or read, and loses `block` when memory is short."""
 
     num_bytes: int
-    block: B | None = None
+    block: PinnedBlock | None = None
     file: Path | None = None
 
-    @property
-    def state(self) -> BlockState:
-        if self.block is None:
-            return BlockState.DISK
-        return BlockState.MEMORY if self.file is None else BlockState.BOTH
 
-
-def _as_it_is(array: np.ndarray) -> Any:
-    return array
-
-
-class HostStore(Generic[B]):
+class HostStore:
     """Blocks by content hash. Thread-safe; disk is touched on one background thread only.
 
     The least recently used blocks leave memory once they are on disk. Blocks are never written to after `put`.
@@ -79,9 +50,8 @@ class HostStore(Generic[B]):
         ValueError: byte_limit is negative.
     """
 
-    def __init__(self, byte_limit: int, spill_directory: Path | None = None, *, stage: Callable[[np.ndarray], B] = _as_it_is):
-        if byte_limit < 0:
-            raise ValueError(f"byte_limit is {byte_limit}; allowed: 0 or more")
+    def __init__(self, byte_limit: int, spill_directory: Path | None = None, *, stage: Callable[[np.ndarray], PinnedBlock]):
+        require(byte_limit >= 0, "byte_limit", byte_limit, "0 or more")
         self._limit = byte_limit
         self._stage = stage
         if spill_directory is not None:
@@ -89,8 +59,8 @@ class HostStore(Generic[B]):
         self._directory = tempfile.TemporaryDirectory(prefix="chameleon-jax-", dir=spill_directory)
         self._names = (Path(self._directory.name) / f"{i}.safetensors" for i in itertools.count())
         self._lock = threading.Lock()  # guards the fields below
-        self._entries: dict[str, _Entry[B]] = {}
-        self._in_memory: OrderedDict[str, _Entry[B]] = OrderedDict()  # least recently used first
+        self._entries: dict[str, _Entry] = {}
+        self._in_memory: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._num_spills = 0
         self._closed = False
@@ -119,7 +89,7 @@ class HostStore(Generic[B]):
         with self._lock:
             return content_hash in self._entries
 
-    def put(self, content_hash: str, block: B) -> None:
+    def put(self, content_hash: str, block: PinnedBlock) -> None:
         """Take a block that `stage` made. It must not change afterwards. Raises RuntimeError after `close`."""
         with self._lock:
             self._check_open()
@@ -127,13 +97,13 @@ class HostStore(Generic[B]):
             if self._bytes > self._limit:
                 self._disk.submit(self._spill)
 
-    def fetch(self, content_hash: str) -> Future[B]:
+    def fetch(self, content_hash: str) -> Future[PinnedBlock]:
         """Fetch a block. The future is done at once where the block is in memory, else when it was read.
 
         The future fails with KeyError where the store has no such block (any more), OSError or SafetensorError where it cannot
         be read, RuntimeError where the store was closed before it was read.
         """
-        future: Future[B] = Future()
+        future: Future[PinnedBlock] = Future()
         with self._lock:
             entry = self._entries.get(content_hash)
             if entry is None:
@@ -170,7 +140,7 @@ class HostStore(Generic[B]):
         if self._closed:
             raise RuntimeError("the host store is closed")
 
-    def _keep(self, content_hash: str, entry: _Entry[B], block: B) -> None:
+    def _keep(self, content_hash: str, entry: _Entry, block: PinnedBlock) -> None:
         """Count a block as in memory and as the last used; the lock is held. Its file on disk stays valid."""
         if entry.block is None:
             entry.block = block
@@ -187,7 +157,7 @@ class HostStore(Generic[B]):
                 content_hash, entry = next(iter(self._in_memory.items()))
                 block = entry.block
                 assert block is not None
-                if entry.state is BlockState.BOTH:
+                if entry.file is not None:
                     entry.block = None
                     del self._in_memory[content_hash]
                     self._bytes -= entry.num_bytes
@@ -214,7 +184,7 @@ class HostStore(Generic[B]):
             partial.unlink(missing_ok=True)
         return file
 
-    def _read(self, content_hash: str, entry: _Entry[B], future: Future[B]) -> None:
+    def _read(self, content_hash: str, entry: _Entry, future: Future[PinnedBlock]) -> None:
         """End a fetch from disk (background thread)."""
         if not future.set_running_or_notify_cancel():
             return
@@ -224,7 +194,7 @@ class HostStore(Generic[B]):
             future.set_exception(error)
         self._spill()
 
-    def _read_block(self, content_hash: str, entry: _Entry[B]) -> B:
+    def _read_block(self, content_hash: str, entry: _Entry) -> PinnedBlock:
         with self._lock:
             self._check_open()
             if self._entries.get(content_hash) is not entry:

@@ -7,6 +7,7 @@ import hashlib
 
 import numpy as np
 
+from chameleon_jax.checks import require
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 
 
@@ -31,8 +32,7 @@ class AdapterWeights:
             raise ValueError("the adapter adapts no matrix of the model")
         for (layer, target), (a, b) in self.tensors.items():
             where = f"layers.{layer}.{target}"
-            if target not in TARGETS:
-                raise ValueError(f"{where}: target is {target!r}; allowed: {', '.join(TARGETS)}")
+            require(target in TARGETS, f"{where}: target", target, ", ".join(TARGETS))
             if not 0 <= layer < config.num_layers:
                 raise ValueError(f"{where}: layer is {layer}; the base model has layers 0 to {config.num_layers - 1}")
             d_in, d_out = config.target_shape(target)

@@ -15,7 +15,7 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -46,24 +46,47 @@ class Kernel:
     """A kernel with everything that its code depends on, in a process with one kind of GPU and one configuration of JAX.
 
     Attributes:
-        function: Body, which takes the refs of arguments and results, and `static` as keywords.
+        function: Body, which takes the refs of the whole arguments and results, and `static` as keywords.
         static: Names and values of keywords.
-        inputs: Arguments as the code sees them.
-        outputs: Results as the code sees them.
         num_warps: Warps of a program.
         num_stages: Stages of Triton's pipeline for loads.
         name: Name in profiles.
         aliases: `(argument, result)` that share memory.
+        inputs: Arguments as the code sees them; `call` fills them in.
+        outputs: Results as the code sees them; `call` fills them in.
     """
 
     function: Callable[..., None]
     static: tuple[tuple[str, Hashable], ...]
-    inputs: tuple[Shape, ...]
-    outputs: tuple[Shape, ...]
     num_warps: int
     num_stages: int
     name: str
-    aliases: tuple[tuple[int, int], ...]
+    aliases: tuple[tuple[int, int], ...] = ()
+    inputs: tuple[Shape, ...] = ()
+    outputs: tuple[Shape, ...] = ()
+
+    def call(self, *arguments: Shaped[Array, "..."], out_shape: Any, grid: tuple[int, ...], interpret: bool) -> Any:
+        """Launch the kernel.
+
+        Args:
+            arguments: Arrays.
+            out_shape: Pytree of the results' shapes and dtypes.
+            grid: Programs along each axis, three at most.
+            interpret: Run without a GPU.
+
+        Returns:
+            Pytree of the results.
+        """
+        outputs, tree = jax.tree.flatten(out_shape)
+        made = dataclasses.replace(self, inputs=tuple(map(_seen, arguments)), outputs=tuple(map(_seen, outputs)))
+        code = None if interpret else _code(made)
+        if code is None:
+            results = made.launch(grid, outputs, interpret)(*arguments)
+        else:
+            x, y, z = (*grid, 1, 1)[:3]
+            launch = jax.ffi.ffi_call(TARGET, outputs, input_output_aliases=dict(made.aliases))
+            results = launch(*arguments, **code | {"grid_x": np.int32(x), "grid_y": np.int32(y), "grid_z": np.int32(z)})
+        return jax.tree.unflatten(tree, results)
 
     def launch(self, grid: tuple[int, ...], outputs: Sequence[jax.ShapeDtypeStruct], interpret: bool = False) -> Any:
         """Make a Pallas call, for arrays of any first extent."""
@@ -81,59 +104,6 @@ class Kernel:
             interpret=interpret,
             name=self.name,
         )
-
-
-def call(
-    kernel: Callable[..., None],
-    out_shape: Any,
-    *,
-    static: Mapping[str, Hashable],
-    grid: tuple[int, ...],
-    num_warps: int,
-    num_stages: int,
-    name: str,
-    interpret: bool,
-    aliases: Mapping[int, int] | None = None,
-) -> Callable[..., Any]:
-    """Make a launch of `kernel`, whose refs are the whole arguments and results.
-
-    Args:
-        kernel: Body of the kernel.
-        out_shape: Pytree of the results' shapes and dtypes.
-        static: Keywords of `kernel`.
-        grid: Programs along each axis, three at most.
-        num_warps: Warps of a program.
-        num_stages: Stages of Triton's pipeline for loads.
-        name: Name in profiles.
-        interpret: Run without a GPU.
-        aliases: Argument -> result that takes its place in memory.
-
-    Returns:
-        Function of the arguments' arrays.
-    """
-
-    def run(*arguments: Shaped[Array, "..."]) -> Any:
-        outputs, tree = jax.tree.flatten(out_shape)
-        made = Kernel(
-            kernel,
-            tuple(static.items()),
-            tuple(map(_seen, arguments)),
-            tuple(map(_seen, outputs)),
-            num_warps,
-            num_stages,
-            name,
-            tuple((aliases or {}).items()),
-        )
-        code = None if interpret else _code(made)
-        if code is None:
-            results = made.launch(grid, outputs, interpret)(*arguments)
-        else:
-            x, y, z = (*grid, 1, 1)[:3]
-            launch = jax.ffi.ffi_call(TARGET, outputs, input_output_aliases=dict(made.aliases))
-            results = launch(*arguments, **code | {"grid_x": np.int32(x), "grid_y": np.int32(y), "grid_z": np.int32(z)})
-        return jax.tree.unflatten(tree, results)
-
-    return run
 
 
 def _seen(array: Any) -> Shape:

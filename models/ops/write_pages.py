@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from chameleon_jax.models.ops import pallas_triton as pt
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from chameleon_jax.models.shapes import Block, PageIds, Pools
 
 CHUNK = 1024
 """Elements of a page that one program copies, in every layer: 16 bytes a thread in bfloat16."""
@@ -19,13 +19,7 @@ LOADS_AHEAD = 8
 """Layers that a program loads before it stores the first one: a store waits for its load, and eight waits pass together."""
 
 
-def write_pages(
-    pages: list[Float[Array, "num_pages page_elems"]],
-    block: Float[Array, "layers pages page_elems"],
-    page_ids: Int[Array, " pages"],
-    *,
-    backend: str,
-) -> list[Float[Array, "num_pages page_elems"]]:
+def write_pages(pages: Pools, block: Block, page_ids: PageIds, *, backend: str) -> Pools:
     """Write a packed block into some pages of the pool, in place where the pool is donated.
 
     Args:
@@ -39,38 +33,22 @@ def write_pages(
     return write_in_one_launch(pages, block, page_ids) if backend == "triton" else write_by_layers(pages, block, page_ids)
 
 
-def write_by_layers(
-    pages: list[Float[Array, "num_pages page_elems"]],
-    block: Float[Array, "layers pages page_elems"],
-    page_ids: Int[Array, " pages"],
-) -> list[Float[Array, "num_pages page_elems"]]:
+def write_by_layers(pages: Pools, block: Block, page_ids: PageIds) -> Pools:
     """Write as `write_pages`, in plain JAX: a scatter a layer."""
     return [layer.at[page_ids].set(block[i], mode="promise_in_bounds", unique_indices=True) for i, layer in enumerate(pages)]
 
 
-def write_in_one_launch(
-    pages: list[Float[Array, "num_pages page_elems"]],
-    block: Float[Array, "layers pages page_elems"],
-    page_ids: Int[Array, " pages"],
-    *,
-    interpret: bool = False,
-) -> list[Float[Array, "num_pages page_elems"]]:
+def write_in_one_launch(pages: Pools, block: Block, page_ids: PageIds, *, interpret: bool = False) -> Pools:
     """Write as `write_pages`, in one kernel. `interpret` runs it without a GPU.
 
     XLA launches a scatter for each layer, and two for a single page: 33 launches a piece of Llama-7B, 66 for one page, 264 in
     128 MiB (0.6 ms). One kernel that is handed all layers' arrays copies as fast and is launched once.
     """
-    return pt.call(
-        _kernel,
-        [jax.ShapeDtypeStruct(layer.shape, layer.dtype) for layer in pages],
-        static={"num_layers": len(pages)},
-        grid=(page_ids.shape[0], pt.ceil_div(block.shape[2], CHUNK)),
-        num_warps=4,
-        num_stages=1,
-        interpret=interpret,
-        name="write_pages",
-        aliases={2 + i: i for i in range(len(pages))},
-    )(block, page_ids, *pages)
+    aliases = tuple((2 + i, i) for i in range(len(pages)))
+    kernel = pt.Kernel(_kernel, (("num_layers", len(pages)),), num_warps=4, num_stages=1, name="write_pages", aliases=aliases)
+    shapes = [jax.ShapeDtypeStruct(layer.shape, layer.dtype) for layer in pages]
+    grid = (page_ids.shape[0], pt.ceil_div(block.shape[2], CHUNK))
+    return kernel.call(block, page_ids, *pages, out_shape=shapes, grid=grid, interpret=interpret)
 
 
 def _kernel(block: Any, page_ids: Any, *pools: Any, num_layers: int) -> None:

@@ -71,12 +71,7 @@ class AdapterLoads:
         copies: Times that each piece is sent and written; the last counts.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        store: HostStore[PinnedBlock],
-        clock: Callable[[], float] = time.perf_counter,
-    ):
+    def __init__(self, runner: ModelRunner, store: HostStore, clock: Callable[[], float] = time.perf_counter):
         self._runner = runner
         self.restart()
         self._store = store

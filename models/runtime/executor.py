@@ -27,7 +27,7 @@ class JaxExecutor:
         store: Packed adapters in host memory.
     """
 
-    def __init__(self, runner: ModelRunner, store: HostStore[PinnedBlock]):
+    def __init__(self, runner: ModelRunner, store: HostStore):
         self._runner = runner
         self._store = store
         self._loads = AdapterLoads(runner, store)

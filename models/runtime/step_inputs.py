@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from chameleon_jax.models.ops.batched_lora import fill_plan
+from chameleon_jax.models.ops.batched_lora.plan import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
 from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
 from chameleon_jax.models.sampling import LEAST_TEMPERATURE, SAMPLING_COLUMNS, SamplingMode

@@ -20,7 +20,8 @@ from flax import nnx
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops import INSIDE
-from chameleon_jax.models.ops.batched_lora import DECODE_WINDOW, LoraPlan, batched_lora, plan_shapes, resolve, window_tiles
+from chameleon_jax.models.ops.batched_lora import batched_lora
+from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, plan_shapes, resolve, window_tiles
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
@@ -29,6 +30,8 @@ from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+    from chameleon_jax.models.shapes import Block, Inputs, Outputs, PageIds, Pool, Pools, SlotTokens
 
 DECODE_TILE = 1
 """Tokens of a tile in decode."""
@@ -75,15 +78,15 @@ class StepInputs:
 def forward(
     graph: Any,
     params: Any,
-    pages: list[Float[Array, "num_pages page_elems"]],
-    slot_tokens: Int[Array, " slots"],
+    pages: Pools,
+    slot_tokens: SlotTokens,
     packed: Int[Array, " packed"],
     *,
     program: Program,
     buckets: StepBuckets,
     layout: PageLayout,
     backend: str,
-) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], list[Float[Array, "num_pages page_elems"]]]:
+) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], Pools]:
     """Run a step's tiles through the model.
 
     Args:
@@ -120,8 +123,8 @@ def forward(
         q: Float[Array, "tokens heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
-        pages: Float[Array, "num_pages page_elems"],
-    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "num_pages page_elems"]]:
+        pages: Pool,
+    ) -> tuple[Float[Array, "tokens heads head_dim"], Pool]:
         pages = write_kv(pages, k, v, page_ids, page_slots)
         tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])
         kv_heads = layout.config.num_kv_heads
@@ -132,12 +135,7 @@ def forward(
     if inputs.lora is not None:
         targets = resolve(inputs.lora, layout, tile_tokens)
 
-        def adapt(
-            names: tuple[str, ...],
-            y: Float[Array, "tokens d_out"],
-            x: Float[Array, "tokens d_in"],
-            pages: Float[Array, "num_pages page_elems"],
-        ) -> Float[Array, "tokens d_out"]:
+        def adapt(names: tuple[str, ...], y: Outputs, x: Inputs, pages: Pool) -> Outputs:
             if not targets.adapts(names):
                 return y
             with jax.named_scope("lora"):
@@ -151,12 +149,12 @@ def forward(
 def sample_step(
     head: Float[Array, "vocab hidden"],
     hidden: Float[Array, "rows hidden"],
-    slot_tokens: Int[Array, " slots"],
+    slot_tokens: SlotTokens,
     sampling_rows: Int[Array, "rows columns"],
     *,
     mode: SamplingMode,
     backend: str,
-) -> tuple[Sampled, Int[Array, " slots"]]:
+) -> tuple[Sampled, SlotTokens]:
     """Sample one token a row and put it into its slot, where the next step looks for it.
 
     Args:
@@ -171,13 +169,7 @@ def sample_step(
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens)
 
 
-def write_adapter(
-    pages: list[Float[Array, "num_pages page_elems"]],
-    block: Float[Array, "layers pages page_elems"],
-    page_ids: Int[Array, " pages"],
-    *,
-    backend: str,
-) -> tuple[list[Float[Array, "num_pages page_elems"]], Int[Array, ""]]:
+def write_adapter(pages: Pools, block: Block, page_ids: PageIds, *, backend: str) -> tuple[Pools, Int[Array, ""]]:
     """Write a packed adapter into pages `page_ids`, all different, of every layer.
 
     Returns:
@@ -262,17 +254,6 @@ class StepBuckets:
         alone = self.attention_alone and tile_tokens == DECODE_TILE
         return (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
 
-    def _plan(self, program: Program) -> dict[str, int]:
-        """Collect the arguments of `plan_shapes`."""
-        return {
-            "tiles": program.tiles,
-            "tile_tokens": program.tile_tokens,
-            "max_rank": self.max_rank,
-            "max_pages": self.max_adapter_pages,
-            "num_targets": program.adapted,
-            "decode_window": self.decode_window,
-        }
-
     def _parts(self, program: Program) -> dict[str, tuple[int, ...]]:
         """Compute the shapes of a packed step's parts by name, in order."""
         tiles, tile_tokens, adapted = program
@@ -281,7 +262,16 @@ class StepBuckets:
             "tiles": (tiles, 3 + self.table_width),
             "sampling_rows": (tiles, SAMPLING_COLUMNS),
         }
-        return step | (plan_shapes(**self._plan(program)) if adapted else {})
+        if not adapted:
+            return step
+        return step | plan_shapes(
+            tiles=tiles,
+            tile_tokens=tile_tokens,
+            max_rank=self.max_rank,
+            max_pages=self.max_adapter_pages,
+            num_targets=adapted,
+            decode_window=self.decode_window,
+        )
 
     def packed_size(self, program: Program) -> int:
         """Count the elements of a packed step."""

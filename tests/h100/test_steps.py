@@ -12,7 +12,7 @@ import pytest
 from benchmarks.kernels.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
-from chameleon_jax.models.ops.batched_lora import BLOCK_ROWS
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
 

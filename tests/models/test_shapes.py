@@ -12,9 +12,18 @@ import pytest
 
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import write_kv
+from chameleon_jax.models.ops.write_pages import write_by_layers
 from tests import shape_checks
 
 MODELS = Path(__file__).parents[2] / "models"
+SHARED = {
+    target.id
+    for node in ast.parse((MODELS / "shapes.py").read_text()).body
+    if isinstance(node, ast.Assign)
+    for target in node.targets
+    if isinstance(target, ast.Name)
+}
+"""Names of shapes that several signatures share."""
 HOST_SIDE = {"executor.py", "model_runner.py", "programs.py", "adapter_loads.py"}
 """Files whose functions pass arrays on without a look at their shapes."""
 
@@ -33,6 +42,12 @@ def test_one_name_is_one_size_across_arguments():
     pages, k, v = jnp.zeros((4, 64)), jnp.zeros((2, 1, 8)), jnp.zeros((2, 1, 8))
     with pytest.raises(Exception, match=r"Type-check error[\s\S]*slots"):
         write_kv(pages, k, v, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
+
+
+@checked
+def test_a_shared_name_of_a_shape_is_checked():
+    with pytest.raises(Exception, match=r"Type-check error[\s\S]*pages"):
+        write_by_layers([jnp.zeros((4, 8))], jnp.zeros((1, 2, 8)), jnp.zeros(3, jnp.int32))
 
 
 def functions(file: Path) -> Iterator[ast.FunctionDef]:
@@ -63,6 +78,8 @@ def arrays(function: ast.FunctionDef) -> Iterator[bool]:
         for node in ast.walk(hint):
             if ast.unparse(node) in ("Array", "jax.Array") and isinstance(node, (ast.Name, ast.Attribute)):
                 yield id(node) in inside
+            elif isinstance(node, ast.Name) and node.id in SHARED:
+                yield True
 
 
 def test_every_public_device_function_has_shapes_and_is_checked():

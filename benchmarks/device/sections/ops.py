@@ -24,7 +24,8 @@ from benchmarks.device.sections.machine import ceilings
 from benchmarks.device.timing import Timing, time_calls
 from benchmarks.device.workbench import Workbench, shared
 from chameleon_jax.models import ops
-from chameleon_jax.models.ops.batched_lora import LoraTargets, batched_lora, resolve
+from chameleon_jax.models.ops.batched_lora import batched_lora
+from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows, pack_step

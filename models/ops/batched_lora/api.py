@@ -12,7 +12,7 @@ from chameleon_jax.models.ops.batched_lora import blocked, reference, triton
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from chameleon_jax.models.shapes import Inputs, Outputs, Pool
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.batched_lora,
@@ -22,14 +22,8 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def batched_lora(
-    y: Float[Array, "tokens d_out"],
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    names: tuple[str, ...],
-    *,
-    backend: str = "blocked",
-) -> Float[Array, "tokens d_out"]:
+    y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names: tuple[str, ...], *, backend: str = "blocked"
+) -> Outputs:
     """Add each token's own adapter: `y[n] + B @ (A @ x[n])`, with the A and B of token n's adapter.
 
     Matrices that share an input are adapted together: their outputs stand side by side in y.

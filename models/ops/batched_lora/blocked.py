@@ -14,31 +14,17 @@ from jax import lax
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, gather_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from chameleon_jax.models.shapes import Inputs, Outputs, Pool
 
 
-def batched_lora(
-    y: Float[Array, "tokens d_out"],
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    names: tuple[str, ...],
-) -> Float[Array, "tokens d_out"]:
+def batched_lora(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names: tuple[str, ...]) -> Outputs:
     """Add the adapters' updates as in `api.batched_lora`."""
     for t, column, d_out in targets.columns(names):
         y = _add_target(y, x, pages, targets, t, column, d_out)
     return y
 
 
-def _add_target(
-    y: Float[Array, "tokens d_out"],
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    t: int,
-    column: int,
-    d_out: int,
-) -> Float[Array, "tokens d_out"]:
+def _add_target(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, t: int, column: int, d_out: int) -> Outputs:
     """Add the updates of target `t`, whose outputs are the `d_out` columns from `column` on."""
     window_tokens, d_in = targets.window_tokens, x.shape[1]
 

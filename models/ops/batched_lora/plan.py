@@ -27,6 +27,8 @@ from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapt
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped
 
+    from chameleon_jax.models.shapes import Pool
+
 BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has the cost of other sizes)."""
 DECODE_WINDOW = 8
@@ -114,9 +116,24 @@ def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
 
 
 def plan_shapes(
-    *, tiles: int, tile_tokens: int, max_rank: int, max_pages: int, num_targets: int, decode_window: int
+    *,
+    tiles: int,
+    tile_tokens: int,
+    max_rank: int,
+    max_pages: int,
+    num_targets: int = len(TARGETS),
+    decode_window: int = DECODE_WINDOW,
 ) -> dict[str, tuple[int, ...]]:
-    """Compute the shapes of a plan's arrays by name, in the order in which a step packs them. Arguments as in `plan_batch`."""
+    """Compute the shapes of a plan's arrays by name, in the order in which a step packs them.
+
+    Args:
+        tiles: Tiles of the step.
+        tile_tokens: Tokens of a tile.
+        max_rank: Rank for which there is room if every tile has another adapter.
+        max_pages: Pages of the largest adapter that is served.
+        num_targets: Targets from the first of TARGETS on. No adapter of the batch has others.
+        decode_window: Rows of a window in decode.
+    """
     # only a tile whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
     windows = -(-tiles // window_tiles(tiles, tile_tokens, decode_window))
@@ -133,10 +150,8 @@ def plan_batch(
     *,
     tiles: int,
     tile_tokens: int,
-    max_rank: int,
-    max_pages: int,
-    num_targets: int = len(TARGETS),
     decode_window: int = DECODE_WINDOW,
+    **sizes: int,
 ) -> LoraPlan:
     """List the rank rows of a batch (host).
 
@@ -145,19 +160,10 @@ def plan_batch(
             by side share reads.
         tiles: Tiles of the step.
         tile_tokens: Tokens of a tile.
-        max_rank: Rank for which there is room if every tile has another adapter.
-        max_pages: Pages of the largest adapter that is served.
-        num_targets: Targets from the first of TARGETS on. No adapter of the batch has others.
         decode_window: Rows of a window in decode.
+        sizes: Further arguments of `plan_shapes`.
     """
-    shapes = plan_shapes(
-        tiles=tiles,
-        tile_tokens=tile_tokens,
-        max_rank=max_rank,
-        max_pages=max_pages,
-        num_targets=num_targets,
-        decode_window=decode_window,
-    )
+    shapes = plan_shapes(tiles=tiles, tile_tokens=tile_tokens, decode_window=decode_window, **sizes)
     arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
     plan = LoraPlan(**arrays, window_tiles=window_tiles(tiles, tile_tokens, decode_window))
     fill_plan(plan, tile_adapters)
@@ -236,9 +242,7 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
     )
 
 
-def gather_rows(
-    pages: Float[Array, "num_pages page_elems"], addresses: Int[Array, "rank_rows 2"], width: int
-) -> Float[Array, "rank_rows _"]:
+def gather_rows(pages: Pool, addresses: Int[Array, "rank_rows 2"], width: int) -> Float[Array, "rank_rows _"]:
     """Gather rows of `width` elements at `(page, offset)` addresses. A row never straddles a page."""
     dimensions = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
     return lax.gather(pages, addresses, dimensions, (1, width), mode="promise_in_bounds")

@@ -9,16 +9,10 @@ import jax.numpy as jnp
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, LoraTargets, gather_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from chameleon_jax.models.shapes import Inputs, Outputs, Pool
 
 
-def batched_lora(
-    y: Float[Array, "tokens d_out"],
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    names: tuple[str, ...],
-) -> Float[Array, "tokens d_out"]:
+def batched_lora(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names: tuple[str, ...]) -> Outputs:
     """Add the adapters' updates as in `api.batched_lora`."""
     updates = []
     for t, _, d_out in targets.columns(names):

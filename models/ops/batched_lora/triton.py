@@ -23,7 +23,9 @@ from chameleon_jax.models.ops import pallas_triton as pt
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, TOKENS_ROUNDED_TO, LoraTargets
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Int
+
+    from chameleon_jax.models.shapes import Inputs, Outputs, Pool, Products
 
 SHRINK_PROGRAMS = 132
 """Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. Batches of
@@ -39,14 +41,8 @@ EXPAND_COLUMNS = 128
 
 
 def batched_lora(
-    y: Float[Array, "tokens d_out"],
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    names: tuple[str, ...],
-    *,
-    interpret: bool = False,
-) -> Float[Array, "tokens d_out"]:
+    y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names: tuple[str, ...], *, interpret: bool = False
+) -> Outputs:
     """Add the adapters' updates as in `api.batched_lora`. `interpret` runs the kernels without a GPU."""
     columns = targets.columns(names)
     splits = max(1, min(MAX_SPLITS, x.shape[1] // SPLIT_ELEMS))
@@ -76,37 +72,19 @@ def _adapter_of(token_adapter: Any, token: Int[Array, " tile"], window_tokens: i
     return pt.load(token_adapter, (token,), None if whole else jnp.arange(token.shape[0]) < window_tokens, NO_TOKEN)
 
 
-def _shrink(
-    x: Float[Array, "tokens d_in"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    numbers: list[int],
-    splits: int,
-    interpret: bool,
-) -> Float[Array, "blocks splits targets tile block_rows"]:
+def _shrink(x: Inputs, pages: Pool, targets: LoraTargets, numbers: list[int], splits: int, interpret: bool) -> Products:
     """Multiply windows' tokens by their own adapters' rows of A, in float32, to be summed over the splits.
 
     Products of blocks that are not there are left unwritten.
     """
     programs = SHRINK_PROGRAMS if not interpret else 4
-    tile = _tile(targets.window_tokens)
-    return pt.call(
-        _shrink_kernel,
-        jax.ShapeDtypeStruct((targets.block_window.shape[0], splits, len(numbers), tile, BLOCK_ROWS), jnp.float32),
-        static={
-            "numbers": tuple(numbers),
-            "programs": programs,
-            "splits": splits,
-            "window_tokens": _window_tokens(targets),
-            "block_k": 128 if tile <= 32 else 64,
-            "unit": targets.row_unit,
-        },
-        grid=(programs, splits),
-        num_warps=4,
-        num_stages=4,
-        interpret=interpret,
-        name="lora_shrink",
-    )(x, pages, targets.addresses, targets.row_adapter, targets.num_blocks, targets.block_window, targets.token_adapter)
+    tile, window_tokens = _tile(targets.window_tokens), _window_tokens(targets)
+    static = (("numbers", tuple(numbers)), ("programs", programs), ("window_tokens", window_tokens), ("unit", targets.row_unit))
+    kernel = pt.Kernel(_shrink_kernel, static, num_warps=4, num_stages=4, name="lora_shrink")
+    plan = (targets.addresses, targets.row_adapter, targets.num_blocks, targets.block_window, targets.token_adapter)
+    shape = (targets.block_window.shape[0], splits, len(numbers), tile, BLOCK_ROWS)
+    out_shape = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return kernel.call(x, pages, *plan, out_shape=out_shape, grid=(programs, splits), interpret=interpret)
 
 
 def _shrink_kernel(
@@ -121,12 +99,12 @@ def _shrink_kernel(
     *,
     numbers: tuple[int, ...],
     programs: int,
-    splits: int,
     window_tokens: int,
-    block_k: int,
     unit: int,
 ) -> None:
-    d_in, tile = x.shape[1], low.shape[3]
+    d_in = x.shape[1]
+    _, splits, _, tile, _ = low.shape
+    block_k = 128 if tile <= 32 else 64
     program, split = pt.program_id(0), pt.program_id(1)
     steps = pt.ceil_div(d_in, splits * block_k)
     parts = BLOCK_ROWS // SHRINK_ROWS
@@ -168,32 +146,17 @@ def _shrink_kernel(
 
 
 def _expand(
-    y: Float[Array, "tokens d_out"],
-    low: Float[Array, "blocks splits targets tile block_rows"],
-    pages: Float[Array, "num_pages page_elems"],
-    targets: LoraTargets,
-    columns: list[tuple[int, int, int]],
-    interpret: bool,
-) -> Float[Array, "tokens d_out"]:
+    y: Outputs, low: Products, pages: Pool, targets: LoraTargets, columns: list[tuple[int, int, int]], interpret: bool
+) -> Outputs:
     """Add `low @ B` to y, in place."""
+    num_warps = 4 if low.shape[3] <= 32 else 8
+    static = (("columns", tuple(columns)), ("window_tokens", _window_tokens(targets)), ("unit", targets.row_unit))
+    kernel = pt.Kernel(_expand_kernel, static, num_warps, num_stages=3, name="lora_expand", aliases=((0, 0),))
+    plan = (targets.addresses, targets.row_adapter, targets.first_blocks, targets.token_adapter)
     windows = targets.first_blocks.shape[0] - 1
-    tile = low.shape[3]
-    return pt.call(
-        _expand_kernel,
-        jax.ShapeDtypeStruct(y.shape, y.dtype),
-        static={
-            "columns": tuple(columns),
-            "window_tokens": _window_tokens(targets),
-            "block_n": EXPAND_COLUMNS,
-            "unit": targets.row_unit,
-        },
-        grid=(sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows),
-        num_warps=4 if tile <= 32 else 8,
-        num_stages=3,
-        aliases={0: 0},
-        interpret=interpret,
-        name="lora_expand",
-    )(y, low, pages, targets.addresses, targets.row_adapter, targets.first_blocks, targets.token_adapter)
+    grid = (sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows)
+    out_shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    return kernel.call(y, low, pages, *plan, out_shape=out_shape, grid=grid, interpret=interpret)
 
 
 def _expand_kernel(
@@ -208,19 +171,18 @@ def _expand_kernel(
     *,
     columns: tuple[tuple[int, int, int], ...],
     window_tokens: int,
-    block_n: int,
     unit: int,
 ) -> None:
     _, splits, _, tile, _ = low.shape
     number, window = pt.program_id(0), pt.program_id(1)
     ends, total = [], jnp.int32(0)
     for _, _, width in columns:
-        total += pt.ceil_div(width, block_n)
+        total += pt.ceil_div(width, EXPAND_COLUMNS)
         ends.append(total)
     place = sum((number >= end).astype(jnp.int32) for end in ends[:-1]) + jnp.int32(0)
     t = pt.pick([t for t, _, _ in columns], place)
-    column = (number - pt.pick([0, *ends[:-1]], place)) * block_n + jnp.arange(block_n)
-    whole = all(width % block_n == 0 for _, _, width in columns)
+    column = (number - pt.pick([0, *ends[:-1]], place)) * EXPAND_COLUMNS + jnp.arange(EXPAND_COLUMNS)
+    whole = all(width % EXPAND_COLUMNS == 0 for _, _, width in columns)
     inside = True if whole else (column < pt.pick([width for _, _, width in columns], place))[None, :]
     first, last = pt.load(first_blocks, (window, t)), pt.load(first_blocks, (window + 1, t))
 
@@ -237,7 +199,7 @@ def _expand_kernel(
             parts = [pt.load(low, (block, split, place, tokens, rows)) for split in range(splits)]
             return total + pt.dot(functools.reduce(jnp.add, parts).astype(b.dtype), b)
 
-        update = lax.fori_loop(first, last, one_block, jnp.zeros((tile, block_n), jnp.float32))
+        update = lax.fori_loop(first, last, one_block, jnp.zeros((tile, EXPAND_COLUMNS), jnp.float32))
         token = window * window_tokens + jnp.arange(tile)
         live = (_adapter_of(token_adapter, token, window_tokens) != NO_TOKEN)[:, None] & inside
         at = (token[:, None], pt.pick([begin for _, begin, _ in columns], place) + column[None, :])

@@ -14,6 +14,8 @@ from chameleon_jax.models.ops.paged_attention import blocked, reference, triton
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
+    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
+
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.paged_attention,
     "blocked": blocked.paged_attention,
@@ -22,15 +24,15 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def paged_attention(
-    q: Float[Array, "tiles tile_tokens heads head_dim"],
-    pages: Float[Array, "num_pages page_elems"],
-    block_tables: Int[Array, "tiles width"],
-    starts: Int[Array, " tiles"],
-    counts: Int[Array, " tiles"],
+    q: Queries,
+    pages: Pool,
+    block_tables: Tables,
+    starts: PerTile,
+    counts: PerTile,
     *,
     num_kv_heads: int,
     backend: str = "blocked",
-) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+) -> Queries:
     """Attend causally from tiles of new tokens to everything that their sequences have in the pool.
 
     A tile is a run of consecutive tokens of one sequence: one token in decode, up to `tile_tokens` in prefill. The tokens'
@@ -55,12 +57,12 @@ def paged_attention(
 
 
 def write_kv(
-    pages: Float[Array, "num_pages page_elems"],
+    pages: Pool,
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     page_ids: Int[Array, " tokens"],
     slots: Int[Array, " tokens"],
-) -> Float[Array, "num_pages page_elems"]:
+) -> Pool:
     """Write new tokens' keys and values into their pages, in place where `pages` is donated.
 
     Args:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
 
 BLOCK_TOKENS = 64
 """Tokens of a sequence handled in one iteration."""
@@ -24,14 +24,8 @@ GROUP_QUERIES = 8
 
 
 def paged_attention(
-    q: Float[Array, "tiles tile_tokens heads head_dim"],
-    pages: Float[Array, "num_pages page_elems"],
-    block_tables: Int[Array, "tiles width"],
-    starts: Int[Array, " tiles"],
-    counts: Int[Array, " tiles"],
-    *,
-    num_kv_heads: int,
-) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    q: Queries, pages: Pool, block_tables: Tables, starts: PerTile, counts: PerTile, *, num_kv_heads: int
+) -> Queries:
     """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape
     page_tokens = pages.shape[1] // (2 * num_kv_heads * head_dim)

@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
 
 
 def paged_attention(
-    q: Float[Array, "tiles tile_tokens heads head_dim"],
-    pages: Float[Array, "num_pages page_elems"],
-    block_tables: Int[Array, "tiles width"],
-    starts: Int[Array, " tiles"],
-    counts: Int[Array, " tiles"],
-    *,
-    num_kv_heads: int,
-) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+    q: Queries, pages: Pool, block_tables: Tables, starts: PerTile, counts: PerTile, *, num_kv_heads: int
+) -> Queries:
     """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape
     kv = pages[block_tables].reshape(tiles, block_tables.shape[1], 2, num_kv_heads, -1, head_dim).astype(jnp.float32)

@@ -29,7 +29,9 @@ from jax import lax
 from chameleon_jax.models.ops import pallas_triton as pt
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Int
+
+    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
 
 BLOCK_BYTES = 128
 """Bytes of one lane of a head in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and larger
@@ -94,15 +96,15 @@ class Shares:
 
 
 def paged_attention(
-    q: Float[Array, "tiles tile_tokens heads head_dim"],
-    pages: Float[Array, "num_pages page_elems"],
-    block_tables: Int[Array, "tiles width"],
-    starts: Int[Array, " tiles"],
-    counts: Int[Array, " tiles"],
+    q: Queries,
+    pages: Pool,
+    block_tables: Tables,
+    starts: PerTile,
+    counts: PerTile,
     *,
     num_kv_heads: int,
     interpret: bool = False,
-) -> Float[Array, "tiles tile_tokens heads head_dim"]:
+) -> Queries:
     """Attend as in `api.paged_attention`. `interpret` runs the kernels without a GPU."""
     tiles, tile_tokens, heads, head_dim = q.shape
     group, itemsize = heads // num_kv_heads, pages.dtype.itemsize
@@ -119,18 +121,15 @@ def paged_attention(
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
     # with 5 keys and values are fetched two blocks ahead, with 3 one; heads of more than 128 lanes leave no room for two
     num_stages = 5 if head_dim <= 128 else 3
-    call = functools.partial(pt.call, num_warps=num_warps, num_stages=num_stages, interpret=interpret)
-    out = call(
-        _attention_kernel,
-        [result] if shares.splits == 1 else [partial, statistic, statistic],
-        static={"shares": shares, "rows": rows},
-        grid=(programs, tiles, shares.splits),
-        name="decode_attention" if tile_tokens == 1 else "prefill_attention",
-    )(q, kv, block_tables, starts, counts, jnp.arange(tiles)[::-1])
+    inputs = (q, kv, block_tables, starts, counts, jnp.arange(tiles)[::-1])
+    outputs = [result] if shares.splits == 1 else [partial, statistic, statistic]
+    name = "decode_attention" if tile_tokens == 1 else "prefill_attention"
+    attend = pt.Kernel(_attention_kernel, (("shares", shares), ("rows", rows)), num_warps, num_stages, name)
+    out = attend.call(*inputs, out_shape=outputs, grid=(programs, tiles, shares.splits), interpret=interpret)
     if shares.splits == 1:
         return out[0]
-    merge = call(_merge_kernel, result, static={"shares": shares}, grid=(heads, tile_tokens, tiles), name="merge_attention")
-    return merge(*out, starts, counts)
+    merge = pt.Kernel(_merge_kernel, (("shares", shares),), num_warps, num_stages, "merge_attention")
+    return merge.call(*out, starts, counts, out_shape=result, grid=(heads, tile_tokens, tiles), interpret=interpret)
 
 
 def _attention_kernel(
@@ -147,7 +146,7 @@ def _attention_kernel(
     across = None if inside is None else inside[None, :]
     row = jnp.arange(max(16, _power_of_two(rows)))
     token, head = lax.rem(row, tile_tokens), first_head + lax.div(row, tile_tokens)
-    scale = _score_scale(head_dim)
+    scale = head_dim**-0.5 * math.log2(math.e)  # of a product of query and key, before `exp2`
 
     def attend() -> None:
         live = (row < rows) & (token < end - start)
@@ -202,11 +201,6 @@ def _merge_kernel(accs: Any, peaks: Any, totals: Any, starts: Any, counts: Any, 
     mask = _both(live[:, None], None if inside is None else inside[None, :])
     acc = pt.load(accs, (tile, split[:, None], token, head, lanes[None, :]), mask, 0)
     pt.store(out, (tile, token, head, lanes), _normalised(jnp.sum(acc * weights[:, None], axis=0), total, out), inside)
-
-
-def _score_scale(head_dim: int) -> float:
-    """Compute the factor of a product of query and key before `exp2`."""
-    return head_dim**-0.5 * math.log2(math.e)
 
 
 def _normalised(acc: jax.Array, total: jax.Array, out: Any) -> jax.Array:

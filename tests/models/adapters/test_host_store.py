@@ -26,7 +26,7 @@ def block(seed: int, dtype=np.float32) -> np.ndarray:
 
 @contextlib.contextmanager
 def opened(byte_limit, directory=None):
-    store = HostStore(byte_limit, directory)
+    store = HostStore(byte_limit, directory, stage=lambda array: array)
     try:
         yield store
     finally:
@@ -202,7 +202,7 @@ def test_after_close_memory_is_served_and_the_disk_is_not():
 
 def test_a_negative_limit_is_refused():
     with pytest.raises(ValueError, match="byte_limit is -1"):
-        HostStore(-1)
+        HostStore(-1, stage=lambda array: array)
 
 
 def test_many_threads_put_and_fetch():

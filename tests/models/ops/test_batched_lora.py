@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.ops.batched_lora import BACKENDS, BLOCK_ROWS, plan_batch, resolve, triton
-from chameleon_jax.models.ops.batched_lora.plan import NO_TOKEN
+from chameleon_jax.models.ops.batched_lora import BACKENDS, triton
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, plan_batch, resolve
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from tests.properties import examples
 

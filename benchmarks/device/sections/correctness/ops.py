@@ -17,8 +17,8 @@ from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 from chameleon_jax.models.ops.batched_lora import BACKENDS as LORA
-from chameleon_jax.models.ops.batched_lora import plan_batch, resolve
 from chameleon_jax.models.ops.batched_lora import triton as lora_triton
+from chameleon_jax.models.ops.batched_lora.plan import plan_batch, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import BACKENDS as ATTENTION
 from chameleon_jax.models.ops.paged_attention import triton as attention_triton
