@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.checks import require
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.llama import ModelTensors, tensor_shapes
 
@@ -139,8 +140,7 @@ def load(path: str | Path) -> Checkpoint:
 def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
     """Derive the sizes of the model from the file's metadata and tensor shapes, `[d_in, d_out]` as in GGUF."""
     architecture = get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"general.architecture is {architecture!r}; allowed: llama")
+    require(architecture == "llama", "general.architecture", architecture, "llama")
     if "token_embd.weight" not in shapes:
         raise ValueError("the file has no tensor token_embd.weight")
     for field, neutral in _SERVED_VALUES.items():
@@ -153,8 +153,8 @@ def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig
     heads, hidden = size("llama.attention.head_count"), size("llama.embedding_length")
     head_dim = size("llama.attention.key_length", hidden // max(1, heads))
     for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if (dim := size(field, head_dim)) != head_dim:
-            raise ValueError(f"{field} is {dim}; allowed: the head's {head_dim}")
+        dim = size(field, head_dim)
+        require(dim == head_dim, field, dim, f"the head's {head_dim}")
     bos = size("tokenizer.ggml.bos_token_id", -1)
     ends = [size(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot")]  # end of the text, end of a chat's turn
     return LlamaConfig(
@@ -186,11 +186,8 @@ def _hf_name(name: str) -> str:
 def _make_tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:
     """Make the byte-level BPE tokenizer that the file's metadata describes."""
     kind = get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}; allowed: gpt2 (byte-level BPE). "
-            "Serve the model from a Hugging Face directory, which has a tokenizer.json"
-        )
+    hint = "Serve the model from a Hugging Face directory, which has a tokenizer.json"
+    require(kind == "gpt2", "tokenizer.ggml.model", kind, f"gpt2 (byte-level BPE). {hint}")
     pre = get("tokenizer.ggml.pre", "default")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     splits: dict[str, Any] = {
@@ -204,8 +201,7 @@ def _make_tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> To
             ]
         ),
     }
-    if pre not in splits:
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; allowed: {', '.join(splits)}")
+    require(pre in splits, "tokenizer.ggml.pre", pre, ", ".join(splits))
     tokens: list[str] = get("tokenizer.ggml.tokens")
     types: list[int] = get("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]

@@ -12,32 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chameleon_jax.checkpoints import orbax
 from chameleon_jax.models.length_proxy import LengthProxy, LengthProxyConfig, abstract_model
 
-_WEIGHTS, _SETTINGS = "orbax_weights", "length_proxy.json"
+_SETTINGS = "length_proxy.json"
 
 
 def save(proxy: LengthProxy, directory: str | Path) -> None:
     """Write a directory that `load` reads; an earlier proxy in it is replaced."""
-    import orbax.checkpoint as ocp
-
     directory = Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(tensor) for name, tensor in _flat(proxy.params).items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _WEIGHTS, tensors, force=True)
+    orbax.write_tensors(directory, {name: np.asarray(tensor) for name, tensor in _flat(proxy.params).items()})
     settings = {"class_lens": proxy.class_lens.tolist(), "confusion": proxy.confusion.tolist()}
     (directory / _SETTINGS).write_text(json.dumps({"config": dataclasses.asdict(proxy.config), **settings}, indent=2))
 
 
 def load(directory: str | Path) -> LengthProxy:
     """Read a directory that `save` wrote; raise ValueError where it is none or its parts do not fit together."""
-    import orbax.checkpoint as ocp
-
     directory = Path(directory).absolute()
     file = directory / _SETTINGS
-    if not file.is_file() or not (directory / _WEIGHTS).is_dir():
-        raise ValueError(f"{directory} has no {_SETTINGS} or no {_WEIGHTS}: not a length proxy")
+    if not file.is_file() or not orbax.is_checkpoint(directory):
+        raise ValueError(f"{directory} has no {_SETTINGS} or no {orbax.WEIGHTS}: not a length proxy")
     try:
         settings = json.loads(file.read_text())
         config = LengthProxyConfig(**settings["config"])
@@ -46,16 +40,12 @@ def load(directory: str | Path) -> LengthProxy:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not class_lens.shape == confusion.shape[:1] == confusion.shape[1:] == (config.num_classes,):
         raise ValueError(f"{file}: class_lens or confusion is not of the {config.num_classes} classes that the config says")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(directory / _WEIGHTS)
-        tree = dict(getattr(metadata, "item_metadata", metadata))
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        tensors = checkpointer.restore(directory / _WEIGHTS, restore_args=args)
+    tensors = orbax.read_tensors(directory)
     _, params = nnx.split(abstract_model(config))
     wanted = _flat(params)
     for name, tensor in wanted.items():
         if name not in tensors:
-            raise ValueError(f"{directory / _WEIGHTS} has no tensor {name}")
+            raise ValueError(f"{directory / orbax.WEIGHTS} has no tensor {name}")
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"tensor {name} is {list(tensors[name].shape)}; the config says {list(tensor.shape)}")
     pure = nnx.to_pure_dict(params)

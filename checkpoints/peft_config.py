@@ -63,21 +63,18 @@ class PeftConfig:
     def from_json(cls, data: dict[str, Any]) -> PeftConfig:
         """Check the fields; raise AdapterError, naming the field, where the adapter is not a plain LoRA."""
         kind = data.get("peft_type", "LORA")
-        if str(kind).upper() != "LORA":
-            raise _error("peft_type", kind, "LORA")
+        _require(str(kind).upper() == "LORA", "peft_type", kind, "LORA")
         for field, why in _REFUSED.items():
             if data.get(field):
                 raise AdapterError(f"{field} is {reprlib.repr(data[field])}: {why}")
-        if data.get("bias") not in (None, "none"):
-            raise _error("bias", data["bias"], "'none'")
+        _require(data.get("bias") in (None, "none"), "bias", data.get("bias"), "'none'")
         if str(initial := data.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
             raise AdapterError(
                 f"init_lora_weights is {reprlib.repr(initial)}: it changes the base weights, which requests share; "
                 "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
             )
         rslora = data.get("use_rslora")
-        if rslora is not None and type(rslora) is not bool:
-            raise _error("use_rslora", rslora, "true or false")
+        _require(rslora is None or type(rslora) is bool, "use_rslora", rslora, "true or false")
         return cls(
             r=_rank("r", data.get("r")),
             lora_alpha=_alpha("lora_alpha", data.get("lora_alpha", 8)),
@@ -129,42 +126,39 @@ def read_config(directory: Path) -> PeftConfig:
     return PeftConfig.from_json(data)
 
 
-def _error(field: str, value: Any, allowed: str) -> AdapterError:
-    return AdapterError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise AdapterError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")
 
 
 def _rank(field: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise _error(field, value, f"1 to {MAX_RANK}")
-    return value
+    _require(type(value) is int and 1 <= value <= MAX_RANK, field, value, f"1 to {MAX_RANK}")
+    return int(value)
 
 
 def _alpha(field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise _error(field, value, "a finite number")
+    _require(type(value) in (int, float) and abs(value) <= sys.float_info.max, field, value, "a finite number")
     return float(value)
 
 
 def _patterns(data: dict[str, Any], field: str) -> Iterable[tuple[str, Any]]:
-    values = data.get(field) or {}
-    if not isinstance(values, dict):
-        raise _error(field, values, "an object")
+    values: dict[str, Any] = data.get(field) or {}
+    _require(isinstance(values, dict), field, values, "an object")
     return values.items()
 
 
 def _modules(data: dict[str, Any], field: str, more: str = "") -> str | list[str] | None:
-    value = data.get(field)
+    value: str | list[str] | None = data.get(field)
     listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if not (value is None or isinstance(value, str) or listed):
-        raise _error(field, value, f"a list of names, a pattern{more}")
+    _require(value is None or isinstance(value, str) or listed, field, value, f"a list of names, a pattern{more}")
     return value
 
 
 def _layers(data: dict[str, Any]) -> list[int]:
     value = data.get("layers_to_transform")
     layers = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(layer) is int for layer in layers):
-        raise _error("layers_to_transform", value, "a layer's number or a list of them")
+    listed = all(type(layer) is int for layer in layers)
+    _require(listed, "layers_to_transform", value, "a layer's number or a list of them")
     return layers
 
 
