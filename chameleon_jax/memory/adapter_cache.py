@@ -68,6 +68,10 @@ class AdapterCache:
     Args:
         eviction: Name of the policy; see `eviction.POLICIES`.
         on_forget: Told the content hash of an adapter that no name and no request has any more.
+
+    Attributes:
+        num_loading: Adapters that are LOADING.
+        idle_pages: Pages that eviction can free.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class AdapterCache:
         self._policy = make_policy(eviction)
         self._entries: dict[str, CacheEntry] = {}
         self._idle: dict[str, CacheEntry] = {}  # resident, not referenced, not pinned
-        self._idle_pages = 0
+        self.idle_pages = 0
         self._removed: set[str] = set()  # to be forgotten once their requests and loads have ended
         self._pinned: set[str] = set()
 
@@ -148,11 +152,6 @@ class AdapterCache:
         entry.use.last_used = now
         self._count_idle(entry)
 
-    @property
-    def idle_pages(self) -> int:
-        """Pages that eviction can free."""
-        return self._idle_pages
-
     def is_idle(self, content_hash: str) -> bool:
         return content_hash in self._idle
 
@@ -164,7 +163,7 @@ class AdapterCache:
         missing = pages - self.pool.num_free
         if missing <= 0:
             return True
-        if self._idle_pages < missing:
+        if self.idle_pages < missing:
             return False
         idle = [entry for content_hash, entry in self._idle.items() if content_hash not in keep]
         if sum(len(entry.pages) for entry in idle) < missing:
@@ -228,10 +227,10 @@ class AdapterCache:
         idle = entry.tier is AdapterTier.RESIDENT and not entry.references and not entry.pinned
         if idle and content_hash not in self._idle:
             self._idle[content_hash] = entry
-            self._idle_pages += len(entry.pages)
+            self.idle_pages += len(entry.pages)
         elif not idle and content_hash in self._idle:
             del self._idle[content_hash]
-            self._idle_pages -= entry.info.num_pages
+            self.idle_pages -= entry.info.num_pages
 
     def _evict(self, entry: CacheEntry) -> None:
         self._to_host(entry)

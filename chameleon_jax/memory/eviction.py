@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from chameleon_jax.checks import require
 
@@ -74,30 +73,21 @@ class AdapterUse:
             self._window_start += passed * WINDOW_S
 
 
-class Policy(Protocol):
-    """Scores idle adapters against one another."""
-
-    def used(self, use: AdapterUse, now: float) -> None:
-        """Learn that a request started with the adapter."""
+class Policy:
+    """Scores idle adapters against one another. A policy that learns nothing overrides `scores` alone."""
 
     def scores(self, uses: Sequence[AdapterUse], now: float) -> list[float]:
         """Return one score for each adapter; the lowest leaves first."""
+        raise NotImplementedError
+
+    def used(self, use: AdapterUse, now: float) -> None:
+        """Learn that a request started with the adapter."""
 
     def evicted(self, score: float) -> None:
         """Learn that the adapter with this score left."""
 
 
-class _Stateless:
-    """Base of policies that learn nothing."""
-
-    def used(self, use: AdapterUse, now: float) -> None:
-        pass
-
-    def evicted(self, score: float) -> None:
-        pass
-
-
-class Lru(_Stateless):
+class Lru(Policy):
     """Least recently used."""
 
     def scores(self, uses: Sequence[AdapterUse], now: float) -> list[float]:
@@ -105,7 +95,7 @@ class Lru(_Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compound(_Stateless):
+class Compound(Policy):
     """Chameleon's score: a weighted sum of frequency, recency and size (paper, section 4.1).
 
     Each term is in [0, 1]; the normalisation is ours. Small adapters leave first, since large ones cost more to bring back.
@@ -132,7 +122,7 @@ class Compound(_Stateless):
         ]
 
 
-class Gdsf:
+class Gdsf(Policy):
     """Greedy dual size frequency (Cherkasova, 1998): frequency x cost / size on top of the score that left last."""
 
     def __init__(self) -> None:
@@ -148,7 +138,7 @@ class Gdsf:
         self._age = max(self._age, score)
 
 
-class CostAware:
+class CostAware(Policy):
     """Seconds of reloading that keeping an adapter should save, per second and page: rate x load time / pages.
 
     Chameleon adds these terms; here they are multiplied (as ELORA and FASTLIBRA do), so a large adapter without uses is worth
@@ -163,9 +153,6 @@ class CostAware:
 
     def scores(self, uses: Sequence[AdapterUse], now: float) -> list[float]:
         return [use.priority if use.uses else self.NEVER_USED for use in uses]
-
-    def evicted(self, score: float) -> None:
-        pass
 
 
 def make_policy(name: str) -> Policy:

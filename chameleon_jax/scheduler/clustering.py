@@ -26,7 +26,7 @@ def cluster_bounds(sizes: Sequence[float], max_levels: int = MAX_LEVELS) -> list
         if len(start) < k:  # most sizes are equal
             start = np.linspace(values.min(), values.max(), k)
         centroids.append(np.sort(vq.kmeans(values, start)[0]))
-    variation = [_variation(values, c) for c in centroids]
+    variation = [float((np.abs(values[:, None] - c).min(axis=1) ** 2).sum()) for c in centroids]
     best = centroids[0]
     for k in range(1, len(centroids)):
         if variation[k - 1] - variation[k] < ELBOW_SHARE * variation[0]:
@@ -39,10 +39,6 @@ def equal_bounds(sizes: Sequence[float], levels: int = MAX_LEVELS) -> list[float
     """Bounds of levels of equal width between the smallest and the largest size."""
     low, high = min(sizes, default=0.0), max(sizes, default=0.0)
     return [low + (high - low) * i / levels for i in range(1, levels)] if high > low else []
-
-
-def _variation(values: np.ndarray, centroids: np.ndarray) -> float:
-    return float((np.abs(values[:, None] - centroids[None]).min(axis=1) ** 2).sum())
 
 
 def distributions_differ(before: Sequence[float], now: Sequence[float], critical: float = 1.95) -> bool:

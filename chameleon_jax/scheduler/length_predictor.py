@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from chameleon_jax.checks import require
 from chameleon_jax.request import Request
@@ -13,14 +12,16 @@ CLASS_CUTS = (141, 503)
 """Output tokens that part the short, medium and long class of the paper's proxy predictor."""
 
 
-class LengthPredictor(Protocol):
-    """Predicts output lengths. No method may block."""
+class LengthPredictor:
+    """Predicts output lengths. No method may block. One that neither learns nor updates overrides `predict` alone."""
 
     def predict(self, request: Request) -> int:
         """Predict the output tokens of a new request, 1 to max_tokens. Called once, when it is submitted."""
+        raise NotImplementedError
 
     def updates(self) -> list[tuple[Request, int]]:
         """Return later, better predictions for requests passed to `predict`, each at most once. Called each step."""
+        return []
 
     def observe(self, request: Request) -> None:
         """Learn from a request that ended with len(request.output_token_ids) output tokens."""
@@ -31,19 +32,6 @@ class LengthPredictor(Protocol):
 
 def _clip(tokens: float, request: Request) -> int:
     return max(1, min(request.params.max_tokens, round(tokens)))
-
-
-class _Immediate:
-    """Base of predictors that neither learn nor update a prediction."""
-
-    def updates(self) -> list[tuple[Request, int]]:
-        return []
-
-    def observe(self, request: Request) -> None:
-        pass
-
-    def forget(self, content_hash: str) -> None:
-        pass
 
 
 class _DecayingHistogram:
@@ -79,7 +67,7 @@ class _DecayingHistogram:
         return (1 + part / self.BINS_PER_DOUBLING) * float(1 << doublings)
 
 
-class HistoryPredictor(_Immediate):
+class HistoryPredictor(LengthPredictor):
     """Predicts a quantile of the output lengths of the same adapter's requests, the recent ones counting most.
 
     Args:
@@ -115,7 +103,7 @@ TrueLength = Callable[[Request], int]
 """Output tokens that a request will have, known to an experiment and not to a server."""
 
 
-class OraclePredictor(_Immediate):
+class OraclePredictor(LengthPredictor):
     """Predicts the true length, for experiments."""
 
     def __init__(self, true_length: TrueLength):
@@ -125,7 +113,7 @@ class OraclePredictor(_Immediate):
         return self._true_length(request)
 
 
-class ConfusionPredictor(_Immediate):
+class ConfusionPredictor(LengthPredictor):
     """Predicts the length typical of a length class that is right with a given probability, for experiments.
 
     A wrong class is one beside the right one.

@@ -27,6 +27,9 @@ class LevelPlanner:
         counters: `quota_refreshes` and `scaled_quotas` are counted here.
         equal_levels: four levels of equal width and quota.
         drift_test: refresh as soon as sizes differ from the sizes at the last refresh.
+
+    Attributes:
+        history: traffic from which levels are formed.
     """
 
     def __init__(self, total: int, slo: float, counters: SchedulerCounters, equal_levels: bool, drift_test: bool):
@@ -35,7 +38,7 @@ class LevelPlanner:
         self._counters = counters
         self._equal_levels = equal_levels
         self._drift_test = drift_test
-        self._history = TrafficHistory(REFRESH_S)
+        self.history = TrafficHistory(REFRESH_S)
         self._refreshed_at: float | None = None
         self._refreshed_sizes: list[float] = []
         self._arrivals = 0  # since the last refresh or drift test
@@ -43,11 +46,7 @@ class LevelPlanner:
     def record_arrival(self, request: Request, pages: int, now: float) -> None:
         """Learn from a new request that needs so many pages, its adapter's among them."""
         self._arrivals += 1
-        self._history.record_arrival(request, pages, now)
-
-    def record_run(self, request: Request, seconds: float, now: float) -> None:
-        """Learn from a request that finished so many seconds after it first started."""
-        self._history.record_run(request, seconds, now)
+        self.history.record_arrival(request, pages, now)
 
     def is_due(self, now: float) -> bool:
         """Whether levels should be formed anew."""
@@ -59,14 +58,14 @@ class LevelPlanner:
         """Return the sizes at which levels part, ascending, and each level's quota in pages."""
         self._refreshed_at, self._arrivals = now, 0
         self._counters.quota_refreshes += 1
-        self._history.forget_old(now)
-        sizes = self._refreshed_sizes = self._history.sizes()
+        self.history.forget_old(now)
+        sizes = self._refreshed_sizes = self.history.sizes()
         if self._equal_levels:
             bounds = equal_bounds(sizes)
             count = len(bounds) + 1
             return bounds, [self._total // count] * count
         bounds = cluster_bounds(sizes)
-        quotas, scaled = share_quotas(self._history.loads(bounds, now), self._total, self._slo)
+        quotas, scaled = share_quotas(self.history.loads(bounds, now), self._total, self._slo)
         self._counters.scaled_quotas += scaled
         return bounds, quotas
 
@@ -75,7 +74,7 @@ class LevelPlanner:
         if self._arrivals < DRIFT_SAMPLE:
             return False
         self._arrivals = 0
-        return distributions_differ(self._refreshed_sizes, self._history.sizes(DRIFT_SAMPLE))
+        return distributions_differ(self._refreshed_sizes, self.history.sizes(DRIFT_SAMPLE))
 
 
 class TrafficHistory:

@@ -105,7 +105,7 @@ class MultiLevelQueue:
         self._bypassers.pop(request.request_id, None)
         started = request.metrics.first_scheduled_time
         if started is not None and request.state is RequestState.FINISHED:
-            self._planner.record_run(request, now - started, now)
+            self._planner.history.record_run(request, now - started, now)
 
     # -- admission ------------------------------------------------------------------------------------------------------
 

@@ -120,7 +120,8 @@ class Scheduler:
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
         budget = self._budget.bound_prefills(plan, self._waiting.longest_wait(now))
         if self._admit(plan, budget, now):
-            self._load_ahead(plan, now)
+            upcoming = self.policy.upcoming(PREFETCH_DEPTH) if self._waiting.adapters else ()
+            self._prefetcher.load_ahead(plan, upcoming, len(self._running), now)
         self._running.plan_prefills(plan, budget, self._budget.prefill_seconds, self._budget.pass_tokens)
         self._budget.note_prefills(plan)
         return plan
@@ -214,10 +215,6 @@ class Scheduler:
         if request.adapter is not None:
             self._cache.counters.hits += bool(metrics.adapter_was_resident)
             self._cache.counters.misses += not metrics.adapter_was_resident
-
-    def _load_ahead(self, plan: StepPlan, now: float) -> None:
-        upcoming = self.policy.upcoming(PREFETCH_DEPTH) if self._waiting.adapters else ()
-        self._prefetcher.load_ahead(plan, upcoming, len(self._running), now)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 

@@ -47,10 +47,7 @@ class SingleQueue:
     """
 
     def __init__(
-        self,
-        pages_of: PagesOf,
-        key: Callable[[Request], float],
-        waited: Callable[[float], None] = lambda seconds: None,
+        self, pages_of: PagesOf, key: Callable[[Request], float], waited: Callable[[float], None] = lambda seconds: None
     ):
         self._pages_of = pages_of
         self._key = key

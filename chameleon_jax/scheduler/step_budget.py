@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ GUESSED_TOKEN_S = 1e-3
 """Assumed seconds of a prompt token until enough steps were timed."""
 
 
+@dataclasses.dataclass(eq=False)
 class StepBudget:
     """Seconds of prompts, of requests and of steps.
 
@@ -26,7 +28,7 @@ class StepBudget:
     meet it anyway. A target that the device cannot meet then costs no throughput. Nor does one that it can meet under less
     load: the share is at least the part of `patience` for which the oldest waiting request has waited.
 
-    Args:
+    Attributes:
         target: seconds between tokens; None leaves prompts unbounded.
         patience: seconds of waiting after which prompts are unbounded.
         learns: whether steps are timed.
@@ -35,31 +37,22 @@ class StepBudget:
         shapes: sizes in which the device prefills.
     """
 
-    def __init__(
-        self,
-        target: float | None,
-        patience: float,
-        learns: bool,
-        slots: int,
-        rank_of: Callable[[Request], int],
-        shapes: PrefillShapes,
-    ):
-        self._target = target
-        self._patience = patience
-        self._learns = learns
-        self._slots = slots
-        self._rank_of = rank_of
-        self._shapes = shapes
-        self._cost = StepCost()
+    target: float | None
+    patience: float
+    learns: bool
+    slots: int
+    rank_of: Callable[[Request], int]
+    shapes: PrefillShapes
+    _cost: StepCost = dataclasses.field(default_factory=StepCost)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def prefill_seconds(self, request: Request, tokens: int) -> float:
         """Estimate the seconds of so many prompt tokens of a request; a guess until enough steps were timed."""
-        tokens = self._shapes.padded(tokens)
+        tokens = self.shapes.padded(tokens)
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
-        return self._cost.prefill_seconds(tokens, self._rank_of(request))
+        return self._cost.prefill_seconds(tokens, self.rank_of(request))
 
     def prompt_seconds(self, request: Request) -> float:
         """Estimate the seconds of the whole prompt, and of output that has to be computed again."""
@@ -68,7 +61,7 @@ class StepBudget:
     def work(self, request: Request) -> float:
         """Device seconds for which other requests wait: the prompt, and a share of a full step for every output token."""
         output = max(request.predicted_output_len - len(request.output_token_ids), 0)
-        return self.prompt_seconds(request) + output * self._cost.output_seconds(self._slots)
+        return self.prompt_seconds(request) + output * self._cost.output_seconds(self.slots)
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
@@ -84,18 +77,18 @@ class StepBudget:
             plan: the step, its decodes already planned.
             waited: seconds for which the oldest waiting request has waited.
         """
-        if self._learns:
-            plan.features = self._cost.features((), plan.decodes, self._rank_of, self._shapes)
-        if self._target is None or not plan.decodes or plan.features is None or not self._cost.known:
+        if self.learns:
+            plan.features = self._cost.features((), plan.decodes, self.rank_of, self.shapes)
+        if self.target is None or not plan.decodes or plan.features is None or not self._cost.known:
             return math.inf
         prefill = np.zeros_like(plan.features)
         prefill[PREFILL] = 1.0
-        return prompt_share(self._cost.seconds(plan.features + prefill), self._target, waited / self._patience)
+        return prompt_share(self._cost.seconds(plan.features + prefill), self.target, waited / self.patience)
 
     def note_prefills(self, plan: StepPlan) -> None:
         """Add the plan's prompts to its features, for `observe_step`."""
         if plan.features is not None:
-            plan.features += self._cost.features(plan.prefills, (), self._rank_of, self._shapes)
+            plan.features += self._cost.features(plan.prefills, (), self.rank_of, self.shapes)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a step that took so many seconds."""

@@ -50,10 +50,7 @@ class StepCost:
 
     @staticmethod
     def features(
-        prefills: Sequence[PrefillChunk],
-        decodes: Sequence[Request],
-        rank_of: Callable[[Request], int],
-        shapes: PrefillShapes,
+        prefills: Sequence[PrefillChunk], decodes: Sequence[Request], rank_of: Callable[[Request], int], shapes: PrefillShapes
     ) -> np.ndarray:
         """Features of a step, `[FEATURES]` float64."""
         x = [0.0] * FEATURES

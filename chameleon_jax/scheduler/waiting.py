@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 from chameleon_jax.request import Request
 
@@ -22,9 +21,6 @@ class WaitingSet:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests.values())
-
     def add(self, request: Request) -> None:
         """Add a request."""
         self._requests[request.request_id] = request
@@ -41,5 +37,5 @@ class WaitingSet:
 
     def longest_wait(self, now: float) -> float:
         """Seconds since the arrival of the request that has been in the set longest; 0 without requests."""
-        first = next(iter(self), None)
+        first = next(iter(self._requests.values()), None)
         return 0.0 if first is None else now - first.arrival_time
