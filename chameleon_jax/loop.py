@@ -111,11 +111,6 @@ class ServingLoop:
         return list(self._requests.values())
 
     @property
-    def num_unfinished(self) -> int:
-        """Number of unfinished requests. Any thread may ask."""
-        return len(self._requests)
-
-    @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work. True while adapters load, too, so that loads no request wants any more are cancelled."""
         return bool(self._requests or self._in_flight or self._updated or self.cache.num_loading)

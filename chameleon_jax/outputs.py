@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 from chameleon_jax.sampling_params import LoRARequest
 
@@ -124,3 +125,15 @@ class Delta:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    @classmethod
+    def join(cls, deltas: Sequence[Delta]) -> Delta:
+        """Join all deltas of one request, the last of which ended it."""
+        last = deltas[-1]
+        return cls(
+            text="".join(delta.text for delta in deltas),
+            token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+            logprobs=None if last.logprobs is None else [position for delta in deltas for position in delta.logprobs or ()],
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,22 +22,6 @@ from chameleon_jax.models.llama import ModelTensors, tensor_shapes
 
 SUPPORTED = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
 _CONTROL, _USER_DEFINED = 3, 4  # token types
-_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "llama.rope.scaling.type": ("none",),
     "llama.rope.scaling.factor": (0.0, 1.0),
@@ -80,13 +63,17 @@ class GgufMapping(Mapping[str, np.ndarray]):
         self._config = config
         self._shapes = tensor_shapes(config)
         self._tensors: dict[str, Any] = {}
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+        hf_names = {names.get_name(name, try_suffixes=(".weight",)): name for name in self._shapes}
         for tensor in reader.tensors:
             if tensor.name == "rope_freqs.weight":
                 raise ValueError("rope_freqs.weight: scaled rotary frequencies in a GGUF file are not supported")
             if tensor.tensor_type not in SUPPORTED:
                 allowed = ", ".join(t.name for t in SUPPORTED)
                 raise ValueError(f"tensor {tensor.name} has type {tensor.tensor_type.name}; allowed: {allowed}")
-            self._tensors[_hf_name(tensor.name)] = tensor
+            if tensor.name not in hf_names:
+                raise ValueError(f"tensor {tensor.name} is not a Llama's")
+            self._tensors[hf_names[tensor.name]] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
@@ -172,15 +159,6 @@ def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig
         bos_token_id=bos if bos >= 0 else None,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end >= 0)),
     )
-
-
-def _hf_name(name: str) -> str:
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match is None or match[2] not in _LAYER_NAMES:
-        raise ValueError(f"tensor {name} is not a Llama's")
-    return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.weight"
 
 
 def _make_tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:

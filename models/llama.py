@@ -306,8 +306,4 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
 def random_model(config: LlamaConfig, dtype: jnp.dtype, seed: int = 0) -> Llama:
     """Build the model with random weights, drawn on the device without reading or copying (`load_format="dummy"`)."""
 
-    @nnx.jit
-    def build() -> Llama:
-        return Llama(config, dtype, nnx.Rngs(seed))
-
-    return build()
+    return nnx.jit(lambda: Llama(config, dtype, nnx.Rngs(seed)))()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.checkpoints import peft
+from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo
 from chameleon_jax.models.adapters.transfers import PinnedBlock
@@ -32,53 +33,45 @@ class PackedAdapter:
     block: PinnedBlock
 
 
+@dataclasses.dataclass(frozen=True)
 class AdapterPacker:
     """Reads and packs adapters for one engine. Thread-safe, and changes nothing in the engine.
 
-    Args:
-        stage: Makes of a packed array `[layers, pages, page_elems]` the block that is held in host memory.
+    Attributes:
         num_pages: Pages of the pool, the trash page included.
+        stage: Makes of a packed array `[layers, pages, page_elems]` the block that is held in host memory.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        layout: PageLayout,
-        dtype: jnp.dtype,
-        num_pages: int,
-        stage: Callable[[np.ndarray], PinnedBlock],
-    ):
-        self._config = config
-        self._layout = layout
-        self._dtype = dtype
-        self._num_pages = num_pages
-        self._stage = stage
+    config: EngineConfig
+    layout: PageLayout
+    dtype: jnp.dtype
+    num_pages: int
+    stage: Callable[[np.ndarray], PinnedBlock]
 
     def read(self, name: str, path: str | Path) -> PackedAdapter:
         """Read a PEFT directory and pack its adapter. Raises ValueError where it cannot be served."""
         self._check_name(name)
-        return self.pack(name, peft.load(path, self._layout.config))
+        return self.pack(name, peft.load(path, self.layout.config))
 
     def pack(self, name: str, weights: AdapterWeights) -> PackedAdapter:
         """Pack an adapter whose weights are in memory. Raises ValueError where it cannot be served."""
         self._check_name(name)
-        weights.check(self._layout.config)
+        weights.check(self.layout.config)
         rank = max(weights.ranks.values())
-        if rank > self._config.max_lora_rank:
-            allowed = f"1 to {self._config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
-            raise ValueError(f"adapter {name!r}: rank is {rank}; allowed: {allowed}")
-        placement = self._layout.place(weights.ranks)
-        if placement.num_pages >= self._num_pages - 1:
-            raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self._num_pages - 1}")
-        block = self._layout.pack(weights, self._dtype)
+        allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
+        require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
+        placement = self.layout.place(weights.ranks)
+        if placement.num_pages >= self.num_pages - 1:
+            raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
+        block = self.layout.pack(weights, self.dtype)
         if not np.isfinite(block.astype(np.float32)).all():
-            raise ValueError(f"adapter {name!r}: weights overflow {self._dtype.name}")
-        num_bytes = placement.num_pages * self._layout.page_bytes(self._dtype.itemsize)
+            raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
+        num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
         info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
-        return PackedAdapter(info, placement, self._stage(block))
+        return PackedAdapter(info, placement, self.stage(block))
 
     def _check_name(self, name: str) -> None:
-        if not self._config.enable_lora:
+        if not self.config.enable_lora:
             raise ValueError(f"adapter {name!r}: enable_lora is False")
         if not name:
             raise ValueError("the adapter's name is empty")

@@ -48,6 +48,7 @@ class AsyncLLM:
         observers: Told of requests and loads; append an `Observer` to it.
         prompts: Turns prompts into token ids.
         reader: Reads adapters.
+        draining: Whether `drain` was called: no request is taken in any more.
         last_stats: Latest return of `stats`, which outlives the engine.
 
     Raises:
@@ -71,7 +72,7 @@ class AsyncLLM:
         self._streams = OpenStreams()
         self.observers = self._streams.observers
         self._ids = itertools.count()
-        self._draining = False
+        self.draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
         read = lambda name, path: self.engine.packer.read(name, path)  # noqa: E731 (another packer after a restart)
         self.reader = AdapterReader(read, max_lora_loads, max_lora_queue)
@@ -177,7 +178,7 @@ class AsyncLLM:
                 for _ in params:
                     own = f"{name}-{len(streams)}" if several else name
                     streams.append(RequestStream(own, text, token_ids, lora_request, self.tokenizer, self._give_up))
-            if self._draining:
+            if self.draining:
                 raise Draining("the server is about to stop")
             self._streams.add(streams)
             try:
@@ -258,11 +259,6 @@ class AsyncLLM:
         """Cause of the engine's death; None while it lives."""
         return self._thread.error
 
-    @property
-    def draining(self) -> bool:
-        """Whether `drain` was called: no request is taken in any more."""
-        return self._draining
-
     async def stats(self, max_age: float = 0.1) -> EngineStats:
         """Snapshot of the engine's state; the last known one where the engine does not answer within a second.
 
@@ -296,7 +292,7 @@ class AsyncLLM:
         Returns:
             Whether all ended by themselves.
         """
-        self._draining = True
+        self.draining = True
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         while self._streams and loop.time() < end and self.error is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from chameleon_jax.checks import require
 from chameleon_jax.errors import DeadlineExceeded
 
 
@@ -23,8 +24,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None):
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"timeout is {seconds!r}; allowed: above 0 seconds")
+        require(seconds is None or seconds > 0, "timeout", seconds, "above 0 seconds")
         self._seconds = seconds
         self.at = None if seconds is None else asyncio.get_running_loop().time() + seconds
 

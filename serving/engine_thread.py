@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -14,7 +15,7 @@ from chameleon_jax.errors import EngineDead
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
-from chameleon_jax.serving.observers import Observer
+from chameleon_jax.serving.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +36,16 @@ class EngineThread:
     step has succeeded, the engine is dead. Then, and when a step hangs, every call fails with `EngineDead`.
 
     Args:
-        observer: Told of updates, loads and the engine's death. Must not raise.
+        streams: Told of updates and the engine's death, and its observers of loads. None may raise.
 
     Attributes:
         error: Cause of the engine's death; None while it lives.
     """
 
-    def __init__(self, engine: LLMEngine, observer: Observer):
+    def __init__(self, engine: LLMEngine, streams: OpenStreams):
         self.engine = engine
         self.error: EngineDead | None = None
-        self._observer = observer
+        self._streams = streams
         self._commands: queue.SimpleQueue[tuple[Callable[[LLMEngine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the fields below
         self._awaited: set[Future[Any]] = set()
@@ -95,7 +96,7 @@ class EngineThread:
         for future in awaited:
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(*error.args))
-        self._observer.engine_died(error, self.engine.loop.num_unfinished)
+        self._streams.engine_died(error)
 
     def close(self, timeout: float = 30.0) -> bool:
         """End the thread after the step under way. Returns False where it hangs; the thread is left behind then."""
@@ -143,22 +144,17 @@ class EngineThread:
                 self._awaited.discard(future)
                 return
         self._step_began = time.monotonic()
-        result: Any = None
-        failure: BaseException | None = None
         try:
-            result = command(self.engine)
+            answer = functools.partial(future.set_result, command(self.engine))
         except BaseException as error:
-            failure = error
+            answer = functools.partial(future.set_exception, error)
         finally:
             self._step_began = None
         with self._lock:
             if future not in self._awaited:  # `die` has failed it
                 return
             self._awaited.discard(future)
-        if failure is None:
-            future.set_result(result)
-        else:
-            future.set_exception(failure)
+        answer()
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
@@ -174,7 +170,7 @@ class EngineThread:
         self._publish(updated)
         loads = self.engine.loop.ended_loads
         while loads:
-            self._observer.loaded(loads.popleft())
+            self._streams.observers.loaded(loads.popleft())
         if updated:
             time.sleep(HAND_OVER_S)
 
@@ -196,4 +192,4 @@ class EngineThread:
     def _publish(self, requests: list[Request]) -> None:
         snapshots = [OutputSnapshot.of(request) for request in dict.fromkeys(requests)]
         if snapshots and self.error is None:
-            self._observer.updated(snapshots)
+            self._streams.updated(snapshots)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
-from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
 
 logger = logging.getLogger(__name__)
@@ -18,9 +17,6 @@ class Observer:
 
     A subclass overrides the methods that it wants.
     """
-
-    def updated(self, snapshots: list[OutputSnapshot]) -> None:
-        """Take snapshots of requests that have new tokens or ended. Told to the observer of an `EngineThread` alone."""
 
     def first_token(self, request: Request) -> None:
         """Take a request that has its first token. Not told of a request that its caller has left before."""

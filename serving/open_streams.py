@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from chameleon_jax.errors import DuplicateRequest, EngineDead
-from chameleon_jax.executor import LoadResult
 from chameleon_jax.output_processor import OutputSnapshot
-from chameleon_jax.serving.observers import Observer, Observers
+from chameleon_jax.serving.observers import Observers
 from chameleon_jax.serving.request_stream import RequestStream
 
 
-class OpenStreams(dict[str, RequestStream], Observer):
+class OpenStreams(dict[str, RequestStream]):
     """Streams by the id of their request.
 
     Attributes:
@@ -42,6 +41,7 @@ class OpenStreams(dict[str, RequestStream], Observer):
     # -- told by the engine's thread ------------------------------------------------------------------------------------
 
     def updated(self, snapshots: list[OutputSnapshot]) -> None:
+        """Hand on snapshots of requests that have new tokens or ended."""
         by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, OutputSnapshot]]] = {}
         for snapshot in snapshots:
             request = snapshot.request
@@ -60,10 +60,8 @@ class OpenStreams(dict[str, RequestStream], Observer):
             with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every reader
                 loop.call_soon_threadsafe(self._deliver, pairs)
 
-    def loaded(self, result: LoadResult) -> None:
-        self.observers.loaded(result)
-
-    def engine_died(self, error: EngineDead, num_requests: int) -> None:
+    def engine_died(self, error: EngineDead) -> None:
+        """End every stream with the cause of the engine's death. Any thread may tell it."""
         left = list(self.values())  # also of requests that ended in the step that failed, which nothing has told
         self.observers.engine_died(error, len(left))
         for stream in left:

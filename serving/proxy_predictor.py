@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import deque
 
+from chameleon_jax.checks import require
 from chameleon_jax.models.length_proxy import ROW_BUCKETS, LengthProxy
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
@@ -17,7 +18,7 @@ BATCH = ROW_BUCKETS[-1]
 """Most prompts that are classified together."""
 
 
-class ProxyPredictor:
+class ProxyPredictor(LengthPredictor):
     """Answers with the fallback's prediction at once, and with the proxy's as soon as its thread has it.
 
     Serving goes on with the fallback's predictions where the thread fails. One thread owns the predictor; call `close` at the
@@ -33,8 +34,7 @@ class ProxyPredictor:
     """
 
     def __init__(self, proxy: LengthProxy, fallback: LengthPredictor, *, max_queue_len: int = 1024):
-        if max_queue_len < 1:
-            raise ValueError(f"max_queue_len is {max_queue_len}; allowed: 1 or more")
+        require(max_queue_len >= 1, "max_queue_len", max_queue_len, "1 or more")
         proxy.warm_up()
         self.counters = ProxyCounters()
         self._proxy = proxy

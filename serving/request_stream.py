@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.updates import logprobs_of, make_delta, make_output
 
 
+@dataclasses.dataclass(eq=False)
 class RequestStream:
     """Stream of one request's output, made by `AsyncLLM.open`.
 
@@ -23,35 +25,28 @@ class RequestStream:
     EngineDead.
 
     Attributes:
+        prompt: Prompt as text, where it came as text.
         prompt_token_ids: Prompt as token ids.
+        give_up: Called when the stream is left, to abort the request unless it has ended.
         request: Set by the engine's thread when it takes the request in.
         has_begun: Set by the engine's thread with the first token.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: Sequence[int],
-        lora: LoRARequest | None,
-        tokenizer: Tokenizer | None,
-        give_up: Callable[[RequestStream], None],
-    ):
-        self.request_id = request_id
-        self.prompt_token_ids = prompt_token_ids
-        self.loop = asyncio.get_running_loop()
-        self.request: Request | None = None
-        self.has_begun = False
-        self._prompt = prompt
-        self._lora = lora
-        self._tokenizer = tokenizer
-        self._give_up = give_up
-        self._latest: OutputSnapshot | None = None
-        self._read: OutputSnapshot | None = None  # the last that was read
-        self._logprobs: list[dict[int, Logprob]] = []  # of the output that was read
-        self._error: ServingError | None = None
-        self._changed: asyncio.Future[None] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    lora: LoRARequest | None
+    tokenizer: Tokenizer | None
+    give_up: Callable[[RequestStream], None]
+    loop: asyncio.AbstractEventLoop = dataclasses.field(default_factory=asyncio.get_running_loop)
+    request: Request | None = None
+    has_begun: bool = False
+    _latest: OutputSnapshot | None = None
+    _read: OutputSnapshot | None = None  # the last that was read
+    _logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)  # of the output that was read
+    _error: ServingError | None = None
+    _changed: asyncio.Future[None] | None = None
+    _deadline: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
@@ -77,7 +72,7 @@ class RequestStream:
     def abort(self, error: ServingError) -> None:
         """End the stream and the request with an error."""
         self.fail(error)
-        self._give_up(self)
+        self.give_up(self)
 
     def abort_at(self, deadline: Deadline) -> None:
         """Abort it at the deadline unless it has ended by then."""
@@ -87,15 +82,15 @@ class RequestStream:
     def output(self) -> RequestOutput:
         """All output that was read so far."""
         assert self._read is not None, "nothing was read yet"
-        found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self._tokenizer)
+        found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self.tokenizer)
         self._logprobs += found or []
-        return make_output(self._read, self._prompt, self._lora, None if found is None else list(self._logprobs))
+        return make_output(self._read, self.prompt, self.lora, None if found is None else list(self._logprobs))
 
     def close(self) -> None:
         """Abort the request unless it has ended."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self._give_up(self)
+        self.give_up(self)
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -114,7 +109,7 @@ class RequestStream:
             await self._changed
         if self._latest is not self._read:
             assert self._latest is not None
-            delta = make_delta(self._latest, self._read, self._tokenizer)
+            delta = make_delta(self._latest, self._read, self.tokenizer)
             self._read = self._latest
             return delta
         assert self._error is not None

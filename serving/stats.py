@@ -50,14 +50,10 @@ class AdapterStats:
             names: Its names.
             now: Seconds of the engine's clock.
         """
-        info = entry.info
         return cls(
+            **vars(entry.info),
             names=tuple(names),
-            content_hash=info.content_hash,
-            rank=info.rank,
             tier=entry.tier.value,
-            num_bytes=info.num_bytes,
-            num_pages=info.num_pages,
             references=entry.references,
             waiting=entry.requests - entry.references,
             pinned=entry.pinned,

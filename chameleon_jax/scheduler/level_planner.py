@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections import deque
 
 from chameleon_jax.request import Request
@@ -18,30 +19,28 @@ DRIFT_SAMPLE = 128
 """Arrivals that a drift test compares with as many before the last refresh."""
 
 
+@dataclasses.dataclass(eq=False)
 class LevelPlanner:
     """Forms levels from the traffic of the last REFRESH_S seconds.
 
-    Args:
+    Attributes:
         total: pages of the pool.
         slo: target for time to first token, seconds.
         counters: `quota_refreshes` and `scaled_quotas` are counted here.
         equal_levels: four levels of equal width and quota.
         drift_test: refresh as soon as sizes differ from the sizes at the last refresh.
-
-    Attributes:
         history: traffic from which levels are formed.
     """
 
-    def __init__(self, total: int, slo: float, counters: SchedulerCounters, equal_levels: bool, drift_test: bool):
-        self._total = total
-        self._slo = slo
-        self._counters = counters
-        self._equal_levels = equal_levels
-        self._drift_test = drift_test
-        self.history = TrafficHistory(REFRESH_S)
-        self._refreshed_at: float | None = None
-        self._refreshed_sizes: list[float] = []
-        self._arrivals = 0  # since the last refresh or drift test
+    total: int
+    slo: float
+    counters: SchedulerCounters
+    equal_levels: bool = False
+    drift_test: bool = False
+    history: TrafficHistory = dataclasses.field(default_factory=lambda: TrafficHistory(REFRESH_S))
+    _refreshed_at: float | None = None
+    _refreshed_sizes: list[float] = dataclasses.field(default_factory=list)
+    _arrivals: int = 0  # since the last refresh or drift test
 
     def record_arrival(self, request: Request, pages: int, now: float) -> None:
         """Learn from a new request that needs so many pages, its adapter's among them."""
@@ -52,21 +51,21 @@ class LevelPlanner:
         """Whether levels should be formed anew."""
         if self._refreshed_at is None:
             return self._arrivals >= FIRST_REFRESH
-        return now - self._refreshed_at >= REFRESH_S or (self._drift_test and self._has_drifted())
+        return now - self._refreshed_at >= REFRESH_S or (self.drift_test and self._has_drifted())
 
     def refresh(self, now: float) -> tuple[list[float], list[int]]:
         """Return the sizes at which levels part, ascending, and each level's quota in pages."""
         self._refreshed_at, self._arrivals = now, 0
-        self._counters.quota_refreshes += 1
+        self.counters.quota_refreshes += 1
         self.history.forget_old(now)
         sizes = self._refreshed_sizes = self.history.sizes()
-        if self._equal_levels:
+        if self.equal_levels:
             bounds = equal_bounds(sizes)
             count = len(bounds) + 1
-            return bounds, [self._total // count] * count
+            return bounds, [self.total // count] * count
         bounds = cluster_bounds(sizes)
-        quotas, scaled = share_quotas(self.history.loads(bounds, now), self._total, self._slo)
-        self._counters.scaled_quotas += scaled
+        quotas, scaled = share_quotas(self.history.loads(bounds, now), self.total, self.slo)
+        self.counters.scaled_quotas += scaled
         return bounds, quotas
 
     def _has_drifted(self) -> bool:

@@ -50,29 +50,17 @@ class MultiLevelQueue:
         levels: one more than there are bounds, smallest requests first.
 
     Args:
-        total: pages of the pool.
         needs: pages that requests take.
-        slo: target for time to first token, seconds.
-        counters: bypasses, squashes and refreshes are counted here.
-        equal_levels: four levels of equal width and quota.
-        drift_test: refresh as soon as sizes differ from the sizes at the last refresh.
+        counters: bypasses and squashes are counted here.
+        planner: forms the levels.
     """
 
-    def __init__(
-        self,
-        total: int,
-        needs: PageNeeds,
-        slo: float,
-        counters: SchedulerCounters,
-        *,
-        equal_levels: bool = False,
-        drift_test: bool = False,
-    ):
+    def __init__(self, needs: PageNeeds, counters: SchedulerCounters, planner: LevelPlanner):
         self.bounds: list[float] = []
-        self.levels = [Level(total)]
+        self.levels = [Level(planner.total)]
         self._needs = needs
         self._counters = counters
-        self._planner = LevelPlanner(total, slo, counters, equal_levels, drift_test)
+        self._planner = planner
         self._num_started = 0
         self._charges: dict[str, list[tuple[Level, int]]] = {}  # request id -> pages charged to levels
         self._bypassers: dict[str, Request] = {}  # running requests that passed the head of their queue

@@ -17,6 +17,7 @@ from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.admission import AdmissionBatch
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
+from chameleon_jax.scheduler.level_planner import LevelPlanner
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefetch import PREFETCH_DEPTH, Prefetcher
@@ -88,14 +89,9 @@ class Scheduler:
             return shortest_first(self._needs.kv)
         if self.system.order == "boost":
             return boosted(self._needs.kv, self._budget.work, config.ttft_slo)
-        return MultiLevelQueue(
-            self._pool.capacity,
-            self._needs,
-            config.ttft_slo,
-            self.counters,
-            equal_levels=self.system.equal_levels,
-            drift_test=self.system.drift_test,
-        )
+        system = self.system
+        planner = LevelPlanner(self._pool.capacity, config.ttft_slo, self.counters, system.equal_levels, system.drift_test)
+        return MultiLevelQueue(self._needs, self.counters, planner)
 
     @property
     def running(self) -> list[Request]:

@@ -9,24 +9,15 @@ from typing import Annotated, Any
 from typer import Option
 
 from chameleon_jax.checks import require
-from chameleon_jax.serving.cli.options import (
-    DEFAULT_GENERATION_CONFIG,
-    DEFAULT_SYSTEM,
-    GenerationConfig,
-    LoraModules,
-    Model,
-    SystemName,
-    console,
-    errors,
-    named_adapters,
-    progress,
-)
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.serving.cli import options
+from chameleon_jax.serving.cli.options import console, errors, named_adapters, progress
 
 
 def generate(
-    model: Model,
+    model: options.Model,
     prompt: Annotated[str, Option(help="Text to continue. With --chat, the user's message.")],
-    lora_modules: LoraModules = None,
+    lora_modules: options.LoraModules = None,
     lora: Annotated[
         list[str] | None,
         Option(
@@ -40,12 +31,10 @@ def generate(
     top_k: Annotated[int | None, Option(help="Most likely tokens to sample from; 0 allows all.")] = None,
     min_p: Annotated[float | None, Option(help="Lowest probability to sample from, relative to the best token's.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the sampling (default: drawn by the engine).")] = None,
-    generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
-    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
-    max_model_len: Annotated[
-        int | None, Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048).")
-    ] = None,
-    system: SystemName = DEFAULT_SYSTEM,
+    generation_config: options.GenerationConfig = EngineConfig.generation_config,
+    dtype: options.Dtype = "auto",
+    max_model_len: options.MaxModelLen = None,
+    system: options.SystemName = options.DEFAULT_SYSTEM,
 ) -> None:
     """Complete one prompt, with the base model or with adapters.
 
@@ -79,15 +68,15 @@ def generate(
 
 
 def bench(
-    model: Model,
-    lora_modules: LoraModules = None,
+    model: options.Model,
+    lora_modules: options.LoraModules = None,
     num_requests: Annotated[int, Option(help="Requests, all submitted at once.")] = 16,
     prompt_len: Annotated[int, Option(help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, Option(help="Tokens of each output.")] = 64,
-    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = 32,
-    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
-    load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = "auto",
-    system: SystemName = DEFAULT_SYSTEM,
+    max_num_seqs: options.MaxNumSeqs = 32,
+    dtype: options.Dtype = "auto",
+    load_format: options.LoadFormat = "auto",
+    system: options.SystemName = options.DEFAULT_SYSTEM,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Measure throughput and time to first token of one batch. Requests take the adapters in turn.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +20,12 @@ console = Console(stderr=True, markup=False, emoji=False)
 """Console for messages to people. Markup is off, as names and errors may come from anywhere."""
 
 Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")]
+Dtype = Annotated[str, Option(help="auto, float32 or bfloat16.")]
+LoadFormat = Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")]
+MaxModelLen = Annotated[
+    int | None, Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048).")
+]
+MaxNumSeqs = Annotated[int, Option(help="Requests that run at once.")]
 SystemName = Annotated[str, Option("--system", help=f"Scheduling and caching policies: {', '.join(SYSTEMS)}.")]
 DEFAULT_SYSTEM = str(EngineConfig.system)
 GenerationConfig = Annotated[
@@ -25,10 +34,8 @@ GenerationConfig = Annotated[
         help="Source of sampling defaults: auto (the model's generation_config.json), none, or a directory with such a file."
     ),
 ]
-DEFAULT_GENERATION_CONFIG = EngineConfig.generation_config
 LoraModules = Annotated[
-    list[str] | None,
-    Option("--lora-modules", help="Adapter as name=directory, in PEFT's format. Repeat for several."),
+    list[str] | None, Option("--lora-modules", help="Adapter as name=directory, in PEFT's format. Repeat for several.")
 ]
 
 
@@ -41,6 +48,11 @@ def named_adapters(modules: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"--lora-modules is {module!r}; allowed: name=directory")
         adapters[name] = path
     return adapters
+
+
+def fields_of(config: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Pick the flags that are named like fields of the dataclass `config`."""
+    return {field.name: flags[field.name] for field in dataclasses.fields(config) if field.name in flags}
 
 
 class Command(TyperCommand):
@@ -61,14 +73,12 @@ def progress(done: int, total: int) -> None:
     console.print(f"compiling programs: {done}/{total}", end="\r" if done < total else "\n")
 
 
-class errors:
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
     """Report a user's mistake in one line and exit with code 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError | KeyError | OSError):
-            text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-            console.print(Text.assemble(("error:", "red"), " ", text), soft_wrap=True)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        console.print(Text.assemble(("error:", "red"), " ", text), soft_wrap=True)
+        raise typer.Exit(1) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -14,18 +13,8 @@ from typer import Option
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
-from chameleon_jax.serving.cli.options import (
-    DEFAULT_GENERATION_CONFIG,
-    DEFAULT_SYSTEM,
-    GenerationConfig,
-    LoraModules,
-    Model,
-    SystemName,
-    console,
-    errors,
-    named_adapters,
-    progress,
-)
+from chameleon_jax.serving.cli import options
+from chameleon_jax.serving.cli.options import console, errors, fields_of, named_adapters, progress
 from chameleon_jax.serving.service.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -38,8 +27,8 @@ API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
 
 
 def serve(
-    model: Model,
-    lora_modules: LoraModules = None,
+    model: options.Model,
+    lora_modules: options.LoraModules = None,
     adapter_dir: Annotated[
         list[str] | None,
         Option(help="Directory of adapters. Those directly inside are loaded at the start; clients may load any below it."),
@@ -58,11 +47,8 @@ def serve(
     ] = None,
     tls_cert: Annotated[str | None, Option(help="PEM file of the TLS certificate, for both protocols.")] = None,
     tls_key: Annotated[str | None, Option(help="PEM file of the certificate's key, not encrypted.")] = None,
-    max_model_len: Annotated[
-        int | None,
-        Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048)."),
-    ] = None,
-    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = ENGINE.max_num_seqs,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = ENGINE.max_num_seqs,
     max_num_batched_tokens: Annotated[
         int, Option(help="Prompt tokens of one prefill step; longer prompts take several.")
     ] = ENGINE.max_num_batched_tokens,
@@ -74,18 +60,17 @@ def serve(
     enable_lora: Annotated[
         bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
     ] = True,
-    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
-    load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = ENGINE.load_format,
-    generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,
+    dtype: options.Dtype = ENGINE.dtype,
+    load_format: options.LoadFormat = ENGINE.load_format,
+    generation_config: options.GenerationConfig = ENGINE.generation_config,
     gpu_memory_utilization: Annotated[
         float, Option(help="Share of the device's memory for weights, pool and scratch.")
     ] = ENGINE.gpu_memory_utilization,
     num_pages: Annotated[
-        int | None,
-        Option(help="Pages in the device pool (default: whatever memory is left; on CPU, enough for max_num_seqs)."),
+        int | None, Option(help="Pages in the device pool (default: whatever memory is left; on CPU, enough for max_num_seqs).")
     ] = None,
     page_tokens: Annotated[int, Option(help="Least tokens in a page.")] = ENGINE.page_tokens,
-    system: SystemName = DEFAULT_SYSTEM,
+    system: options.SystemName = options.DEFAULT_SYSTEM,
     ttft_slo: Annotated[float, Option(help="Target time to the first token, in seconds.")] = ENGINE.ttft_slo,
     tbt_slo: Annotated[float, Option(help="Target time between tokens, in seconds.")] = ENGINE.tbt_slo,
     predicted_output_len: Annotated[
@@ -109,18 +94,13 @@ def serve(
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """
     flags = locals()
-    engine_settings, server_settings = _fields_of(EngineConfig, flags), _fields_of(ServerConfig, flags)
+    engine_settings, server_settings = fields_of(EngineConfig, flags), fields_of(ServerConfig, flags)
     server_settings["grpc_port"] = None if grpc_port < 0 else grpc_port
     server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
     with errors():
         server_settings |= {"api_keys": _keys(api_key, API_KEY), "admin_keys": _keys(admin_key, ADMIN_KEY)}
         config = ServerConfig(**server_settings)
         _serve(model, config, engine_settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
-
-
-def _fields_of(config: type[EngineConfig | ServerConfig], flags: dict[str, Any]) -> dict[str, Any]:
-    """Pick the flags that are named like fields of `config`."""
-    return {field.name: flags[field.name] for field in dataclasses.fields(config) if field.name in flags}
 
 
 def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from chameleon_jax.memory.adapters import MAX_RANK
-from chameleon_jax.serving.cli.options import Model, console, errors
+from chameleon_jax.serving.cli.options import Model, console, errors, fields_of
 
 if TYPE_CHECKING:
     from chameleon_jax.checkpoints.checkpoint import Checkpoint
@@ -42,17 +42,9 @@ def finetune(
 
     if dtype not in ("float32", "float16"):
         raise typer.BadParameter(f"--dtype is {dtype!r}; allowed: float32, float16")
+    flags = locals() | {"targets": targets.split(",")}
     with errors():
-        config = training.FinetuneConfig(
-            rank=rank,
-            alpha=alpha,
-            targets=targets.split(","),
-            steps=steps,
-            batch_size=batch_size,
-            sequence_len=sequence_len,
-            learning_rate=learning_rate,
-            seed=seed,
-        )
+        config = training.FinetuneConfig(**fields_of(training.FinetuneConfig, flags))
         report = _reporter()
         checkpoint, corpus = load_checkpoint(model), text.read_text(encoding="utf-8")
         adapter = training.finetune(checkpoint, corpus, config, lambda step, loss: report(step, steps, loss))
@@ -88,16 +80,9 @@ def train_length_proxy(
 
     if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
         raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
+    flags = locals() | {"class_cuts": [int(cut) for cut in class_cuts.split(",")]}
     with errors():
-        config = LengthProxyConfig(
-            class_cuts=[int(cut) for cut in class_cuts.split(",")],
-            window=window,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            held_out=held_out,
-            seed=seed,
-        )
+        config = LengthProxyConfig(**fields_of(LengthProxyConfig, flags))
         prompts, output_lens = _length_examples(data, load_checkpoint(model))
         proxy = train(prompts, output_lens, config, _reporter())
         save(proxy, output)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chameleon_jax.outputs import Logprob
@@ -122,10 +123,10 @@ class BaseClient:
         if tls is False:
             self._channel = self._grpc.insecure_channel(target, channel.OPTIONS)
         else:
-            credentials = channel.credentials(None if tls is True else tls)
+            credentials = grpc.ssl_channel_credentials(None if tls is True else Path(tls).read_bytes())
             self._channel = self._grpc.secure_channel(target, credentials, channel.OPTIONS)
         self._calls = Calls(self._channel)
-        self._metadata = channel.metadata(api_key)
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._timeout, self._retries = timeout, retries
 
     def _attempts(self, timeout: float | None = None) -> Attempts:

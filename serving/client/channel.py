@@ -6,7 +6,6 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 
@@ -27,15 +26,6 @@ OPTIONS = [
 ERRORS = {status.grpc: kind for kind, status in STATUSES.items()}
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.25, 5.0
-
-
-def credentials(ca_file: str | Path | None) -> grpc.ChannelCredentials:
-    """Make TLS credentials. Args: ca_file: PEM file of the authority to trust; None trusts the system's authorities."""
-    return grpc.ssl_channel_credentials(None if ca_file is None else Path(ca_file).read_bytes())
-
-
-def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def error_of(error: grpc.RpcError) -> Exception:
@@ -78,22 +68,17 @@ class Attempts:
         """Allow no further attempt, as part of the answer has been handed on."""
         self._left = 0
 
-    def pause_after(self, error: grpc.RpcError) -> float | None:
-        """Seconds to wait before the next attempt. None allows no further attempt."""
+    def pause_or_raise(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next attempt. Raises the error of the call where there is none."""
         if error.code() is not grpc.StatusCode.UNAVAILABLE or self._left == 0:
-            return None
+            raise error_of(error) from error
         self._left -= 1
         self.again = True
         asked = _retry_after(error)
         pause = float(asked) if isinstance(asked, str) and asked.isdecimal() else self._backoff
         pause = min(pause, LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
         self._backoff *= 2
-        return pause if self.timeout is None or pause < self.timeout else None
-
-    def pause_or_raise(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before the next attempt. Raises the error of the call where there is none."""
-        pause = self.pause_after(error)
-        if pause is None:
+        if self.timeout is not None and pause >= self.timeout:
             raise error_of(error) from error
         return pause
 

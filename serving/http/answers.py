@@ -22,7 +22,6 @@ from chameleon_jax.serving.http.errors import api_error, translate_errors
 from chameleon_jax.serving.http.requests import Sampling
 from chameleon_jax.serving.http.streams import merge, run_while_connected
 from chameleon_jax.serving.request_stream import RequestStream
-from chameleon_jax.serving.service.deltas import join_deltas
 
 JsonObject = dict[str, Any]
 
@@ -82,36 +81,30 @@ class Choice(ABC):
         """Choice of an answer that is not streamed. Args: output: all output, joined."""
 
 
+@dataclasses.dataclass(eq=False)
 class Answer:
     """Answer to one completion request.
 
-    Args:
+    Attributes:
         request: The HTTP request. Its access-log record gets the token counts.
         streams: Output of the engine, one stream for each choice. Closed once the answer is sent or the client is gone.
         prompt_tokens: Tokens of all prompts together.
+        completion_tokens: Output tokens of all choices so far.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        body: Sampling,
-        head: Head,
-        streams: Sequence[RequestStream],
-        choices: Sequence[Choice],
-        prompt_tokens: int,
-    ):
-        self.streams = streams
-        self._request = request
-        self._body = body
-        self._head = head
-        self._choices = choices
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+    request: Request
+    body: Sampling
+    head: Head
+    streams: Sequence[RequestStream]
+    choices: Sequence[Choice]
+    prompt_tokens: int
+    completion_tokens: int = 0
 
     async def respond(self) -> Response:
-        if self._body.stream:
+        if self.body.stream:
             return EventStream(self)
         try:
-            return JSONResponse(await run_while_connected(self._request.receive, self._collect()))
+            return JSONResponse(await run_while_connected(self.request.receive, self._collect()))
         finally:
             self.close()
 
@@ -123,37 +116,37 @@ class Answer:
         deltas: list[list[Delta]] = [[] for _ in self.streams]
         with translate_errors():
             async for i, delta in merge(self.streams):
-                self._completion_tokens += len(delta.token_ids)
+                self.completion_tokens += len(delta.token_ids)
                 deltas[i].append(delta)
-        choices = [choice.whole(join_deltas(own)) for choice, own in zip(self._choices, deltas)]
-        return self._head.whole(choices, usage=self._final_usage())
+        choices = [choice.whole(Delta.join(own)) for choice, own in zip(self.choices, deltas)]
+        return self.head.whole(choices, usage=self._final_usage())
 
     # -- events of a stream ---------------------------------------------------------------------------------------------
 
     def opening_events(self) -> list[JsonObject]:
-        return [self._head.event(opening) for choice in self._choices if (opening := choice.opening()) is not None]
+        return [self.head.event(opening) for choice in self.choices if (opening := choice.opening()) is not None]
 
     def events(self, i: int, delta: Delta) -> list[JsonObject]:
         """Events for new output of choice `i`."""
-        self._completion_tokens += len(delta.token_ids)
-        part = self._choices[i].part(delta)
+        self.completion_tokens += len(delta.token_ids)
+        part = self.choices[i].part(delta)
         if part is None:
             return []
-        options = self._body.stream_options
+        options = self.body.stream_options
         wants_usage = options is not None and options.continuous_usage_stats
-        return [self._head.event(part, **({"usage": self._usage()} if wants_usage else {}))]
+        return [self.head.event(part, **({"usage": self._usage()} if wants_usage else {}))]
 
     def closing_events(self) -> list[JsonObject]:
-        usage, options = self._final_usage(), self._body.stream_options
-        return [self._head.event(usage=usage)] if options is not None and options.include_usage else []
+        usage, options = self._final_usage(), self.body.stream_options
+        return [self.head.event(usage=usage)] if options is not None and options.include_usage else []
 
     def _usage(self) -> dict[str, int]:
-        prompt, completion = self._prompt_tokens, self._completion_tokens
+        prompt, completion = self.prompt_tokens, self.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _final_usage(self) -> dict[str, int]:
-        counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens}
-        self._request.state.log.update(model=self._head.model, **counts)
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        self.request.state.log.update(model=self.head.model, **counts)
         return self._usage()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chameleon_jax.serving.http.errors import ApiError
+from chameleon_jax.serving.http.errors import ApiError, error_response
 from chameleon_jax.serving.service.service import REQUEST_ID
 
 logger = logging.getLogger(__name__)
@@ -93,11 +92,7 @@ class _Exchange:
         await self._send(message)
 
     async def answer(self, error: ApiError) -> None:
-        content = json.dumps(error.body).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(content)), **(error.headers or {})}
-        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": error.status_code, "headers": raw})
-        await self.send({"type": "http.response.body", "body": content})
+        await error_response(error.status_code, error.body)(self._scope, self._receive, self.send)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is too large; allowed: {self._max_body_bytes} bytes")

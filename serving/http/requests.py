@@ -23,6 +23,10 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 """Every list here fails at its first error: a body may hold a million, and to find them all takes seconds."""
 
 
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output")
+"""Fields that the server's defaults, else those of `SamplingParams`, stand for where a request leaves them out."""
+
+
 class StreamOptions(StrictModel):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Send the usage so far with every event, as in vLLM.")
@@ -122,17 +126,7 @@ class Sampling(StrictModel):
         n = self.n or 1
         if n > max_choices:
             raise ApiError(400, f"n is {n}; allowed: 1 to {max_choices}", param="n")
-        fields: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "min_tokens": self.min_tokens,
-            "stop": self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "include_stop_str_in_output": self.include_stop_str_in_output,
-            "max_tokens": max_tokens,
-        }
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _DEFAULTED} | {"max_tokens": max_tokens}
         given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
         return [
             SamplingParams(

@@ -22,23 +22,29 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
-    """Choice of a completion. `stop_reason` is the stop string or token id that ended it."""
+class Choice(BaseModel):
+    """Choice of an answer. `stop_reason` is the stop string or token id that ended it."""
 
     index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
 
 
-class Completion(BaseModel):
+class Answer(BaseModel):
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[CompletionChoice]
     usage: Usage
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None = None
+
+
+class Completion(Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
 
 
 class TopLogprob(BaseModel):
@@ -62,18 +68,11 @@ class ChatAnswer(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(Choice):
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(Answer):
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage

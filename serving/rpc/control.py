@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import grpc
+from grpc.aio import ServicerContext
 
 import chameleon_jax
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
@@ -16,21 +16,17 @@ class Control(stubs.ControlServicer):
     def __init__(self, service: Service):
         self._service = service
 
-    async def LoadLora(self, request: messages.LoadLoraRequest, context: grpc.aio.ServicerContext) -> messages.LoadLoraResponse:
+    async def LoadLora(self, request: messages.LoadLoraRequest, context: ServicerContext) -> messages.LoadLoraResponse:
         pinned = request.pinned if request.HasField("pinned") else None
         load_inplace = request.load_inplace if request.HasField("load_inplace") else True
         already = await self._service.load_lora(request.lora_name, request.source_path, pinned, load_inplace)
         return messages.LoadLoraResponse(already_loaded=already)
 
-    async def UnloadLora(
-        self, request: messages.UnloadLoraRequest, context: grpc.aio.ServicerContext
-    ) -> messages.UnloadLoraResponse:
+    async def UnloadLora(self, request: messages.UnloadLoraRequest, context: ServicerContext) -> messages.UnloadLoraResponse:
         await self._service.unload_lora(request.lora_name)
         return messages.UnloadLoraResponse()
 
-    async def ListLoras(
-        self, request: messages.ListLorasRequest, context: grpc.aio.ServicerContext
-    ) -> messages.ListLorasResponse:
+    async def ListLoras(self, request: messages.ListLorasRequest, context: ServicerContext) -> messages.ListLorasResponse:
         stats = await self._service.llm.stats(max_age=0)
         return messages.ListLorasResponse(
             loras=[
@@ -50,10 +46,10 @@ class Control(stubs.ControlServicer):
             ]
         )
 
-    async def Abort(self, request: messages.AbortRequest, context: grpc.aio.ServicerContext) -> messages.AbortResponse:
+    async def Abort(self, request: messages.AbortRequest, context: ServicerContext) -> messages.AbortResponse:
         return messages.AbortResponse(aborted=await self._service.llm.abort(request.request_id))
 
-    async def GetLoad(self, request: messages.GetLoadRequest, context: grpc.aio.ServicerContext) -> messages.GetLoadResponse:
+    async def GetLoad(self, request: messages.GetLoadRequest, context: ServicerContext) -> messages.GetLoadResponse:
         llm = self._service.llm
         if llm.error is not None:
             raise llm.error
@@ -75,7 +71,7 @@ class Control(stubs.ControlServicer):
         )
 
     async def GetModelInfo(
-        self, request: messages.GetModelInfoRequest, context: grpc.aio.ServicerContext
+        self, request: messages.GetModelInfoRequest, context: ServicerContext
     ) -> messages.GetModelInfoResponse:
         llm = self._service.llm
         config = llm.engine.config

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-Response = health_pb2.HealthCheckResponse
+from grpc.aio import ServicerContext
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest as Request
+from grpc_health.v1.health_pb2 import HealthCheckResponse as Response
 
 
 class Health(health_pb2_grpc.HealthServicer):
@@ -31,16 +32,12 @@ class Health(health_pb2_grpc.HealthServicer):
         self._down.set()
         self._ending.set()
 
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: Request, context: ServicerContext) -> Response:
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         return Response(status=Response.NOT_SERVING if self._down.is_set() else Response.SERVING)
 
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+    async def Watch(self, request: Request, context: ServicerContext) -> AsyncIterator[Response]:
         if request.service not in self._services:
             yield Response(status=Response.SERVICE_UNKNOWN)  # the protocol asks for this instead of NOT_FOUND
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
+from grpc.aio import ServicerContext
 
 from chameleon_jax.errors import DeadlineExceeded
 from chameleon_jax.outputs import Delta
@@ -13,14 +13,8 @@ from chameleon_jax.request import Request
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
-from chameleon_jax.serving.rpc.convert import (
-    FINISH_REASONS,
-    logprobs_to_messages,
-    sampling_from_message,
-    stop_reason_to_message,
-)
+from chameleon_jax.serving.rpc import convert
 from chameleon_jax.serving.rpc.interceptor import access_fields
-from chameleon_jax.serving.service.deltas import join_deltas
 from chameleon_jax.serving.service.service import REQUEST_ID, Service
 
 
@@ -30,13 +24,13 @@ class Inference(stubs.InferenceServicer):
     def __init__(self, service: Service):
         self._service = service
 
-    async def Generate(self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext) -> messages.GenerateResponse:
+    async def Generate(self, request: messages.GenerateRequest, context: ServicerContext) -> messages.GenerateResponse:
         async with await self._open(request, context) as stream:
-            output = join_deltas([delta async for delta in stream])
+            output = Delta.join([delta async for delta in stream])
         return messages.GenerateResponse(**_output(stream, output), **_end(stream, output, len(output.token_ids)))
 
     async def GenerateStream(
-        self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: messages.GenerateRequest, context: ServicerContext
     ) -> AsyncIterator[messages.GenerateStreamResponse]:
         num_tokens = 0
         async with await self._open(request, context) as stream:
@@ -45,7 +39,7 @@ class Inference(stubs.InferenceServicer):
                 end = {} if delta.finish_reason is None else _end(stream, delta, num_tokens)
                 yield messages.GenerateStreamResponse(**_output(stream, delta), **end)
 
-    async def _open(self, request: messages.GenerateRequest, context: grpc.aio.ServicerContext) -> RequestStream:
+    async def _open(self, request: messages.GenerateRequest, context: ServicerContext) -> RequestStream:
         if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
             raise ValueError(
                 f"request_id is {request.request_id[:128]!r}; allowed: 1 to 128 printable ASCII characters, or empty"
@@ -55,7 +49,7 @@ class Inference(stubs.InferenceServicer):
         if field is None:
             raise ValueError("prompt is missing; allowed: text or token_ids")
         prompt = request.text if field == "text" else {"prompt_token_ids": list(request.token_ids.ids)}
-        params = sampling_from_message(request.sampling, self._service.sampling_defaults)
+        params = convert.sampling_from_message(request.sampling, self._service.sampling_defaults)
         lora = self._service.lora_named(request.lora_name)
         timeout = context.time_remaining()
         if timeout is not None and timeout <= 0:
@@ -73,7 +67,7 @@ def _output(stream: RequestStream, delta: Delta) -> dict[str, Any]:
         "request_id": stream.request_id,
         "text": delta.text,
         "token_ids": delta.token_ids,
-        "logprobs": logprobs_to_messages(delta.logprobs),
+        "logprobs": convert.logprobs_to_messages(delta.logprobs),
     }
 
 
@@ -83,8 +77,8 @@ def _end(stream: RequestStream, delta: Delta, num_tokens: int) -> dict[str, Any]
     usage = messages.Usage(prompt_tokens=len(stream.prompt_token_ids), completion_tokens=num_tokens)
     access_fields.get().update(prompt_tokens=usage.prompt_tokens, completion_tokens=num_tokens)
     return {
-        "finish_reason": FINISH_REASONS[delta.finish_reason],
-        "stop_reason": stop_reason_to_message(delta.stop_reason),
+        "finish_reason": convert.FINISH_REASONS[delta.finish_reason],
+        "stop_reason": convert.stop_reason_to_message(delta.stop_reason),
         "usage": usage,
         "timing": _timing(stream.request),
     }

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from grpc.aio import ServicerContext
 
 from chameleon_jax.serving.service.service import REQUEST_ID, Service
 from chameleon_jax.serving.service.statuses import REPORTED_ERRORS, RETRY_AFTER_S, message_of, status_of
@@ -51,7 +52,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         decode = _tolerant(handler.request_deserializer)
         if handler.response_streaming:
 
-            async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async def stream(request: Any, context: ServicerContext) -> AsyncIterator[Any]:
                 async with (
                     self._call(name, request, context),
                     contextlib.aclosing(handler.unary_stream(request, context)) as out,
@@ -61,14 +62,14 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
             return grpc.unary_stream_rpc_method_handler(stream, decode, handler.response_serializer)
 
-        async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def unary(request: Any, context: ServicerContext) -> Any:
             async with self._call(name, request, context):
                 return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(unary, decode, handler.response_serializer)
 
     @contextlib.asynccontextmanager
-    async def _call(self, name: str, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _call(self, name: str, request: Any, context: ServicerContext) -> AsyncIterator[None]:
         """Check access before a call, turn its errors into status codes, and log it."""
         metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
         given = getattr(request, "request_id", "")

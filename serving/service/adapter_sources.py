@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, read_config
+from chameleon_jax.checks import require
 
 MAX_SOURCE_LEN = 4096
 """Characters of an adapter's path or hub id."""
@@ -39,8 +40,7 @@ class AdapterSources:
 
     def __init__(self, directories: Sequence[str], hub_ids: Sequence[str]):
         for directory in directories:
-            if not Path(directory).is_dir():
-                raise ValueError(f"adapter_dir is {directory!r}; allowed: a directory")
+            require(Path(directory).is_dir(), "adapter_dir", directory, "a directory")
         self._roots = [Path(directory).resolve(strict=True) for directory in directories]
         self._hub_ids = frozenset(hub_ids)
 

@@ -6,15 +6,7 @@ from typing import NamedTuple
 
 import grpc
 
-from chameleon_jax.errors import (
-    DeadlineExceeded,
-    DuplicateRequest,
-    Forbidden,
-    QueueFull,
-    RequestFailed,
-    Unauthenticated,
-    Unavailable,
-)
+from chameleon_jax import errors
 
 
 class Status(NamedTuple):
@@ -23,16 +15,16 @@ class Status(NamedTuple):
 
 
 STATUSES: dict[type[Exception], Status] = {
-    DuplicateRequest: Status(400, grpc.StatusCode.ALREADY_EXISTS),  # also a ValueError, so it comes first
+    errors.DuplicateRequest: Status(400, grpc.StatusCode.ALREADY_EXISTS),  # also a ValueError, so it comes first
     ValueError: Status(400, grpc.StatusCode.INVALID_ARGUMENT),
     KeyError: Status(404, grpc.StatusCode.NOT_FOUND),
-    Unauthenticated: Status(401, grpc.StatusCode.UNAUTHENTICATED),
-    Forbidden: Status(403, grpc.StatusCode.PERMISSION_DENIED),
-    QueueFull: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    Unavailable: Status(503, grpc.StatusCode.UNAVAILABLE),
-    DeadlineExceeded: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED),
+    errors.Unauthenticated: Status(401, grpc.StatusCode.UNAUTHENTICATED),
+    errors.Forbidden: Status(403, grpc.StatusCode.PERMISSION_DENIED),
+    errors.QueueFull: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    errors.Unavailable: Status(503, grpc.StatusCode.UNAVAILABLE),
+    errors.DeadlineExceeded: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED),
     # 503, as another server may be able to serve it; not UNAVAILABLE, which clients retry: this server may well fail it again.
-    RequestFailed: Status(503, grpc.StatusCode.ABORTED),
+    errors.RequestFailed: Status(503, grpc.StatusCode.ABORTED),
 }
 """Every error that callers are told of, the more specific kinds first."""
 

@@ -30,6 +30,13 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160
     ord("\t"): "\\t",
 }
 _BUILT_IN = frozenset((*RESERVED_ATTRS, "taskName", "message", "asctime", "color_message"))  # the last is uvicorn's
+_JSON = JsonFormatter(
+    "%(levelname)s%(name)s%(message)s",
+    rename_fields={"levelname": "level", "name": "logger"},
+    reserved_attrs=sorted(_BUILT_IN),
+    timestamp="time",
+)
+"""Formatter of one JSON object a line. Its `time` is in UTC."""
 
 
 def setup_logging(format: str = "text", level: str = "INFO", stream: TextIO | None = None) -> LogWriter:
@@ -43,7 +50,7 @@ def setup_logging(format: str = "text", level: str = "INFO", stream: TextIO | No
     require(format in FORMATS, "log_format", format, " or ".join(FORMATS))
     require(level in LEVELS, "log_level", level, ", ".join(LEVELS))
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(_json_formatter() if format == "json" else TextFormatter())
+    handler.setFormatter(_JSON if format == "json" else TextFormatter())
     return LogWriter(handler, level)
 
 
@@ -104,16 +111,6 @@ class TextFormatter(logging.Formatter):
         trace = record.exc_text or (self.formatException(record.exc_info) if record.exc_info else "")
         lines += ["    " + line.translate(_ESCAPES) for line in trace.splitlines()]
         return "\n".join(lines)
-
-
-def _json_formatter() -> logging.Formatter:
-    """Make a formatter of one JSON object a line. Its `time` is in UTC."""
-    return JsonFormatter(
-        "%(levelname)s%(name)s%(message)s",
-        rename_fields={"levelname": "level", "name": "logger"},
-        reserved_attrs=sorted(_BUILT_IN),
-        timestamp="time",
-    )
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:

@@ -66,4 +66,4 @@ def running(llm: AsyncLLM, config: ServerConfig) -> Iterator[Running]:
         yield server
     finally:
         server.stop()
-        llm._draining = False  # the next server has the same engine
+        llm.draining = False  # the next server has the same engine

@@ -13,7 +13,6 @@ from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine_thread import EngineThread
-from chameleon_jax.serving.observers import Observer
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request
 
 TIMEOUT = 30
@@ -28,10 +27,11 @@ class FakeEngine:
             self.loop.adapters.add(name, adapter(name, 3))
 
 
-class Ears(Observer):
-    """A listener that remembers, and can be waited for."""
+class Ears:
+    """Streams and their observers as one, which remembers and can be waited for."""
 
     def __init__(self) -> None:
+        self.observers = self
         self.updates: dict[str, list[OutputSnapshot]] = {}
         self.loads: list[LoadResult] = []
         self.deaths: list[EngineDead] = []
@@ -46,7 +46,7 @@ class Ears(Observer):
     def loaded(self, result: LoadResult) -> None:
         self.loads.append(result)
 
-    def engine_died(self, error: EngineDead, num_requests: int) -> None:
+    def engine_died(self, error: EngineDead) -> None:
         with self._changed:
             self.deaths.append(error)
             self._changed.notify_all()

@@ -224,7 +224,7 @@ def service(shared_llm, adapter_dir):
     observers = list(shared_llm.observers)
     yield make_service(shared_llm, adapter_dir)
     shared_llm.observers[:] = observers
-    shared_llm._draining = False
+    shared_llm.draining = False
 
 
 def test_http_that_ends_by_itself_ends_the_server_with_an_error(service):

@@ -12,6 +12,7 @@ from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import level_planner
 from chameleon_jax.scheduler.admission import AdmissionBatch
 from chameleon_jax.scheduler.level import Level
+from chameleon_jax.scheduler.level_planner import LevelPlanner
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, MultiLevelQueue
 from chameleon_jax.scheduler.request_size import PageNeeds
 from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
@@ -42,7 +43,8 @@ class Order:
         for name, pages in adapters.items():
             self.cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), START)
         self.counters = SchedulerCounters()
-        self.queue = MultiLevelQueue(total, PromptPages(self.cache, page_tokens=1), 5.0, self.counters)
+        needs, planner = PromptPages(self.cache, page_tokens=1), LevelPlanner(total, 5.0, self.counters)
+        self.queue = MultiLevelQueue(needs, self.counters, planner)
         if quotas:
             self.queue.bounds, self.queue.levels = list(bounds), [Level(quota) for quota in quotas]
         self.running: list[Request] = []

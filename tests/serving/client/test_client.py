@@ -256,12 +256,12 @@ def test_a_server_that_starts_after_the_first_attempt_is_reached(monkeypatch, un
     flaky = Flaky(grpc.StatusCode.UNAVAILABLE, 0)
     with contextlib.ExitStack() as stack:
 
-        def pause_after(attempts, error, pause_after=Attempts.pause_after):
+        def pause_or_raise(attempts, error, pause_or_raise=Attempts.pause_or_raise):
             if not attempts.again:
                 stack.enter_context(served(flaky, port))
-            return pause_after(attempts, error)
+            return pause_or_raise(attempts, error)
 
-        monkeypatch.setattr(Attempts, "pause_after", pause_after)
+        monkeypatch.setattr(Attempts, "pause_or_raise", pause_or_raise)
         unload(f"127.0.0.1:{port}", retries=2)
         assert flaky.calls == 1
 
@@ -290,9 +290,14 @@ def test_attempts_end_with_the_timeout():
         def code(self):
             return grpc.StatusCode.UNAVAILABLE
 
+        def details(self):
+            return "lost"
+
         def trailing_metadata(self):
             return (("retry-after", "3"),)
 
-    assert Attempts(5, timeout=1.0).pause_after(Lost()) is None  # the timeout would have passed by then
-    assert Attempts(5, timeout=None).pause_after(Lost()) >= 1.5
-    assert Attempts(0, timeout=None).pause_after(Lost()) is None
+    with pytest.raises(Unavailable, match="lost"):
+        Attempts(5, timeout=1.0).pause_or_raise(Lost())  # the timeout would have passed by then
+    assert Attempts(5, timeout=None).pause_or_raise(Lost()) >= 1.5
+    with pytest.raises(Unavailable, match="lost"):
+        Attempts(0, timeout=None).pause_or_raise(Lost())

@@ -145,7 +145,7 @@ def test_a_full_queue(http, shared_llm, monkeypatch):
 
 
 def test_draining(http, shared_llm, monkeypatch):
-    monkeypatch.setattr(shared_llm, "_draining", True)
+    monkeypatch.setattr(shared_llm, "draining", True)
     for response in (
         http.get("/health"),
         http.get("/health/ready"),

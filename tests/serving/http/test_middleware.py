@@ -43,7 +43,7 @@ def test_head_of_errors(http, path, status):
 
 
 def test_head_reports_readiness(http, shared_llm, monkeypatch):
-    monkeypatch.setattr(shared_llm, "_draining", True)
+    monkeypatch.setattr(shared_llm, "draining", True)
     assert (http.head("/health").status_code, http.head("/health/live").status_code) == (503, 200)
 
 

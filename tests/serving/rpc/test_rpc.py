@@ -219,7 +219,7 @@ def test_status_codes_of_engine_errors(inference, shared_llm, monkeypatch, raise
 
 
 def test_draining(inference, control, shared_llm, monkeypatch):
-    monkeypatch.setattr(shared_llm, "_draining", True)
+    monkeypatch.setattr(shared_llm, "draining", True)
     assert refused(inference.Generate, asked()).code() is Code.UNAVAILABLE
     load = messages.LoadLoraRequest(lora_name="x", source_path="a0")
     assert refused(control.LoadLora, load).code() is Code.UNAVAILABLE

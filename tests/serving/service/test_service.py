@@ -320,6 +320,6 @@ def test_a_full_disk_keeps_adapters_in_memory(shared_llm, tmp_path, monkeypatch,
 
 
 def test_nothing_is_loaded_while_the_server_drains(service, monkeypatch):
-    monkeypatch.setattr(service.llm, "_draining", True)
+    monkeypatch.setattr(service.llm, "draining", True)
     with pytest.raises(Draining):
         asyncio.run(service.load_lora("x", "a0"))
