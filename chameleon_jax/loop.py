@@ -88,7 +88,7 @@ class ServingLoop:
         self.cache = AdapterCache(self.pool, get_system(config.system).eviction, self._forget_adapter)
         self.adapters = AdapterRegistry(self.cache, clock, self._largest_need)
         predictor = predictor or HistoryPredictor(config.predicted_output_len)
-        self.scheduler = Scheduler(config, page_tokens, self.pool, self.cache, predictor, shapes)
+        self.scheduler = Scheduler(config, page_tokens, self.cache, predictor, shapes)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
         self.awaits_load = False

@@ -20,8 +20,12 @@ Queries = Float[Array, "tiles tile_tokens heads head_dim"]
 """Queries of a step, by tiles, or the values that they attend to."""
 Tables = Int[Array, "tiles width"]
 """Block table of each tile's sequence."""
-PerTile = Int[Array, " tiles"]
+Tiles = Int[Array, " tiles"]
 """A number for each tile."""
+KeyValues = Float[Array, "tokens kv_heads head_dim"]
+"""Keys or values of a step's tokens."""
+Tokens = Int[Array, " tokens"]
+"""A number for each token."""
 
 Inputs = Float[Array, "tokens d_in"]
 """Inputs of the matrices that an adapter changes."""

@@ -40,7 +40,7 @@ def measure(system: str, running: int, queued: int, adapters: int, steps: int = 
     config = EngineConfig(system=system, max_num_seqs=running, max_num_batched_tokens=2048)
     cache = AdapterCache(pool, get_system(system).eviction)
     shapes = StepBuckets(running, config.max_num_batched_tokens, 1, max(RANKS), 1).prefill_shapes
-    scheduler = Scheduler(config, 16, pool, cache, HistoryPredictor(64), shapes)
+    scheduler = Scheduler(config, 16, cache, HistoryPredictor(64), shapes)
     for i in range(adapters):
         pages = RANKS[i % len(RANKS)] // 4
         cache.add(AdapterInfo(f"a{i}", RANKS[i % len(RANKS)], pages, pages << 23), now)

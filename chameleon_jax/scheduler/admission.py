@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterTier
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 
 MAX_LOADS = 4
@@ -32,7 +31,6 @@ class AdmissionBatch:
     The batch grows while everything in it fits the pool together.
 
     Attributes:
-        pool: free pages.
         cache: adapters in the pool, some of which can be evicted.
         slots: requests that may start.
         prompt_room: prompt work that the next step still has room for, in tokens or seconds. The request that uses it up is the
@@ -48,7 +46,6 @@ class AdmissionBatch:
         keep: content hashes of idle adapters that the batch uses, so that they must not be evicted for it.
     """
 
-    pool: PagePool
     cache: AdapterCache
     slots: int
     prompt_room: float
@@ -65,7 +62,7 @@ class AdmissionBatch:
 
     def room(self) -> int:
         """Pages that are free or can be freed beyond those the batch needs."""
-        return self.pool.num_free + self.cache.idle_pages - self._kept_pages - self.pages - self._held_pages
+        return self.cache.pool.num_free + self.cache.idle_pages - self._kept_pages - self.pages - self._held_pages
 
     def try_admit(self, request: Request, kv_pages: int) -> Verdict:
         """Add a request to the batch if it fits.

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterTier
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.admission import MAX_LOADS
 from chameleon_jax.scheduler.plan import StepPlan
@@ -31,17 +30,13 @@ class Prefetcher:
     """Loads adapters for waiting requests and, if asked to, for expected ones.
 
     Args:
-        pool: free pages.
-        cache: the adapters.
+        cache: the adapters, and their pool.
         wanted: content hashes of waiting requests' adapters, kept up to date by the owner.
         counters: `prefetches` and `cancelled_loads` are counted here.
         predicts: load adapters that are likely to be used soon, too.
     """
 
-    def __init__(
-        self, pool: PagePool, cache: AdapterCache, wanted: Mapping[str, int], counters: SchedulerCounters, predicts: bool
-    ):
-        self._pool = pool
+    def __init__(self, cache: AdapterCache, wanted: Mapping[str, int], counters: SchedulerCounters, predicts: bool):
         self._cache = cache
         self._wanted = wanted
         self._counters = counters
@@ -108,7 +103,7 @@ class Prefetcher:
         absent = (e.info.content_hash for e in self._cache.entries() if e.tier is AdapterTier.HOST and not e.removed)
         for adapter in predictor.candidates(absent, now):
             pages = self._cache.entry(adapter).info.num_pages
-            if self._cache.num_loading >= MAX_LOADS or not self._pool.can_allocate(pages + num_running):
+            if self._cache.num_loading >= MAX_LOADS or not self._cache.pool.can_allocate(pages + num_running):
                 return
             plan.loads.append((adapter, self._cache.begin_load(adapter)))
             self._counters.prefetches += 1

@@ -12,7 +12,6 @@ from array import array
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterTier
-from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.admission import AdmissionBatch
@@ -43,24 +42,17 @@ class Scheduler:
     Args:
         config: limits, targets and the system.
         page_tokens: tokens of a page.
-        pool: free pages.
-        cache: the adapters.
+        cache: the adapters, and the pool that they share with KV.
         predictor: predictor of output lengths.
         shapes: sizes in which the device prefills.
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        page_tokens: int,
-        pool: PagePool,
-        cache: AdapterCache,
-        predictor: LengthPredictor,
-        shapes: PrefillShapes,
+        self, config: EngineConfig, page_tokens: int, cache: AdapterCache, predictor: LengthPredictor, shapes: PrefillShapes
     ):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
-        self._pool = pool
+        self._pool = cache.pool
         self._cache = cache
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
@@ -79,7 +71,7 @@ class Scheduler:
         self._waiting = WaitingSet()
         self._running = RunningSet(page_tokens, config.max_num_batched_tokens, shapes, self.system.whole_prompts)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._prefetcher = Prefetcher(pool, cache, self._waiting.adapters, self.counters, self.system.prefetch_predicted)
+        self._prefetcher = Prefetcher(cache, self._waiting.adapters, self.counters, self.system.prefetch_predicted)
         self._steps_to_admission = 0
 
     def _make_policy(self, config: EngineConfig) -> QueuePolicy:
@@ -180,7 +172,7 @@ class Scheduler:
             room = self._running.step_tokens * self.system.admission_interval
             room -= self._running.prompts_left(lambda request, tokens: tokens)
             prompt_of = _known_tokens
-        return AdmissionBatch(self._pool, self._cache, len(self._slots), room, prompt_of, self.system.overlap_loads)
+        return AdmissionBatch(self._cache, len(self._slots), room, prompt_of, self.system.overlap_loads)
 
     def _start_batch(self, batch: AdmissionBatch, plan: StepPlan, now: float) -> None:
         if batch.pages and not self._cache.reserve(batch.pages, now, keep=batch.keep, wanted=self._waiting.adapters):

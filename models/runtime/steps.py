@@ -31,7 +31,7 @@ from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from chameleon_jax.models.shapes import Block, Inputs, Outputs, PageIds, Pool, Pools, SlotTokens
+    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens
 
 DECODE_TILE = 1
 """Tokens of a tile in decode."""
@@ -120,10 +120,7 @@ def forward(
     tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens.at[slots].get(**INSIDE), tile_tokens), inputs.tokens)
 
     def attend(
-        q: Float[Array, "tokens heads head_dim"],
-        k: Float[Array, "tokens kv_heads head_dim"],
-        v: Float[Array, "tokens kv_heads head_dim"],
-        pages: Pool,
+        q: Float[Array, "tokens heads head_dim"], k: KeyValues, v: KeyValues, pages: Pool
     ) -> tuple[Float[Array, "tokens heads head_dim"], Pool]:
         pages = write_kv(pages, k, v, page_ids, page_slots)
         tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])

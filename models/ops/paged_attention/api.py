@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from chameleon_jax.models.ops.paged_attention import blocked, reference, triton
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
-
-    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
+    from chameleon_jax.models.shapes import KeyValues, Pool, Queries, Tables, Tiles, Tokens
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.paged_attention,
@@ -24,14 +22,7 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def paged_attention(
-    q: Queries,
-    pages: Pool,
-    block_tables: Tables,
-    starts: PerTile,
-    counts: PerTile,
-    *,
-    num_kv_heads: int,
-    backend: str = "blocked",
+    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int, backend: str = "blocked"
 ) -> Queries:
     """Attend causally from tiles of new tokens to everything that their sequences have in the pool.
 
@@ -56,13 +47,7 @@ def paged_attention(
     return BACKENDS[backend](q, pages, block_tables, starts, counts, num_kv_heads=num_kv_heads)
 
 
-def write_kv(
-    pages: Pool,
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    page_ids: Int[Array, " tokens"],
-    slots: Int[Array, " tokens"],
-) -> Pool:
+def write_kv(pages: Pool, k: KeyValues, v: KeyValues, page_ids: Tokens, slots: Tokens) -> Pool:
     """Write new tokens' keys and values into their pages, in place where `pages` is donated.
 
     Args:

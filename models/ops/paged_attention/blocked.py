@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
+    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
 
 BLOCK_TOKENS = 64
 """Tokens of a sequence handled in one iteration."""
@@ -24,7 +24,7 @@ GROUP_QUERIES = 8
 
 
 def paged_attention(
-    q: Queries, pages: Pool, block_tables: Tables, starts: PerTile, counts: PerTile, *, num_kv_heads: int
+    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int
 ) -> Queries:
     """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape

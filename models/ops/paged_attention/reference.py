@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
+    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
 
 
 def paged_attention(
-    q: Queries, pages: Pool, block_tables: Tables, starts: PerTile, counts: PerTile, *, num_kv_heads: int
+    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int
 ) -> Queries:
     """Attend as in `api.paged_attention`."""
     tiles, tile_tokens, heads, head_dim = q.shape

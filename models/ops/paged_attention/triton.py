@@ -31,7 +31,7 @@ from chameleon_jax.models.ops import pallas_triton as pt
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
-    from chameleon_jax.models.shapes import PerTile, Pool, Queries, Tables
+    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
 
 BLOCK_BYTES = 128
 """Bytes of one lane of a head in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and larger
@@ -96,14 +96,7 @@ class Shares:
 
 
 def paged_attention(
-    q: Queries,
-    pages: Pool,
-    block_tables: Tables,
-    starts: PerTile,
-    counts: PerTile,
-    *,
-    num_kv_heads: int,
-    interpret: bool = False,
+    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int, interpret: bool = False
 ) -> Queries:
     """Attend as in `api.paged_attention`. `interpret` runs the kernels without a GPU."""
     tiles, tile_tokens, heads, head_dim = q.shape

@@ -20,7 +20,7 @@ def request(number: int, prompt: int = 4, adapter: str | None = None) -> Request
 
 
 def make_batch(cache: AdapterCache, slots: int = 100, prompt_room: float = 1e9, overlap_loads: bool = False) -> AdmissionBatch:
-    return AdmissionBatch(cache.pool, cache, slots, prompt_room, lambda r: r.num_known, overlap_loads)
+    return AdmissionBatch(cache, slots, prompt_room, lambda r: r.num_known, overlap_loads)
 
 
 def make_cache(num_pages: int, **adapters: tuple[int, str]) -> AdapterCache:

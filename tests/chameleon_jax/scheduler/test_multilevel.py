@@ -50,7 +50,7 @@ class Order:
         self.running: list[Request] = []
 
     def admit(self, now: float = START, slots: int = 100) -> list[int]:
-        batch = AdmissionBatch(self.cache.pool, self.cache, slots, 1e9, lambda r: r.num_known, overlap_loads=False)
+        batch = AdmissionBatch(self.cache, slots, 1e9, lambda r: r.num_known, overlap_loads=False)
         self.queue.admit(batch, self.running, now)
         assert self.cache.reserve(batch.pages, now, keep=batch.keep)
         for adapter in batch.loads:

@@ -32,7 +32,7 @@ def make_scheduler(system: str, num_pages: int = 40, max_num_seqs: int = 1, **ad
     for name, pages in adapters.items():
         cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), 0.0)
     config = EngineConfig(system=system, max_num_seqs=max_num_seqs)
-    return Scheduler(config, 4, pool, cache, predictor, ANY_SIZE), predictor
+    return Scheduler(config, 4, cache, predictor, ANY_SIZE), predictor
 
 
 def add(scheduler: Scheduler, number: int, adapter: str | None = None, prompt: int = 4, output: int = 40) -> Request:
