@@ -33,7 +33,7 @@ class PackedAdapter:
     block: PinnedBlock
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class AdapterPacker:
     """Reads and packs adapters for one engine. Thread-safe, and changes nothing in the engine.
 
