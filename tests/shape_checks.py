@@ -20,6 +20,7 @@ def switch_on() -> None:
     """Have DEVICE_MODULES check their shapes; to be called before any of them is imported."""
     if not INSTALLED:
         return
+    import beartype  # noqa: F401 (before the builtins grow: it takes the classes that it finds there for Python's own)
     import jaxtyping
 
     from chameleon_jax.models import shapes

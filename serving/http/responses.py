@@ -23,7 +23,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class Choice(BaseModel):
-    """Choice of an answer. `stop_reason` is the stop string or token id that ended it."""
+    """Fields of a choice of either kind of answer."""
 
     index: int
     finish_reason: FinishReason
@@ -31,6 +31,8 @@ class Choice(BaseModel):
 
 
 class Answer(BaseModel):
+    """Fields of either kind of answer."""
+
     id: str
     created: int
     model: str
@@ -38,6 +40,8 @@ class Answer(BaseModel):
 
 
 class CompletionChoice(Choice):
+    """Choice of a completion. `stop_reason` is the stop string or token id that ended it."""
+
     text: str
     logprobs: CompletionLogprobs | None = None
 
