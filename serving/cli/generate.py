@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from chameleon_jax.checks import require
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli.options import (
     DEFAULT_GENERATION_CONFIG,
     DEFAULT_SYSTEM,
@@ -61,8 +62,8 @@ def generate(
     with errors():
         SamplingParams(**given)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
-    settings |= {"system": system, "generation_config": generation_config}
-    with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **settings) as llm:
+    settings |= {"system": system, "generation_config": generation_config, "compile_ahead": False}
+    with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)
         requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
@@ -84,7 +85,8 @@ def bench(
     num_requests: Annotated[int, Option(help="Requests, all submitted at once.")] = 16,
     prompt_len: Annotated[int, Option(help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, Option(help="Tokens of each output.")] = 64,
-    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = 32,
+    max_num_seqs: Annotated[int, Option(help="Requests that run at once.")] = EngineConfig.max_num_seqs,
+    max_num_batched_tokens: Annotated[int, Option(help="Prompt tokens of one step.")] = EngineConfig.max_num_batched_tokens,
     dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
     load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = "auto",
     system: SystemName = DEFAULT_SYSTEM,
@@ -103,7 +105,8 @@ def bench(
         for field, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):
             require(value >= 1, field, value, "1 or more")
     adapters = named_adapters(lora_modules)
-    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": prompt_len + output_len}
+    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    settings["max_model_len"] = prompt_len + output_len
     settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}
     settings["progress"] = progress
     with errors(), LLM(model, **settings) as llm:

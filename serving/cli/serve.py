@@ -74,6 +74,9 @@ def serve(
     enable_lora: Annotated[
         bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
     ] = True,
+    compile_ahead: Annotated[
+        bool, Option(help="Compile every program before the first request. Without, early requests wait for theirs.")
+    ] = True,
     dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = ENGINE.dtype,
     load_format: Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")] = ENGINE.load_format,
     generation_config: GenerationConfig = DEFAULT_GENERATION_CONFIG,

@@ -51,6 +51,7 @@ def test_convert_to_orbax_and_back(model, tmp_path):
 def test_bench_reports_json(model, tmp_path):
     adapter = reference.save_adapter(tmp_path / "a", reference.CONFIGS["tied"], 4)
     options = ["--prompt-len", 20, "--output-len", 3, "--num-requests", 3, "--max-num-seqs", 2, "--json"]
+    options += ["--max-num-batched-tokens", 32]
     result = run("bench", model, "--lora-modules", f"a={adapter}", *options)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
@@ -151,6 +152,7 @@ FLAGS = {
     "gpu_memory_utilization": 0.5,
     "page_tokens": 8,
     "enable_lora": False,
+    "compile_ahead": False,
     "system": "fifo",
     "ttft_slo": 3.5,
     "tbt_slo": 0.25,
