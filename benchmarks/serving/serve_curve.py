@@ -24,7 +24,7 @@ from benchmarks.workload import Duration, LengthFactor, MaxInput, MaxOutput, Ran
 WARM_UP_SECONDS = 5.0
 """Seconds of the lowest load that are served before anything is measured."""
 LOADS = (5.0, 10.0, 15.0, 20.0)
-COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_s", "hit_rate", "loaded_mib", "squashes")
+COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_s", "hit_rate", "loaded_mib", "preemptions")
 
 
 def main(

@@ -299,7 +299,7 @@ def main(
                 "TBT p99 s": round(float(np.percentile(result.tbt, 99)), 3),
                 "hit rate": round(result.hit_rate, 3),
                 "GB loaded": round(result.bytes_loaded / 1e9, 1),
-                "squashes": result.squashes,
+                "preemptions": result.preemptions,
                 "wall s": round(result.wall_s, 2),
                 "tokens simulated a second": round((len(result.tbt) + len(result.ttft)) / result.wall_s),
             }
