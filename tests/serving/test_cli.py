@@ -9,8 +9,10 @@ import re
 import shlex
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from chameleon_jax import SamplingParams
@@ -39,6 +41,13 @@ def test_help_names_every_command():
     for command in ("generate", "finetune", "train-length-proxy", "convert", "bench"):
         assert command in result.output
         assert "Example: chameleon-jax" in run(command, "--help").output
+
+
+def test_every_option_and_argument_has_a_help_text():
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for option in command.params:
+            assert option.help and option.help.endswith("."), f"{option.opts} of {name} has no help text"
 
 
 def test_convert_to_orbax_and_back(model, tmp_path):
