@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -49,13 +50,18 @@ def main(words: Sequence[str]) -> int:
         return 0
     if name not in BENCHMARKS:
         return refuse("python -m benchmarks", f"no benchmark is named {name!r}; allowed: {', '.join(BENCHMARKS)}")
-    app = typer.Typer(add_completion=False)
-    app.command()(importlib.import_module(f"benchmarks.{BENCHMARKS[name][0]}").main)
     program = f"python -m benchmarks {name}"
     try:
-        return typer.main.get_command(app).main(options, program, standalone_mode=False) or 0
+        return command(name).main(options, program, standalone_mode=False) or 0
     except UsageError as error:
         return refuse(program, error.format_message())  # type: ignore[attr-defined]
+
+
+def command(name: str) -> Any:
+    """Make the command of a benchmark, with its arguments and options."""
+    app = typer.Typer(add_completion=False)
+    app.command()(importlib.import_module(f"benchmarks.{BENCHMARKS[name][0]}").main)
+    return typer.main.get_command(app)
 
 
 def refuse(program: str, why: str) -> int:

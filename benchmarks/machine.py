@@ -22,7 +22,7 @@ import typer
 
 Row = dict[str, Any]
 """Row of a table, by column."""
-Out = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
+Out = Annotated[Path | None, typer.Option(help="JSON file for the result (default: the result is only printed).")]
 DRIVER_SECONDS = 60.0
 """Patience with the GPU's driver; after it the machine counts as one without a GPU."""
 

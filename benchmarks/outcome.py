@@ -28,7 +28,7 @@ class Outcome:
         memory: `[samples, 4]`: time, pages of KV, pages of adapters, free pages.
         hit_rate: Share of requests whose adapter was there when their turn came, be it kept or loaded ahead of need.
         load_wait: Time for which steps were held back by loads.
-        squashes: Running requests sent back to wait, for memory or as bypassers.
+        preemptions: Running requests sent back to wait, for memory or as bypassers.
         finished_s: End of the last request.
     """
 
@@ -43,7 +43,7 @@ class Outcome:
     loads: int
     bytes_loaded: int
     load_wait: float
-    squashes: int
+    preemptions: int
     steps: int
     finished_s: float
 
@@ -95,7 +95,7 @@ class Recorder:
             "loads": counters.loads,
             "bytes_loaded": counters.bytes_loaded,
             "load_wait": loop.counters.load_wait_s,
-            "squashes": loop.scheduler.counters.preemptions,
+            "preemptions": loop.scheduler.counters.preemptions,
             "steps": loop.counters.steps,
             "finished_s": finished_s,
         }

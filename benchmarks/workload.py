@@ -51,20 +51,39 @@ REAL_HIT_RATES_SHUFFLED = {8: 0.10, 32: 0.29, 128: 0.61}
 _cdf, _inverse_cdf = np.vectorize(NormalDist().cdf, otypes=[float]), np.vectorize(NormalDist().inv_cdf, otypes=[float])
 
 
-Rps: TypeAlias = Annotated[float, typer.Option(help="Mean requests a second.")]
-Duration: TypeAlias = Annotated[float, typer.Option("--duration", help="Seconds in which requests arrive.")]
-LengthFactor: TypeAlias = Annotated[float, typer.Option(help="Scale of Azure's input and output tokens.")]
-MaxInput: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to which inputs are cut.")]
-MaxOutput: TypeAlias = Annotated[int | None, typer.Option(help="Tokens to which outputs are cut.")]
-Ranks: TypeAlias = Annotated[str, typer.Option(help="Comma-separated ranks; adapters take them in turn.")]
-AdapterExponent: TypeAlias = Annotated[float, typer.Option(help="Power law of popularity within a rank; 0 for equal shares.")]
-Locality: TypeAlias = Annotated[float, typer.Option(help="Probability of repeating a recent adapter.")]
-Arrivals: TypeAlias = Annotated[str, typer.Option(help=f"Gaps between arrivals: {', '.join(ARRIVALS)}.")]
-Shape: TypeAlias = Annotated[str, typer.Option(help=f"Rate over time: {', '.join(SHAPES)}.")]
-PeakFactor: TypeAlias = Annotated[float, typer.Option(help="Highest request rate divided by the lowest, for shapes that vary.")]
-SpikeShare: TypeAlias = Annotated[float, typer.Option(help="Share of the time that is a spike.")]
+Rps: TypeAlias = Annotated[float, typer.Option(help="Mean rate of arrivals, requests a second.")]
+Duration: TypeAlias = Annotated[float, typer.Option("--duration", help="Time in which requests arrive, seconds.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of the random workload; the same seed gives the same requests.")]
+LengthFactor: TypeAlias = Annotated[
+    float, typer.Option(help="Factor by which Azure's input and output lengths are multiplied.")
+]
+MaxInput: TypeAlias = Annotated[
+    int | None, typer.Option(help="Longest input, tokens; longer ones are cut (default: no limit).")
+]
+MaxOutput: TypeAlias = Annotated[
+    int | None, typer.Option(help="Longest output, tokens; longer ones are cut (default: no limit).")
+]
+NumAdapters: TypeAlias = Annotated[int, typer.Option(help="Adapters that requests name.")]
+Ranks: TypeAlias = Annotated[str, typer.Option(help="Ranks of the adapters, comma-separated; adapters take them in turn.")]
+AdapterExponent: TypeAlias = Annotated[
+    float, typer.Option(help="Exponent of the popularity of adapters within a rank; 0 gives equal shares.")
+]
+Locality: TypeAlias = Annotated[
+    float, typer.Option(help="Probability that a request names a recent request's adapter, 0 or more and below 1.")
+]
+Arrivals: TypeAlias = Annotated[str, typer.Option(help=f"Distribution of the gaps between arrivals: {', '.join(ARRIVALS)}.")]
+Shape: TypeAlias = Annotated[str, typer.Option(help=f"Rate of arrivals over time: {', '.join(SHAPES)}.")]
+PeakFactor: TypeAlias = Annotated[
+    float, typer.Option(help="Highest rate of arrivals divided by the lowest, for diurnal and spike.")
+]
+SpikeShare: TypeAlias = Annotated[float, typer.Option(help="Share of each period that is busy, 0 to 1, for spike.")]
 Trace: TypeAlias = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="CSV or CSV.gz with Azure's columns, for the lengths.")
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="CSV or CSV.gz with Azure's columns, to take lengths from (default: lengths are drawn as Azure's).",
+    ),
 ]
 
 
@@ -164,7 +183,7 @@ class Workload:
 
 
 def generate(spec: WorkloadSpec) -> Workload:
-    """SamplingRow a workload; the same spec gives the same one."""
+    """Draw a workload; the same spec gives the same one."""
     start_rng, gap_rng, length_rng, adapter_rng = np.random.default_rng(spec.seed).spawn(4)
     trace = None
     if spec.trace is not None:
@@ -311,21 +330,24 @@ def rank_list(text: str) -> tuple[int, ...]:
 def main(
     rps: Rps,
     duration_s: Duration,
-    seed: int = 0,
+    seed: Seed = 0,
     length_factor: LengthFactor = 1.0,
     max_input: MaxInput = None,
     max_output: MaxOutput = None,
-    num_adapters: int = 100,
+    num_adapters: NumAdapters = 100,
     ranks: Ranks = "8,16,32,64,128",
-    rank_exponent: Annotated[float, typer.Option(help="Power law of popularity over ranks; 0 for equal shares.")] = 0.0,
+    rank_exponent: Annotated[float, typer.Option(help="Exponent of the popularity of ranks; 0 gives equal shares.")] = 0.0,
     adapter_exponent: AdapterExponent = 1.0,
     locality: Locality = 0.0,
     arrivals: Arrivals = "poisson",
-    cv: Annotated[float, typer.Option(help="Coefficient of variation of gamma gaps.")] = 1.0,
+    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, 0.01 to 100, for gamma.")] = 1.0,
     shape: Shape = "flat",
     peak_factor: PeakFactor = 3.0,
     spike_share: SpikeShare = 0.1,
-    period_s: Annotated[float | None, typer.Option("--period", help="Seconds of one cycle; default: the duration.")] = None,
+    period_s: Annotated[
+        float | None,
+        typer.Option("--period", help="Length of one cycle, seconds, for diurnal and spike (default: the duration)."),
+    ] = None,
     trace: Trace = None,
 ) -> None:
     """Print the statistics of a workload beside the statistics of Azure's trace.

@@ -11,7 +11,7 @@ from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
 
-COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization")
+COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization", "compile_ahead")
 """Settings that a restart of the engine cannot change."""
 LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
 """Settings that a restart can lower: programs are compiled for their first values."""
@@ -39,6 +39,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory for weights, pool and scratch, in (0, 1] (default 0.9).
         page_tokens: least tokens of a page (default 16).
         enable_lora: False compiles no adapter programs and refuses adapters (default True).
+        compile_ahead: True (default) compiles every program before the first request. False compiles a program when a step
+            first needs it: the engine starts in seconds, and early requests wait for their programs.
         system: policies that serve: a name in `systems.SYSTEMS` (default "chameleon-plus"), or a `systems.System`.
         ttft_slo: target for the time to first token, in seconds (default 5).
         tbt_slo: target for the time between tokens, in seconds (default 0.15).
@@ -62,6 +64,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     page_tokens: int = 16
     enable_lora: bool = True
+    compile_ahead: bool = True
     system: str | System = "chameleon-plus"
     ttft_slo: float = 5.0
     tbt_slo: float = 0.15

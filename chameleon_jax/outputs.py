@@ -46,7 +46,7 @@ class RequestMetrics:
         first_scheduled_time: it first started to run.
         first_token_time: its first token was sampled and collected.
         finished_time: it ended.
-        num_squashes: times that it was preempted and recomputed, for memory, as a bypasser, or because the device failed.
+        num_preemptions: times that it was preempted and recomputed, for memory, as a bypasser, or because the device failed.
         num_faults: failures of the device that it outlived.
         adapter_was_resident: whether its adapter was in the pool when its turn came; None without an adapter or a turn.
         adapter_awaited_since: its turn first came while its adapter was not in the pool and others could pass.
@@ -57,7 +57,7 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    num_squashes: int = 0
+    num_preemptions: int = 0
     num_faults: int = 0
     adapter_was_resident: bool | None = None
     adapter_awaited_since: float | None = None

@@ -103,6 +103,7 @@ class LLMEngine:
             self.dtype,
             progress,
             memory_limit=None if stats is None else stats["bytes_limit"],
+            ahead=config.compile_ahead,
         )
         self.built = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)

@@ -14,7 +14,13 @@ from chameleon_jax.config import COMPILED, EngineConfig
 from chameleon_jax.serving.engine import LLMEngine
 
 SETTINGS: dict[str, Any] = dict(
-    dtype="float32", max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_pages=1200, max_queue_len=64
+    dtype="float32",
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    num_pages=1200,
+    max_queue_len=64,
+    compile_ahead=False,
 )
 """Settings of an engine that a test borrows, where the test gives no others."""
 

@@ -59,8 +59,8 @@ def test_a_dummy_model_generates():
     program = """
 from chameleon_jax import LLM, AsyncLLM, SamplingParams
 
-settings = dict(enable_lora=False, max_model_len=64, max_num_seqs=1, max_num_batched_tokens=32, num_pages=28)
-with LLM("tiny", load_format="dummy", progress=lambda done, total: None, **settings) as llm:
+settings = dict(enable_lora=False, max_model_len=64, max_num_seqs=1, max_num_batched_tokens=32, compile_ahead=False)
+with LLM("tiny", load_format="dummy", **settings) as llm:
     [output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
 print(len(output.outputs[0].token_ids))
 """

@@ -38,7 +38,7 @@ class Arrival(NamedTuple):
 
 
 def arrivals(count: int, rate: float, names: list[str], seed: int) -> list[Arrival]:
-    """SamplingRow requests in order of arrival; every name first answers SHOWN_PROMPT, so that the texts can be compared."""
+    """Draw requests in order of arrival; every name first answers SHOWN_PROMPT, so that the texts can be compared."""
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1 / rate, count))
     plan = []
@@ -126,9 +126,9 @@ def _times(group: list[Request]) -> list[str]:
 
 
 def main(
-    requests: int = 48,
-    rate: Annotated[float, typer.Option(help="Requests a second.")] = 2.0,
-    seed: int = 0,
+    requests: Annotated[int, typer.Option(help="Requests to serve.")] = 48,
+    rate: Annotated[float, typer.Option(help="Mean rate of arrivals, requests a second.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, models and arrival times.")] = 0,
 ) -> None:
     """Serve a stream of requests with one model and four adapters."""
     console = Console()

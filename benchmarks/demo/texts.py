@@ -14,6 +14,9 @@ import sysconfig
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 
 def _sdist(requirement: str, folder: Path) -> tarfile.TarFile:
@@ -59,7 +62,7 @@ def python_source(folder: Path) -> str:
     return "\n\n".join((library / f"{module}.py").read_text() for module in modules)
 
 
-def main(out: Path) -> None:
+def main(out: Annotated[Path, typer.Argument(help="Directory for the texts, one file each; made where absent.")]) -> None:
     """Write the public-domain texts that the demo's adapters are trained on."""
     out.mkdir(parents=True, exist_ok=True)
     for source in (shakespeare, king_james, devils_dictionary, python_source):

@@ -18,15 +18,30 @@ from benchmarks.device.scale import FULL, SCALES
 
 
 def main(
-    plan: Annotated[bool, typer.Option("--plan", help="Print the three calls and exit.")] = False,
-    call: Annotated[int | None, typer.Option(metavar="N", help="Run one of the plan's calls.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results.")] = None,
-    cache: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Folder of an earlier call, repeatable.")] = None,
-    sections: Annotated[str | None, typer.Option(help="Comma-separated sections, instead of --call (default: all).")] = None,
-    small: Annotated[bool, typer.Option("--small", help="Run a tiny model, as a machine without a GPU does anyway.")] = False,
-    budget: Annotated[float, typer.Option(help="Seconds that the call may take.")] = CALL_SECONDS,
-    worker: Annotated[float | None, typer.Option(hidden=True)] = None,
-    report: Annotated[str, typer.Option(hidden=True)] = "device",
+    plan: Annotated[bool, typer.Option("--plan", help="Print the commands of the three calls and exit.")] = False,
+    call: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Number of the call to run, 1 to {len(CALLS)} (default: run --sections).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory for the results (no default; only --plan does without).")
+    ] = None,
+    cache: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory of an earlier call, for its programs and measured ceilings; repeat for several (default: none).",
+        ),
+    ] = None,
+    sections: Annotated[
+        str | None,
+        typer.Option(help=f"Sections to run, comma-separated, without --call (default: all): {', '.join(SECTIONS)}."),
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help="Measure a tiny model. A machine without a GPU always does.")] = False,
+    budget: Annotated[float, typer.Option(help="Time that the call may take, seconds.")] = CALL_SECONDS,
+    worker: Annotated[
+        float | None, typer.Option(hidden=True, help="Run in this process until this Unix time, seconds (default: in workers).")
+    ] = None,
+    report: Annotated[str, typer.Option(hidden=True, help="Name of the JSON file of a worker.")] = "device",
 ) -> int:
     """Check and measure everything on one GPU, in three calls of ten minutes.
 

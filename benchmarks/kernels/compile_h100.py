@@ -170,9 +170,9 @@ def step_row(model: Model, name: str, tiles: int, tile_tokens: int, adapted: int
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A preset's name.")] = "llama-7b",
+    model: Annotated[str, typer.Option(help="Model to compile, by the name of its preset.")] = "llama-7b",
     start_up: Annotated[
-        bool, typer.Option("--start-up", help="Only trace and lower all programs, and print the time.")
+        bool, typer.Option("--start-up", help="Trace and lower all programs, compile none, and print the time.")
     ] = False,
     out: Out = None,
 ) -> None:

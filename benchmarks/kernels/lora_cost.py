@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import typer
 
 from benchmarks.machine import Out, describe, publish, read_bandwidth
 from chameleon_jax.models.config import PRESETS, TARGETS
@@ -116,7 +118,13 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     return {"rows": rows, "context": context, "read_gb_per_s": round(bandwidth / 1e9, 1), "table": table}
 
 
-def main(rows: int = 32, context: int = 192, rounds: int = 7, steps: int = 5, out: Out = None) -> None:
+def main(
+    rows: Annotated[int, typer.Option(help="Requests that decode in a step.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens that each request has before the step.")] = 192,
+    rounds: Annotated[int, typer.Option(help="Measurements of each case, of which the median counts.")] = 7,
+    steps: Annotated[int, typer.Option(help="Decode steps that a measurement times.")] = 5,
+    out: Out = None,
+) -> None:
     """Measure the cost of adapters in a decode step on this machine."""
     print(f"devices: {jax.devices()}")
     enable_compilation_cache()

@@ -75,10 +75,12 @@ def generate(program: Path, url: str, model: str, tokenizer: Path, shape: dict[s
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="Requests to each of the five models.")] = 200,
-    streams: int = 16,
-    prompt_tokens: int = 48,
-    output_tokens: int = 24,
+    requests: Annotated[
+        int, typer.Option(help="Requests to each of the five models: the base model and the demo's four adapters.")
+    ] = 200,
+    streams: Annotated[int, typer.Option(help="Requests in flight at once.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 48,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each output.")] = 24,
     out: Out = None,
 ) -> None:
     """Put a public load generator, guidellm, on the HTTP server."""

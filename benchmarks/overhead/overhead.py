@@ -157,13 +157,17 @@ def table(closed: Outcomes, opened: Outcomes, tokens: int) -> list[dict[str, Any
 
 
 def main(
-    model: str = "smollm2-135m",
-    load_format: Annotated[str, typer.Option(help="`dummy` gives a preset random weights.")] = "auto",
-    requests: int = 96,
-    concurrency: int = 32,
-    output_len: int = 32,
-    passes: int = 5,
-    device_step: Annotated[float | None, typer.Option(help="Seconds of every step, on a device that only waits.")] = None,
+    model: Annotated[str, typer.Option(help="Preset, GGUF file, Hugging Face or Orbax directory, or hub id.")] = "smollm2-135m",
+    load_format: Annotated[
+        str, typer.Option(help="auto reads the checkpoint; dummy draws random weights and serves no adapters.")
+    ] = "auto",
+    requests: Annotated[int, typer.Option(help="Requests in a pass.")] = 96,
+    concurrency: Annotated[int, typer.Option(help="Requests that run at once, at most.")] = 32,
+    output_len: Annotated[int, typer.Option(help="Output tokens of each request.")] = 32,
+    passes: Annotated[int, typer.Option(help="Passes measured for each way: the bare loop, HTTP and gRPC.")] = 5,
+    device_step: Annotated[
+        float | None, typer.Option(help="Time of every step, seconds, on a device that only waits (default: the real device).")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Measure the cost of HTTP and gRPC beside the bare serving loop."""

@@ -95,7 +95,9 @@ def measure(system: str, running: int, queued: int, adapters: int, steps: int = 
 
 
 def main(
-    system: Annotated[list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(SYSTEMS)}.")] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help=f"System to measure; repeat for several (default: {', '.join(SYSTEMS)}).")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Measure the processor time of scheduler and cache for one step."""

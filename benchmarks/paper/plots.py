@@ -41,7 +41,7 @@ def grid(columns: int = 1, rows: int = 1, title: str = "", panel: tuple[float, f
 def curves(
     axis: Any, x: Sequence[float], lines: Mapping[str, Sequence[Estimate | float]], xlabel: str, ylabel: str, log: bool = False
 ) -> None:
-    """SamplingRow one line a name, in the colour of the system with which the name starts."""
+    """Draw one line a name, in the colour of the system with which the name starts."""
     for i, (name, values) in enumerate(lines.items()):
         y = [value.value if isinstance(value, Estimate) else value for value in values]
         marker = MARKERS[i % len(MARKERS)] if len(y) < 30 else ""
@@ -59,7 +59,7 @@ def bars(
     ylabel: str,
     log: bool = False,
 ) -> None:
-    """SamplingRow a group of bars for each element of `groups`, with one bar a name.
+    """Draw a group of bars for each element of `groups`, with one bar a name.
 
     Whiskers are 95 % intervals. They are drawn if all are shorter than the tallest bar, which is rare with two seeds.
     """

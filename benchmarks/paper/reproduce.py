@@ -115,12 +115,18 @@ def _footer(result: dict[str, Any]) -> str:
 
 
 def main(
-    figure: Annotated[list[str] | None, typer.Option(help=f"Figure, repeatable (default: all): {', '.join(FIGURES)}.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two seeds, fewer loads, shorter runs.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 5, with --quick 2).")] = None,
+    figure: Annotated[
+        list[str] | None, typer.Option(help=f"Figure to make; repeat for several (default: all): {', '.join(FIGURES)}.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Take fewer loads and shorter runs, and two seeds where --seeds is not given.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Workloads to simulate for each point (default: 5, with --quick 2).")
+    ] = None,
     trace: Trace = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = OUT,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one a core).")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for tables, figures and the JSON file.")] = OUT,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that simulate (default: one for each core).")] = None,
 ) -> None:
     """Reproduce the figures of the Chameleon paper in simulation.
 

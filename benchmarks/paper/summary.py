@@ -45,7 +45,7 @@ def summarize(result: Result, timeline: bool = False) -> Summary:
         "adapter_wait_p99": _percentile(result.adapter_wait, 99),
         "hit_rate": result.hit_rate,
         "loads": result.loads,
-        "squash_share": result.squashes / len(ttft),
+        "preemption_share": result.preemptions / len(ttft),
         "device_busy": result.device_busy / result.finished_s,
         "link_busy": result.link_busy / result.finished_s,
         "requests": len(ttft),

@@ -154,9 +154,13 @@ def table(workloads: list[dict], passes: dict[str, list[dict]], floors: dict[str
 
 
 def main(
-    passes: int = 3,
-    peer: Annotated[list[str] | None, typer.Option(help=f"Peer, repeatable (default: all): {', '.join(PEERS)}.")] = None,
-    environments: Annotated[Path, typer.Option(help="Folder of the peers' environments.")] = Path(".cache/peers"),
+    passes: Annotated[int, typer.Option(help="Measurements of each system, of which the best counts.")] = 3,
+    peer: Annotated[
+        list[str] | None, typer.Option(help=f"System to compare with; repeat for several (default: all): {', '.join(PEERS)}.")
+    ] = None,
+    environments: Annotated[
+        Path, typer.Option(help="Directory for the Python environments of the peers, which are made where absent.")
+    ] = Path(".cache/peers"),
     out: Out = None,
 ) -> None:
     """Compare CPU throughput with vLLM and with transformers + peft."""

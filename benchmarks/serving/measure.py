@@ -79,7 +79,7 @@ def summarise(outcome: Outcome, ttft_slo: float) -> dict[str, float]:
         "hit_rate": outcome.hit_rate,
         "loaded_mib": outcome.bytes_loaded / 2**20,
         "load_wait_s": outcome.load_wait,
-        "squashes": outcome.squashes,
+        "preemptions": outcome.preemptions,
         "steps": outcome.steps,
         "finished_s": outcome.finished_s,
     }

@@ -13,7 +13,7 @@ from benchmarks.outcome import Outcome
 def draw(
     measured: dict[str, list[Outcome]], predicted: dict[str, list[Outcome]], mib_per_page: float, title: str, file: Path
 ) -> None:
-    """SamplingRow the TTFT's distribution by system over all runs, and the memory of each system's first run."""
+    """Draw the TTFT's distribution by system over all runs, and the memory of each system's first run."""
     systems = list(measured)
     rows = 1 + len(systems)
     figure = Figure(figsize=(9, 3.4 + 1.7 * len(systems)), layout="tight")

@@ -20,7 +20,7 @@ from benchmarks import workload
 from benchmarks.machine import Out, describe, publish
 from benchmarks.serving import comparison
 from benchmarks.serving.engine import ATTENTION, BenchmarkEngine
-from benchmarks.serving.options import LoraHostGib, MaxNumBatchedTokens, NumPages, TbtSlo, TtftSlo
+from benchmarks.serving.options import LoraHostGib, MaxNumBatchedTokens, MaxNumSeqs, NumPages, TbtSlo, TtftSlo
 from benchmarks.simulator.calibration import STEP_TERMS
 from benchmarks.simulator.simulate import Predictor
 from chameleon_jax.systems import get_system
@@ -36,16 +36,16 @@ def main(
         ),
     ] = "smollm2-135m",
     system: Annotated[
-        list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(DEFAULT_SYSTEMS)}.")
+        list[str] | None, typer.Option(help=f"System to measure; repeat for several (default: {', '.join(DEFAULT_SYSTEMS)}).")
     ] = None,
     rps: workload.Rps = 1.5,
     duration_s: workload.Duration = 60.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Passes over the systems.")] = 1,
-    seed: int = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes over the systems, each with a workload of its own.")] = 1,
+    seed: workload.Seed = 0,
     length_factor: workload.LengthFactor = 0.03,
     max_input: workload.MaxInput = None,
     max_output: workload.MaxOutput = None,
-    num_adapters: int = 30,
+    num_adapters: workload.NumAdapters = 30,
     ranks: workload.Ranks = "8,16,32,64,128",
     adapter_exponent: workload.AdapterExponent = 1.0,
     locality: workload.Locality = 0.0,
@@ -55,21 +55,26 @@ def main(
     spike_share: workload.SpikeShare = 0.1,
     trace: workload.Trace = None,
     num_pages: NumPages = None,
-    max_num_seqs: int = 8,
+    max_num_seqs: MaxNumSeqs = 8,
     max_num_batched_tokens: MaxNumBatchedTokens = 128,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Longest request in tokens (default: the workload's, rounded up).")
+        int | None, typer.Option(help="Tokens of the longest request, prompt and output (default: the workload's, rounded up).")
     ] = None,
-    load_format: str = "auto",
-    dtype: str = "auto",
+    load_format: Annotated[str, typer.Option(help="auto reads the checkpoint; dummy draws random weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of weights and pool: auto, float32 or bfloat16.")] = "auto",
     lora_host_gib: LoraHostGib = 4,
     predictor: Predictor = "proxy-0.8",
     ttft_slo: TtftSlo = 5.0,
     tbt_slo: TbtSlo = 0.3,
-    predict: Annotated[bool, typer.Option(help="Calibrate, and simulate the same workloads.")] = False,
-    calibration_s: Annotated[float, typer.Option(help="Seconds of traffic to calibrate with, for each system and pass.")] = 8.0,
+    predict: Annotated[bool, typer.Option(help="Calibrate the simulator, and simulate the same workloads too.")] = False,
+    calibration_s: Annotated[
+        float,
+        typer.Option(help="Traffic to warm up and calibrate with, seconds; calibration serves it for each system and pass."),
+    ] = 8.0,
     out: Out = None,
-    plots: Annotated[Path | None, typer.Option(help="Directory of the picture, which is named as the JSON file.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory for the picture, which is named as the JSON file (default: no picture).")
+    ] = None,
 ) -> None:
     """Serve a workload on the engine with several systems, and compare them.
 

@@ -17,30 +17,46 @@ import typer
 from benchmarks.machine import Out, describe, publish, save
 from benchmarks.serving.comparison import Settings, build_engine, run
 from benchmarks.serving.measure import summarise
-from benchmarks.serving.options import LoraHostGib, MaxNumBatchedTokens, NumPages, TbtSlo, TtftSlo
+from benchmarks.serving.options import LoraHostGib, MaxNumBatchedTokens, MaxNumSeqs, NumPages, TbtSlo, TtftSlo
 from benchmarks.simulator.simulate import SYSTEMS, Predictor
-from benchmarks.workload import Duration, LengthFactor, MaxInput, MaxOutput, Ranks, WorkloadSpec, generate, rank_list
+from benchmarks.workload import (
+    Duration,
+    LengthFactor,
+    MaxInput,
+    MaxOutput,
+    NumAdapters,
+    Ranks,
+    Seed,
+    WorkloadSpec,
+    generate,
+    rank_list,
+)
 
 WARM_UP_SECONDS = 5.0
 """Seconds of the lowest load that are served before anything is measured."""
 LOADS = (5.0, 10.0, 15.0, 20.0)
-COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_s", "hit_rate", "loaded_mib", "squashes")
+COLUMNS = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p99_ms", "tokens_per_s", "met_per_s", "hit_rate", "loaded_mib", "preemptions")
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A preset's name, or a directory with a config.json.")] = "llama-7b",
-    system: Annotated[list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(SYSTEMS)}.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="Name of a preset, or a directory with a config.json; weights are random.")
+    ] = "llama-7b",
+    system: Annotated[
+        list[str] | None, typer.Option(help=f"System to measure; repeat for several (default: {', '.join(SYSTEMS)}).")
+    ] = None,
     rps: Annotated[
-        list[float] | None, typer.Option(help=f"Requests a second, repeatable; default: {', '.join(map(str, LOADS))}.")
+        list[float] | None,
+        typer.Option(help=f"Load, mean requests a second; repeat for several (default: {', '.join(map(str, LOADS))})."),
     ] = None,
     duration_s: Duration = 30.0,
-    seed: int = 0,
-    num_adapters: int = 200,
+    seed: Seed = 0,
+    num_adapters: NumAdapters = 200,
     ranks: Ranks = "8,16,32,64,128",
     length_factor: LengthFactor = 1.0,
     max_input: MaxInput = 1536,
     max_output: MaxOutput = 512,
-    max_num_seqs: int = 128,
+    max_num_seqs: MaxNumSeqs = 128,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     num_pages: NumPages = None,
     lora_host_gib: LoraHostGib = 48,

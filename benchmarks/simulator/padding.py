@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from benchmarks.machine import Out, describe, publish
 from benchmarks.simulator.calibration import Calibration, MeasuredCostModel, measured_profile
@@ -169,7 +171,9 @@ def serve(device: Device, system: str, rps: float, seeds: Sequence[int], sizes_k
     return Served(*np.mean(figures, axis=0).tolist())
 
 
-def main(seeds: int = 16, out: Out = None) -> None:
+def main(
+    seeds: Annotated[int, typer.Option(help="Workloads to simulate for each row of the table.")] = 16, out: Out = None
+) -> None:
     """Compare schedulers that know a device's step sizes with schedulers that do not, simulated."""
     rows = []
     for name, device in DEVICES.items():

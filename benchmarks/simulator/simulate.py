@@ -18,7 +18,19 @@ import typer
 from benchmarks.machine import describe, publish
 from benchmarks.outcome import Outcome, Recorder
 from benchmarks.simulator.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostModel, Profile, stall_seconds
-from benchmarks.workload import Duration, LengthFactor, Locality, Rps, Shape, Trace, Workload, WorkloadSpec, generate
+from benchmarks.workload import (
+    Duration,
+    LengthFactor,
+    Locality,
+    NumAdapters,
+    Rps,
+    Seed,
+    Shape,
+    Trace,
+    Workload,
+    WorkloadSpec,
+    generate,
+)
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.loop import ServingLoop
@@ -34,7 +46,9 @@ TOKEN, STOP = 1, 2
 SAMPLE_S = 1.0
 """Seconds between samples of memory."""
 SYSTEMS = ("s-lora", "chameleon", "chameleon-plus")
-Predictor: TypeAlias = Annotated[str, typer.Option(help="Length predictor: history, oracle or proxy-ACCURACY.")]
+Predictor: TypeAlias = Annotated[
+    str, typer.Option(help="Predictor of output lengths: history, oracle or proxy-ACCURACY, with an accuracy of 0 to 1.")
+]
 
 
 class VirtualClock:
@@ -265,15 +279,20 @@ def _overridden(system: str, settings: list[str]) -> System:
 
 
 def main(
-    system: Annotated[list[str] | None, typer.Option(help=f"System, repeatable; default: {', '.join(SYSTEMS)}.")] = None,
-    change: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of `systems.System`, for all systems.")] = None,
-    profile: Annotated[str, typer.Option(help=f"Model and device: {', '.join(PROFILES)}.")] = "a40-llama-7b",
+    system: Annotated[
+        list[str] | None, typer.Option(help=f"System to simulate; repeat for several (default: {', '.join(SYSTEMS)}).")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Policy to change in every system, as FIELD=VALUE; repeat for several (default: none)."),
+    ] = None,
+    profile: Annotated[str, typer.Option(help=f"Simulated device and model: {', '.join(PROFILES)}.")] = "a40-llama-7b",
     rps: Rps = 9.0,
     duration_s: Duration = 600.0,
-    seed: int = 0,
+    seed: Seed = 0,
     predictor: Predictor = "proxy-0.8",
     length_factor: LengthFactor = LENGTH_FACTOR,
-    num_adapters: int = 100,
+    num_adapters: NumAdapters = 100,
     locality: Locality = 0.0,
     shape: Shape = "flat",
     trace: Trace = None,
@@ -299,7 +318,7 @@ def main(
                 "TBT p99 s": round(float(np.percentile(result.tbt, 99)), 3),
                 "hit rate": round(result.hit_rate, 3),
                 "GB loaded": round(result.bytes_loaded / 1e9, 1),
-                "squashes": result.squashes,
+                "preemptions": result.preemptions,
                 "wall s": round(result.wall_s, 2),
                 "tokens simulated a second": round((len(result.tbt) + len(result.ttft)) / result.wall_s),
             }

@@ -79,9 +79,11 @@ def serve(system: str, slowness: float, slots: int, load: float, step_tokens: in
 
 
 def main(
-    system: Annotated[str, typer.Option(help="System to compare with fifo.")] = str(EngineConfig.system),
-    seeds: int = 3,
-    step_tokens: Annotated[int, typer.Option(help="Prompt tokens of a step at most, of both systems.")] = 512,
+    system: Annotated[str, typer.Option(help="System to compare with fifo, first come first served.")] = str(
+        EngineConfig.system
+    ),
+    seeds: Annotated[int, typer.Option(help="Workloads to simulate for each row of the table.")] = 3,
+    step_tokens: Annotated[int, typer.Option(help="Prompt tokens a step at most, for both systems.")] = 512,
     out: Out = None,
 ) -> None:
     """Compare a system with first come first served on slow devices, simulated.

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import uvloop
 
 from benchmarks.demo import ADAPTERS, PROMPTS
@@ -134,7 +135,11 @@ def vary(adapters: Path, out: Path) -> list[str]:
     return contents
 
 
-def main(minutes: float = 10, clients: int = 64, out: Out = None) -> int:
+def main(
+    minutes: Annotated[float, typer.Option(help="Time of load, minutes.")] = 10,
+    clients: Annotated[int, typer.Option(help="Clients that send requests at the same time.")] = 64,
+    out: Out = None,
+) -> int:
     """Serve 64 clients for minutes while adapters come and go.
 
     The exit code is 1 if anything was wrong.

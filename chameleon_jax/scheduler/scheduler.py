@@ -242,7 +242,7 @@ class Scheduler:
         request.state = RequestState.WAITING
         self._release(request, now)
         request.num_computed = 0
-        request.metrics.num_squashes += 1
+        request.metrics.num_preemptions += 1
         self._wait(request, now, new=False)
 
     def _wait(self, request: Request, now: float, new: bool) -> None:

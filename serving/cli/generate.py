@@ -50,8 +50,8 @@ def generate(
     with errors():
         SamplingParams(**given)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
-    settings |= {"system": system, "generation_config": generation_config}
-    with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **settings) as llm:
+    settings |= {"system": system, "generation_config": generation_config, "compile_ahead": False}
+    with errors(), LLM(model, dtype=dtype, max_model_len=max_model_len, **settings) as llm:
         for name, path in adapters.items():
             llm.add_lora(name, path)
         requests: list[LoRARequest | None] = [LoRARequest(name) for name in lora or adapters] or [None]
@@ -73,7 +73,8 @@ def bench(
     num_requests: Annotated[int, Option(help="Requests, all submitted at once.")] = 16,
     prompt_len: Annotated[int, Option(help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, Option(help="Tokens of each output.")] = 64,
-    max_num_seqs: options.MaxNumSeqs = 32,
+    max_num_seqs: options.MaxNumSeqs = EngineConfig.max_num_seqs,
+    max_num_batched_tokens: Annotated[int, Option(help="Prompt tokens of one step.")] = EngineConfig.max_num_batched_tokens,
     dtype: options.Dtype = "auto",
     load_format: options.LoadFormat = "auto",
     system: options.SystemName = options.DEFAULT_SYSTEM,
@@ -92,7 +93,8 @@ def bench(
         for field, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):
             require(value >= 1, field, value, "1 or more")
     adapters = named_adapters(lora_modules)
-    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": prompt_len + output_len}
+    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    settings["max_model_len"] = prompt_len + output_len
     settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}
     settings["progress"] = progress
     with errors(), LLM(model, **settings) as llm:

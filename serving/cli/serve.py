@@ -60,6 +60,9 @@ def serve(
     enable_lora: Annotated[
         bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
     ] = True,
+    compile_ahead: Annotated[
+        bool, Option(help="Compile every program before the first request. Without, early requests wait for theirs.")
+    ] = True,
     dtype: options.Dtype = ENGINE.dtype,
     load_format: options.LoadFormat = ENGINE.load_format,
     generation_config: options.GenerationConfig = ENGINE.generation_config,

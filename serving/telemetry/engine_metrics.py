@@ -76,9 +76,8 @@ def _scheduler(stats: EngineStats) -> Iterator[Metric]:
     yield counter("scheduler_quotas_scaled", text, counters.scaled_quotas)
     yield counter("scheduler_bypass", "Requests that started ahead of the head of their queue.", counters.bypasses)
     reasons = {"memory": counters.memory_preemptions, "bypass": counters.bypass_squashes}
-    text = "Running requests sent back to wait: for memory, or as they had passed the head of their queue."
-    yield counter("scheduler_squash", text, reasons, "reason")
-    yield counter("preemptions", "Running requests sent back to wait, for either reason.", counters.preemptions)
+    text = "Running requests preempted: for memory, or because they had bypassed the head of their queue."
+    yield counter("num_preemptions", text, reasons, "reason")
     outcomes = {"under": counters.underpredicted, "over": counters.overpredicted}
     text = "Requests that ended with more output tokens than predicted (under), or with fewer (over)."
     yield counter("output_len_mispredictions", text, outcomes, "prediction")

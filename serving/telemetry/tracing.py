@@ -90,7 +90,7 @@ def attributes(request: Request, model_name: str) -> dict[str, AttributeValue]:
         "chameleon.adapter_was_resident": times.adapter_was_resident,
         "chameleon.adapter_wait_seconds": times.adapter_wait,
         "chameleon.queue": request.queue,
-        "chameleon.num_squashes": times.num_squashes,
+        "chameleon.num_preemptions": times.num_preemptions,
         "chameleon.num_faults": times.num_faults,
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.__main__ import BENCHMARKS, command, main
 
 
 def test_the_list_names_every_benchmark(capsys):
@@ -24,6 +24,14 @@ def test_the_list_has_the_first_line_of_each_help(name, capsys):
     assert inspect.getdoc(importlib.import_module(f"benchmarks.{module}").main).splitlines()[0] == summary
     assert main([name, "--help"]) == 0
     assert f"python -m benchmarks {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_option_and_argument_has_a_help_text_that_tells_its_default(name):
+    for option in command(name).params:
+        assert option.help and option.help.endswith("."), f"{option.opts} of {name} has no help text"
+        shown = option.required or option.default is not None  # typer prints these itself
+        assert shown or "default" in option.help, f"{option.opts} of {name} does not tell its default"
 
 
 def test_the_table_of_questions_names_every_benchmark():

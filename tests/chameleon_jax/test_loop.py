@@ -107,7 +107,7 @@ def test_the_oldest_is_never_preempted():
     for request in requests:
         loop.submit(request)
     run(loop)
-    assert requests[0].metrics.num_squashes == 0
+    assert requests[0].metrics.num_preemptions == 0
 
 
 def test_what_can_never_fit_is_refused_with_the_reason():

@@ -132,7 +132,7 @@ def test_nothing_is_left_behind(text_model):
     before = set(threading.enumerate())
 
     async def main():
-        async with AsyncLLM(str(text_model), progress=lambda done, total: None, **SETTINGS) as llm:
+        async with AsyncLLM(str(text_model), **SETTINGS) as llm:
             stream = await llm.open(PROMPTS[0], LONG)
         with pytest.raises(EngineDead, match="closed"), contextlib.closing(stream):
             async for _ in stream:

@@ -9,8 +9,10 @@ import re
 import shlex
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from chameleon_jax import SamplingParams
@@ -41,6 +43,13 @@ def test_help_names_every_command():
         assert "Example: chameleon-jax" in run(command, "--help").output
 
 
+def test_every_option_and_argument_has_a_help_text():
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for option in command.params:
+            assert option.help and option.help.endswith("."), f"{option.opts} of {name} has no help text"
+
+
 def test_convert_to_orbax_and_back(model, tmp_path):
     assert run("convert", model, tmp_path / "orbax").exit_code == 0
     assert run("convert", tmp_path / "orbax", tmp_path / "hf", "--to", "hf").exit_code == 0
@@ -51,6 +60,7 @@ def test_convert_to_orbax_and_back(model, tmp_path):
 def test_bench_reports_json(model, tmp_path):
     adapter = reference.save_adapter(tmp_path / "a", reference.CONFIGS["tied"], 4)
     options = ["--prompt-len", 20, "--output-len", 3, "--num-requests", 3, "--max-num-seqs", 2, "--json"]
+    options += ["--max-num-batched-tokens", 32]
     result = run("bench", model, "--lora-modules", f"a={adapter}", *options)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
@@ -151,6 +161,7 @@ FLAGS = {
     "gpu_memory_utilization": 0.5,
     "page_tokens": 8,
     "enable_lora": False,
+    "compile_ahead": False,
     "system": "fifo",
     "ttft_slo": 3.5,
     "tbt_slo": 0.25,

@@ -6,9 +6,13 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from chameleon_jax import LLM, AsyncLLM, LoRARequest, SamplingParams
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.models.runtime.steps import Program
+from chameleon_jax.models.sampling import SamplingMode
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
@@ -23,6 +27,13 @@ RANKS = (2, 8, 40)
 @pytest.fixture
 def engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
     with engines.borrow(text_model) as engine:
+        yield engine
+
+
+@pytest.fixture
+def compiled_engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
+    """An engine as a user starts it: every program is compiled."""
+    with engines.borrow(text_model, compile_ahead=True) as engine:
         yield engine
 
 
@@ -45,7 +56,42 @@ def submit(engine: LLMEngine, adapter: LoRARequest | None = None, max_tokens: in
     return engine.submit(reference.prompt(1), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
 
 
-def test_every_setting_gives_the_same_text_over_the_same_programs(engine, adapters):
+def test_nothing_is_compiled_after_the_start(compiled_engine, adapters):
+    compilations = Compilations()
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        count = int(rng.integers(1, 20))
+        prompts = [reference.prompt(int(s), length=int(rng.integers(1, 90))) for s in rng.integers(0, 99, count)]
+        params = [
+            SamplingParams(
+                temperature=float(rng.choice([0, 0.7])),
+                top_k=int(rng.choice([0, 5])),
+                top_p=float(rng.choice([1, 0.8])),
+                logprobs=rng.choice([None, 3]),
+                max_tokens=int(rng.integers(1, 30)),
+            )
+            for _ in range(count)
+        ]
+        loras = [None if rng.random() < 0.3 else adapters[rng.integers(len(adapters))] for _ in range(count)]
+        LLM(compiled_engine).generate(prompts, params, lora_request=loras)
+    compilations.close()
+    assert compilations.at_start == 0
+
+
+def test_programs_are_compiled_when_steps_need_them():
+    sizes = dict(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_pages=28, max_lora_rank=8)
+    engine = LLMEngine("tiny", EngineConfig(load_format="dummy", compile_ahead=False, **sizes))
+    programs = engine.runner.programs
+    assert not any((programs.forward, programs.sample, programs.write))
+    [output] = LLM(engine).generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
+    assert set(programs.forward) == {Program(1, 32, 0), Program(1, 1, 0)}
+    assert set(programs.sample) == {(1, SamplingMode.GREEDY)} and not programs.write
+    engine.close()
+
+
+def test_every_setting_gives_the_same_text_over_the_same_programs(compiled_engine, adapters):
+    engine = compiled_engine
     before = ask(engine, adapters)
     compilations = Compilations()
     for settings in (

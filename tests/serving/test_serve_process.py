@@ -30,7 +30,7 @@ from tests.serving.conftest import make_service
 
 TIMEOUT = 120
 ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
-ENGINE += ["--num-pages", "1200"]
+ENGINE += ["--num-pages", "1200", "--no-compile-ahead"]
 
 
 class Process:

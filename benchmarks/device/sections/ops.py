@@ -19,10 +19,10 @@ from benchmarks.device.bench_engine import Batch
 from benchmarks.device.compilation import threads
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Mix, Scale
-from benchmarks.device.sections.correctness.ops import GROUPS
 from benchmarks.device.sections.machine import ceilings
 from benchmarks.device.timing import Timing, time_calls
 from benchmarks.device.workbench import Workbench, shared
+from benchmarks.kernels.cases import GROUPS
 from chameleon_jax.models import ops
 from chameleon_jax.models.ops.batched_lora import batched_lora
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, resolve

@@ -66,7 +66,7 @@ def test_a_preemption_for_memory_is_counted_and_the_request_waits_again():
     scheduler, _ = make_scheduler("fifo", num_pages=12, max_num_seqs=2)
     old, young = add(scheduler, 0), add(scheduler, 1)
     run(scheduler, 30)
-    assert scheduler.running == [old] and young.metrics.num_squashes == 1
+    assert scheduler.running == [old] and young.metrics.num_preemptions == 1
     assert scheduler.counters == SchedulerCounters(memory_preemptions=1) and scheduler.counters.preemptions == 1
 
 

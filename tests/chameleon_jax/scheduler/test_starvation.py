@@ -106,14 +106,14 @@ class Simulation:
 
     def step(self) -> None:
         self._unstarted = [i for i in self._unstarted if self.requests[i].metrics.first_scheduled_time is None]
-        squashes = {r.order: r.metrics.num_squashes for r in self.loop.scheduler.running}
+        preemptions = {r.order: r.metrics.num_preemptions for r in self.loop.scheduler.running}
         with mock.patch.object(level_planner, "FIRST_REFRESH", self.first_refresh):
             self.loop.step()
-        squashed = [order for order, n in squashes.items() if self.requests[order - 1].metrics.num_squashes > n]
+        preempted = [order for order, n in preemptions.items() if self.requests[order - 1].metrics.num_preemptions > n]
         count = len(getattr(self.loop.scheduler.policy, "levels", "1"))
-        if squashed:
+        if preempted:
             for i in self._unstarted:
-                self.ahead[i] += sum(order < self.requests[i].order for order in squashed)
+                self.ahead[i] += sum(order < self.requests[i].order for order in preempted)
         for i in self._unstarted if count > self._levels else self._submitted:
             self.most_levels[i] = max(self.most_levels[i], count)
         self._levels, self._submitted = count, []

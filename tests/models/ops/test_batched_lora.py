@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.kernels.cases import GROUPS, adapter_ranks
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import PRESETS, TARGETS
@@ -58,9 +59,6 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
     return jnp.array(pool), adapters
 
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-
 @functools.cache
 def compiled(backend: str):
     """Compile the op, with the GPU's kernels in interpret mode."""
@@ -102,8 +100,7 @@ def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, windo
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tiles,tile_tokens,window", [(1, 1, 8), (16, 1, 8), (12, 1, 8), (20, 1, 16), (8, 32, 8), (6, 32, 8)])
 def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
-    everything = [{t: r for t in TARGETS} for r in (1, 3, 8, 64, 256)]
-    pool, adapters = make_pool([*everything, {"q_proj": 5, "v_proj": 130}, {"down_proj": 7}])
+    pool, adapters = make_pool(adapter_ranks((3, 8, 64, 256)))
     rng = np.random.default_rng(tiles)
     picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
     tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kernels.cases import attention_rows, paged_kv
 from chameleon_jax.models.ops.paged_attention import BACKENDS, paged_attention, triton, write_kv
 
 HEAD_DIM, PAGE_TOKENS = 16, 8
@@ -45,15 +46,9 @@ def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tol
     rng = np.random.default_rng(0)
     ends = np.where(counts, np.add(starts, counts), 0)
     width = -(-ends.max() // geometry.page_tokens) + 1
-    tables = rng.permutation(np.arange(1, 1 + len(starts) * width)).reshape(-1, width).astype(np.int32)
-    pool = np.full((1 + tables.size, 2, geometry.kv_heads, geometry.page_tokens, geometry.head_dim), np.nan, dtype)
+    pool, tables = paged_kv(rng, ends.tolist(), width, geometry.kv_heads, geometry.page_tokens, geometry.head_dim)
+    pool = pool.astype(dtype)
     q = rng.standard_normal((len(starts), tile_tokens, geometry.heads, geometry.head_dim)).astype(dtype)
-    contexts = []
-    for table, end in zip(tables, ends):
-        kv = rng.standard_normal((end, 2, geometry.kv_heads, geometry.head_dim)).astype(dtype)
-        position = np.arange(end)
-        pool[table[position // geometry.page_tokens], :, :, position % geometry.page_tokens] = kv
-        contexts.append(kv.astype(np.float32).swapaxes(0, 1))
     if backend == "reference":
         pool = np.nan_to_num(pool)  # it reads scores of all positions; only values are guarded
     attend = jax.jit(functools.partial(paged_attention, num_kv_heads=geometry.kv_heads, backend=backend))
@@ -62,7 +57,8 @@ def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tol
     assert out.dtype == dtype
     chex.assert_tree_all_finite(out)
     for i, (start, count) in enumerate(zip(starts, counts)):
-        expected = naive(q[i, :count].astype(np.float32), contexts[i][0], contexts[i][1], start)
+        k, v = pool[tables[i]].astype(np.float32).transpose(1, 0, 3, 2, 4).reshape(2, -1, geometry.kv_heads, geometry.head_dim)
+        expected = naive(q[i, :count].astype(np.float32), k, v, start)
         np.testing.assert_allclose(np.array(out[i, :count], np.float32), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -70,17 +66,9 @@ def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tol
 @pytest.mark.parametrize(
     "geometry", [Geometry(4, 4), Geometry(6, 2, page_tokens=24), Geometry(4, 1, head_dim=80), Geometry(4, 2, 64, 16)], ids=str
 )
-@pytest.mark.parametrize(
-    "tile_tokens,starts,counts",
-    [
-        (1, [0, 300, 7, 17, 0], [1, 1, 0, 1, 0]),
-        (8, [0, 8, 200, 0], [8, 5, 8, 0]),
-        (32, [0, 0, 40, 170, 0], [32, 9, 0, 32, 0]),
-    ],
-    ids=["decode", "short-tiles", "prefill"],
-)
-def test_every_backend_agrees_with_numpy(backend, geometry, tile_tokens, starts, counts):
-    check(backend, geometry, tile_tokens, starts, counts)
+@pytest.mark.parametrize("tile_tokens,longest", [(1, 301), (8, 208), (32, 202)], ids=["decode", "short-tiles", "prefill"])
+def test_every_backend_agrees_with_numpy(backend, geometry, tile_tokens, longest):
+    check(backend, geometry, tile_tokens, *attention_rows(tile_tokens, longest, geometry.page_tokens))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,8 +44,7 @@ PUBLISHED = {
     "lora_prefetch_total": ("outcome",),
     "scheduler_quota_tokens": ("queue",),
     "scheduler_bypass_total": (),
-    "scheduler_squash_total": ("reason",),
-    "preemptions_total": (),
+    "num_preemptions_total": ("reason",),
     "compilations_total": ("phase",),
     "pool_pages": ("owner",),
     "faults_total": (),
@@ -143,7 +142,8 @@ def test_what_the_engine_says_is_what_a_scrape_reads(metrics):
     assert value(found, "lora_cache_bytes", tier="host") == 3 * 4096
     assert value(found, "lora_cache_evictions_total", tier="device") == 5
     assert value(found, "lora_cache_evictions_total", tier="host") == 3
-    assert value(found, "preemptions_total") == 4
+    assert value(found, "num_preemptions_total", reason="memory") == 3
+    assert value(found, "num_preemptions_total", reason="bypass") == 1
     assert value(found, "lora_adapter_loaded", adapter_name="a", level="device", pinned="true", rank="8") == 1
     assert value(found, "lora_adapter_loaded", adapter_name="b", level="loading", pinned="false") == 1
     assert value(found, "lora_adapter_loaded", adapter_name="c", level="host") == 1

@@ -38,7 +38,7 @@ def ended(reason: FinishReason = FinishReason.STOP, **times: float | None) -> Re
     request.metrics.first_scheduled_time = NOW - 8
     request.metrics.first_token_time = NOW - 5
     request.metrics.finished_time = NOW - 1
-    request.metrics.num_squashes = 2
+    request.metrics.num_preemptions = 2
     for name, value in times.items():
         setattr(request.metrics, name, value)
     return request
@@ -76,7 +76,7 @@ def test_attributes():
         "gen_ai.response.finish_reasons": ("stop",),
         "gen_ai.response.time_to_first_chunk": 5.0,
         "chameleon.lora": "a0",
-        "chameleon.num_squashes": 2,
+        "chameleon.num_preemptions": 2,
     }.items() <= dict(root.attributes).items()
 
 

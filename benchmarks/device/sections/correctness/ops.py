@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
-from chameleon_jax.models.config import TARGETS, LlamaConfig
+from benchmarks.kernels.cases import GROUPS, adapter_ranks, attention_rows, paged_kv
+from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.ops.batched_lora import BACKENDS as LORA
 from chameleon_jax.models.ops.batched_lora import triton as lora_triton
 from chameleon_jax.models.ops.batched_lora.plan import plan_batch, resolve
@@ -27,8 +28,6 @@ from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime.steps import shapes_for
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Targets that share an input, as the model adapts them."""
 
 
 def cases(scale: Scale, checks: Sequence[tuple[str, str]]) -> list[Case]:
@@ -79,26 +78,11 @@ def _row(name: str, error: float, dtype: str) -> Row:
 def attention(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, name: str) -> list[Row]:
     rng = np.random.default_rng(1)
     layout = PageLayout.for_model(config)
-    longest = scale.max_tokens
-    if tile_tokens == 1:
-        lengths = np.array([1, layout.page_tokens, longest, *rng.integers(2, longest, 6), 0, 0])
-        starts, counts = np.maximum(lengths - 1, 0), np.minimum(lengths, 1)
-    else:
-        starts = np.array([0, tile_tokens, longest - tile_tokens, longest // 2, 0, 0])
-        counts = np.array([tile_tokens, tile_tokens, tile_tokens, tile_tokens // 2, 1, 0])
-        lengths = starts + counts
-    tables = np.zeros((len(starts), layout.pages_for_tokens(longest)), np.int32)
-    used = [layout.pages_for_tokens(int(n)) for n in lengths]
-    deal = iter(1 + rng.permutation(sum(used) + 5))
-    for i, n in enumerate(used):
-        tables[i, :n] = [next(deal) for _ in range(n)]
-    pages = _normal(rng, (sum(used) + 6, layout.page_elems))
-    written = np.zeros((pages.shape[0], layout.page_tokens), bool)
-    for i, length in enumerate(lengths):
-        position = np.arange(length)
-        written[tables[i, position // layout.page_tokens], position % layout.page_tokens] = True
-    view = pages.reshape(pages.shape[0], 2, config.num_kv_heads, layout.page_tokens, config.head_dim)
-    poisoned = np.where(written[:, None, None, :, None], view, np.nan).reshape(pages.shape)
+    starts, counts = map(np.array, attention_rows(tile_tokens, scale.max_tokens, layout.page_tokens))
+    width = layout.pages_for_tokens(scale.max_tokens)
+    lengths = np.where(counts, starts + counts, 0).tolist()
+    pool, tables = paged_kv(rng, lengths, width, config.num_kv_heads, layout.page_tokens, config.head_dim)
+    poisoned = pool.reshape(len(pool), layout.page_elems)
     q = _normal(rng, (len(starts), tile_tokens, config.num_heads, config.head_dim))
     queries, clean, foul = (jnp.asarray(a, dtype) for a in (q, np.nan_to_num(poisoned), poisoned))
     rest = [jnp.asarray(a, jnp.int32) for a in (tables, starts, counts)]
@@ -119,8 +103,7 @@ def attention(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, n
 def lora(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, name: str) -> list[Row]:
     rng = np.random.default_rng(2)
     layout = PageLayout.for_model(config)
-    placements = [layout.place(dict.fromkeys(TARGETS, rank)) for rank in (*scale.ranks, 1)]
-    placements += [layout.place({"q_proj": scale.ranks[0], "v_proj": 3}), layout.place({"down_proj": scale.ranks[-1]})]
+    placements = [layout.place(ranks) for ranks in adapter_ranks(scale.ranks)]
     num_pages = 1 + sum(p.num_pages for p in placements) + 3
     deal = iter((1 + rng.permutation(num_pages - 1)).tolist())
     placed = [PlacedAdapter(p, tuple(next(deal) for _ in range(p.num_pages))) for p in placements]

@@ -40,7 +40,7 @@ class Weights:
 
 
 def random_weights(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """SamplingRow weights on the device."""
+    """Draw weights on the device."""
 
     def matrix(d_out: int, d_in: int) -> torch.Tensor:
         return torch.empty(d_out, d_in, dtype=dtype, device=device).normal_(std=d_in**-0.5)

@@ -139,7 +139,7 @@ class AdapterStack:
         group.b[layer, at : at + rank * (end - begin)].view(rank, -1)[: b.shape[1]].copy_(torch.from_numpy(b.T.copy()))
 
     def randomize(self) -> AdapterStack:
-        """SamplingRow all rows on the device, padding included; a product costs the same with any values."""
+        """Draw all rows on the device, padding included; a product costs the same with any values."""
         for group in self.groups.values():
             group.a.normal_(std=group.a.shape[-1] ** -0.5)
             group.b.normal_(std=0.1)
