@@ -72,7 +72,7 @@ class GgufMapping(Mapping[str, np.ndarray]):
                 allowed = ", ".join(t.name for t in SUPPORTED)
                 raise ValueError(f"tensor {tensor.name} has type {tensor.tensor_type.name}; allowed: {allowed}")
             if tensor.name not in hf_names:
-                raise ValueError(f"tensor {tensor.name} is not a Llama's")
+                raise ValueError(f"tensor {tensor.name} has no place in a Llama of {config.num_layers} layers")
             self._tensors[hf_names[tensor.name]] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:

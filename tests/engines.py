@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = dict(
 """Settings of an engine that a test borrows, where the test gives no others."""
 
 SIZES = dict(max_num_seqs=32)
-"""Sizes for which shared programs are compiled, beside those of SETTINGS."""
+"""Sizes of engines that compile programs when steps need them, where larger ones cost nothing; a test may ask for as much."""
 
 
 class Engines:
@@ -40,7 +40,7 @@ class Engines:
         wanted = SETTINGS | settings
         fixed = {field: wanted[field] for field in (*COMPILED, "enable_lora") if field in wanted}
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
-        engine = idle.pop() if idle else _build(str(model), SETTINGS | SIZES | fixed)
+        engine = idle.pop() if idle else _build(str(model), SETTINGS | ({} if wanted["compile_ahead"] else SIZES) | fixed)
         try:
             engine.restart()  # first with the executor that it was built with: an earlier test may have replaced it
             for name in engine.list_loras():
