@@ -8,8 +8,9 @@ PLUGIN = jax-cuda$(if $(JAX),13,12)
 # hides the packages that the GPU machine lacks from a command and the processes it starts
 GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 
-# tests of one file share engines, so a file stays with one process
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# processes that run tests. Tests of one file share engines, so a file stays with one process
+WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
 
@@ -48,12 +49,12 @@ paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds;
 	$(BIN)/python -m benchmarks paper --quick --out .cache/paper $(FIGURES)
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
-	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest --numprocesses auto tests/h100 --override-ini addopts="-q --import-mode=importlib"
+	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/h100 --override-ini addopts="-q --import-mode=importlib"
 
 device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a tiny model, with only the packages that the GPU machine has
 	mkdir -p .cache/device-plan
 	for call in 1 2 3; do \
-	  $(GPU_MACHINE) $(BIN)/python -m benchmarks device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
+	  JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(GPU_MACHINE) $(BIN)/python -m benchmarks device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
 	done
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from chameleon_jax.config import COMPILED, EngineConfig
 from chameleon_jax.serving.engine import LLMEngine
@@ -40,7 +37,8 @@ class Engines:
         wanted = SETTINGS | settings
         fixed = {field: wanted[field] for field in (*COMPILED, "enable_lora") if field in wanted}
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
-        engine = idle.pop() if idle else _build(str(model), SETTINGS | ({} if wanted["compile_ahead"] else SIZES) | fixed)
+        sizes = {} if wanted["compile_ahead"] else SIZES
+        engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | sizes | fixed))
         try:
             engine.restart()  # first with the executor that it was built with: an earlier test may have replaced it
             for name in engine.list_loras():
@@ -56,9 +54,3 @@ class Engines:
         """Close every engine that is not lent."""
         for engine in (engine for engines in self._idle.values() for engine in engines):
             engine.close()
-
-
-def _build(model: str, settings: dict[str, Any]) -> LLMEngine:
-    """Build an engine, one test process at a time: the others then find its programs in the cache on disk."""
-    with FileLock(Path(tempfile.gettempdir()) / "chameleon-jax-test-engines.lock"):
-        return LLMEngine(model, EngineConfig(**settings))
