@@ -43,7 +43,7 @@ check: $(VENV)/installed-check ## format, lint, types, import contract
 	$(BIN)/lint-imports
 
 parity: $(VENV)/installed-parity ## against live transformers and peft (installs torch)
-	$(PYTEST) tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) tests/parity tests/benchmarks/test_device_peers.py tests/benchmarks/test_device_peers_lora.py --override-ini addopts="-q --import-mode=importlib" -W default
 
 paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds; FIGURES="--figure 11" for one
 	$(BIN)/python -m benchmarks paper --quick --out .cache/paper $(FIGURES)

@@ -40,7 +40,8 @@ class EngineConfig:
         page_tokens: least tokens of a page (default 16).
         enable_lora: False compiles no adapter programs and refuses adapters (default True).
         compile_ahead: True (default) compiles every program before the first request. False compiles a program when a step
-            first needs it: the engine starts in seconds, and early requests wait for their programs.
+            first needs it: the engine starts in seconds, and all requests wait while a program compiles. No GPU has run
+            this; without num_pages a GPU's largest programs are compiled at the start even so, to measure memory.
         system: policies that serve: a name in `systems.SYSTEMS` (default "chameleon-plus"), or a `systems.System`.
         ttft_slo: target for the time to first token, in seconds (default 5).
         tbt_slo: target for the time between tokens, in seconds (default 0.15).

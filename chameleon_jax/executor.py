@@ -37,7 +37,13 @@ class Executor(Protocol):
     """Runs work in the order of dispatch.
 
     So a page or slot may go to a new owner right after a dispatch: the new owner's work runs later.
+
+    Attributes:
+        num_compiled: Programs compiled so far. The host waits for each, so a step in flight meanwhile ends unseen.
     """
+
+    @property
+    def num_compiled(self) -> int: ...
 
     def dispatch(self, plan: StepPlan) -> Any:
         """Start a step without waiting for it; return its handle."""

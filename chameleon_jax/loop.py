@@ -97,7 +97,7 @@ class ServingLoop:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._orders = 0
-        self._in_flight: deque[tuple[Any, StepPlan, float]] = deque()  # dispatched steps whose tokens were not read
+        self._in_flight: deque[tuple[Any, StepPlan, float, int]] = deque()  # dispatched steps whose tokens were not read
         self._collected_at = 0.0
         self._pending: StepPlan | None = None  # planned and not dispatched: an interrupt came while it waited
         self._updated: list[Request] = []  # for the next return of `step`
@@ -243,7 +243,8 @@ class ServingLoop:
         self._begin_loads(plan)
         if plan.runs:
             with self._fatal():
-                self._in_flight.append((self.executor.dispatch(plan), plan, self._clock()))
+                handle = self.executor.dispatch(plan)
+                self._in_flight.append((handle, plan, self._clock(), self.executor.num_compiled))
         self._pending = None
         self.counters.steps += plan.runs
         self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
@@ -261,11 +262,12 @@ class ServingLoop:
     def _collect(self, leave: int = 0) -> None:
         """Wait for the steps in flight, except the last `leave`, and hand out their tokens."""
         while len(self._in_flight) > leave:
-            handle, plan, dispatched_at = self._in_flight[0]
+            handle, plan, dispatched_at, num_compiled = self._in_flight[0]
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
+            if num_compiled == self.executor.num_compiled:  # else the seconds are those of a compilation
+                self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
             self._collected_at = now
             for request in output_processor.process(tokens, now):
                 self.counters.generation_tokens += 1

@@ -63,7 +63,8 @@ class GgufMapping(Mapping[str, np.ndarray]):
         self._config = config
         self._shapes = tensor_shapes(config)
         self._tensors: dict[str, Any] = {}
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+        layers = config.num_layers
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
         hf_names = {names.get_name(name, try_suffixes=(".weight",)): name for name in self._shapes}
         for tensor in reader.tensors:
             if tensor.name == "rope_freqs.weight":
@@ -72,7 +73,9 @@ class GgufMapping(Mapping[str, np.ndarray]):
                 allowed = ", ".join(t.name for t in SUPPORTED)
                 raise ValueError(f"tensor {tensor.name} has type {tensor.tensor_type.name}; allowed: {allowed}")
             if tensor.name not in hf_names:
-                raise ValueError(f"tensor {tensor.name} has no place in a Llama of {config.num_layers} layers")
+                raise ValueError(
+                    f"tensor {tensor.name} has no place in a Llama without biases of {layers} layers (llama.block_count)"
+                )
             self._tensors[hf_names[tensor.name]] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -137,6 +140,8 @@ def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig
     def size(field: str, default: int | None = None) -> int:
         return int(get(field, default, int))
 
+    layers = size("llama.block_count")
+    require(layers <= len(shapes), "llama.block_count", layers, f"at most {len(shapes)}, the number of the file's tensors")
     heads, hidden = size("llama.attention.head_count"), size("llama.embedding_length")
     head_dim = size("llama.attention.key_length", hidden // max(1, heads))
     for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
@@ -148,7 +153,7 @@ def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig
         vocab_size=int(shapes["token_embd.weight"][1]),
         hidden_size=hidden,
         intermediate_size=size("llama.feed_forward_length"),
-        num_layers=size("llama.block_count"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=size("llama.attention.head_count_kv", heads),
         head_dim=head_dim,

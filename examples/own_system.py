@@ -25,7 +25,7 @@ SHORT, LONG = 4, 32
 def mean_ttft(llm: LLM, adapters: list[LoRARequest]) -> dict[int, float]:
     """Run 48 requests twice and return the second round's mean time to first token by output length, in seconds."""
     params = [SamplingParams(temperature=0, max_tokens=(SHORT, LONG)[i % 2], ignore_eos=True) for i in range(48)]
-    for _ in range(2):  # the first round fills the histories and compiles the programs
+    for _ in range(2):  # the first round fills the histories
         waits: dict[int, list[float]] = {SHORT: [], LONG: []}
         for output in llm.generate([list(range(3, 19))] * 48, params, adapters * 12):
             times = output.metrics
@@ -35,9 +35,7 @@ def mean_ttft(llm: LLM, adapters: list[LoRARequest]) -> dict[int, float]:
 
 def main() -> None:
     """Write four adapters, then compare two systems over the same compiled programs."""
-    settings: dict[str, Any] = dict(
-        max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8, num_pages=120, compile_ahead=False
-    )
+    settings: dict[str, Any] = dict(max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8, num_pages=120)
     with tempfile.TemporaryDirectory() as folder, LLM("tiny", load_format="dummy", **settings) as llm:
         adapters = [LoRARequest(f"tenant-{i}", f"{folder}/{i}") for i in range(4)]
         for i, adapter in enumerate(adapters):

@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from chameleon_jax.checks import require
+
 Fields = Mapping[str, Any]
 
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "MistralForCausalLM": "mistral"}
@@ -61,10 +63,10 @@ def checked(hf: Fields) -> dict[str, Any]:
     """
     architectures = hf.get("architectures") or []
     names = architectures if isinstance(architectures, list) else [architectures]
-    _require(all(name in list(_ARCHITECTURES) for name in names), "architectures", architectures, ", ".join(_ARCHITECTURES))
+    require(all(name in list(_ARCHITECTURES) for name in names), "architectures", architectures, ", ".join(_ARCHITECTURES))
     family = hf.get("model_type") or (_ARCHITECTURES[names[0]] if names else "llama")
     families = list(dict.fromkeys(_ARCHITECTURES.values()))
-    _require(family in families, "model_type", family, ", ".join(families))
+    require(family in families, "model_type", family, ", ".join(families))
     for field, method in _quantised(hf):
         raise ValueError(
             f"{field} says that the weights are quantised (quant_method {reprlib.repr(method)}), which is not served; "
@@ -72,10 +74,10 @@ def checked(hf: Fields) -> dict[str, Any]:
         )
     for field, neutral in _NEUTRAL.items():
         value = hf.get(field)
-        _require(value is None or value == neutral, field, value, "null" if neutral is None else repr(neutral))
+        require(value is None or value == neutral, field, value, "null" if neutral is None else repr(neutral))
     layer_types = hf.get("layer_types") or []
     full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
-    _require(full, "layer_types", layer_types, "full_attention for each layer")
+    require(full, "layer_types", layer_types, "full_attention for each layer")
     hf = {**(_MISTRAL if family == "mistral" else {}), **hf}
     longest = integer(hf, "max_position_embeddings", 2048)
     # a text within the window attends to all of itself, as the layers here do
@@ -101,14 +103,14 @@ def rope(hf: Fields) -> dict[str, float]:
 
 
 def _one_rope(name: str, value: Any) -> dict[str, Any]:
-    _require(isinstance(value, dict), name, value, "an object")
+    require(isinstance(value, dict), name, value, "an object")
     kinds = sorted({str(value[field]) for field in ("rope_type", "type") if value.get(field) is not None}) or ["default"]
     if kinds not in (["default"], ["llama3"]):
         raise ValueError(f"{name} type is {', '.join(map(reprlib.repr, kinds))}; allowed: default, llama3")
     if unknown := sorted(str(field) for field in value if field not in _ROPE and value[field] is not None):
         raise ValueError(f"{name} has the field {reprlib.repr(unknown[0])}; allowed: {', '.join(_ROPE)}")
     partial = value.get("partial_rotary_factor")
-    _require(partial in (None, 1), "partial_rotary_factor", partial, "1.0")
+    require(partial in (None, 1), "partial_rotary_factor", partial, "1.0")
     return {**value, "rope_type": kinds[0]}
 
 
@@ -119,7 +121,7 @@ def integer(hf: Fields, field: str, default: int | None = None) -> int:
         ValueError: The field has another value, or is missing and has no default.
     """
     value = _value(hf, field, default)
-    _require(type(value) is int and value >= 1, field, value, "an integer from 1")
+    require(type(value) is int and value >= 1, field, value, "an integer from 1")
     return value
 
 
@@ -130,7 +132,7 @@ def number(hf: Fields, field: str, default: float | None = None) -> float:
         ValueError: The field has another value, or is missing and has no default.
     """
     value = _value(hf, field, default)
-    _require(type(value) in (int, float) and 0 < value < math.inf, field, value, "a finite number above 0")
+    require(type(value) in (int, float) and 0 < value < math.inf, field, value, "a finite number above 0")
     return float(value)
 
 
@@ -141,7 +143,7 @@ def flag(hf: Fields, field: str) -> bool:
         ValueError: The field has another value.
     """
     value = _value(hf, field, False)
-    _require(type(value) is bool, field, value, "true or false")
+    require(type(value) is bool, field, value, "true or false")
     return value
 
 
@@ -153,7 +155,7 @@ def token_ids(hf: Fields, field: str) -> tuple[int, ...]:
     """
     value = hf.get(field)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    _require(all(type(token) is int for token in ids), field, value, "a token id, a list of them, or null")
+    require(all(type(token) is int for token in ids), field, value, "a token id, a list of them, or null")
     return tuple(ids)
 
 
@@ -171,8 +173,3 @@ def _quantised(hf: Fields) -> Iterator[tuple[str, Any]]:
         for field in _QUANTISED:
             if value := part.get(field):
                 yield path + field, value.get("quant_method") if isinstance(value, dict) else value
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {allowed}")

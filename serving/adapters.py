@@ -38,6 +38,9 @@ class AdapterPacker:
     """Reads and packs adapters for one engine. Thread-safe, and changes nothing in the engine.
 
     Attributes:
+        config: Settings of the engine.
+        layout: Geometry of a page.
+        dtype: Type of a page's elements.
         num_pages: Pages of the pool, the trash page included.
         stage: Makes of a packed array `[layers, pages, page_elems]` the block that is held in host memory.
     """

@@ -39,7 +39,7 @@ class AsyncLLM:
         model: Name of a preset, a GGUF file, a Hugging Face or Orbax directory, or a hub id. Or an engine that is built, which
             `close` leaves open.
         progress: Told how many programs are compiled.
-        step_timeout: Seconds after which a step counts as hung, and the engine as dead.
+        step_timeout: Seconds after which a step counts as hung, and the engine as dead; the programs that it compiles count.
         max_lora_loads: Adapters that are read and packed at a time.
         max_lora_queue: Adapters that may wait for that. More are refused with QueueFull.
         settings: Fields of `EngineConfig`.

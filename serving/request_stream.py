@@ -16,7 +16,7 @@ from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.updates import logprobs_of, make_delta, make_output
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)  # a prompt must not get into a log
 class RequestStream:
     """Stream of one request's output, made by `AsyncLLM.open`.
 
@@ -25,9 +25,13 @@ class RequestStream:
     EngineDead.
 
     Attributes:
+        request_id: Id of the request.
         prompt: Prompt as text, where it came as text.
         prompt_token_ids: Prompt as token ids.
+        lora: Adapter; None is the base model.
+        tokenizer: Tokenizer of the model; None where it has none.
         give_up: Called when the stream is left, to abort the request unless it has ended.
+        loop: The asyncio loop that it belongs to.
         request: Set by the engine's thread when it takes the request in.
         has_begun: Set by the engine's thread with the first token.
     """

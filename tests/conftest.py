@@ -20,7 +20,8 @@ from tests.properties import load_profiles
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of machine code: compiling takes longer than the tests' steps
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+"""Of machine code, as compiling it takes longer than the tests' steps. 0 compiles as in use; `make parity` does."""
 
 load_profiles()
 shape_checks.switch_on()

@@ -25,7 +25,7 @@ def switch_on() -> None:
 
     from chameleon_jax.models import shapes
 
-    shared = {name: value for name, value in vars(shapes).items() if not name.startswith("_")}
+    shared = {name: value for name, value in vars(shapes).items() if name[0].isupper()}
     for name, value in {**shared, **{name: getattr(jaxtyping, name) for name in NAMES}}.items():
         setattr(builtins, name, value)  # annotations are evaluated among a module's globals, then among builtins
     jaxtyping.install_import_hook([f"chameleon_jax.models.{name}" for name in DEVICE_MODULES], "tests.shape_checks.check")

@@ -21,6 +21,8 @@ class PacedExecutor:
     Tokens are random; adapters are loaded at once.
     """
 
+    num_compiled = 0
+
     def __init__(self, step_s: float, vocab_size: int):
         self._step_s = step_s
         self._tokens = np.random.default_rng(0).integers(0, min(VOCAB, vocab_size), 1 << 16).tolist()

@@ -68,6 +68,8 @@ class SimulatedExecutor:
         sizes: Content hash to bytes.
     """
 
+    num_compiled = 0
+
     def __init__(self, cost: CostModel, clock: VirtualClock, last: dict[str, int], sizes: dict[str, int], copies: int):
         self._cost = cost
         self._clock = clock

@@ -29,7 +29,7 @@ from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.level_planner import LevelPlanner
 from chameleon_jax.scheduler.queue_policy import MAX_OVERTAKEN
 from chameleon_jax.scheduler.request_size import PageNeeds
-from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
+from chameleon_jax.scheduler.stats import QueueStats
 
 HEAD_TIMEOUT_S = 0.25
 """Seconds that a head may wait for memory or for room in a step before no request may start ahead of it."""
@@ -51,15 +51,14 @@ class MultiLevelQueue:
 
     Args:
         needs: pages that requests take.
-        counters: bypasses and squashes are counted here.
-        planner: forms the levels.
+        planner: forms the levels; bypasses and squashes are counted in its counters too.
     """
 
-    def __init__(self, needs: PageNeeds, counters: SchedulerCounters, planner: LevelPlanner):
+    def __init__(self, needs: PageNeeds, planner: LevelPlanner):
         self.bounds: list[float] = []
         self.levels = [Level(planner.total)]
         self._needs = needs
-        self._counters = counters
+        self._counters = planner.counters
         self._planner = planner
         self._num_started = 0
         self._charges: dict[str, list[tuple[Level, int]]] = {}  # request id -> pages charged to levels

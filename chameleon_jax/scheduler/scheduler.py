@@ -83,7 +83,7 @@ class Scheduler:
             return boosted(self._needs.kv, self._budget.work, config.ttft_slo)
         system = self.system
         planner = LevelPlanner(self._pool.capacity, config.ttft_slo, self.counters, system.equal_levels, system.drift_test)
-        return MultiLevelQueue(self._needs, self.counters, planner)
+        return MultiLevelQueue(self._needs, planner)
 
     @property
     def running(self) -> list[Request]:

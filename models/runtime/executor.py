@@ -36,6 +36,10 @@ class JaxExecutor:
         self._resident: dict[str, PlacedAdapter] = {}
         self._in_flight: list[list[Part]] = []  # dispatched and not collected
 
+    @property
+    def num_compiled(self) -> int:
+        return self._runner.programs.num_compiled
+
     def restart(self, transfers_per_load: int) -> None:
         """Send each adapter so many times a load from now on, and forget the pace of steps. No load may be under way."""
         self._loads.restart(transfers_per_load)

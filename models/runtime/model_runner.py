@@ -1,7 +1,7 @@
 """The device to the executor: weights, pool and compiled programs, behind a few calls that never wait.
 
-Every program is compiled when the runner is built, and none afterwards. From then on only a step's small outputs and the pieces
-of adapters on their way are allocated.
+Every program is compiled when the runner is built, and none afterwards, unless it is told to compile programs when steps need
+them. From then on only a step's small outputs and the pieces of adapters on their way are allocated.
 """
 
 from __future__ import annotations

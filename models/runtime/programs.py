@@ -1,4 +1,4 @@
-"""Programs of an engine, compiled before the first request, and the memory that they need besides weights and pool."""
+"""Programs of an engine, compiled before the first request or at their first use, and the memory they need beside the pool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS_IN_FLIGHT = 2
 
 
 class Programs:
-    """Programs for a pool of `num_pages`, each compiled once: all of them before the first request (`compile_all`).
+    """Programs for a pool of `num_pages`, each compiled once: by `compile_all` before the first request, else at its first use.
 
     Args:
         graph: Structure of the model, from `nnx.split`.
@@ -67,6 +67,11 @@ class Programs:
         self._backend = backend
         self._options = dict(compiler_options or {})
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
+
+    @property
+    def num_compiled(self) -> int:
+        """Number of programs compiled so far."""
+        return len(self.forward) + len(self.sample) + len(self.write)
 
     def listing(self) -> list[tuple[ProgramCache, Any]]:
         """Every program to compile, as its cache and its key there; the slowest to compile first."""

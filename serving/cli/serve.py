@@ -61,7 +61,10 @@ def serve(
         bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
     ] = True,
     compile_ahead: Annotated[
-        bool, Option(help="Compile every program before the first request. Without, early requests wait for theirs.")
+        bool,
+        Option(
+            help="Compile every program before the first request. Without, all requests wait whenever a new one is compiled."
+        ),
     ] = True,
     dtype: options.Dtype = ENGINE.dtype,
     load_format: options.LoadFormat = ENGINE.load_format,

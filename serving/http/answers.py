@@ -81,13 +81,16 @@ class Choice(ABC):
         """Choice of an answer that is not streamed. Args: output: all output, joined."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)  # a prompt must not get into a log
 class Answer:
     """Answer to one completion request.
 
     Attributes:
         request: The HTTP request. Its access-log record gets the token counts.
+        body: Body of the request.
+        head: Makes the parts of the answer that all choices share.
         streams: Output of the engine, one stream for each choice. Closed once the answer is sent or the client is gone.
+        choices: Makes the parts of each choice.
         prompt_tokens: Tokens of all prompts together.
         completion_tokens: Output tokens of all choices so far.
     """

@@ -124,14 +124,19 @@ class Service:
             ValueError: A named adapter cannot be served.
             EngineDead: The engine died meanwhile.
         """
-        found = {name: str(directory) for name, directory in self.sources.found().items() if name not in adapters}
-        for name, path in (adapters | found).items():
+        for name, path in adapters.items():
             try:
                 self._check_name(name)
-                await self.llm.add_lora(name, self.sources.resolve(path) if name in found else path)
+                await self.llm.add_lora(name, path)
             except (ValueError, RequestFailed) as error:
-                if name in adapters:
-                    raise ValueError(f"adapter {name!r}, {path}: {error}") from error
+                raise ValueError(f"adapter {name!r}, {path}: {error}") from error
+        for name, directory in self.sources.found().items():
+            if name in adapters:
+                continue
+            try:
+                self._check_name(name)
+                await self.llm.add_lora(name, self.sources.resolve(str(directory)))
+            except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r in an adapter directory is left out: %s", name, error)
 
     async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:

@@ -1,4 +1,4 @@
-"""Counts of the programs that JAX compiled, at the start and while serving. The latter should stay 0."""
+"""Counts of the programs that JAX compiled, at the start and while serving. The latter are none with `compile_ahead`."""
 
 from __future__ import annotations
 

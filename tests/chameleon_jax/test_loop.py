@@ -234,3 +234,20 @@ def test_others_start_where_a_decode_step_alone_takes_longer_than_the_target():
     assert late.state is RequestState.FINISHED and long.state is RequestState.RUNNING
     run(loop)
     assert late.output_token_ids == expected(executor, late)
+
+
+def test_steps_that_ran_while_a_program_was_compiled_teach_nothing():
+    loop, executor, _ = make_loop(60, 0)
+    seen, dispatched = [], []
+    dispatch, observe = executor.dispatch, loop.scheduler.observe_step
+
+    def compile_in_second(plan):
+        dispatched.append(plan)
+        executor.num_compiled += len(dispatched) == 2
+        return dispatch(plan)
+
+    executor.dispatch = compile_in_second  # type: ignore[method-assign]
+    loop.scheduler.observe_step = lambda plan, seconds: (seen.append(plan), observe(plan, seconds))  # type: ignore[method-assign]
+    loop.submit(make_request(0, 4, 5, None))
+    run(loop)
+    assert len(dispatched) > 3 and seen == dispatched[1:]

@@ -218,6 +218,7 @@ REFUSALS = {
     "partial rope": ({"llama__rope__dimension_count": 32}, "dimension_count is 32"),
     "value length": ({"llama__attention__value_length": 32}, "value_length is 32"),
     "missing field": ({"llama__block_count": None}, "no field llama.block_count"),
+    "more layers than tensors": ({"llama__block_count": 1 << 30}, "block_count is 1073741824; allowed: at most"),
     "heads by layer": ({"llama__attention__head_count_kv": [2, 2]}, "head_count_kv is"),
     "heads of queries by layer": ({"llama__attention__head_count": [4, 4]}, r"head_count is \[4, 4\]; allowed: one number"),
     "no heads": ({"llama__attention__head_count": 0}, "num_heads is 0"),

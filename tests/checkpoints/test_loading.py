@@ -149,7 +149,9 @@ def test_tensors_beyond_the_config_and_other_shapes_are_refused(form, tmp_path):
 def test_a_gguf_file_with_other_layers_or_shapes_is_refused(tmp_path):
     tensors = test_gguf.MODEL.tensors
     extra = {"blk.1.attn_norm.weight": np.ones(256, np.float32)}
-    with pytest.raises(ValueError, match=r"tensor blk\.1\.attn_norm\.weight has no place in a Llama of 1 layers"):
+    with pytest.raises(
+        ValueError, match=r"tensor blk\.1\.attn_norm\.weight has no place in a Llama without biases of 1 layers"
+    ):
         load_checkpoint(str(test_gguf.write(tmp_path / "layers.gguf", tensors=tensors | extra)))
     for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"):
         full = f"model.layers.0.{name}.weight"

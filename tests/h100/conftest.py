@@ -1,4 +1,7 @@
-"""Settings without a GPU: JAX looks for none, XLA chooses products untimed, and programs that cannot run are not cached."""
+"""Settings without a GPU: JAX looks for none, and XLA chooses products untimed and caches no programs, as they cannot run.
+
+Optimizations are those of use, unlike in other tests.
+"""
 
 from __future__ import annotations
 
@@ -9,3 +12,4 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_disable_most_optimizations", False)

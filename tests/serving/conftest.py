@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from chameleon_jax import LLM
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.service.server_config import ServerConfig
@@ -19,7 +20,7 @@ from chameleon_jax.serving.service.service import Service
 from tests import reference_models as reference
 from tests import text_models
 from tests.engines import Engines
-from tests.serving.async_calls import run, settled
+from tests.serving.async_calls import LONG, PROMPTS, run, settled
 from tests.serving.running import TIMEOUT, Running, running
 
 CONFIG = reference.CONFIGS["gqa"]
@@ -60,6 +61,8 @@ def own_llm(engines: Engines, text_model: Path) -> Iterator[Callable[..., AsyncL
         def make(**settings: Any) -> AsyncLLM:
             own = {name: settings.pop(name) for name in THREADS & settings.keys()}
             engine = stack.enter_context(engines.borrow(text_model, **settings))
+            if "step_timeout" in own:  # which includes the compilation of a step's programs
+                LLM(engine).generate(PROMPTS[0], LONG)
             llm = AsyncLLM(engine, **own)
 
             def close() -> None:

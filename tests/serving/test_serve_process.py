@@ -107,6 +107,19 @@ def test_sigterm_under_load(text_model, adapter_dir):
         assert process.ended() == 0
 
 
+def test_every_program_is_compiled_before_the_first_request(text_model, adapter_dir):
+    small = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--no-enable-lora", "--compile-ahead")
+    with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *small) as process:
+        assert process._ready.wait(TIMEOUT)
+        done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
+        assert done == programs == 5  # a decode row, a tile of a prompt, and three kinds of sampling
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
+        assert url is not None
+        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
+            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
+            assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
+
+
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])

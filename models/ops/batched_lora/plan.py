@@ -150,20 +150,25 @@ def plan_batch(
     *,
     tiles: int,
     tile_tokens: int,
+    max_rank: int,
+    max_pages: int,
+    num_targets: int = len(TARGETS),
     decode_window: int = DECODE_WINDOW,
-    **sizes: int,
 ) -> LoraPlan:
     """List the rank rows of a batch (host).
 
     Args:
         tile_adapters: Adapter of each tile. Fewer than `tiles` leave padding at the end. Tiles of one adapter that stand side
             by side share reads.
-        tiles: Tiles of the step.
-        tile_tokens: Tokens of a tile.
-        decode_window: Rows of a window in decode.
-        sizes: Further arguments of `plan_shapes`.
+        tiles: Tiles of the step; all further arguments are those of `plan_shapes`.
+        tile_tokens: As there.
+        max_rank: As there.
+        max_pages: As there.
+        num_targets: As there.
+        decode_window: As there.
     """
-    shapes = plan_shapes(tiles=tiles, tile_tokens=tile_tokens, decode_window=decode_window, **sizes)
+    sizes = {"max_rank": max_rank, "max_pages": max_pages, "num_targets": num_targets, "decode_window": decode_window}
+    shapes = plan_shapes(tiles=tiles, tile_tokens=tile_tokens, **sizes)
     arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
     plan = LoraPlan(**arrays, window_tiles=window_tiles(tiles, tile_tokens, decode_window))
     fill_plan(plan, tile_adapters)

@@ -44,7 +44,7 @@ class Order:
             self.cache.add(AdapterInfo(name, rank=8, num_pages=pages, num_bytes=pages), START)
         self.counters = SchedulerCounters()
         needs, planner = PromptPages(self.cache, page_tokens=1), LevelPlanner(total, 5.0, self.counters)
-        self.queue = MultiLevelQueue(needs, self.counters, planner)
+        self.queue = MultiLevelQueue(needs, planner)
         if quotas:
             self.queue.bounds, self.queue.levels = list(bounds), [Level(quota) for quota in quotas]
         self.running: list[Request] = []

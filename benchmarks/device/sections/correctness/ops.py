@@ -79,6 +79,9 @@ def attention(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, n
     rng = np.random.default_rng(1)
     layout = PageLayout.for_model(config)
     starts, counts = map(np.array, attention_rows(tile_tokens, scale.max_tokens, layout.page_tokens))
+    if tile_tokens == 1:
+        starts = np.append(starts, rng.integers(1, scale.max_tokens, 6))
+        counts = np.append(counts, np.ones(6, int))
     width = layout.pages_for_tokens(scale.max_tokens)
     lengths = np.where(counts, starts + counts, 0).tolist()
     pool, tables = paged_kv(rng, lengths, width, config.num_kv_heads, layout.page_tokens, config.head_dim)
