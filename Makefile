@@ -26,8 +26,8 @@ examples: $(VENV)/installed-test ## run the six examples, offline on the CPU
 docs: $(VENV)/docs/bin/mkdocs ## build the documentation's site into build/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $< build --site-dir build/site
 
-test: $(VENV)/installed-test ## the test suite, on every processor
-	$(PYTEST)
+test: $(VENV)/installed-test ## the test suite, on every processor; TESTS="tests/models" for a part
+	$(PYTEST) $(TESTS)
 
 test-host: $(VENV)/installed-test ## the fast tests, which build no engine: core, checkpoints, parts of the servers, documentation
 	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \

@@ -41,6 +41,7 @@ def test_outputs_grow_and_deltas_add_up_to_them(llm):
         assert len(outputs) > 1 and outputs[-1].finished and len(whole.token_ids) == len(whole.logprobs) == 24
         async with await llm.open(PROMPTS[0], params) as stream:
             deltas = [delta async for delta in stream]
+            assert PROMPTS[0] not in repr(stream)
         assert "".join(delta.text for delta in deltas) == whole.text
         assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
         assert [p for delta in deltas for p in delta.logprobs] == whole.logprobs
