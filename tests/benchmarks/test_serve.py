@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.serving import serve_curve
+from benchmarks.serving import comparison, serve_curve
 from benchmarks.serving.calibrate import Timings, fit, slowness
 from benchmarks.serving.comparison import RATIOS, Settings, build_engine, ratios
 from benchmarks.simulator.calibration import STEP_TERMS
@@ -126,13 +126,26 @@ def test_a_calibration_finds_the_costs_it_was_made_from():
     assert slowness(calibration.slowed(0.5), timings) == pytest.approx(2.0)
 
 
-def test_the_command_writes_what_it_measured_and_predicted(engine, tmp_path):
+@pytest.fixture
+def built(engine, monkeypatch) -> list:
+    """Arguments of `build_engine`, which gives the commands this module's engine; test_gpu_machine.py has one build its own."""
+    calls: list = []
+    for module in (comparison, serve_curve):
+        monkeypatch.setattr(module, "build_engine", lambda *arguments: calls.append(arguments) or engine)
+    monkeypatch.setattr(engine, "close", lambda: None)
+    return calls
+
+
+def test_the_command_writes_what_it_measured_and_predicted(built, tmp_path):
     pictures = importlib.util.find_spec("matplotlib") is not None  # not among the tests' packages
     plots = f"--plots {tmp_path}" if pictures else ""
     options = f"""serve tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
         --max-input 100 --max-output 24 --num-adapters {NUM_ADAPTERS} --ranks {RANK} --num-pages {NUM_PAGES} --max-num-seqs 2
         --max-num-batched-tokens 32 --predict --calibration-s 1 --out {tmp_path}/result.json {plots}"""
     assert main(options.split()) == 0
+    ((model, _, systems, settings, config),) = built
+    assert (model, systems, config["num_pages"], config["load_format"]) == ("tiny", ["s-lora", "chameleon"], NUM_PAGES, "dummy")
+    assert (settings.max_num_seqs, settings.batched_tokens) == (2, 32)
     written = json.loads((tmp_path / "result.json").read_text())
     assert set(written["systems"]) == {"s-lora", "chameleon"}
     for system in written["systems"].values():
@@ -148,18 +161,16 @@ def test_a_system_that_bounds_stalls_may_take_longer_prompts():
     assert step_tokens("chameleon-plus", 128) == 512
 
 
-def test_a_curve_has_every_system_at_every_load(engine, tmp_path, monkeypatch):
-    """On the engine of this module; tests/test_gpu_machine.py runs the command with its own."""
-    built = []
-    monkeypatch.setattr(serve_curve, "build_engine", lambda *arguments: built.append(arguments) or engine)
-    monkeypatch.setattr(engine, "close", lambda: None)
+def test_a_curve_has_every_system_at_every_load(built, tmp_path):
     sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
-    traffic = "--rps 4 --rps 2 --duration 1.5 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
+    traffic = (
+        "--rps 8 --rps 4 --duration 0.75 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
+    )
     out = tmp_path / "curve.json"
     assert main(["serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)]) == 0
     ((model, workloads, systems, settings, config),) = built
     assert (model, systems, len(workloads), config["num_pages"]) == ("tiny", ["fifo", "s-lora"], 2, NUM_PAGES)
     assert (settings.max_num_seqs, settings.batched_tokens) == (2, 32)
     table = json.loads(out.read_text())["table"]
-    assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (2, 4) for s in ("fifo", "s-lora")]
+    assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (4, 8) for s in ("fifo", "s-lora")]
     assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)

@@ -13,7 +13,7 @@ from chameleon_jax.serving.async_llm import AsyncLLM
 from tests import reference_models as reference
 
 SETTINGS = dict(max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=16, num_pages=64)
-PLAN = Soak(clients=12, names=3, warm_up=3.0, seconds=6.0, pause=0.05)
+PLAN = Soak(clients=12, names=3, warm_up=1.5, seconds=4.5, pause=0.05)
 
 
 @pytest.fixture(scope="module")
