@@ -266,7 +266,7 @@ class ServingLoop:
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            if num_compiled == self.executor.num_compiled:  # else the seconds are those of a compilation
+            if num_compiled == self.executor.num_compiled:  # else a compilation took the seconds
                 self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
             self._collected_at = now
             for request in output_processor.process(tokens, now):

@@ -1,4 +1,4 @@
-"""Arrays that several signatures name, by what they hold; `chameleon_jax.models` lists the dimensions.
+"""Arrays that several signatures name, by their content; `chameleon_jax.models` lists the dimensions.
 
 Like the names of jaxtyping, these are imported for type checkers alone.
 """

@@ -24,7 +24,7 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output")
-"""Fields that the server's defaults, else those of `SamplingParams`, stand for where a request leaves them out."""
+"""Fields with a default: the server's, else the one of `SamplingParams`."""
 
 
 class StreamOptions(StrictModel):

@@ -160,7 +160,7 @@ def plan_batch(
     Args:
         tile_adapters: Adapter of each tile. Fewer than `tiles` leave padding at the end. Tiles of one adapter that stand side
             by side share reads.
-        tiles: Tiles of the step; all further arguments are those of `plan_shapes`.
+        tiles: Tiles of the step. This and all further arguments are as in `plan_shapes`.
         tile_tokens: As there.
         max_rank: As there.
         max_pages: As there.
