@@ -74,8 +74,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self.draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
-        read = lambda name, path: self.engine.packer.read(name, path)  # noqa: E731 (another packer after a restart)
-        self.reader = AdapterReader(read, max_lora_loads, max_lora_queue)
+        self.reader = AdapterReader(max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self._streams)
@@ -205,8 +204,17 @@ class AsyncLLM:
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    async def add_lora(self, name: str, path: str | Path, pinned: bool | None = None, *, load_inplace: bool = True) -> bool:
-        """Read a PEFT adapter and give it a name, while requests run.
+    async def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+        load_inplace: bool = True,
+    ) -> bool:
+        """Read a PEFT adapter, or take one from memory, and give it a name, while requests run.
 
         A name that exists gets the new content; running requests keep the old. Calls for one name take effect in order.
 
@@ -214,6 +222,8 @@ class AsyncLLM:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`. It is read until the call returns.
+            peft_config: Settings of `weights`.
             load_inplace: False refuses other content for a name that exists.
 
         Returns:
@@ -223,12 +233,10 @@ class AsyncLLM:
             ValueError: The adapter cannot be served; says why. Nothing has changed then.
             QueueFull, EngineDead: See `chameleon_jax.errors`.
         """
+        job = self.engine.packer.job(name, path, weights, peft_config)
         async with self.reader.turns.of(name):
-            return await self._add_lora(name, path, pinned, load_inplace)
-
-    async def _add_lora(self, name: str, path: str | Path, pinned: bool | None = None, load_inplace: bool = True) -> bool:
-        packed = await self.reader.read(name, path)
-        return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
+            packed = await self.reader.read(name, job)
+            return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
 
     async def _read_lora(self, lora: LoRARequest) -> None:
         """Read the adapter of a request where it is not known yet, once for all requests that wait for it."""
@@ -236,7 +244,8 @@ class AsyncLLM:
             return
         async with self.reader.turns.of(lora.name):
             if self.engine.must_read(lora):
-                await self._add_lora(lora.name, lora.path)
+                packed = await self.reader.read(lora.name, self.engine.packer.job(lora.name, lora.path))
+                await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""

@@ -202,18 +202,37 @@ class LLMEngine:
         """Adapters by name."""
         return self.loop.adapters
 
-    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> AdapterInfo:
-        """Read a PEFT adapter and give it a name. A name that exists gets new content; running requests keep the old.
+    def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+    ) -> AdapterInfo:
+        """Read a PEFT adapter, or take one from memory, and give it a name.
+
+        A name that exists gets new content; running requests keep the old.
+
+        `weights` on one device, or sharded over several, are packed there by a program that is compiled once for each set of
+        shapes. The packed block, in the pool's format, is copied to host memory once; from there it is loaded into the pool as
+        adapters of files are. Other weights are packed on the host. Nothing refers to `weights` after the call; until then,
+        they must neither change nor be donated.
 
         Args:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`: a state dict of PEFT, or pairs (A `[r, d_in]`, B
+                `[d_out, r]`), as a list with `{target: (A, B)}` for each layer, as `{(layer, target): (A, B)}`, or stacked as
+                `{target: (A [layers, r, d_in], B [layers, d_out, r])}`. Arrays are NumPy's, JAX's or PyTorch's.
+            peft_config: Settings of `weights`: a LoraConfig of PEFT, or a mapping with its fields, lora_alpha at least.
 
         Raises:
             ValueError: The adapter cannot be served; says why. Nothing has changed then.
         """
-        adapter = self.packer.read(name, path)
+        adapter = self.packer.job(name, path, weights, peft_config)()
         self.name_lora(name, adapter, path, pinned)
         return adapter.info
 

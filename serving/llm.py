@@ -55,15 +55,28 @@ class LLM:
         """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
-    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:
-        """Read an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
+    def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        """Read an adapter ahead of the first request for it, or anew, or take one from memory.
 
         Args:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`.
+            peft_config: Settings of `weights`: a LoraConfig of PEFT, or a mapping with its fields, lora_alpha at least.
+
+        Raises:
+            ValueError: The adapter cannot be served; says why. Nothing has changed then.
         """
-        self.engine.add_lora(name, path, pinned)
+        self.engine.add_lora(name, path, pinned, weights=weights, peft_config=peft_config)
 
     def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
