@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import numpy as np
 from chameleon_jax.checkpoints import peft, peft_memory
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo
+from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo, AdapterMix
 from chameleon_jax.models.adapters import packing
 from chameleon_jax.models.adapters.transfers import PinnedBlock
-from chameleon_jax.models.adapters.weights import AdapterWeights
+from chameleon_jax.models.adapters.weights import AdapterWeights, mix
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
 
 
@@ -34,6 +36,21 @@ class PackedAdapter:
     info: AdapterInfo
     placement: AdapterPlacement
     block: PinnedBlock
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixJob:
+    """A mix to be packed.
+
+    Attributes:
+        mix: Its identity.
+        label: Its text for people.
+        members: Packed block and placement of each member of the mix.
+    """
+
+    mix: AdapterMix
+    label: str
+    members: Sequence[tuple[Future[PinnedBlock], AdapterPlacement]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,8 +95,7 @@ class AdapterPacker:
     def pack(self, name: str, weights: AdapterWeights) -> PackedAdapter:
         """Pack an adapter that fits the model. Raises ValueError where it cannot be served."""
         rank = max(weights.ranks.values())
-        allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
-        require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
+        self._check_rank(name, rank)
         placement = self.layout.place(weights.ranks)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
@@ -91,6 +107,21 @@ class AdapterPacker:
         content_hash = packing.content_hash(weights.ranks, block)
         info = AdapterInfo(content_hash, rank, placement.num_pages, num_bytes)
         return PackedAdapter(info, placement, self.stage(block))
+
+    def mix(self, job: MixJob) -> PackedAdapter:
+        """Pack the sum of packed adapters; waits for those that are on disk. Raises ValueError where the sum is too large."""
+        ranks: Counter[str] = Counter()
+        for _, placement in job.members:
+            ranks.update(placement.ranks)
+        self._check_rank(job.label, max(ranks.values()))
+        blocks = [(np.asarray(block.result()), placement) for block, placement in job.members]
+        members = [packing.unpack(block, placement, self.layout) for block, placement in blocks]
+        packed = self.pack(job.label, mix([(weights, factor) for weights, (_, factor) in zip(members, job.mix.members)]))
+        return dataclasses.replace(packed, info=dataclasses.replace(packed.info, content_hash=job.mix.content_hash))
+
+    def _check_rank(self, name: str, rank: int) -> None:
+        allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
+        require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
 
     def _check_name(self, name: str) -> None:
         if not self.config.enable_lora:

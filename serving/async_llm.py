@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import threading
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
-from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
@@ -151,7 +150,7 @@ class AsyncLLM:
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
-        lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
+        lora = None if lora_request is None else lora_request.known()
         streams: list[RequestStream] = []
         wanted: list[SamplingParams] = []  # one for each stream
 
@@ -168,7 +167,7 @@ class AsyncLLM:
 
         async with deadline.kept():
             if lora_request is not None:
-                await self._read_lora(lora_request)
+                await self._prepare(lora_request)
             several = len(prompts) * len(params) > 1
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
@@ -238,14 +237,26 @@ class AsyncLLM:
             packed = await self.reader.read(name, job)
             return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
 
+    async def _prepare(self, lora: LoRARequest) -> None:
+        """Read or mix what a request's adapter lacks, once for all requests that wait for it."""
+        for member, _ in lora.members:
+            if self.engine.must_read(member):
+                async with self.reader.turns.of(member.name):
+                    await self._read_lora(member)
+        if isinstance(lora, LoRAMix):
+            async with self.reader.turns.of(lora.name):
+                await self._mix(lora)
+
     async def _read_lora(self, lora: LoRARequest) -> None:
-        """Read the adapter of a request where it is not known yet, once for all requests that wait for it."""
-        if lora.path is None or not self.engine.must_read(lora):
-            return
-        async with self.reader.turns.of(lora.name):
-            if self.engine.must_read(lora):
-                packed = await self.reader.read(lora.name, self.engine.packer.job(lora.name, lora.path))
-                await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
+        if self.engine.must_read(lora):
+            packed = await self.reader.read(lora.name, self.engine.packer.job(lora.name, lora.path))
+            await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
+
+    async def _mix(self, lora: LoRAMix) -> None:
+        job = await self.call(lambda engine: engine.mix_job(lora))
+        if job is not None:
+            packed = await self.reader.read(lora.name, lambda: self.engine.packer.mix(job))
+            await self.call(lambda engine: engine.add_mix(job, packed))
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""

@@ -33,10 +33,10 @@ from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.request import Request
-from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
-from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
+from chameleon_jax.serving.adapters import AdapterPacker, MixJob, PackedAdapter
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
@@ -266,6 +266,30 @@ class LLMEngine:
         """Whether a request's adapter is to be read before it starts."""
         return lora.path is not None and (lora.load_inplace or self.adapters.path(lora.name) != str(lora.path))
 
+    def mix_job(self, lora: LoRAMix) -> MixJob | None:
+        """Make the job that packs a mix, for any thread; None where the mix is known. Raises KeyError for an unknown name."""
+        mix = self.adapters.mix(lora)
+        if self.adapters.use_mix(mix):
+            return None
+        members = [(self.store.fetch(member), self._executor.placement(member)) for member, _ in mix.members]
+        return MixJob(mix, lora.name, members)
+
+    def add_mix(self, job: MixJob, packed: PackedAdapter) -> None:
+        """Keep a mix that is packed, for requests that ask for it. Quick, as nothing is copied."""
+        self.adapters.add_mix(job.mix, job.label, packed.info)
+        self._executor.add(packed.info.content_hash, packed.placement, packed.block)
+
+    def _content_of(self, lora: LoRARequest) -> str:
+        """Content hash of a request's adapter, which is read or mixed first where it is not known."""
+        for member, _ in lora.members:
+            if self.must_read(member):
+                self.add_lora(member.name, member.path)
+        if not isinstance(lora, LoRAMix):
+            return self.adapters.named(lora.name).content_hash
+        if (job := self.mix_job(lora)) is not None:
+            self.add_mix(job, self.packer.mix(job))
+        return self.adapters.mix(lora).content_hash
+
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def submit(
@@ -292,11 +316,7 @@ class LLMEngine:
         """
         self._check_tokens(prompt_token_ids, params)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
-        adapter = None
-        if lora is not None:
-            if self.must_read(lora):
-                self.add_lora(lora.name, str(lora.path))
-            adapter = self.adapters.named(lora.name).content_hash
+        adapter = None if lora is None else self._content_of(lora)
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class LLM:
         read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora in zip(many, params, loras):
-                known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
+                known = lora if lora is None or lora not in read else lora.known()
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:
                     param = self.get_default_sampling_params().fit(len(token_ids), self.engine.max_model_len)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -89,3 +89,14 @@ class AdapterWeights:
                 found = xp.zeros((0, width), dtype) if rows is None else rows.astype(dtype)
                 runs.append(xp.pad(found, ((0, rank - found.shape[0]), (0, 0))).ravel())
         return xp.concatenate(runs)
+
+
+def mix(members: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
+    """Sum updates, each times its weight: rows of A and columns of B side by side, so ranks add up. On the host, float32."""
+    tensors = {}
+    for where in dict.fromkeys(where for weights, _ in members for where in weights.tensors):
+        pairs = [(weights.tensors[where], factor) for weights, factor in members if where in weights.tensors]
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are found once they are packed
+            b = np.concatenate([b * np.float32(factor) for (_, b), factor in pairs], axis=1)
+        tensors[where] = (np.concatenate([a for (a, _), _ in pairs]), b)
+    return AdapterWeights(tensors)

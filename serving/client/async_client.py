@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import grpc
 
@@ -32,11 +32,11 @@ class AsyncClient(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids."""
+        """Complete one prompt, given as text or as token ids. `lora_name` may be several adapters with their weights."""
         request = make_request(prompt, params, lora_name, request_id)
         return await self._call(self._calls.generate(request), self._attempts(timeout))
 
@@ -45,7 +45,7 @@ class AsyncClient(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[Generated, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -138,10 +138,17 @@ class BaseClient:
 
 
 def make_request(
-    prompt: str | Sequence[int], params: SamplingParams | None, lora_name: str | None, request_id: str | None
+    prompt: str | Sequence[int],
+    params: SamplingParams | None,
+    lora_name: str | Mapping[str, float] | None,
+    request_id: str | None,
 ) -> messages.GenerateRequest:
     """Make the request of `Generate` and `GenerateStream`. Raises ValueError for a value that does not fit its field."""
-    request = messages.GenerateRequest(lora_name=lora_name or "", request_id=request_id or "")
+    request = messages.GenerateRequest(request_id=request_id or "")
+    if isinstance(lora_name, Mapping):
+        request.loras.extend(messages.LoraWeight(lora_name=name, weight=weight) for name, weight in lora_name.items())
+    elif lora_name is not None:
+        request.lora_name = lora_name
     if params is not None:
         request.sampling.CopyFrom(convert.sampling_to_message(params))
     if isinstance(prompt, str):

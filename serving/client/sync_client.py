@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grpc
 
@@ -36,11 +36,11 @@ class Client(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids."""
+        """Complete one prompt, given as text or as token ids. `lora_name` may be several adapters with their weights."""
         request = make_request(prompt, params, lora_name, request_id)
         return self._call(self._calls.generate(request), self._attempts(timeout))
 
@@ -49,7 +49,7 @@ class Client(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> Iterator[Generated]:

@@ -28,7 +28,6 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """Answer a conversation, formatted by the model's chat template."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
     with translate_errors():
-        lora = service.lora_named(body.model)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         defaults = {"max_tokens": service.llm.max_model_len, **service.sampling_defaults}
@@ -37,6 +36,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         async with deadline.kept():
             messages = [message.for_template() for message in body.messages]
             token_ids = await service.chat_tokens(messages, **body.template_variables())
+        lora = await service.adapter_of(body.model, body.mixed_loras(), deadline)
         prompt = {"prompt_token_ids": token_ids}
         streams = await service.llm.open_all([prompt], params, lora, head.id, deadline, fit=max_tokens is None)
     choices = [ChatChoice(i, body.top_logprobs or 0) for i in range(len(streams))]

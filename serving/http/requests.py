@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Request
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
-from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS, MAX_STOPS, SamplingParams
+from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_MIXED_LORAS, MAX_STOP_IDS, MAX_STOPS, SamplingParams
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message
 from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, Unsupported, reject_unsupported
@@ -27,6 +27,11 @@ _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "s
 """Fields with a default: the server's, else the one of `SamplingParams`."""
 
 
+class LoRAWeight(StrictModel):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LEN)]
+    weight: Number = 1.0
+
+
 class StreamOptions(StrictModel):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Send the usage so far with every event, as in vLLM.")
@@ -38,6 +43,9 @@ class Sampling(StrictModel):
 
     model: Annotated[str, Field(max_length=MAX_NAME_LEN)] | None = Field(
         default=None, description="Base model or adapter. Default: the base model."
+    )
+    lora: Annotated[list[LoRAWeight], Field(min_length=1, max_length=MAX_MIXED_LORAS, fail_fast=True)] | None = Field(
+        default=None, description="Adapters whose weighted sum answers. Allowed with the base model as `model`."
     )
     temperature: Number | None = Field(default=None, description="Default, here and below: the model's own setting.")
     top_p: Number | None = None
@@ -99,6 +107,10 @@ class Sampling(StrictModel):
     request_id: Annotated[Any, reject_unsupported("")] = None
     kv_transfer_params: Unsupported = None
     vllm_xargs: Unsupported = None
+
+    def mixed_loras(self) -> list[tuple[str, float]]:
+        """Names and weights of `lora`; empty without."""
+        return [(lora.name, lora.weight) for lora in self.lora or ()]
 
     def check_combinations(self) -> None:
         """Raise ApiError for fields that exclude each other."""

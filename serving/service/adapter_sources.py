@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, read_config
@@ -56,6 +57,21 @@ class AdapterSources:
                 if _may_be_adapter(directory):
                     adapters.setdefault(directory.name, directory)
         return adapters
+
+    def find(self, name: str) -> Path | None:
+        """Find the directory of an adapter that a request names; None where there is none. May download it.
+
+        A name is a hub id, or a path relative to one of the directories. A path has one spelling, without ".." for example, as
+        each name is an adapter of its own. Raises ValueError where the download fails.
+        """
+        if name in self._hub_ids:
+            return download(name)
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name:
+            return None
+        with contextlib.suppress(ValueError):
+            return self.resolve(name)
+        return None
 
     def resolve(self, source: str) -> Path:
         """Find the directory of an adapter that a client named. May download it.

@@ -25,6 +25,8 @@ class ServerConfig:
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
         hub_adapters: Hub ids from which clients may load adapters.
+        load_on_request: Whether a request loads the adapter that it names: one of `hub_adapters`, or a path below one of
+            `adapter_dirs`. Otherwise only adapters that were loaded before are served.
         tls_cert: PEM file of the certificate for both protocols. None serves without TLS.
         tls_key: PEM file of the certificate's key.
         request_timeout: Most seconds a request may take, and the default for requests without a deadline.
@@ -43,6 +45,7 @@ class ServerConfig:
     admin_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     adapter_dirs: tuple[str, ...] = ()
     hub_adapters: tuple[str, ...] = ()
+    load_on_request: bool = True
     tls_cert: str | None = None
     tls_key: str | None = None
     request_timeout: float = 600.0

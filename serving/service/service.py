@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_jax.errors import Draining, Forbidden, RequestFailed, Unauthenticated
-from chameleon_jax.sampling_params import LoRARequest
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
@@ -49,6 +49,7 @@ class Service:
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters)
+        self._loads: dict[str, asyncio.Task[None]] = {}  # of adapters that requests named
 
     # -- access ---------------------------------------------------------------------------------------------------------
 
@@ -85,9 +86,36 @@ class Service:
         """Adapter that a request's `model` names, None for the base model. Raises KeyError for an unknown name."""
         if model is None or model in ("", self.model_name):
             return None
-        if self.llm.engine.adapters.get(model) is None:
+        if not self._is_loaded(model):
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
+
+    async def adapter_of(self, model: str | None, mixed: Sequence[tuple[str, float]], deadline: Deadline) -> LoRARequest | None:
+        """Adapter of a request, loaded first where it is one of the server's sources; None for the base model.
+
+        Args:
+            model: The base model or an adapter.
+            mixed: Names and weights of several adapters in the place of one.
+            deadline: Deadline of the request.
+
+        Raises:
+            KeyError: An adapter does not exist.
+            ValueError: An adapter cannot be served, or `mixed` is wrong.
+            Draining, DeadlineExceeded, QueueFull, RequestFailed, EngineDead: See `chameleon_jax.errors`.
+        """
+        is_base = model is None or model in ("", self.model_name)
+        if mixed and not is_base:
+            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {self.model_name!r}, the base model")
+        names = [name for name, _ in mixed] or ([] if is_base else [str(model)])
+        async with deadline.kept():
+            for name in names:
+                await self._load_if_missing(name)
+        loras = [lora for name in names if (lora := self.lora_named(name)) is not None]
+        if len(loras) != len(names):
+            raise ValueError(f"lora has {self.model_name!r}; allowed: adapters, not the base model")
+        if mixed:
+            return LoRAMix(loras, [weight for _, weight in mixed])
+        return loras[0] if loras else None
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Deadline of a request arriving now. Args: timeout: seconds, at most and by default the server's `request_timeout`."""
@@ -149,13 +177,55 @@ class Service:
         logger.info("loaded adapter %r", name)
         return loaded
 
+    async def _load_if_missing(self, name: str) -> None:
+        """Load an adapter that a request names, where it is none yet but one of the server's sources.
+
+        It is read once for all requests that wait for it, and also if they leave.
+        """
+        if not self.config.load_on_request or not self._may_name(name) or self._is_loaded(name):
+            return
+        load = self._loads.get(name)
+        if load is None:
+            load = self._loads[name] = asyncio.create_task(self._load_on_request(name))
+            load.add_done_callback(lambda load: self._end_load(name, load))
+        await asyncio.shield(load)
+
+    def _end_load(self, name: str, load: asyncio.Task[None]) -> None:
+        del self._loads[name]
+        if not load.cancelled():
+            load.exception()  # which asyncio would log where every request has left
+
+    async def _load_on_request(self, name: str) -> None:
+        if self.llm.draining:
+            raise Draining("the server is about to stop")
+        try:
+            path = await asyncio.to_thread(self.sources.find, name)
+            if path is None:
+                return
+            await self.llm.add_lora(name, path, load_inplace=False)
+        except ValueError as error:
+            if self._is_loaded(name):  # by an operator meanwhile, with other content
+                return
+            raise ValueError(f"model {name!r} cannot be served: {error}") from error
+        logger.info("loaded adapter %r for a request", name)
+
     async def unload_lora(self, name: str) -> None:
-        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError."""
+        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError.
+
+        One of an adapter directory is loaded again when a request names it, unless `load_on_request` is off.
+        """
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
 
+    def _is_loaded(self, name: str) -> bool:
+        return self.llm.engine.adapters.get(name) is not None
+
+    def _may_name(self, name: str) -> bool:
+        """Whether an adapter may have the name."""
+        return 0 < len(name) <= MAX_NAME_LEN and name.isprintable() and name != self.model_name
+
     def _check_name(self, name: str) -> None:
-        if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name == self.model_name:
+        if not self._may_name(name):
             raise ValueError(
                 f"lora_name is {reprlib.repr(name)}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
                 "but not the base model's name"
