@@ -114,11 +114,18 @@ def _may_be_adapter(directory: Path) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Download the two files of a hub repository, or take them from the cache. Raises ValueError."""
+    """Download the two files of an adapter, or take them from the cache, and return their directory. Raises ValueError.
+
+    Args:
+        hub_id: `owner/repository`, or `owner/repository/subfolder` for one of a repository's adapters.
+    """
     import huggingface_hub
 
+    owner, _, rest = hub_id.partition("/")
+    repository, _, subfolder = rest.partition("/")
+    files = [str(PurePosixPath(subfolder, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        files = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=files))
+        root = huggingface_hub.snapshot_download("/".join(filter(None, (owner, repository))), allow_patterns=files)
+        return Path(root, subfolder)
     except Exception as error:  # the library documents no narrower type
         raise ValueError(f"adapter {hub_id!r} cannot be downloaded: {error}") from error

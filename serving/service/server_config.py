@@ -24,7 +24,7 @@ class ServerConfig:
         admin_keys: Keys for loading and unloading adapters, required as soon as the server has a key of either kind. An admin
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
-        hub_adapters: Hub ids from which clients may load adapters.
+        hub_adapters: Hub ids from which clients may load adapters: `owner/repository`, or `owner/repository/subfolder`.
         load_on_request: Whether a request loads the adapter that it names: one of `hub_adapters`, or a path below one of
             `adapter_dirs`. Otherwise only adapters that were loaded before are served.
         tls_cert: PEM file of the certificate for both protocols. None serves without TLS.
