@@ -50,7 +50,7 @@ class Sampling(StrictModel):
     include_stop_str_in_output: StrictBool | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool = False
-    priority: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] = Field(
+    priority: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] = Field(
         default=0, description="Class, as in vLLM. Lower ones start first."
     )
     skip_special_tokens: StrictBool = True
