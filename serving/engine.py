@@ -32,7 +32,7 @@ from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, tak
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
-from chameleon_jax.request import Request
+from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
@@ -256,6 +256,7 @@ class LLMEngine:
         lora: LoRARequest | None = None,
         request_id: str | None = None,
         arrival_time: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Take a request in; `loop.step()` advances it.
 
@@ -265,6 +266,7 @@ class LLMEngine:
             lora: Adapter; None is the base model.
             request_id: An id that no unfinished request has; None makes one.
             arrival_time: Seconds of the engine's clock; None is now.
+            priority: Class of the request, a signed 64-bit integer. Lower ones start first.
 
         Raises:
             ValueError: The request can never run; says why.
@@ -272,6 +274,7 @@ class LLMEngine:
             QueueFull: max_queue_len requests wait already.
         """
         self._check_tokens(prompt_token_ids, params)
+        priority = check_priority(priority)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
         adapter = None
         if lora is not None:
@@ -286,6 +289,7 @@ class LLMEngine:
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_ids=stop_ids,
             adapter=adapter,
+            priority=priority,
             adapter_name=lora.name if lora is not None else None,
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
