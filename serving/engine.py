@@ -93,8 +93,8 @@ class LLMEngine:
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
         parts = self._make_parts(config, None)
         stats = jax.devices()[0].memory_stats()
-        # the pool's size depends on scratch, scratch on block tables, and these on the longest sequence, which is therefore chosen
-        # for a pool that leaves no memory to scratch, and lowered once the pool is known
+        # the pool's size depends on scratch, scratch on block tables, and these on the longest sequence: it is chosen for
+        # a pool that has no scratch beside it, and lowered once the pool is known
         limits = LengthLimits(
             config.max_model_len,
             self.model_config.max_position_embeddings,
