@@ -15,15 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.checkpoints import huggingface, length_proxy
-from chameleon_jax.checkpoints.loading import dummy_config, load_checkpoint
-from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.models import llama, ops
+from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import PageLayout
@@ -38,6 +36,7 @@ from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingPar
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
+from chameleon_jax.serving.loaded_model import load_model
 from chameleon_jax.serving.max_model_len import LengthLimits
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
@@ -79,17 +78,9 @@ class LLMEngine:
         take_device_memory(config.gpu_memory_utilization)
         self.model_name = model
         self.dtype = jnp.dtype(_dtype(config.dtype))
-        self.tokenizer: Tokenizer | None = None
-        if config.load_format == "dummy":
-            self.model_config = dummy_config(model)
-            weights = llama.random_model(self.model_config, self.dtype, config.seed)
-            self._generation_config = huggingface.generation_file(Path(model))
-        else:
-            checkpoint = load_checkpoint(model)
-            self.model_config = checkpoint.config
-            self.tokenizer = checkpoint.tokenizer
-            weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
-            self._generation_config = checkpoint.generation_config
+        loaded = load_model(model, config, self.dtype)
+        self.model_config, self.tokenizer = loaded.config, loaded.tokenizer
+        self._generation_config = loaded.generation_config
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
         parts = self._make_parts(config, None)
         stats = jax.devices()[0].memory_stats()
@@ -104,7 +95,7 @@ class LLMEngine:
         )
         most = limits.choose(config.num_pages or self._most_pages(stats))
         self.runner = ModelRunner(
-            weights,
+            loaded.weights,
             self.layout,
             self._buckets(config, most.tokens),
             config.num_pages,
@@ -115,6 +106,7 @@ class LLMEngine:
         )
         chosen = min(most, limits.choose(self.runner.num_pages))
         logger.info("max_model_len is %d: %s", *chosen)
+        self._log_pool()
         self.built = dataclasses.replace(config, max_model_len=chosen.tokens, num_pages=self.runner.num_pages)
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
         self._executor = self._make_executor()
@@ -334,6 +326,11 @@ class LLMEngine:
         if file is None and config.generation_config not in NO_DEFAULTS:
             file = self._generation_config
         return SamplingDefaults({}) if file is None else SamplingDefaults.read(file)
+
+    def _log_pool(self) -> None:
+        pages, page_bytes = self.runner.num_pages, self.layout.page_bytes(self.dtype.itemsize)
+        text = "the pool has %d pages: %d tokens of KV without adapters, %d MiB"
+        logger.info(text, pages, (pages - 1) * self.layout.page_tokens, pages * page_bytes >> 20)
 
     def _most_pages(self, stats: Mapping[str, int] | None) -> int:
         """Pages that the device's memory would hold beside the weights, were there no scratch. Args: stats: of its memory."""

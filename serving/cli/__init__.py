@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -33,7 +34,9 @@ def main(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # XLA logs alarms about slow compilations as errors. Level 3 keeps fatal ones only; other failures of XLA are raised as
+    # exceptions, which are reported. JAX reads the variable when a command imports it
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 for command in (serve, generate, finetune, train_length_proxy, convert, bench):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -21,6 +22,8 @@ from chameleon_jax.serving.service.server_config import ServerConfig
 if TYPE_CHECKING:
     from chameleon_jax.serving.server import Server
     from chameleon_jax.serving.service.service import Service
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
 API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
@@ -175,9 +178,11 @@ def _serve(
         await service.load_named(adapters)
         server = Server(service, listener, metrics)
         await server.start()
+        logger.info("ready, in %.1f s", time.perf_counter() - begin)
         await _greet(service, server)
         await server.run()
 
+    begin = time.perf_counter()
     check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
     sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
     with contextlib.ExitStack() as at_end:
@@ -187,7 +192,9 @@ def _serve(
         logging.getLogger("jax").setLevel(logging.WARNING)
         metrics = at_end.enter_context(contextlib.closing(Metrics(config.max_metric_adapters, config.vllm_metrics)))
         llm = at_end.enter_context(contextlib.closing(AsyncLLM(model, progress=progress, **settings)))
-        metrics.compilations.serve()
+        made = metrics.compilations
+        logger.info("%d compilations so far, of which %d were found in the cache", made.at_start, made.cache_hits)
+        made.serve()
         service = Service(llm, config, sources)
         if exporter is not None:
             tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))

@@ -127,13 +127,15 @@ class Service:
             ValueError: A named adapter cannot be served.
             EngineDead: The engine died meanwhile.
         """
+        begin = time.perf_counter()
         for name, path in adapters.items():
             try:
                 self._check_name(name)
                 await self.llm.add_lora(name, path)
             except (ValueError, RequestFailed) as error:
                 raise ValueError(f"adapter {name!r}, {path}: {error}") from error
-        for name, directory in self.sources.found().items():
+        found = self.sources.found()
+        for name, directory in found.items():
             if name in adapters:
                 continue
             try:
@@ -141,6 +143,8 @@ class Service:
                 await self.llm.add_lora(name, self.sources.resolve(str(directory)))
             except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r in an adapter directory is left out: %s", name, error)
+        num_found, num_read = len(adapters | found), len(await self.llm.list_loras())
+        logger.info("%d adapters are found and %d registered, in %.1f s", num_found, num_read, time.perf_counter() - begin)
 
     async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         """Load an adapter for a client. Returns whether the name had the same content before. Raises as `AsyncLLM.add_lora`."""

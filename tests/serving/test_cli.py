@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -217,6 +219,21 @@ def test_lists_are_repeated_flags_or_json_as_for_vllm():
 def test_version():
     result = run("--version")
     assert result.exit_code == 0 and result.stdout == f"chameleon-jax {chameleon_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("0", "0")])
+def test_alarms_of_the_compiler_are_not_shown_unless_asked_for(monkeypatch, given, expected):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "")  # so that it is restored
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    if given is not None:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", given)
+    run("convert", "/nowhere.gguf", "out")
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == expected
+
+
+def test_no_module_of_the_command_line_imports_jax_before_a_command_runs():
+    code = "import sys, chameleon_jax.serving.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("variable", ["CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"])
