@@ -15,7 +15,7 @@ class BatchHistogram:
     """Histogram in which equal values are counted at once.
 
     The rows of a step have the same time since their last tokens, in most steps all of them. To observe 128 of them one by one
-    would cost the engine's thread 0.2 ms a step.
+    would cost the engine's thread 0.11 ms a step; all of `Metrics.updated` takes 0.04.
 
     Args:
         name: Name of the family.
