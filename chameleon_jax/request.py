@@ -49,6 +49,7 @@ class Request:
         decode_limit: Value of num_computed at which its next decode needs a page or is one too many.
         slot: Place in the device's `slot_tokens` while it runs.
         pages: KV pages that it owns, in order.
+        trace_context: Headers of the caller's trace; None where it has none.
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class Request:
     decode_limit: int = 0
     slot: int = -1
     pages: MutableSequence[int] = dataclasses.field(default_factory=lambda: array("i"))
+    trace_context: dict[str, str] | None = None
     metrics: RequestMetrics = dataclasses.field(default_factory=lambda: RequestMetrics(0.0))
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from chameleon_jax.serving.open_streams import OpenStreams
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.stats import EngineStats, take_stats
+from chameleon_jax.serving.telemetry import trace_context
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ class AsyncLLM:
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
         lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
+        trace = trace_context.current()
         streams: list[RequestStream] = []
         wanted: list[SamplingParams] = []  # one for each stream
 
@@ -168,6 +170,7 @@ class AsyncLLM:
                 for stream, param in zip(streams, wanted):
                     own_id, token_ids = stream.request_id, stream.prompt_token_ids
                     stream.request = engine.submit(token_ids, param, lora, own_id, arrival, priority)
+                    stream.request.trace_context = trace
                     taken.append(stream.request_id)
             except BaseException:
                 for request_id in taken:
