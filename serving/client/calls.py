@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chameleon_jax.outputs import Logprob
+from chameleon_jax.request import check_priority
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.client import channel
 from chameleon_jax.serving.client.channel import Attempts
@@ -142,9 +143,10 @@ def make_request(
     params: SamplingParams | None,
     lora_name: str | Mapping[str, float] | None,
     request_id: str | None,
+    priority: int = 0,
 ) -> messages.GenerateRequest:
     """Make the request of `Generate` and `GenerateStream`. Raises ValueError for a value that does not fit its field."""
-    request = messages.GenerateRequest(request_id=request_id or "")
+    request = messages.GenerateRequest(request_id=request_id or "", priority=check_priority(priority))
     if isinstance(lora_name, Mapping):
         request.loras.extend(messages.LoraWeight(lora_name=name, weight=weight) for name, weight in lora_name.items())
     elif lora_name is not None:

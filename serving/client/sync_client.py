@@ -38,10 +38,20 @@ class Client(BaseClient):
         *,
         lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids. `lora_name` may be several adapters with their weights."""
-        request = make_request(prompt, params, lora_name, request_id)
+        """Complete one prompt, given as text or as token ids.
+
+        Args:
+            prompt: Text, or token ids.
+            params: Sampling parameters; None takes the server's defaults.
+            lora_name: An adapter, or several with their weights; None is the base model.
+            request_id: Id that no unfinished request has; None lets the server make one.
+            priority: Class of the request, a signed 64-bit integer. Lower ones start first.
+            timeout: Seconds for the call; None takes the client's own.
+        """
+        request = make_request(prompt, params, lora_name, request_id, priority)
         return self._call(self._calls.generate(request), self._attempts(timeout))
 
     def stream(
@@ -51,10 +61,11 @@ class Client(BaseClient):
         *,
         lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Iterator[Generated]:
         """Yield new output as it arrives. The last part has a finish reason. Leaving the iteration aborts the request."""
-        call = self._calls.stream(make_request(prompt, params, lora_name, request_id))
+        call = self._calls.stream(make_request(prompt, params, lora_name, request_id, priority))
         attempts = self._attempts(timeout)
         while True:
             responses = self._start(call, attempts)

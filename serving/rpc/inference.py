@@ -57,7 +57,9 @@ class Inference(stubs.InferenceServicer):
         mixed = [(lora.lora_name, lora.weight if lora.HasField("weight") else 1.0) for lora in request.loras]
         lora = await self._service.adapter_of(request.lora_name, mixed, deadline)
         fit = not request.sampling.HasField("max_tokens")
-        (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline, fit=fit)
+        (stream,) = await self._service.llm.open_all(
+            [prompt], [params], lora, request_id, deadline, fit=fit, priority=request.priority
+        )
         access_fields.get()["model"] = request.lora_name or self._service.model_name
         return stream
 

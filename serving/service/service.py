@@ -17,12 +17,9 @@ from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
-from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import MAX_NAME_LEN, ServerConfig
 
 logger = logging.getLogger(__name__)
-
-MAX_NAME_LEN = 256
-"""Characters of an adapter's name."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """Ids that a client may give to its requests."""
@@ -37,7 +34,8 @@ class Service:
         sources: Places of adapters; None makes them of `config`.
 
     Attributes:
-        model_name: Name of the base model in requests.
+        model_names: Names of the base model in requests.
+        model_name: The first of them, which answers and metrics have.
         created: Unix time at which serving started, seconds.
         sampling_defaults: Values of `SamplingParams` fields that requests leave out.
     """
@@ -45,7 +43,8 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig, sources: AdapterSources | None = None):
         self.llm = llm
         self.config = config
-        self.model_name = config.served_model_name or Path(llm.engine.model_name).name
+        self.model_names = config.served_model_name or (Path(llm.engine.model_name).name,)
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters)
@@ -84,11 +83,15 @@ class Service:
 
     def lora_named(self, model: str | None) -> LoRARequest | None:
         """Adapter that a request's `model` names, None for the base model. Raises KeyError for an unknown name."""
-        if model is None or model in ("", self.model_name):
+        if model is None or model in ("", *self.model_names):
             return None
-        if not self._is_loaded(model):
+        if not self.is_lora(model):
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
+
+    def is_lora(self, name: str) -> bool:
+        """Whether an adapter has that name."""
+        return self.llm.engine.adapters.get(name) is not None
 
     async def adapter_of(self, model: str | None, mixed: Sequence[tuple[str, float]], deadline: Deadline) -> LoRARequest | None:
         """Adapter of a request, loaded first where it is one of the server's sources; None for the base model.
@@ -103,16 +106,16 @@ class Service:
             ValueError: An adapter cannot be served, or `mixed` is wrong.
             Draining, DeadlineExceeded, QueueFull, RequestFailed, EngineDead: See `chameleon_jax.errors`.
         """
-        is_base = model is None or model in ("", self.model_name)
+        is_base = model is None or model in ("", *self.model_names)
         if mixed and not is_base:
-            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {self.model_name!r}, the base model")
+            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {self._base_names()}")
         names = [name for name, _ in mixed] or ([] if is_base else [str(model)])
         async with deadline.kept():
             for name in names:
                 await self._load_if_missing(name)
         loras = [lora for name in names if (lora := self.lora_named(name)) is not None]
         if len(loras) != len(names):
-            raise ValueError(f"lora has {self.model_name!r}; allowed: adapters, not the base model")
+            raise ValueError(f"lora is {names}; allowed: adapters, not the base model, {self._base_names()}")
         if mixed:
             return LoRAMix(loras, [weight for _, weight in mixed])
         return loras[0] if loras else None
@@ -152,13 +155,15 @@ class Service:
             ValueError: A named adapter cannot be served.
             EngineDead: The engine died meanwhile.
         """
+        begin = time.perf_counter()
         for name, path in adapters.items():
             try:
                 self._check_name(name)
                 await self.llm.add_lora(name, path)
             except (ValueError, RequestFailed) as error:
                 raise ValueError(f"adapter {name!r}, {path}: {error}") from error
-        for name, directory in self.sources.found().items():
+        found = self.sources.found()
+        for name, directory in found.items():
             if name in adapters:
                 continue
             try:
@@ -166,6 +171,8 @@ class Service:
                 await self.llm.add_lora(name, self.sources.resolve(str(directory)))
             except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r in an adapter directory is left out: %s", name, error)
+        num_found, num_read = len(adapters | found), len(await self.llm.list_loras())
+        logger.info("%d adapters are found and %d registered, in %.1f s", num_found, num_read, time.perf_counter() - begin)
 
     async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         """Load an adapter for a client. Returns whether the name had the same content before. Raises as `AsyncLLM.add_lora`."""
@@ -182,7 +189,7 @@ class Service:
 
         It is read once for all requests that wait for it, and also if they leave.
         """
-        if not self.config.load_on_request or not self._may_name(name) or self._is_loaded(name):
+        if not self.config.load_on_request or not self._may_name(name) or self.is_lora(name):
             return
         load = self._loads.get(name)
         if load is None:
@@ -204,7 +211,7 @@ class Service:
                 return
             await self.llm.add_lora(name, path, load_inplace=False)
         except ValueError as error:
-            if self._is_loaded(name):  # by an operator meanwhile, with other content
+            if self.is_lora(name):  # by an operator meanwhile, with other content
                 return
             raise ValueError(f"model {name!r} cannot be served: {error}") from error
         logger.info("loaded adapter %r for a request", name)
@@ -217,18 +224,19 @@ class Service:
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
 
-    def _is_loaded(self, name: str) -> bool:
-        return self.llm.engine.adapters.get(name) is not None
+    def _base_names(self) -> str:
+        """Names of the base model, for errors."""
+        return " or ".join(map(repr, self.model_names))
 
     def _may_name(self, name: str) -> bool:
         """Whether an adapter may have the name."""
-        return 0 < len(name) <= MAX_NAME_LEN and name.isprintable() and name != self.model_name
+        return 0 < len(name) <= MAX_NAME_LEN and name.isprintable() and name not in self.model_names
 
     def _check_name(self, name: str) -> None:
         if not self._may_name(name):
             raise ValueError(
                 f"lora_name is {reprlib.repr(name)}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
-                "but not the base model's name"
+                "but no name of the base model"
             )
 
 
