@@ -35,6 +35,8 @@ class Request:
 
     Attributes:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
+        adapter_name: Adapter's name in the request; the sum as text for a mix.
+        is_mix: Whether it asked for a mix of adapters.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
         priority: Its class; the lowest number is the highest class, which starts first. A request that is preempted for memory
@@ -60,6 +62,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     adapter: str | None = None
     adapter_name: str | None = None
+    is_mix: bool = False
     stream: TokenStream | None = None
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = dataclasses.field(default_factory=list)

@@ -332,6 +332,7 @@ class LLMEngine:
             adapter=adapter,
             priority=priority,
             adapter_name=lora.name if lora is not None else None,
+            is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
