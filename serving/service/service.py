@@ -108,17 +108,21 @@ class Service:
         """
         is_base = model is None or model in ("", *self.model_names)
         if mixed and not is_base:
-            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {self._base_names()}")
-        names = [name for name, _ in mixed] or ([] if is_base else [str(model)])
+            allowed = " or ".join(map(repr, self.model_names))
+            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {allowed}, the base model")
+        lora: LoRARequest | None = None if is_base else LoRARequest(str(model))
+        if mixed:  # a wrong one is refused before anything is loaded
+            lora = LoRAMix([LoRARequest(name) for name, _ in mixed], [weight for _, weight in mixed])
+        names = [] if lora is None else [member.name for member, _ in lora.members]
+        for name in names:
+            if name in ("", *self.model_names):
+                raise ValueError(f"lora has {name!r}; allowed: adapters, not the base model")
         async with deadline.kept():
             for name in names:
                 await self._load_if_missing(name)
-        loras = [lora for name in names if (lora := self.lora_named(name)) is not None]
-        if len(loras) != len(names):
-            raise ValueError(f"lora is {names}; allowed: adapters, not the base model, {self._base_names()}")
-        if mixed:
-            return LoRAMix(loras, [weight for _, weight in mixed])
-        return loras[0] if loras else None
+        for name in names:
+            self.lora_named(name)
+        return lora
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Deadline of a request arriving now. Args: timeout: seconds, at most and by default the server's `request_timeout`."""
@@ -223,10 +227,6 @@ class Service:
         """
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
-
-    def _base_names(self) -> str:
-        """Names of the base model, for errors."""
-        return " or ".join(map(repr, self.model_names))
 
     def _may_name(self, name: str) -> bool:
         """Whether an adapter may have the name."""

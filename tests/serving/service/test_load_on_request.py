@@ -72,6 +72,15 @@ def test_requests_that_name_an_adapter_at_once_read_it_once(service, reads):
 
 
 @pytest.mark.parametrize(
+    "mixed", [[("late", float("nan"))], [("late", 1.0), ("late", 1.0)], [("late", 1.0), ("gqa", 1.0)], [("late", 1.0)] * 9]
+)
+def test_a_wrong_mix_loads_nothing(service, reads, mixed):
+    with pytest.raises(ValueError, match="allowed"):
+        run(service.adapter_of(None, mixed, Deadline(None)))
+    assert reads == []
+
+
+@pytest.mark.parametrize(
     "name", ["missing", "half", "../late", "team/../late", "./late", "late/", "team//deep", "/etc", "a\nb", "x" * 300, "~"]
 )
 def test_other_names_are_no_models(service, reads, name):
@@ -171,7 +180,8 @@ def test_a_hub_id_that_is_allowed_is_a_model(shared_llm, folder, monkeypatch):
 
 
 def test_both_protocols_load_and_mix(shared_llm, tmp_path):
-    config = ServerConfig(adapter_dirs=(str(tmp_path),), port=0, grpc_port=0)
+    names = ("gqa", "alias")
+    config = ServerConfig(adapter_dirs=(str(tmp_path),), served_model_name=names, port=0, grpc_port=0)
     with running(shared_llm, config) as server, Client(server.target, timeout=TIMEOUT) as client:
         http = httpx.Client(base_url=server.url, timeout=TIMEOUT)
         for i, name in enumerate(("late", "later")):  # after the start
@@ -189,7 +199,9 @@ def test_both_protocols_load_and_mix(shared_llm, tmp_path):
         found = client.generate("love is", GREEDY, lora_name={"late": 2.0, "later": -0.5})
         parts = list(client.stream("love is", GREEDY, lora_name={"late": 2.0, "later": -0.5}))
         assert "".join(part.text for part in parts) == found.text
-        assert found.text.startswith(text(lora=mixed)) and text(lora=mixed) == text(lora=mixed, model="gqa")
+        assert found.text.startswith(text(lora=mixed)) and text(lora=mixed) == text(lora=mixed, model="gqa") == text(
+            lora=mixed, model="alias"
+        )
         assert text(lora=mixed) != text(model="late")
         assert text(lora=[{"name": "late"}]) == text(model="late")
         chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8, "temperature": 0, "lora": mixed}
@@ -201,8 +213,9 @@ def test_both_protocols_load_and_mix(shared_llm, tmp_path):
             return response.status_code, response.json()["error"]["message"]
 
         for fields, status, message in [
-            ({"lora": mixed, "model": "late"}, 400, "model is 'late'; allowed with lora: 'gqa', the base model"),
+            ({"lora": mixed, "model": "late"}, 400, "model is 'late'; allowed with lora: 'gqa' or 'alias', the base model"),
             ({"lora": [{"name": "gqa"}]}, 400, "lora has 'gqa'; allowed: adapters"),
+            ({"lora": [{"name": "alias"}]}, 400, "lora has 'alias'; allowed: adapters"),
             ({"lora": [{"name": "nowhere"}]}, 404, "the model 'nowhere' does not exist"),
             ({"lora": [{"name": "late"}] * 2}, 400, "allowed: each name once"),
             ({"lora": []}, 400, "lora is []"),
