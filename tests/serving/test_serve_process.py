@@ -113,6 +113,11 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
         assert process._ready.wait(TIMEOUT)
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
         assert done == programs == 5  # a decode row, a tile of a prompt, and three kinds of sampling
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
+        assert url is not None
+        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
+            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
+            assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
         for line in (
             r"weights of .* are read as float32, in \d+\.\d s",
             r"compiling 5 programs on \d+ threads: about \d+ s",
@@ -124,11 +129,6 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
             r"ready, in \d+\.\d s",
         ):
             assert re.search(line, process.log), line
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
-        assert url is not None
-        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
-            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
-            assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
 
 
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
