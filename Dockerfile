@@ -1,5 +1,5 @@
 # A server of one base model and its adapters. EXTRAS picks the device: empty for the CPU, cuda12 or cuda13 for NVIDIA GPUs;
-# otel adds traces.
+# otel adds traces, remote adapters in S3 and GCS.
 #   docker build --build-arg EXTRAS=cuda12,otel --tag chameleon-jax .
 #   docker run --gpus all --publish 8000:8000 --volume chameleon-cache:/cache --volume ./adapters:/adapters:ro \
 #     --env CHAMELEON_API_KEY chameleon-jax MODEL --adapter-dir /adapters

@@ -102,7 +102,8 @@ class LoRARequest:
 
     Attributes:
         name: name of the adapter.
-        path: PEFT directory of the adapter, needed only when the name is used for the first time or given other content.
+        path: PEFT directory of the adapter or its URL, needed only when the name is used for the first time or given other
+            content.
         load_inplace: read `path` again even if the name was read from it before, since its files may have changed (default
             False).
     """

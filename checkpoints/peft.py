@@ -13,7 +13,8 @@ import numpy as np
 import safetensors.numpy
 
 from chameleon_jax.checkpoints import safetensors_file
-from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, PeftConfig, read_config
+from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterError, PeftConfig, read_config
+from chameleon_jax.checkpoints.remote_adapter import local_directory
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS, LlamaConfig
@@ -32,24 +33,30 @@ Pair = dict[str, Any]
 """A and B of one matrix, keyed "A" and "B": arrays of NumPy or JAX."""
 
 
-def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
+def load(path: str | Path, config: LlamaConfig) -> AdapterWeights:
     """Read an adapter for a base model, its scale folded into B.
+
+    Args:
+        path: Directory of the adapter, or the URL of one, as s3://bucket/adapter.
+        config: Base model.
 
     Raises:
         AdapterError: a file is missing or broken, the adapter is of a kind that is not served, or it does not fit the base
             model. No other error is raised, however odd the files are.
     """
-    directory = Path(directory)
+    name = Path(path).name
+    limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: _max_file_bytes(config)}
     try:
-        adapter = assemble(read_config(directory), _read_tensors(directory, config), config)
+        with local_directory(path, limits) as directory:
+            adapter = assemble(read_config(directory), _read_tensors(directory, config), config)
     except AdapterError:
         raise
     except Exception as error:  # from a library or the file system, or out of memory
-        raise AdapterError(f"{directory.name} cannot be read: {error!r}") from error
+        raise AdapterError(f"{name} cannot be read: {error!r}") from error
     try:
         adapter.check(config)
     except ValueError as error:
-        raise AdapterError(f"{directory.name} does not fit the base model: {error}") from error
+        raise AdapterError(f"{name} does not fit the base model: {error}") from error
     return adapter
 
 
@@ -68,11 +75,16 @@ def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]
         pickled = (directory / "adapter_model.bin").is_file()
         hint = ": adapter_model.bin is pickled and is never opened, convert it to safetensors" if pickled else ""
         raise AdapterError(f"{directory.name} has no {WEIGHTS_FILE}{hint}")
-    widths = sum(sum(config.target_shape(target)) for target in TARGETS)
-    try:  # the largest that fits, in float64
-        return safetensors_file.read_file(file, config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES)
+    try:
+        return safetensors_file.read_file(file, _max_file_bytes(config))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file.name} cannot be read: {error}") from error
+
+
+def _max_file_bytes(config: LlamaConfig) -> int:
+    """Bytes of the largest adapter that fits, in float64."""
+    widths = sum(sum(config.target_shape(target)) for target in TARGETS)
+    return config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES
 
 
 def _check_embeddings(tensors: Mapping[str, Any], config: LlamaConfig) -> None:

@@ -229,7 +229,7 @@ class AsyncLLM:
 
         Args:
             name: A new name, or one that gets new content.
-            path: Directory of the adapter.
+            path: Directory or URL of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
             weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`. It is read until the call returns.
             peft_config: Settings of `weights`.

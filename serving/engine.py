@@ -224,7 +224,7 @@ class LLMEngine:
 
         Args:
             name: A new name, or one that gets new content.
-            path: Directory of the adapter.
+            path: Directory or URL of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
             weights: The adapter in memory, in the place of `path`: a state dict of PEFT, or pairs (A `[r, d_in]`, B
                 `[d_out, r]`), as a list with `{target: (A, B)}` for each layer, as `{(layer, target): (A, B)}`, or stacked as

@@ -67,7 +67,7 @@ class LLM:
 
         Args:
             name: A new name, or one that gets new content.
-            path: Directory of the adapter.
+            path: Directory or URL of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
             weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`.
             peft_config: Settings of `weights`: a LoraConfig of PEFT, or a mapping with its fields, lora_alpha at least.

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_extras_and_python_are_those_of_the_project():
-    named = set(re.findall(r"\b(?:cuda\d+|otel)\b", DOCKERFILE))
+    named = set(re.findall(r"\b(?:cuda\d+|otel|remote)\b", DOCKERFILE))
     assert named == set(PROJECT["optional-dependencies"])
     [install] = re.findall(r"pip install .*", DOCKERFILE)
     assert '".${EXTRAS:+[${EXTRAS}]}"' in install

@@ -38,17 +38,18 @@ GenerationConfig = Annotated[
     ),
 ]
 LoraModules = Annotated[
-    list[str] | None, Option("--lora-modules", help="Adapter as name=directory, in PEFT's format. Repeat for several.")
+    list[str] | None,
+    Option("--lora-modules", help="Adapter as name=directory or name=URL, in PEFT's format. Repeat for several."),
 ]
 
 
 def named_adapters(modules: list[str] | None) -> dict[str, str]:
-    """Parse `--lora-modules` into directories by name."""
+    """Parse `--lora-modules` into directories and URLs by name."""
     adapters = {}
     for module in modules or []:
         name, separator, path = module.partition("=")
         if not separator or not name or not path:
-            raise typer.BadParameter(f"--lora-modules is {module!r}; allowed: name=directory")
+            raise typer.BadParameter(f"--lora-modules is {module!r}; allowed: name=directory or name=URL")
         adapters[name] = path
     return adapters
 

@@ -38,8 +38,12 @@ def serve(
         Option(help="Directory of adapters. Those directly inside are loaded at the start; clients may load any below it."),
     ] = None,
     hub_adapter: Annotated[list[str] | None, Option(help="Hub id from which clients may load an adapter.")] = None,
+    adapter_url: Annotated[
+        list[str] | None,
+        Option(help="URL of adapters that clients may load, as s3://bucket/adapters. Repeat for several."),
+    ] = None,
     load_on_request: Annotated[
-        bool, Option(help="Load an adapter of the directories or hub ids when a request names it.")
+        bool, Option(help="Load an adapter of the directories, hub ids or URLs when a request names it.")
     ] = DEFAULTS.load_on_request,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = DEFAULTS.host,
     port: Annotated[int, Option(help="HTTP port; 0 picks a free one.")] = DEFAULTS.port,
@@ -128,6 +132,7 @@ def serve(
     engine_settings, server_settings = fields_of(EngineConfig, flags), fields_of(ServerConfig, flags)
     server_settings["grpc_port"] = None if grpc_port < 0 else grpc_port
     server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
+    server_settings["adapter_urls"] = tuple(adapter_url or ())
     server_settings["served_model_name"] = tuple(served_model_name or ())
     with errors():
         for field in ("allowed_origins", "allowed_methods", "allowed_headers"):
@@ -187,7 +192,7 @@ def _serve(
 
     begin = time.perf_counter()
     check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
-    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
+    sources = AdapterSources(config.adapter_dirs, config.hub_adapters, config.adapter_urls)
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))

@@ -36,7 +36,7 @@ class ModelList(BaseModel):
 
 
 class LoadLora(StrictModel):
-    """Adapter to load. `lora_path` is a path below one of the server's adapter directories, or a hub id that it allows."""
+    """Adapter to load. `lora_path` is below one of the server's adapter directories, or a hub id or URL that it allows."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_LEN)]

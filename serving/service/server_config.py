@@ -12,6 +12,7 @@ MAX_NAME_LEN = 256
 """Characters of a model's or an adapter's name."""
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+URL = re.compile(r"[a-z][a-z0-9+.-]*://(?!.*::)[^/\s?#][^\s?#]*")
 LEAST = {"max_body_bytes": 1024, "max_header_bytes": 1024, "max_connections": 1, "max_choices": 1, "max_metric_adapters": 0}
 
 
@@ -32,8 +33,9 @@ class ServerConfig:
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
         hub_adapters: Hub ids from which clients may load adapters: `owner/repository`, or `owner/repository/subfolder`.
-        load_on_request: Whether a request loads the adapter that it names: one of `hub_adapters`, or a path below one of
-            `adapter_dirs`. Otherwise only adapters that were loaded before are served.
+        adapter_urls: URLs of adapters, or of folders of adapters, that clients may load, as `s3://bucket/adapters`.
+        load_on_request: Whether a request loads the adapter that it names: one of `hub_adapters`, a path below one of
+            `adapter_dirs`, or one of `adapter_urls` or below it. Otherwise only adapters that were loaded before are served.
         allowed_origins: Origins whose pages may read answers in a browser (CORS), as `https://app.example`; "*" allows any.
         allowed_methods: Methods that such pages may use; "*" allows all.
         allowed_headers: Headers that such pages may send; "*" allows all.
@@ -58,6 +60,7 @@ class ServerConfig:
     admin_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     adapter_dirs: tuple[str, ...] = ()
     hub_adapters: tuple[str, ...] = ()
+    adapter_urls: tuple[str, ...] = ()
     load_on_request: bool = True
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
@@ -88,6 +91,8 @@ class ServerConfig:
         for field in ("request_timeout", "drain_timeout"):
             value = getattr(self, field)
             require(0 < value < math.inf, field, value, "above 0 seconds, finite")
+        for url in self.adapter_urls:
+            require(URL.fullmatch(url) is not None, "adapter_urls", url, "SCHEME://FOLDER without ::, ? and #")
         for origin in self.allowed_origins:
             require(
                 origin == "*" or ORIGIN.fullmatch(origin) is not None, "allowed_origins", origin, "*, or as https://HOST[:PORT]"

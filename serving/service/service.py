@@ -47,7 +47,7 @@ class Service:
         self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
-        self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters)
+        self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters, config.adapter_urls)
         self._loads: dict[str, asyncio.Task[None]] = {}  # of adapters that requests named
 
     # -- access ---------------------------------------------------------------------------------------------------------

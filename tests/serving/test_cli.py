@@ -157,6 +157,7 @@ FLAGS = {
     "admin_keys": ("a",),
     "adapter_dirs": ("d",),
     "hub_adapters": ("h/b",),
+    "adapter_urls": ("s3://bucket/b",),
     "tls_cert": "c.pem",
     "tls_key": "k.pem",
     "request_timeout": 1.5,
@@ -188,7 +189,13 @@ FLAGS = {
     "seed": 42,
 }
 """A value other than the default for each setting of a server and its engine."""
-SINGULAR = {"api_keys": "api_key", "admin_keys": "admin_key", "adapter_dirs": "adapter_dir", "hub_adapters": "hub_adapter"}
+SINGULAR = {
+    "api_keys": "api_key",
+    "admin_keys": "admin_key",
+    "adapter_dirs": "adapter_dir",
+    "hub_adapters": "hub_adapter",
+    "adapter_urls": "adapter_url",
+}
 """Names of the flags that are repeated for each value."""
 
 

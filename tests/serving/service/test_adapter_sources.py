@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+import fsspec
 import huggingface_hub
 import pytest
 
@@ -161,3 +162,49 @@ def test_a_directory_that_cannot_be_listed_is_named(root):
     root.rename(root.with_name("elsewhere"))
     with pytest.raises(ValueError, match=f"adapter_dir is '{root}', which cannot be listed: .*No such file"):
         sources.found()
+
+
+ALLOWED_URLS = ["s3://bucket/team", "gs://bucket/one/"]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/team", "s3://bucket/team/a", "s3://bucket/team/b=1/v1.2+x@y", "gs://bucket/one"])
+def test_urls_and_folders_below_them_are_allowed(url):
+    sources = AdapterSources([], [], ALLOWED_URLS)
+    assert sources.resolve(url) == sources.find(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket",
+        "s3://bucket/team2",
+        "s3://bucket/team/",
+        "s3://bucket/team//a",
+        "s3://bucket/team/..",
+        "s3://bucket/team/../other",
+        "s3://bucket/team/./a",
+        "s3://bucket/team/%2e%2e/other",
+        "s3://bucket/team/a?versionId=1",
+        "s3://bucket/team/a#x",
+        "s3://bucket/team/a::file:///etc",
+        "s3://bucket/team/a\n",
+        "s3://bucket/team/" + "a" * 5000,
+        "S3://bucket/team/a",
+        "file:///etc",
+        "gs://bucket/team/a",
+    ],
+)
+def test_other_urls_are_refused(root, url):
+    sources = AdapterSources([str(root)], [], ALLOWED_URLS)
+    with pytest.raises(ValueError, match="is not an adapter that may be loaded; allowed: .* 2 URLs"):
+        sources.resolve(url)
+    assert sources.find(url) is None
+
+
+def test_urls_of_the_operator_are_checked_before_the_start(tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/checked/adapter_config.json", b'{"r": 2, "lora_alpha": 4}')
+    adapter_sources.check_readable({"x": "memory://checked"})
+    with pytest.raises(ValueError, match="adapter 'x', memory://nowhere: memory://nowhere cannot be fetched"):
+        adapter_sources.check_readable({"x": "memory://nowhere"})
+    memory.rm("/checked", recursive=True)

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 
+import fsspec
 import httpx
 import pytest
 
@@ -177,6 +178,31 @@ def test_a_hub_id_that_is_allowed_is_a_model(shared_llm, folder, monkeypatch):
 
     run(main())
     assert downloads == ["org/bard"]
+
+
+def test_a_url_that_is_allowed_is_a_model(shared_llm, folder):
+    memory = fsspec.filesystem("memory")
+    for file in (peft.CONFIG_FILE, peft.WEIGHTS_FILE):
+        memory.pipe(f"/bucket/late/{file}", (folder / "late" / file).read_bytes())
+    service = make_service(shared_llm, folder, adapter_urls=("memory://bucket",))
+    url = "memory://bucket/late"
+
+    async def main():
+        assert await named(service, url) == LoRARequest(url)
+        await service.load_lora("other", url)
+        await service.load_lora("late", "late")
+        assert await service.load_lora("late", url)  # the same content
+        adapters = shared_llm.engine.adapters
+        assert adapters.get(url) == adapters.get("other") == adapters.get("late") and adapters.path("other") == url
+        with pytest.raises(ValueError, match="model 'memory://bucket/none' cannot be served: .*FileNotFoundError"):
+            await named(service, "memory://bucket/none")
+        with pytest.raises(KeyError, match="does not exist"):
+            await named(service, "memory://other/late")
+        for name in (url, "other", "late"):
+            await service.unload_lora(name)
+
+    run(main())
+    memory.rm("/bucket", recursive=True)
 
 
 def test_both_protocols_load_and_mix(shared_llm, tmp_path):

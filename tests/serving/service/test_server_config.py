@@ -26,6 +26,10 @@ from chameleon_jax.serving.service.server_config import ServerConfig
         ({"max_metric_adapters": -1}, "max_metric_adapters is -1; allowed: 0 or more"),
         ({"served_model_name": ("a", "a")}, "served_model_name is .*; allowed: different names"),
         ({"served_model_name": ("",)}, "served_model_name"),
+        ({"adapter_urls": ("s3:/bucket",)}, "adapter_urls is 's3:/bucket'; allowed: SCHEME://FOLDER"),
+        ({"adapter_urls": ("simplecache::s3://bucket",)}, "adapter_urls"),
+        ({"adapter_urls": ("s3://bucket/a::file:///etc",)}, "adapter_urls"),
+        ({"adapter_urls": ("https://host/?a=",)}, "adapter_urls"),
         ({"allowed_origins": ("https://a/",)}, "allowed_origins is 'https://a/'; allowed: "),
     ],
 )
