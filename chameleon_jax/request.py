@@ -8,6 +8,8 @@ from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from chameleon_jax.outputs import FinishReason, RequestMetrics
 from chameleon_jax.sampling_params import SamplingParams
 
@@ -27,6 +29,16 @@ class TokenStream(Protocol):
     def flush(self) -> str: ...
 
 
+class Guide(Protocol):
+    """Grammar of one request's output, and its place in it (see structured_outputs.Guide)."""
+
+    def accept(self, token_id: int) -> None: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def error(self) -> str | None: ...
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One request inside the loop.
@@ -35,6 +47,9 @@ class Request:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
+        guide: Grammar of its output; None where the output is free.
+        allowed: Bits of the token ids that it can draw, int32, 32 in a word; None where it can draw any.
+        adjusts: Whether its logits change before a token is drawn, by more than the temperature.
         order: Place in the order of arrival.
         num_computed: Tokens whose KV the dispatched steps write.
         num_to_prefill: Tokens that were known when it started running; decoding begins behind them.
@@ -56,6 +71,8 @@ class Request:
     adapter: str | None = None
     adapter_name: str | None = None
     stream: TokenStream | None = None
+    guide: Guide | None = None
+    allowed: np.ndarray | None = None
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
@@ -76,6 +93,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.metrics = RequestMetrics(self.arrival_time)
+        self.adjusts = self.params.adjusts_logits
 
     @property
     def num_known(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from chameleon_jax.checks import require_field
 
@@ -16,6 +19,66 @@ MAX_STOP_LEN = 256
 """Most characters of a stop string. After each token the end of the text is compared with every stop string."""
 MAX_LOGPROBS = 20
 """Most alternatives that are reported for each token."""
+MAX_LOGIT_BIAS = 300
+"""Most tokens that a request's `logit_bias` names."""
+MAX_GRAMMAR_LEN = 1 << 16
+"""Most characters of a schema, a regular expression, a grammar, or all choices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """Language of the output: exactly one of the first five. Names are vLLM's.
+
+    Attributes:
+        json: JSON schema that the output satisfies, as text or as a mapping.
+        regex: regular expression that the whole output matches.
+        choice: texts of which the output is one.
+        grammar: grammar of the output in Lark's notation, with llguidance's additions.
+        json_object: True: the output is any JSON object.
+        whitespace_pattern: regular expression of the whitespace between the parts of JSON, for `json` and `json_object`. None
+            (default) allows any.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object")
+        given = [kind for kind in kinds if getattr(self, kind) not in (None, False) or (kind == "json" and self.json is False)]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs has {' and '.join(given) or 'none'} of its kinds; allowed: one of {', '.join(kinds)}"
+            )
+        for field in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, field)
+            require_field(self, field, value is None or (isinstance(value, str) and value != ""), "a text that is not empty")
+        require_field(self, "json_object", self.json_object in (None, False, True), "true or null")
+        if self.choice is not None:
+            texts = not isinstance(self.choice, str) and all(isinstance(text, str) and text for text in self.choice)
+            require_field(self, "choice", texts and len(self.choice) > 0, "a list of texts, none of them empty")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if self.whitespace_pattern is not None and given[0] not in ("json", "json_object"):
+            raise ValueError(f"whitespace_pattern is set; allowed: only together with json or json_object, not {given[0]}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        length = sum(len(text) for text in (self.regex or self.grammar or self.json or "", *(self.choice or ())))
+        if length > MAX_GRAMMAR_LEN:
+            raise ValueError(f"{given[0]} has {length} characters; allowed: {MAX_GRAMMAR_LEN}")
+
+
+def _schema_text(schema: Any) -> str:
+    """Return a JSON schema as text. Raises ValueError for a value that is none."""
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(parsed, Mapping | bool):
+            raise ValueError("a schema is an object, true or false")
+        return json.dumps(parsed)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"json is {schema!r:.80}; allowed: a JSON schema ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +91,13 @@ class SamplingParams:
         top_p: share of the probability mass that is kept, in (0, 1] (default 1).
         top_k: number of likeliest tokens that are kept. 0 (default) or -1 keeps all; 1 picks the likeliest.
         min_p: least probability that is kept, relative to the likeliest token's, 0 to 1 (default 0).
+        presence_penalty: subtracted from the logit of each token that the output has, -2 to 2 (default 0).
+        frequency_penalty: subtracted from the logit of a token for each time that the output has it, -2 to 2 (default 0).
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens that the prompt or the
+            output has, above 0 (default 1).
+        logit_bias: amounts, -100 to 100, that are added to the logits of tokens, by id; at most 300. None (default): none.
+        allowed_token_ids: ids that alone can be drawn. None (default): all.
+        structured_outputs: language of the output. None (default): any text.
         seed: seed of the draws. The same seed gives the same text in any batch. None (default): the engine draws one.
         max_tokens: most output tokens, 1 or more (default 16).
         min_tokens: output tokens before which no stop id is drawn, unless nothing else can be, and stop strings do not count
@@ -45,6 +115,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
     max_tokens: int = 16
     min_tokens: int = 0
@@ -56,7 +132,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("temperature", "top_p", "min_p"):
+        for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             require_field(self, field, isinstance(getattr(self, field), numbers.Real), "a number")
         for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             value = getattr(self, field)
@@ -70,6 +146,10 @@ class SamplingParams:
         require_field(self, "top_p", 0 < self.top_p <= 1, "above 0, at most 1")
         require_field(self, "top_k", -1 <= self.top_k < 2**31, "-1 or 0 (all), or 1 and more")
         require_field(self, "min_p", 0 <= self.min_p <= 1, "0 to 1")
+        for field in ("presence_penalty", "frequency_penalty"):
+            require_field(self, field, -2 <= getattr(self, field) <= 2, "-2 to 2")
+        require_field(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, finite")
+        self._check_tokens()
         require_field(self, "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer")
         require_field(self, "max_tokens", self.max_tokens >= 1, "1 or more")
         require_field(self, "min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
@@ -78,6 +158,34 @@ class SamplingParams:
         require_field(self, "stop", texts, f"strings of 1 to {MAX_STOP_LEN} characters")
         require_field(self, "stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
         require_field(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+
+    def _check_tokens(self) -> None:
+        """Check the fields that name tokens; the engine checks that the vocabulary has them."""
+        if self.logit_bias is not None:
+            require_field(self, "logit_bias", isinstance(self.logit_bias, Mapping), "a mapping from token ids to numbers")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            fits = len(self.logit_bias) <= MAX_LOGIT_BIAS
+            require_field(self, "logit_bias", fits, f"at most {MAX_LOGIT_BIAS} tokens")
+            ids = all(isinstance(token, numbers.Integral) for token in self.logit_bias)
+            require_field(self, "logit_bias", ids, "token ids as keys")
+            amounts = all(isinstance(bias, numbers.Real) and -100 <= bias <= 100 for bias in self.logit_bias.values())
+            require_field(self, "logit_bias", amounts, "amounts of -100 to 100")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
+            require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits change before a token is drawn, by more than the temperature."""
+        return (
+            self.penalises or bool(self.logit_bias) or self.allowed_token_ids is not None or self.structured_outputs is not None
+        )
 
     def fit(self, prompt_len: int, max_model_len: int) -> SamplingParams:
         """Lower max_tokens to the room behind the prompt, one token at least.

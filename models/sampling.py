@@ -22,12 +22,12 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.outputs import LEAST_LOGPROB
-from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS
+from chameleon_jax.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, UInt16
 
-    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts
+    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts, TokenCounts
 
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""
@@ -48,11 +48,25 @@ class SamplingMode(enum.Enum):
     GREEDY = "greedy"
     RANDOM = "random"
     LOGPROBS = "logprobs"
+    ADJUSTED = "adjusted"  # penalties, biases or masks, and each of the above for the rows that ask for it
 
 
 SAMPLING_COLUMNS = 8 + MAX_STOP_IDS
 """Columns of packed sampling rows, int32: slot, position of the token to sample, seed (low word, high word), top_k (0: all),
 the bits of three float32 (temperature, greedy below LEAST_TEMPERATURE; top_p; min_p), suppressed ids (-1: none)."""
+
+ADJUSTMENT_COLUMNS = 4 + 2 * MAX_LOGIT_BIAS
+"""Columns of packed adjustments ahead of the mask, int32: whether log-probabilities are wanted, the bits of three float32
+(presence, frequency and repetition penalty), the ids that have a bias (-1: none), the bits of the biases, float32. The mask
+follows: a bit for each token, 32 in a column, the lowest bit first; a token whose bit is 0 cannot be drawn."""
+OUTPUT_COUNT = (1 << 15) - 1
+"""Bits of a token's count that say how often a slot's output has it, and the largest count. The bit above says whether the
+prompt has the token."""
+
+
+def mask_words(vocab_size: int) -> int:
+    """Count the columns of a mask."""
+    return -(-vocab_size // 32)
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +95,7 @@ def sample(
             is best there; a GPU is bound by the number of passes.
     """
     sampling_rows = jnp.asarray(sampling_rows)
-    largest = jnp.finfo(jnp.float32).max
-    logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
+    logits = _finite(logits)
     allowed = _without_suppressed(logits, sampling_rows[:, 8:])
     tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
     if mode is SamplingMode.GREEDY:
@@ -90,10 +103,100 @@ def sample(
     tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
+    return Sampled(tokens, *_logprobs(logits, tokens))
+
+
+def sample_adjusted(
+    logits: Logits,
+    sampling_rows: Int[Array, "rows columns"],
+    adjustments: Int[Array, "rows _"],
+    counts: TokenCounts,
+    guesses: int = 1,
+) -> tuple[Sampled, TokenCounts]:
+    """Draw one token a row after penalties, biases and masks have changed the logits, and count it.
+
+    A row that adjusts nothing gets the token that `sample` draws. Log-probabilities are the model's, before all that. The two
+    costly parts are skipped where no row of the batch needs them.
+
+    Args:
+        logits: As for `sample`.
+        sampling_rows: As for `sample`.
+        adjustments: Packed adjustments and masks, int32, as ADJUSTMENT_COLUMNS says.
+        counts: Tokens of each slot, as OUTPUT_COUNT says.
+        guesses: As for `sample`.
+    """
+    slots = sampling_rows[:, 0]
+    logits = _finite(logits)
+    own = counts.at[slots].get(mode="clip")
+    adjusted = _mask(_bias(_penalise(logits, own, adjustments), adjustments), adjustments)
+    allowed = _without_suppressed(adjusted, sampling_rows[:, 8:])
+    best = jnp.argmax(allowed, -1).astype(jnp.int32)
+    temperature = lax.bitcast_convert_type(sampling_rows[:, 5], jnp.float32)
+    tokens = lax.cond(
+        (temperature >= LEAST_TEMPERATURE).any(),
+        lambda: _draw(_gaps_to_best(allowed), sampling_rows, guesses, best),
+        lambda: best,
+    )
+    logprobs = jax.eval_shape(_logprobs, logits, tokens)
+    nothing = tuple(jnp.zeros(part.shape, part.dtype) for part in logprobs)
+    logprobs = lax.cond((adjustments[:, 0] > 0).any(), lambda: _logprobs(logits, tokens), lambda: nothing)
+    drawn = jnp.take_along_axis(own, tokens[:, None], -1)[:, 0]
+    more = jnp.where(drawn & OUTPUT_COUNT == OUTPUT_COUNT, drawn, drawn + 1)
+    return Sampled(tokens, *logprobs), counts.at[slots, tokens].set(more)
+
+
+def count_tokens(counts: TokenCounts, packed: Int[Array, " packed"]) -> TokenCounts:
+    """Count tokens of one slot.
+
+    Args:
+        counts: Tokens of each slot, as OUTPUT_COUNT says.
+        packed: The slot, 1 where its earlier tokens are forgotten first, and the tokens: a prompt's ids, an output's ids plus
+            the size of the vocabulary, twice that size as padding.
+    """
+    vocab = counts.shape[1]
+    slot, forget = packed[0], packed[1]
+    new = jnp.zeros(2 * vocab, jnp.int32).at[packed[2:]].add(1, mode="drop")
+    old = jnp.where(forget > 0, 0, counts.at[slot].get(mode="clip").astype(jnp.int32))
+    outputs = jnp.minimum((old & OUTPUT_COUNT) + new[vocab:], OUTPUT_COUNT)
+    in_prompt = (old > OUTPUT_COUNT) | (new[:vocab] > 0)
+    return counts.at[slot].set((outputs + jnp.where(in_prompt, OUTPUT_COUNT + 1, 0)).astype(counts.dtype))
+
+
+def _finite(logits: Logits) -> Logits:
+    """Widen to float32, with NaN as -inf and inf as the largest number."""
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
+
+
+def _logprobs(logits: Logits, tokens: RowInts) -> tuple[RowFloats, Int[Array, "rows best"], Float[Array, "rows best"]]:
+    """Compute the log-probability of each row's token, and the best tokens with theirs."""
     logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
     top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
-    return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
+    return chosen, top_tokens, top_logprobs
+
+
+def _penalise(logits: Logits, counts: UInt16[Array, "rows vocab"], adjustments: Int[Array, "rows _"]) -> Logits:
+    """Apply the penalties, in vLLM's order: repetition, frequency, presence."""
+    presence, frequency, repetition = lax.bitcast_convert_type(adjustments[:, 1:4], jnp.float32).T[:, :, None]
+    outputs = (counts & OUTPUT_COUNT).astype(jnp.float32)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(counts > 0, repeated, logits)
+    return logits - frequency * outputs - jnp.where(outputs > 0, presence, 0.0)
+
+
+def _bias(logits: Logits, adjustments: Int[Array, "rows _"]) -> Logits:
+    ids, bits = jnp.split(adjustments[:, 4:ADJUSTMENT_COLUMNS], 2, axis=1)
+    rows = jnp.arange(len(ids))[:, None]
+    return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)].add(
+        lax.bitcast_convert_type(bits, jnp.float32), mode="drop"
+    )
+
+
+def _mask(logits: Logits, adjustments: Int[Array, "rows _"]) -> Logits:
+    words = adjustments[:, ADJUSTMENT_COLUMNS:, None]
+    allowed = lax.shift_right_logical(words, jnp.broadcast_to(jnp.arange(32), (*words.shape[:2], 32))) & 1
+    return jnp.where(allowed.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _without_suppressed(logits: Logits, suppressed: Int[Array, "rows _"]) -> Logits:

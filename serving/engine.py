@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import time
@@ -39,6 +40,7 @@ from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
+from chameleon_jax.structured_outputs import Grammars, bits_of
 from chameleon_jax.systems import get_system
 
 DEFAULT_MAX_MODEL_LEN = 2048
@@ -273,6 +275,7 @@ class LLMEngine:
         """
         self._check_tokens(prompt_token_ids, params)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
+        guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
         adapter = None
         if lora is not None:
             if self.must_read(lora):
@@ -287,16 +290,29 @@ class LLMEngine:
             stop_ids=stop_ids,
             adapter=adapter,
             adapter_name=lora.name if lora is not None else None,
+            guide=guide,
+            allowed=None
+            if params.allowed_token_ids is None
+            else bits_of(params.allowed_token_ids, self.model_config.vocab_size),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
         return request
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises ValueError where it has none."""
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs is set; allowed: null, as the model has no tokenizer (load_format='dummy')")
+        eos = self._stop_ids(SamplingParams())
+        return Grammars(self.tokenizer.backend.to_str(), self.model_config.vocab_size, sorted(eos))
+
     def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
             raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
         vocab = self.model_config.vocab_size
-        for t in (*prompt_token_ids, *params.stop_token_ids):
+        named = (*params.stop_token_ids, *(params.logit_bias or ()), *(params.allowed_token_ids or ()))
+        for t in (*prompt_token_ids, *named):
             if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
                 raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -10,14 +12,28 @@ from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
-from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, SentStep
-from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
-from chameleon_jax.models.sampling import Sampled
+from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
+from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, SequenceChunk
+from chameleon_jax.models.sampling import Sampled, SamplingMode
 from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
+from chameleon_jax.structured_outputs import fill_masks
 
-Part = tuple[DispatchedStep, list[tuple[int, Request]]]
-"""Prompts or decodes of a step, and the owner of each of its sampled rows."""
+
+@dataclasses.dataclass
+class Part:
+    """Prompts or decodes of a step.
+
+    Attributes:
+        running: The dispatched forward program.
+        owners: Owner of each row that samples.
+        drawn: The dispatched sampling program; None while guided rows wait for their masks.
+    """
+
+    running: RunningStep
+    owners: list[tuple[int, Request]]
+    drawn: DispatchedStep | None = None
 
 
 class JaxExecutor:
@@ -35,6 +51,7 @@ class JaxExecutor:
         self._loading: dict[str, PlacedAdapter] = {}
         self._resident: dict[str, PlacedAdapter] = {}
         self._in_flight: list[list[Part]] = []  # dispatched and not collected
+        self._counted: dict[int, tuple[Request, int]] = {}  # by slot: request whose tokens the device counts, its preemptions
 
     @property
     def num_compiled(self) -> int:
@@ -72,15 +89,21 @@ class JaxExecutor:
         self._in_flight.append(handle)
         return handle
 
+    def draw(self, handle: list[Part]) -> None:
+        for part in handle:
+            if part.drawn is None:
+                self._draw(part)
+
     def collect(self, handle: list[Part]) -> list[SampledToken]:
         tokens = []
-        for step, owners in handle:
-            if step.sampled is None:
-                jax.block_until_ready(step.done)
+        for part in handle:
+            assert part.drawn is not None
+            if part.drawn.sampled is None:
+                jax.block_until_ready(part.drawn.done)
                 continue
-            host = jax.tree.map(np.asarray, step.sampled)
+            host = jax.tree.map(np.asarray, part.drawn.sampled)
             ids = host.tokens.tolist()
-            for row, request in owners:
+            for row, request in part.owners:
                 tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
         self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
@@ -112,13 +135,45 @@ class JaxExecutor:
         self._loading.clear()
         self._resident.clear()
         self._in_flight.clear()
+        self._counted.clear()
         self._runner.reset()
 
     def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
-        step = self._runner.dispatch(inputs)
-        for array in jax.tree.leaves(step.sampled):
+        rows = inputs.step.last
+        part = Part(self._runner.forward(inputs), [(rows[i], request) for i, request in owners])
+        if inputs.step.mode is not SamplingMode.ADJUSTED or all(request.guide is None for _, request in owners):
+            self._draw(part)
+        return part
+
+    def _draw(self, part: Part) -> None:
+        masks = None
+        if part.running.step.mode is SamplingMode.ADJUSTED:
+            for _, request in part.owners:
+                self._count(request)
+            masks = self._masks(part)
+        part.drawn = self._runner.sample(part.running, masks)
+        for array in jax.tree.leaves(part.drawn.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
-        return step, [(step.rows[i], request) for i, request in owners]
+
+    def _count(self, request: Request) -> None:
+        """Have the device count the tokens so far of a request with penalties, unless it does."""
+        now = (request, request.metrics.num_preemptions)
+        if request.params.penalises and self._counted.get(request.slot) != now:
+            self._counted[request.slot] = now
+            prompt = request.prompt_token_ids if request.params.repetition_penalty != 1 else ()
+            self._runner.count(request.slot, prompt, request.output_token_ids)
+
+    def _masks(self, part: Part) -> np.ndarray | None:
+        """Tokens that each row can draw; None where no row has a mask."""
+        if all(request.guide is None and request.allowed is None for _, request in part.owners):
+            return None
+        masks = self._runner.no_masks(part.running.step.program.tiles)
+        running = [(row, r) for row, r in part.owners if r.finish_reason is None]
+        fill_masks({row: request.guide for row, request in running if request.guide is not None}, masks)
+        for row, request in running:
+            if request.allowed is not None:
+                masks[row] &= request.allowed
+        return masks
 
     def _chunk(self, chunk: PrefillChunk) -> SequenceChunk:
         request = chunk.request
@@ -146,7 +201,13 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
         min_p=params.min_p,
         suppressed=sorted(request.stop_ids) if drawn < params.min_tokens else (),
         logprobs=params.logprobs is not None,
+        adjustment=_adjustment(params) if request.adjusts else None,
     )
+
+
+def _adjustment(params: SamplingParams) -> Adjustment:
+    bias = params.logit_bias or {}
+    return Adjustment(params.presence_penalty, params.frequency_penalty, params.repetition_penalty, bias)
 
 
 def _logprobs(host: Sampled, row: int, request: Request) -> dict[int, float] | None:

@@ -17,11 +17,13 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 
 Progress = Callable[[int, int], None]
 """`(programs compiled, programs in all)`."""
 
+COUNT_TOKENS = 1024
+"""Tokens that one run of the counting program takes."""
 STEPS_IN_FLIGHT = 2
 """Steps that the device holds at a time: the host dispatches one while the device computes the one before."""
 
@@ -41,8 +43,9 @@ class Programs:
         weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
             host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
-        sample: `(rows, mode) -> steps.sample_step`.
+        sample: `(rows, mode) -> steps.sample_step`, in ADJUSTED mode `steps.sample_adjusted_step`.
         write: `pages of a piece -> steps.write_adapter`.
+        count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
     """
 
     def __init__(
@@ -61,17 +64,19 @@ class Programs:
         self.forward = ProgramCache(lambda program: self._compile_forward(self.num_pages, program))
         self.sample = ProgramCache(lambda key: self._compile_sample(*key))
         self.write = ProgramCache(lambda size: self._compile_write(self.num_pages, size))
+        self.count = ProgramCache(self._compile_count)
         self._graph, self._head = graph, head
         self.weights, self._tree = jax.tree.flatten(params)
         self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
         self._backend = backend
         self._options = dict(compiler_options or {})
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
+        self._counts = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1, layout.config.vocab_size), jnp.uint16)
 
     @property
     def num_compiled(self) -> int:
         """Number of programs compiled so far."""
-        return len(self.forward) + len(self.sample) + len(self.write)
+        return len(self.forward) + len(self.sample) + len(self.write) + len(self.count)
 
     def listing(self) -> list[tuple[ProgramCache, Any]]:
         """Every program to compile, as its cache and its key there; the slowest to compile first."""
@@ -83,7 +88,7 @@ class Programs:
             for adapted in reversed(buckets.adapted(tile_tokens))
         ]
         samples = [(self.sample, (rows, mode)) for rows in buckets.sample_rows for mode in SamplingMode]
-        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
+        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), (self.count, COUNT_TOKENS)]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every program, on a few threads (XLA releases the GIL)."""
@@ -131,9 +136,15 @@ class Programs:
         return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
     def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
-        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
-        hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
+        config = self._layout.config
+        hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
         sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
+        if mode is SamplingMode.ADJUSTED:
+            adjusted = functools.partial(steps.sample_adjusted_step, backend=self._backend)
+            adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
+            state = (self._slot_tokens, self._counts)
+            return self._compile(adjusted, self._head, hidden, *state, sampling_rows, adjustments, donated=(2, 3))
+        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
         return self._compile(fn, self._head, hidden, self._slot_tokens, sampling_rows, donated=2)
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
@@ -142,7 +153,10 @@ class Programs:
         fn = functools.partial(steps.write_adapter, backend=self._backend)
         return self._compile(fn, self._pool(num_pages), piece, ids, donated=0)
 
-    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int) -> Any:
+    def _compile_count(self, tokens: int) -> Any:
+        return self._compile(count_tokens, self._counts, jax.ShapeDtypeStruct((2 + tokens,), jnp.int32), donated=0)
+
+    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int | tuple[int, ...]) -> Any:
         return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)
 
 

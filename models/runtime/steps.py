@@ -25,13 +25,13 @@ from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, 
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample, sample_adjusted
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens
+    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens, TokenCounts
 
 DECODE_TILE = 1
 """Tokens of a tile in decode."""
@@ -164,6 +164,22 @@ def sample_step(
     """
     sampled = sample(logits(hidden, head), sampling_rows, mode, guesses=7 if backend == "triton" else 1)
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens)
+
+
+def sample_adjusted_step(
+    head: Float[Array, "vocab hidden"],
+    hidden: Float[Array, "rows hidden"],
+    slot_tokens: SlotTokens,
+    counts: TokenCounts,
+    sampling_rows: Int[Array, "rows columns"],
+    adjustments: Int[Array, "rows _"],
+    *,
+    backend: str,
+) -> tuple[Sampled, SlotTokens, TokenCounts]:
+    """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how."""
+    guesses = 7 if backend == "triton" else 1
+    sampled, counts = sample_adjusted(logits(hidden, head), sampling_rows, adjustments, counts, guesses)
+    return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens), counts
 
 
 def write_adapter(pages: Pools, block: Block, page_ids: PageIds, *, backend: str) -> tuple[Pools, Int[Array, ""]]:

@@ -43,6 +43,9 @@ class FakeExecutor:
             sampled.append((request, self._sample(request, request.num_computed)))
         return sampled
 
+    def draw(self, handle) -> None:
+        pass
+
     def collect(self, handle) -> list[SampledToken]:
         return [SampledToken(request, token) for request, token in handle]
 

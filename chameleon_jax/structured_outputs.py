@@ -1,0 +1,127 @@
+"""Structured outputs: grammars compiled by llguidance, and the tokens that each request's grammar allows next."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
+
+from chameleon_jax.sampling_params import StructuredOutputsParams
+
+MAX_COMPILED = 256
+"""Grammars that stay compiled. The one that was used longest ago goes first."""
+
+
+@functools.cache
+def _threads() -> LLExecutor:
+    return LLExecutor()
+
+
+class Guide:
+    """Grammar of one request, and its place in it.
+
+    Args:
+        matcher: Matcher in its first state, owned by this guide.
+    """
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    def accept(self, token_id: int) -> None:
+        """Go past a token of the output. One that the grammar does not allow leaves `error` set."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output satisfies the grammar and nothing can follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Reason for which the grammar cannot go on; None where it can."""
+        return self._matcher.get_error() or None
+
+
+def fill_masks(guides: Mapping[int, Guide], masks: np.ndarray) -> None:
+    """Write the tokens that come next in each guide's grammar, as bits, into its row of `masks`, on a few threads.
+
+    Args:
+        guides: Guides by row.
+        masks: `[rows, words]`, int32, contiguous; the lowest bit of a row's first word is token 0. Other rows stay.
+    """
+    if guides:
+        fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides.items()], masks)
+
+
+def bits_of(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Return a mask `[words]` as `fill_masks` writes it that allows these tokens alone."""
+    allowed = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    allowed[list(token_ids)] = 1
+    return np.packbits(allowed, bitorder="little").view("<i4")
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. Thread-safe.
+
+    Args:
+        tokenizer: Content of its `tokenizer.json`.
+        vocab_size: Tokens that the model can draw.
+        eos_token_ids: Ids that end an output where its grammar allows the end.
+
+    Raises:
+        ValueError: llguidance cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]):
+        try:
+            self._tokenizer = LLTokenizer(tokenizer, vocab_size, list(eos_token_ids) or None)
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(
+                f"structured_outputs is set; allowed: null, as the model's tokenizer cannot be guided: {error}"
+            ) from error
+        self._lock = threading.Lock()
+        self._compiled: collections.OrderedDict[StructuredOutputsParams, LLMatcher] = collections.OrderedDict()
+
+    def guide(self, params: StructuredOutputsParams) -> Guide:
+        """Make the guide of one request. Takes milliseconds at the first use of a grammar, seconds for a very large one.
+
+        Raises:
+            ValueError: The schema, expression or grammar is wrong or not supported; says why.
+        """
+        with self._lock:
+            matcher = self._compiled.get(params)
+            if matcher is not None:
+                self._compiled.move_to_end(params)
+        if matcher is None:
+            matcher = self._compile(params)
+            with self._lock:
+                self._compiled[params] = matcher
+                while len(self._compiled) > MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+        return Guide(matcher.deep_copy())
+
+    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+        if matcher.is_error():
+            kind = next(k for k in ("json", "regex", "choice", "grammar", "json_object") if getattr(params, k) is not None)
+            raise ValueError(f"{kind} cannot be guided: {matcher.get_error():.500}")
+        return matcher
+
+
+def _grammar(params: StructuredOutputsParams) -> str:
+    """Return the grammar in llguidance's own form."""
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.grammar is not None:
+        return LLMatcher.grammar_from_lark(params.grammar)
+    if params.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
+    schema = '{"type": "object"}' if params.json is None else str(params.json)
+    pattern = params.whitespace_pattern
+    return LLMatcher.grammar_from_json_schema(schema, overrides=None if pattern is None else {"whitespace_pattern": pattern})
