@@ -6,12 +6,15 @@ import dataclasses
 import enum
 from array import array
 from collections.abc import MutableSequence, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from chameleon_jax.outputs import FinishReason, RequestMetrics
 from chameleon_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from chameleon_jax.structured_outputs import Guide
 
 
 class RequestState(enum.Enum):
@@ -27,16 +30,6 @@ class TokenStream(Protocol):
 
     def append(self, token_id: int) -> str: ...
     def flush(self) -> str: ...
-
-
-class Guide(Protocol):
-    """Grammar of one request's output, and its place in it (see structured_outputs.Guide)."""
-
-    def accept(self, token_id: int) -> None: ...
-    @property
-    def complete(self) -> bool: ...
-    @property
-    def error(self) -> str | None: ...
 
 
 @dataclasses.dataclass(eq=False)

@@ -65,7 +65,7 @@ class StructuredOutputsParams:
             raise ValueError(f"whitespace_pattern is set; allowed: only together with json or json_object, not {given[0]}")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
-        length = sum(len(text) for text in (self.regex or self.grammar or self.json or "", *(self.choice or ())))
+        length = sum(len(str(text)) for text in (self.regex, self.grammar, self.json, *(self.choice or ())) if text is not None)
         if length > MAX_GRAMMAR_LEN:
             raise ValueError(f"{given[0]} has {length} characters; allowed: {MAX_GRAMMAR_LEN}")
 

@@ -6,7 +6,7 @@ import collections
 import functools
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -48,15 +48,15 @@ class Guide:
         return self._matcher.get_error() or None
 
 
-def fill_masks(guides: Mapping[int, Guide], masks: np.ndarray) -> None:
+def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
     """Write the tokens that come next in each guide's grammar, as bits, into its row of `masks`, on a few threads.
 
     Args:
-        guides: Guides by row.
+        guides: Rows and their guides.
         masks: `[rows, words]`, int32, contiguous; the lowest bit of a row's first word is token 0. Other rows stay.
     """
     if guides:
-        fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides.items()], masks)
+        fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides], masks)
 
 
 def bits_of(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:

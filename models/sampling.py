@@ -48,17 +48,16 @@ class SamplingMode(enum.Enum):
     GREEDY = "greedy"
     RANDOM = "random"
     LOGPROBS = "logprobs"
-    ADJUSTED = "adjusted"  # penalties, biases or masks, and each of the above for the rows that ask for it
 
 
 SAMPLING_COLUMNS = 8 + MAX_STOP_IDS
 """Columns of packed sampling rows, int32: slot, position of the token to sample, seed (low word, high word), top_k (0: all),
 the bits of three float32 (temperature, greedy below LEAST_TEMPERATURE; top_p; min_p), suppressed ids (-1: none)."""
 
-ADJUSTMENT_COLUMNS = 4 + 2 * MAX_LOGIT_BIAS
-"""Columns of packed adjustments ahead of the mask, int32: whether log-probabilities are wanted, the bits of three float32
-(presence, frequency and repetition penalty), the ids that have a bias (-1: none), the bits of the biases, float32. The mask
-follows: a bit for each token, 32 in a column, the lowest bit first; a token whose bit is 0 cannot be drawn."""
+ADJUSTMENT_COLUMNS = 3 + 2 * MAX_LOGIT_BIAS
+"""Columns of packed adjustments ahead of the mask, int32: the bits of three float32 (presence, frequency and repetition
+penalty), the ids that have a bias (-1: none), the bits of the biases, float32. The mask follows: a bit for each token, 32 in a
+column, the lowest bit first; a token whose bit is 0 cannot be drawn."""
 OUTPUT_COUNT = (1 << 15) - 1
 """Bits of a token's count that say how often a slot's output has it, and the largest count. The bit above says whether the
 prompt has the token."""
@@ -94,16 +93,8 @@ def sample(
         guesses: Thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so 1
             is best there; a GPU is bound by the number of passes.
     """
-    sampling_rows = jnp.asarray(sampling_rows)
     logits = _finite(logits)
-    allowed = _without_suppressed(logits, sampling_rows[:, 8:])
-    tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
-    if mode is SamplingMode.GREEDY:
-        return Sampled(tokens=tokens)
-    tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
-    if mode is SamplingMode.RANDOM:
-        return Sampled(tokens=tokens)
-    return Sampled(tokens, *_logprobs(logits, tokens))
+    return _sample(logits, logits, jnp.asarray(sampling_rows), mode, guesses)
 
 
 def sample_adjusted(
@@ -111,38 +102,46 @@ def sample_adjusted(
     sampling_rows: Int[Array, "rows columns"],
     adjustments: Int[Array, "rows _"],
     counts: TokenCounts,
+    mode: SamplingMode,
     guesses: int = 1,
 ) -> tuple[Sampled, TokenCounts]:
     """Draw one token a row after penalties, biases and masks have changed the logits, and count it.
 
-    A row that adjusts nothing gets the token that `sample` draws. Log-probabilities are the model's, before all that. The two
-    costly parts are skipped where no row of the batch needs them.
+    A row that adjusts nothing gets the token that `sample` draws. Log-probabilities are the model's, before all that.
 
     Args:
-        logits: As for `sample`.
-        sampling_rows: As for `sample`.
+        logits: As for `sample`, here and below.
+        sampling_rows: Packed parameters.
         adjustments: Packed adjustments and masks, int32, as ADJUSTMENT_COLUMNS says.
         counts: Tokens of each slot, as OUTPUT_COUNT says.
-        guesses: As for `sample`.
+        mode: Kind of sampling.
+        guesses: Thresholds tried in one pass.
     """
     slots = sampling_rows[:, 0]
     logits = _finite(logits)
     own = counts.at[slots].get(mode="clip")
     adjusted = _mask(_bias(_penalise(logits, own, adjustments), adjustments), adjustments)
-    allowed = _without_suppressed(adjusted, sampling_rows[:, 8:])
-    best = jnp.argmax(allowed, -1).astype(jnp.int32)
-    temperature = lax.bitcast_convert_type(sampling_rows[:, 5], jnp.float32)
-    tokens = lax.cond(
-        (temperature >= LEAST_TEMPERATURE).any(),
-        lambda: _draw(_gaps_to_best(allowed), sampling_rows, guesses, best),
-        lambda: best,
-    )
-    logprobs = jax.eval_shape(_logprobs, logits, tokens)
-    nothing = tuple(jnp.zeros(part.shape, part.dtype) for part in logprobs)
-    logprobs = lax.cond((adjustments[:, 0] > 0).any(), lambda: _logprobs(logits, tokens), lambda: nothing)
-    drawn = jnp.take_along_axis(own, tokens[:, None], -1)[:, 0]
+    sampled = _sample(logits, adjusted, sampling_rows, mode, guesses)
+    drawn = jnp.take_along_axis(own, sampled.tokens[:, None], -1)[:, 0]
     more = jnp.where(drawn & OUTPUT_COUNT == OUTPUT_COUNT, drawn, drawn + 1)
-    return Sampled(tokens, *logprobs), counts.at[slots, tokens].set(more)
+    return sampled, counts.at[slots, sampled.tokens].set(more)
+
+
+def _sample(
+    logits: Logits, adjusted: Logits, sampling_rows: Int[Array, "rows columns"], mode: SamplingMode, guesses: int
+) -> Sampled:
+    """Draw from `adjusted`, and report the log-probabilities of `logits`."""
+    allowed = _without_suppressed(adjusted, sampling_rows[:, 8:])
+    tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
+    if mode is SamplingMode.GREEDY:
+        return Sampled(tokens=tokens)
+    tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
+    if mode is SamplingMode.RANDOM:
+        return Sampled(tokens=tokens)
+    logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
+    top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
+    return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
 def count_tokens(counts: TokenCounts, packed: Int[Array, " packed"]) -> TokenCounts:
@@ -168,17 +167,9 @@ def _finite(logits: Logits) -> Logits:
     return jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
 
 
-def _logprobs(logits: Logits, tokens: RowInts) -> tuple[RowFloats, Int[Array, "rows best"], Float[Array, "rows best"]]:
-    """Compute the log-probability of each row's token, and the best tokens with theirs."""
-    logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
-    top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
-    return chosen, top_tokens, top_logprobs
-
-
 def _penalise(logits: Logits, counts: UInt16[Array, "rows vocab"], adjustments: Int[Array, "rows _"]) -> Logits:
     """Apply the penalties, in vLLM's order: repetition, frequency, presence."""
-    presence, frequency, repetition = lax.bitcast_convert_type(adjustments[:, 1:4], jnp.float32).T[:, :, None]
+    presence, frequency, repetition = lax.bitcast_convert_type(adjustments[:, :3], jnp.float32).T[:, :, None]
     outputs = (counts & OUTPUT_COUNT).astype(jnp.float32)
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(counts > 0, repeated, logits)
@@ -186,7 +177,7 @@ def _penalise(logits: Logits, counts: UInt16[Array, "rows vocab"], adjustments: 
 
 
 def _bias(logits: Logits, adjustments: Int[Array, "rows _"]) -> Logits:
-    ids, bits = jnp.split(adjustments[:, 4:ADJUSTMENT_COLUMNS], 2, axis=1)
+    ids, bits = jnp.split(adjustments[:, 3:ADJUSTMENT_COLUMNS], 2, axis=1)
     rows = jnp.arange(len(ids))[:, None]
     return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)].add(
         lax.bitcast_convert_type(bits, jnp.float32), mode="drop"

@@ -77,7 +77,7 @@ class BenchEngine(ModelRunner):
         packed, program, _, mode = pack_step(batch.chunks, batch.sampling_rows, self.buckets)
         if mode is None:
             raise ValueError("a step to measure draws tokens")
-        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode]
+        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode, False]
         inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:

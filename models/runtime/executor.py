@@ -14,7 +14,7 @@ from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
 from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, SequenceChunk
-from chameleon_jax.models.sampling import Sampled, SamplingMode
+from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
@@ -139,15 +139,15 @@ class JaxExecutor:
         self._runner.reset()
 
     def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
-        rows = inputs.step.last
-        part = Part(self._runner.forward(inputs), [(rows[i], request) for i, request in owners])
-        if inputs.step.mode is not SamplingMode.ADJUSTED or all(request.guide is None for _, request in owners):
+        running = self._runner.forward(inputs)
+        part = Part(running, [(running.step.last[i], request) for i, request in owners])
+        if not running.adjusted or all(request.guide is None for _, request in owners):
             self._draw(part)
         return part
 
     def _draw(self, part: Part) -> None:
         masks = None
-        if part.running.step.mode is SamplingMode.ADJUSTED:
+        if part.running.adjusted:
             for _, request in part.owners:
                 self._count(request)
             masks = self._masks(part)
@@ -169,7 +169,7 @@ class JaxExecutor:
             return None
         masks = self._runner.no_masks(part.running.step.program.tiles)
         running = [(row, r) for row, r in part.owners if r.finish_reason is None]
-        fill_masks({row: request.guide for row, request in running if request.guide is not None}, masks)
+        fill_masks([(row, request.guide) for row, request in running if request.guide is not None], masks)
         for row, request in running:
             if request.allowed is not None:
                 masks[row] &= request.allowed

@@ -47,23 +47,32 @@ HOST_POOL_BYTES = 2 << 30
 
 
 class SentStep(NamedTuple):
-    """A step, and its inputs on their way to the device."""
+    """A step, and its inputs on their way to the device.
+
+    Attributes:
+        rows: Sampling parameters by tile, of the tiles that sample.
+    """
 
     step: PackedStep
     inputs: jax.Array
+    rows: Mapping[int, SamplingRow]
 
 
 class RunningStep(NamedTuple):
     """A step whose forward program was dispatched.
 
     Attributes:
+        rows: Sampling parameters by tile, of the tiles that sample.
         hidden: Hidden state of each tile's last token.
         sampling_rows: Packed sampling parameters of each tile.
+        adjusted: Whether any row's logits change before its token is drawn.
     """
 
     step: PackedStep
+    rows: Mapping[int, SamplingRow]
     hidden: jax.Array
     sampling_rows: jax.Array
+    adjusted: bool
 
 
 class DispatchedStep(NamedTuple):
@@ -188,10 +197,13 @@ class ModelRunner:
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
             _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-        for rows, mode in self.programs.sample:
+        for rows, mode, adjusted in self.programs.sample:
             sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
             hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
-            self._sample(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)))
+            if adjusted:
+                self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)))
+            else:
+                self._sample(mode, hidden, sampling_rows)
         for size in self.programs.count:
             self._count(np.full(2 + size, padding_slot, np.int32))
         for size, write in self.programs.write.items():
@@ -208,14 +220,16 @@ class ModelRunner:
             sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample.
         """
         step = pack_step(chunks, sampling_rows, self.buckets)
-        return SentStep(step, jax.device_put(step.packed, self._memory))
+        rows = {step.last[i]: row for i, row in sampling_rows.items()}
+        return SentStep(step, jax.device_put(step.packed, self._memory), rows)
 
     def forward(self, sent: SentStep) -> RunningStep:
         """Dispatch the forward program of a step whose inputs were sent."""
-        step, inputs = sent
+        step, inputs, rows = sent
         forward = self.programs.forward[step.program]
         hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-        return RunningStep(step, hidden, sampling_rows)
+        adjusted = any([row.adjustment is not None for row in rows.values()])
+        return RunningStep(step, rows, hidden, sampling_rows, adjusted)
 
     def sample(self, running: RunningStep, masks: Int[np.ndarray, "rows words"] | None = None) -> DispatchedStep:
         """Dispatch the sampling program of a step.
@@ -224,23 +238,28 @@ class ModelRunner:
             running: Return of `forward`.
             masks: Tokens that each tile's row can draw, as `no_masks` lays them out; None masks none.
         """
-        step, hidden, sampling_rows = running
+        step, rows, hidden, sampling_rows, adjusted = running
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
-        adjustments = None
-        if step.mode is SamplingMode.ADJUSTED:
+        if not adjusted:
+            sampled = self._sample(step.mode, hidden, sampling_rows)
+        else:
             masks = self.no_masks(step.program.tiles) if masks is None else masks
-            adjustments = jax.device_put(pack_adjustments(step.sampling_rows, masks), self._memory)
-        sampled = self._sample(step.mode, hidden, sampling_rows, adjustments)
+            sampled = self._sample_adjusted(step.mode, hidden, sampling_rows, pack_adjustments(rows, masks))
         return DispatchedStep(sampled, step.last, sampled.tokens)
 
-    def _sample(self, mode: SamplingMode, hidden: Any, sampling_rows: Any, adjustments: Any) -> Sampled:
-        sample = self.programs.sample[len(hidden), mode]
-        if mode is SamplingMode.ADJUSTED:
-            state = (self._slot_tokens, self._counts)
-            sampled, self._slot_tokens, self._counts = sample(self._head, hidden, *state, sampling_rows, adjustments)
-        else:
-            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
+    def _sample(self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any) -> Sampled:
+        program = self.programs.sample[len(hidden), mode, False]
+        sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
+        return sampled
+
+    def _sample_adjusted(
+        self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any, adjustments: Int[np.ndarray, "rows columns"]
+    ) -> Sampled:
+        program = self.programs.sample[len(hidden), mode, True]
+        inputs = jax.device_put(adjustments, self._memory)
+        state = (self._slot_tokens, self._counts)
+        sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, inputs)
         return sampled
 
     def no_masks(self, rows: int) -> Int[np.ndarray, "rows words"]:

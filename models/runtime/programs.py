@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ class Programs:
         weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
             host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
-        sample: `(rows, mode) -> steps.sample_step`, in ADJUSTED mode `steps.sample_adjusted_step`.
+        sample: `(rows, mode, adjusted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true.
         write: `pages of a piece -> steps.write_adapter`.
         count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
     """
@@ -87,7 +88,8 @@ class Programs:
             for tiles in reversed(buckets.sizes(tile_tokens))
             for adapted in reversed(buckets.adapted(tile_tokens))
         ]
-        samples = [(self.sample, (rows, mode)) for rows in buckets.sample_rows for mode in SamplingMode]
+        kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), (True, False))
+        samples = [(self.sample, kind) for kind in kinds]
         return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), (self.count, COUNT_TOKENS)]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
@@ -117,7 +119,11 @@ class Programs:
             for size in (DECODE_TILE, buckets.prefill_tile)
             for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
-        samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
+        samples = [
+            functools.partial(self._compile_sample, max(buckets.sample_rows), mode, adjusted)
+            for mode in SamplingMode
+            for adjusted in (False, True)
+        ]
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
         return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
@@ -135,17 +141,17 @@ class Programs:
         packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
         return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
-    def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
+    def _compile_sample(self, rows: int, mode: SamplingMode, adjusted: bool) -> Any:
         config = self._layout.config
         hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
         sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
-        if mode is SamplingMode.ADJUSTED:
-            adjusted = functools.partial(steps.sample_adjusted_step, backend=self._backend)
-            adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
-            state = (self._slot_tokens, self._counts)
-            return self._compile(adjusted, self._head, hidden, *state, sampling_rows, adjustments, donated=(2, 3))
-        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
-        return self._compile(fn, self._head, hidden, self._slot_tokens, sampling_rows, donated=2)
+        options: dict[str, Any] = {"mode": mode, "backend": self._backend}
+        state = [self._head, hidden, self._slot_tokens]
+        if not adjusted:
+            return self._compile(functools.partial(steps.sample_step, **options), *state, sampling_rows, donated=2)
+        adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
+        fn = functools.partial(steps.sample_adjusted_step, **options)
+        return self._compile(fn, *state, self._counts, sampling_rows, adjustments, donated=(2, 3))
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)

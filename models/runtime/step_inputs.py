@@ -95,14 +95,12 @@ class PackedStep(NamedTuple):
         program: Forward program that takes them.
         last: For each chunk the tile that holds its last token.
         mode: Sampling program. None: no token is sampled.
-        sampling_rows: Sampling rows by tile.
     """
 
     packed: Int[np.ndarray, " packed"]
     program: Program
     last: list[int]
     mode: SamplingMode | None
-    sampling_rows: Mapping[int, SamplingRow]
 
 
 def pack_step(chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow], buckets: StepBuckets) -> PackedStep:
@@ -140,7 +138,7 @@ def pack_step(chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, Sampl
         fill_plan(inputs.lora, [c.adapter for c, count in zip(chunks, counts) for _ in range(count)])
     rows_of_tiles = {last[i]: row for i, row in sampling_rows.items()}
     mode = fill_sampling_rows(inputs.sampling_rows, rows_of_tiles, buckets.max_num_seqs)
-    return PackedStep(packed, program, last, mode if sampling_rows else None, rows_of_tiles)
+    return PackedStep(packed, program, last, mode if sampling_rows else None)
 
 
 def pack_padding(program: Program, buckets: StepBuckets) -> Int[np.ndarray, " packed"]:
@@ -200,8 +198,6 @@ def fill_sampling_rows(
     for number, row in sampling_rows.items():
         if row.suppressed:
             table[number, 8 : 8 + len(row.suppressed)] = row.suppressed
-    if any([row.adjustment is not None for row in values]):
-        return SamplingMode.ADJUSTED
     if any([row.logprobs for row in values]):
         return SamplingMode.LOGPROBS
     return SamplingMode.RANDOM if (floats[:, 0] >= LEAST_TEMPERATURE).any() else SamplingMode.GREEDY
@@ -212,18 +208,17 @@ def pack_adjustments(
 ) -> Int[np.ndarray, "rows columns"]:
     """Pack the adjustments of sampling rows by number, and the masks of all rows. Rows without adjustment change nothing."""
     table = np.zeros((len(masks), ADJUSTMENT_COLUMNS + masks.shape[1]), np.int32)
-    table[:, 3] = np.float32(1).view(np.int32)
-    table[:, 4 : 4 + MAX_LOGIT_BIAS] = -1
+    table[:, 2] = np.float32(1).view(np.int32)
+    table[:, 3 : 3 + MAX_LOGIT_BIAS] = -1
     table[:, ADJUSTMENT_COLUMNS:] = masks
     for number, row in sampling_rows.items():
-        table[number, 0] = row.logprobs
         if row.adjustment is None:
             continue
         *penalties, bias = row.adjustment
-        table[number, 1:4] = np.array(penalties, np.float32).view(np.int32)
+        table[number, :3] = np.array(penalties, np.float32).view(np.int32)
         if bias:
-            table[number, 4 : 4 + len(bias)] = list(bias)
-            begin = 4 + MAX_LOGIT_BIAS
+            table[number, 3 : 3 + len(bias)] = list(bias)
+            begin = 3 + MAX_LOGIT_BIAS
             table[number, begin : begin + len(bias)] = np.array(list(bias.values()), np.float32).view(np.int32)
     return table
 

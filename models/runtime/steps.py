@@ -174,11 +174,12 @@ def sample_adjusted_step(
     sampling_rows: Int[Array, "rows columns"],
     adjustments: Int[Array, "rows _"],
     *,
+    mode: SamplingMode,
     backend: str,
 ) -> tuple[Sampled, SlotTokens, TokenCounts]:
     """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how."""
     guesses = 7 if backend == "triton" else 1
-    sampled, counts = sample_adjusted(logits(hidden, head), sampling_rows, adjustments, counts, guesses)
+    sampled, counts = sample_adjusted(logits(hidden, head), sampling_rows, adjustments, counts, mode, guesses)
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens), counts
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES, PieceSizes
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.link_pace import REMEMBERED_STEPS, TRIP_STEPS, LinkPace
-from chameleon_jax.models.runtime.model_runner import DispatchedStep
+from chameleon_jax.models.runtime.model_runner import DispatchedStep, RunningStep
+from chameleon_jax.models.runtime.step_inputs import PackedStep
 from chameleon_jax.scheduler import StepPlan
 from tests.chameleon_jax.loop_traffic import make_request
 from tests.models.runtime.adapter_link import LINK_RATE, LOAD_PAGES, PAGE_BYTES, PIECE_BYTES, Bench, FakeDevice
@@ -199,9 +200,12 @@ class RecordingDevice(FakeDevice):
         self.order.append("inputs")
         return len(chunks)
 
-    def dispatch(self, sent: int) -> DispatchedStep:
+    def forward(self, sent: int) -> RunningStep:
         self.order.append("step")
-        return DispatchedStep(None, list(range(sent)), jnp.zeros(()))
+        return RunningStep(PackedStep(None, None, list(range(sent)), None), {}, None, None, False)
+
+    def sample(self, running: RunningStep, masks: None) -> DispatchedStep:
+        return DispatchedStep(None, running.step.last, jnp.zeros(()))
 
     def put(self, piece):
         self.order.append("piece")
