@@ -170,6 +170,8 @@ class AsyncLLM:
         async with deadline.kept():
             if lora_request is not None:
                 await self._read_lora(lora_request)
+            for language in {param.structured_outputs for param in params} - {None}:
+                await asyncio.to_thread(lambda language=language: self.engine.grammars.guide(language))
             several = len(prompts) * len(params) > 1
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS, MAX_STOPS, SamplingParams
+from chameleon_jax.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message
 from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, Unsupported, reject_unsupported
@@ -17,13 +24,19 @@ from chameleon_jax.serving.service.service import MAX_NAME_LEN
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NumLogprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 MAX_PROMPTS = 64
+MAX_CHOICES = 1024
+MAX_ALLOWED_IDS = 1 << 16
+_GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 MAX_MESSAGES = 2048
 
 TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 """Every list here fails at its first error: a body may hold a million, and to find them all takes seconds."""
 
 
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output")
+_DEFAULTED = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+    *("allowed_token_ids", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output"),
+)
 """Fields with a default: the server's, else the one of `SamplingParams`."""
 
 
@@ -31,6 +44,49 @@ class StreamOptions(StrictModel):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Send the usage so far with every event, as in vLLM.")
     include_obfuscation: StrictBool = Field(default=False, description="Accepted and ignored.")
+
+
+class JsonSchema(StrictModel):
+    """Schema of `response_format`. Any schema is kept to strictly."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    json_schema: dict[str, Any] | StrictBool | None = Field(default=None, alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    def structured_outputs(self) -> StructuredOutputsParams | None:
+        """Return the language that it asks for; None for text. Raises ApiError."""
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.json_schema is None:
+            raise ApiError(400, "response_format has no json_schema.schema; allowed: a JSON schema", param="response_format")
+        return StructuredOutputsParams(json=self.json_schema.json_schema)
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's way to ask for a language: one of the first five fields."""
+
+    json_schema: dict[str, Any] | StrictStr | StrictBool | None = Field(default=None, alias="json")
+    regex: StrictStr | None = None
+    choice: Annotated[list[StrictStr], Field(max_length=MAX_CHOICES)] | None = None
+    grammar: StrictStr | None = None
+    json_object: StrictBool | None = None
+    whitespace_pattern: StrictStr | None = None
+
+    def params(self) -> StructuredOutputsParams:
+        fields = {("json" if name == "json_schema" else name): value for name, value in self}
+        return StructuredOutputsParams(**fields)
 
 
 class Sampling(StrictModel):
@@ -43,6 +99,20 @@ class Sampling(StrictModel):
     top_p: Number | None = None
     top_k: StrictInt | None = None
     min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    allowed_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_ALLOWED_IDS, fail_fast=True)] | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="Text, any JSON object, or JSON of a schema.")
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="Language of the output, as in vLLM.")
+    guided_json: dict[str, Any] | StrictStr | StrictBool | None = Field(
+        default=None, description="vLLM's older name of structured_outputs.json, as are the guided fields below."
+    )
+    guided_regex: StrictStr | None = None
+    guided_choice: Annotated[list[StrictStr], Field(max_length=MAX_CHOICES)] | None = None
+    guided_grammar: StrictStr | None = None
+    guided_whitespace_pattern: StrictStr | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
@@ -68,24 +138,12 @@ class Sampling(StrictModel):
     # not supported: only values that change nothing are accepted
     best_of: Any = Field(default=None, description="Accepted only if equal to n.")
     store: Annotated[Any, reject_unsupported(False)] = None
-    presence_penalty: Annotated[Any, reject_unsupported(0)] = None
-    frequency_penalty: Annotated[Any, reject_unsupported(0)] = None
-    repetition_penalty: Annotated[Any, reject_unsupported(1)] = None
     length_penalty: Annotated[Any, reject_unsupported(1)] = None
     use_beam_search: Annotated[Any, reject_unsupported(False)] = None
-    logit_bias: Unsupported = None
     logits_processors: Unsupported = None
-    allowed_token_ids: Unsupported = None
     bad_words: Unsupported = None
-    response_format: Annotated[Any, reject_unsupported({"type": "text"}, *ACCEPTED_VALUES)] = None
-    structured_outputs: Unsupported = None
     structural_tag: Unsupported = None
-    guided_json: Annotated[Any, reject_unsupported("")] = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
     guided_decoding_backend: Unsupported = None
-    guided_whitespace_pattern: Unsupported = None
     spaces_between_special_tokens: Annotated[Any, reject_unsupported(True)] = None
     detokenize: Annotated[Any, reject_unsupported(True)] = None
     truncate_prompt_tokens: Annotated[Any, reject_unsupported()] = None
@@ -108,6 +166,22 @@ class Sampling(StrictModel):
         if asked and not self.stream:
             raise ApiError(400, f"stream_options has {asked[0]}; allowed: only together with stream", param="stream_options")
 
+    def language(self) -> StructuredOutputsParams | None:
+        """Return the language that the output is to have; None for any text. Raises ApiError or ValueError."""
+        guided = {name: getattr(self, f"guided_{name}") for name in _GUIDED}
+        guided = {name: value for name, value in guided.items() if value not in (None, "", [])}
+        given = [name for name in ("response_format", "structured_outputs") if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type == "text":
+            given.remove("response_format")
+        given += [f"guided_{name}" for name in guided][:1]
+        if len(given) > 1:
+            raise ApiError(400, f"{given[0]} and {given[1]} are set; allowed: one of them", param=given[1])
+        if self.structured_outputs is not None:
+            return self.structured_outputs.params()
+        return (
+            StructuredOutputsParams(**guided) if guided else self.response_format and self.response_format.structured_outputs()
+        )
+
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
     ) -> list[SamplingParams]:
@@ -127,17 +201,29 @@ class Sampling(StrictModel):
         if n > max_choices:
             raise ApiError(400, f"n is {n}; allowed: 1 to {max_choices}", param="n")
         fields: dict[str, Any] = {name: getattr(self, name) for name in _DEFAULTED} | {"max_tokens": max_tokens}
+        if self.logit_bias is not None:
+            fields["logit_bias"] = _by_token_id(self.logit_bias)
+        language = self.language()
         given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
         return [
             SamplingParams(
                 **given,
                 seed=None if self.seed is None else _choice_seed(self.seed, i),
                 logprobs=logprobs,
+                structured_outputs=language,
                 ignore_eos=self.ignore_eos,
                 skip_special_tokens=self.skip_special_tokens,
             )
             for i in range(n)
         ]
+
+
+def _by_token_id(biases: Mapping[str, float]) -> dict[int, float]:
+    """Convert the keys of `logit_bias`, which JSON has as texts. Raises ApiError."""
+    wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+    if wrong is not None:
+        raise ApiError(400, f"logit_bias has the key {wrong[:40]!r}; allowed: token ids", param="logit_bias")
+    return {int(key): value for key, value in biases.items()}
 
 
 def _choice_seed(seed: int, i: int) -> int:
