@@ -97,6 +97,8 @@ class RequestOutput:
         finished: whether all completions have ended.
         lora_request: adapter of the request; None for the base model.
         metrics: times and counts.
+        prompt_logprobs: alternatives of each token of the prompt by id, the token itself first; None at the first token; None
+            unless asked for.
     """
 
     request_id: str
@@ -106,6 +108,7 @@ class RequestOutput:
     finished: bool
     lora_request: LoRARequest | None
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Request:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
+        prompt_logprobs: Log-probabilities of the prompt's tokens by position, each token first; None at the first position and
+            where they are not known yet. Empty where they were not requested.
         guide: Grammar of its output; None where the output is free.
         allowed: Bits of the token ids that it can draw, int32, 32 in a word; None where it can draw any.
         adjusts: Whether its logits change before a token is drawn, by more than the temperature.
@@ -74,6 +76,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] = dataclasses.field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -94,6 +97,8 @@ class Request:
     def __post_init__(self) -> None:
         self.metrics = RequestMetrics(self.arrival_time)
         self.adjusts = self.params.adjusts_logits
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt_token_ids)
 
     @property
     def num_known(self) -> int:

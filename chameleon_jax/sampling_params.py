@@ -107,6 +107,8 @@ class SamplingParams:
         stop_token_ids: ids that end the output beside the model's end-of-sequence ids, at most 8 together with those.
         ignore_eos: generate past the model's end-of-sequence ids (default False).
         logprobs: number of alternatives reported for each token, 0 to 20. None (default) reports no log-probabilities.
+        prompt_logprobs: number of alternatives reported for each token of the prompt behind the first, 0 to 20. None (default)
+            reports no log-probabilities.
         skip_special_tokens: leave special tokens out of the text (default True).
         include_stop_str_in_output: keep the stop string, or the text of the stop id, that ends the output (default False).
     """
@@ -128,15 +130,16 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             require_field(self, field, isinstance(getattr(self, field), numbers.Real), "a number")
-        for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+        for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, field)
-            if value is None and field in ("seed", "logprobs"):
+            if value is None and field in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             require_field(self, field, isinstance(value, numbers.Integral), "an integer")
             object.__setattr__(self, field, int(value))
@@ -157,7 +160,9 @@ class SamplingParams:
         texts = all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LEN for s in self.stop)
         require_field(self, "stop", texts, f"strings of 1 to {MAX_STOP_LEN} characters")
         require_field(self, "stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
-        require_field(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            require_field(self, field, value is None or 0 <= value <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
 
     def _check_tokens(self) -> None:
         """Check the fields that name tokens; the engine checks that the vocabulary has them."""

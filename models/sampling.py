@@ -138,6 +138,20 @@ def _sample(
     tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
+    return _with_logprobs(logits, tokens)
+
+
+def score(logits: Logits, tokens: RowInts) -> Sampled:
+    """Compute the log-probabilities of given tokens, one a row, and of the best ones, as LOGPROBS mode does.
+
+    Args:
+        logits: Floats of any width; computed with in float32.
+        tokens: Token ids below the vocabulary's size; int32.
+    """
+    return _with_logprobs(_finite(logits), tokens)
+
+
+def _with_logprobs(logits: Logits, tokens: RowInts) -> Sampled:
     logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
     top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]

@@ -121,7 +121,9 @@ class LLM:
 
     def _output(self, request: Request, prompt: Prompt, lora: LoRARequest | None) -> RequestOutput:
         logprobs = logprobs_of(request, 0, len(request.output_token_ids), self.engine.tokenizer)
-        return make_output(OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs)
+        return make_output(
+            OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs, self.engine.tokenizer
+        )
 
     def chat(
         self,

@@ -81,7 +81,7 @@ class BenchEngine(ModelRunner):
         inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:
-            hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+            hidden, sampling_rows, self._pages, _ = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
             sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
             return sampled.tokens
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,11 +31,30 @@ class Part:
         running: The dispatched forward program.
         owners: Owner of each row that samples.
         drawn: The dispatched sampling program; None while guided rows wait for their masks.
+        scores: Log-probabilities of prompts' own tokens; None where none are wanted.
+        scored: Runs of tokens that `scores` has.
     """
 
     running: RunningStep
     owners: list[tuple[int, Request]]
     drawn: DispatchedStep | None = None
+    scores: Sampled | None = None
+    scored: Sequence[ScoredRun] = ()
+
+
+class ScoredRun(NamedTuple):
+    """Consecutive tokens of a prompt whose log-probabilities a step computes.
+
+    Attributes:
+        row: Row of the first one in the scores.
+        begin: Its position in the prompt.
+        end: Position behind the last one.
+    """
+
+    request: Request
+    row: int
+    begin: int
+    end: int
 
 
 class JaxExecutor:
@@ -78,14 +99,14 @@ class JaxExecutor:
             chunks = plan.prefills
             sampling_rows = {i: _sampling_row(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
             inputs = self._runner.send([self._chunk(c) for c in chunks], sampling_rows)
-            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows]))
+            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows], self._scored(chunks, inputs.step.last)))
         if plan.decodes:
             rows = plan.decodes
             sampling_rows = {i: _sampling_row(r, r.num_computed) for i, r in enumerate(rows)}
             inputs = self._runner.send([self._row(r) for r in rows], sampling_rows)
-            sent.append((inputs, list(enumerate(rows))))
+            sent.append((inputs, list(enumerate(rows)), []))
         self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
-        handle = [self._dispatch(inputs, owners) for inputs, owners in sent]
+        handle = [self._dispatch(*step) for step in sent]
         self._in_flight.append(handle)
         return handle
 
@@ -98,13 +119,14 @@ class JaxExecutor:
         tokens = []
         for part in handle:
             assert part.drawn is not None
+            _keep_scores(part)
             if part.drawn.sampled is None:
                 jax.block_until_ready(part.drawn.done)
                 continue
             host = jax.tree.map(np.asarray, part.drawn.sampled)
             ids = host.tokens.tolist()
             for row, request in part.owners:
-                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
+                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request.params.logprobs)))
         self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
 
@@ -138,9 +160,30 @@ class JaxExecutor:
         self._counted.clear()
         self._runner.reset()
 
-    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
+    def _scored(self, chunks: Sequence[PrefillChunk], last: Sequence[int]) -> list[ScoredRun]:
+        """List the tokens whose log-probabilities are wanted: the token at a position is scored by the one before.
+
+        Args:
+            chunks: Prompts of the step.
+            last: Tile that holds each chunk's last token.
+        """
+        tile, runs = self._runner.buckets.prefill_tile, []
+        for chunk, tile_of_last in zip(chunks, last):
+            request = chunk.request
+            end = min(chunk.start + chunk.num_tokens + 1, len(request.prompt_token_ids))
+            if request.params.prompt_logprobs is not None and chunk.start + 1 < end:
+                first_tile = tile_of_last + 1 - -(-chunk.num_tokens // tile)
+                runs.append(ScoredRun(request, first_tile * tile, chunk.start + 1, end))
+        return runs
+
+    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]], scored: list[ScoredRun]) -> Part:
         running = self._runner.forward(inputs)
         part = Part(running, [(running.step.last[i], request) for i, request in owners])
+        if scored:
+            following = np.full(running.step.program.tiles * running.step.program.tile_tokens, -1, np.int32)
+            for request, row, begin, end in scored:
+                following[row : row + end - begin] = request.prompt_token_ids[begin:end]
+            part.scores, part.scored = self._runner.score(running, following), scored
         if not running.adjusted or all(request.guide is None for _, request in owners):
             self._draw(part)
         return part
@@ -210,11 +253,20 @@ def _adjustment(params: SamplingParams) -> Adjustment:
     return Adjustment(params.presence_penalty, params.frequency_penalty, params.repetition_penalty, bias)
 
 
-def _logprobs(host: Sampled, row: int, request: Request) -> dict[int, float] | None:
-    """Log-probabilities of one row: the chosen token first, then the best ones."""
-    if request.params.logprobs is None:
+def _keep_scores(part: Part) -> None:
+    """Write the log-probabilities of prompts' own tokens into their requests."""
+    if part.scores is None:
+        return
+    host = jax.tree.map(np.asarray, part.scores)
+    for request, first, begin, end in part.scored:
+        found = [_logprobs(host, first + i, request.params.prompt_logprobs) for i in range(end - begin)]
+        request.prompt_logprobs[begin:end] = found
+
+
+def _logprobs(host: Sampled, row: int, n: int | None) -> dict[int, float] | None:
+    """Log-probabilities of one row: its token first, then the `n` best ones. None where n is None."""
+    if n is None:
         return None
     assert host.logprobs is not None and host.top_tokens is not None and host.top_logprobs is not None
-    n = request.params.logprobs
     best = zip(host.top_tokens[row, :n].tolist(), host.top_logprobs[row, :n].tolist())
     return {int(host.tokens[row]): float(host.logprobs[row]), **dict(best)}

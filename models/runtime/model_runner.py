@@ -66,6 +66,7 @@ class RunningStep(NamedTuple):
         hidden: Hidden state of each tile's last token.
         sampling_rows: Packed sampling parameters of each tile.
         adjusted: Whether any row's logits change before its token is drawn.
+        states: Hidden states of all tokens of prompts; None of decodes.
     """
 
     step: PackedStep
@@ -73,6 +74,7 @@ class RunningStep(NamedTuple):
     hidden: jax.Array
     sampling_rows: jax.Array
     adjusted: bool
+    states: jax.Array | None = None
 
 
 class DispatchedStep(NamedTuple):
@@ -196,7 +198,7 @@ class ModelRunner:
         config, padding_slot = self.layout.config, self.buckets.max_num_seqs
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
-            _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+            _, _, self._pages, _ = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         for rows, mode, adjusted in self.programs.sample:
             sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
             hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
@@ -204,6 +206,9 @@ class ModelRunner:
                 self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)))
             else:
                 self._sample(mode, hidden, sampling_rows)
+        for tokens, score in self.programs.score.items():
+            states = jnp.zeros((tokens, config.hidden_size), self.dtype)
+            score(self._head, states, np.zeros(1 + tokens // self.buckets.prefill_tile + tokens, np.int32))
         for size in self.programs.count:
             self._count(np.full(2 + size, padding_slot, np.int32))
         for size, write in self.programs.write.items():
@@ -227,9 +232,29 @@ class ModelRunner:
         """Dispatch the forward program of a step whose inputs were sent."""
         step, inputs, rows = sent
         forward = self.programs.forward[step.program]
-        hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        hidden, sampling_rows, self._pages, states = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
         adjusted = any([row.adjustment is not None for row in rows.values()])
-        return RunningStep(step, rows, hidden, sampling_rows, adjusted)
+        return RunningStep(step, rows, hidden, sampling_rows, adjusted, states)
+
+    def score(self, running: RunningStep, following: Int[np.ndarray, " tokens"]) -> Sampled:
+        """Dispatch the program that computes the log-probabilities of prompts' own tokens.
+
+        Args:
+            running: Return of `forward` for a step of prompts.
+            following: Token behind each token of the step, by its place in the tiles; -1 where none is wanted.
+
+        Returns:
+            A row for each token; unspecified where none was wanted.
+        """
+        tile, most = self.buckets.prefill_tile, self.buckets.most_prefill_tokens
+        packed = np.zeros(1 + most // tile + most, np.int32)
+        wanted = np.flatnonzero((following.reshape(-1, tile) >= 0).any(axis=1))
+        packed[0], packed[1 : 1 + len(wanted)] = len(wanted), wanted
+        packed[1 + most // tile :][: len(following)] = np.maximum(following, 0)
+        scores = self.programs.score[most](self._head, running.states, packed)
+        for array in jax.tree.leaves(scores):
+            array.copy_to_host_async()
+        return scores
 
     def sample(self, running: RunningStep, masks: Int[np.ndarray, "rows words"] | None = None) -> DispatchedStep:
         """Dispatch the sampling program of a step.
@@ -238,7 +263,7 @@ class ModelRunner:
             running: Return of `forward`.
             masks: Tokens that each tile's row can draw, as `no_masks` lays them out; None masks none.
         """
-        step, rows, hidden, sampling_rows, adjusted = running
+        step, rows, hidden, sampling_rows, adjusted, _ = running
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
         if not adjusted:

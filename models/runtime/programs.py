@@ -56,6 +56,7 @@ class Programs:
         sample: `(rows, mode, adjusted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true.
         write: `pages of a piece -> steps.write_adapter`.
         count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
+        score: `tokens -> steps.score_prompts`, of the largest step of prompts.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Programs:
         self.sample = ProgramCache(lambda key: self._compile_sample(*key))
         self.write = ProgramCache(lambda size: self._compile_write(self.num_pages, size))
         self.count = ProgramCache(self._compile_count)
+        self.score = ProgramCache(self._compile_score)
         self._graph, self._head = graph, head
         self.weights, self._tree = jax.tree.flatten(params)
         self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
@@ -86,7 +88,7 @@ class Programs:
     @property
     def num_compiled(self) -> int:
         """Number of programs compiled so far."""
-        return len(self.forward) + len(self.sample) + len(self.write) + len(self.count)
+        return sum(map(len, (self.forward, self.sample, self.write, self.count, self.score)))
 
     def listing(self) -> list[tuple[ProgramCache, Any]]:
         """Every program to compile, as its cache and its key there; the slowest to compile first."""
@@ -99,7 +101,8 @@ class Programs:
         ]
         kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), (True, False))
         samples = [(self.sample, kind) for kind in kinds]
-        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), (self.count, COUNT_TOKENS)]
+        others = [(self.count, COUNT_TOKENS), (self.score, buckets.most_prefill_tokens)]
+        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), *others]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every program, on a few threads (XLA releases the GIL)."""
@@ -143,6 +146,7 @@ class Programs:
             for mode in SamplingMode
             for adjusted in (False, True)
         ]
+        samples.append(functools.partial(self._compile_score, buckets.most_prefill_tokens))
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
         return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
@@ -180,6 +184,12 @@ class Programs:
 
     def _compile_count(self, tokens: int) -> Any:
         return self._compile(count_tokens, self._counts, jax.ShapeDtypeStruct((2 + tokens,), jnp.int32), donated=0)
+
+    def _compile_score(self, tokens: int) -> Any:
+        tile = self._buckets.prefill_tile
+        states = jax.ShapeDtypeStruct((tokens, self._layout.config.hidden_size), self._dtype)
+        packed = jax.ShapeDtypeStruct((1 + tokens // tile + tokens,), jnp.int32)
+        return self._compile(functools.partial(steps.score_prompts, tile=tile), self._head, states, packed, donated=())
 
     def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int | tuple[int, ...]) -> Any:
         return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)

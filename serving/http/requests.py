@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -137,6 +138,7 @@ class Sampling(StrictModel):
     prompt_cache_retention: Any = None
     cache_salt: Any = None
     session_id: Any = None
+    prompt_logprobs: NumLogprobs | None = None
 
     # not supported: only values that change nothing are accepted
     best_of: Any = Field(default=None, description="Accepted only if equal to n.")
@@ -151,7 +153,6 @@ class Sampling(StrictModel):
     detokenize: Annotated[Any, reject_unsupported(True)] = None
     truncate_prompt_tokens: Annotated[Any, reject_unsupported()] = None
     truncation_side: Annotated[Any, reject_unsupported("left", "right", "")] = None
-    prompt_logprobs: Annotated[Any, reject_unsupported()] = None
     logprob_token_ids: Unsupported = None
     return_token_ids: Annotated[Any, reject_unsupported(False)] = None
     return_tokens_as_token_ids: Annotated[Any, reject_unsupported(False)] = None
@@ -160,6 +161,11 @@ class Sampling(StrictModel):
     kv_transfer_params: Unsupported = None
     vllm_xargs: Unsupported = None
 
+    @property
+    def prompt_only(self) -> bool:
+        """Whether the answer is the prompt alone."""
+        return False
+
     def check_combinations(self) -> None:
         """Raise ApiError for fields that exclude each other."""
         if self.best_of not in (None, self.n or 1):
@@ -167,6 +173,8 @@ class Sampling(StrictModel):
         asked = [name for name, value in self.stream_options or () if value]
         if asked and not self.stream:
             raise ApiError(400, f"stream_options has {asked[0]}; allowed: only together with stream", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs is set; allowed: not together with stream", param="prompt_logprobs")
 
     def language(self) -> StructuredOutputsParams | None:
         """Return the language that the output is to have; None for any text. Raises ApiError or ValueError."""
@@ -212,6 +220,7 @@ class Sampling(StrictModel):
                 **given,
                 seed=None if self.seed is None else _choice_seed(self.seed, i),
                 logprobs=logprobs,
+                prompt_logprobs=self.prompt_logprobs,
                 structured_outputs=language,
                 ignore_eos=self.ignore_eos,
                 skip_special_tokens=self.skip_special_tokens,
@@ -254,10 +263,18 @@ class CompletionRequest(Sampling):
     prompt_embeds: Unsupported = None
     add_special_tokens: Annotated[Any, reject_unsupported(True)] = None
 
-    def check_combinations(self) -> None:
-        super().check_combinations()
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo is set; allowed: not together with logprobs", param="echo")
+    @property
+    def prompt_only(self) -> bool:
+        return bool(self.echo) and self.max_tokens == 0
+
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
+    ) -> list[SamplingParams]:
+        """Make the parameters as `Sampling` does. The token that `prompt_only` needs to run is left out of the answer."""
+        params = super().sampling_params(1 if self.prompt_only else max_tokens, logprobs, max_choices, defaults)
+        if self.echo and logprobs is not None and self.prompt_logprobs is None:
+            params = [dataclasses.replace(p, prompt_logprobs=logprobs) for p in params]
+        return params
 
     def prompts(self) -> Sequence[str | list[int]]:
         prompt = self.prompt

@@ -17,9 +17,18 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptAlternative(BaseModel):
+    logprob: float
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptAlternative] | None]
+"""Alternatives of each token of a prompt by id, the token itself first; null at the first token."""
 
 
 class Choice(BaseModel):
@@ -44,6 +53,7 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
@@ -80,3 +90,4 @@ class ChatChoice(Choice):
 class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = None
