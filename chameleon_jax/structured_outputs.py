@@ -59,13 +59,6 @@ def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
         fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides], masks)
 
 
-def bits_of(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """Return a mask `[words]` as `fill_masks` writes it that allows these tokens alone."""
-    allowed = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    allowed[list(token_ids)] = 1
-    return np.packbits(allowed, bitorder="little").view("<i4")
-
-
 class Grammars:
     """Compiles grammars for one tokenizer. Thread-safe.
 

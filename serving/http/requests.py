@@ -180,9 +180,9 @@ class Sampling(StrictModel):
             raise ApiError(400, f"{given[0]} and {given[1]} are set; allowed: one of them", param=given[1])
         if self.structured_outputs is not None:
             return self.structured_outputs.params()
-        return (
-            StructuredOutputsParams(**guided) if guided else self.response_format and self.response_format.structured_outputs()
-        )
+        if guided:
+            return StructuredOutputsParams(**guided)
+        return None if self.response_format is None else self.response_format.structured_outputs()
 
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]
