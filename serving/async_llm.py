@@ -208,7 +208,7 @@ class AsyncLLM:
         return self.engine.sampling_defaults.params()
 
     def _compile(self, language: StructuredOutputsParams) -> None:
-        """Compile a grammar, which the engine then finds compiled. Raises ValueError where it is wrong."""
+        """Compile a grammar, which the engine then finds compiled. Raises InvalidGrammar."""
         self.engine.grammars.guide(language)
 
     async def abort(self, request_id: str) -> bool:

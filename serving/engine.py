@@ -19,6 +19,7 @@ import numpy as np
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
@@ -308,22 +309,23 @@ class LLMEngine:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises ValueError where it has none."""
+        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
         from chameleon_jax.structured_outputs import Grammars  # here, since other requests are served without the package
 
         if self.tokenizer is None:
-            raise ValueError("structured_outputs is set; allowed: null, as the model has no tokenizer (load_format='dummy')")
+            raise InvalidGrammar("the model has no tokenizer (load_format='dummy')")
         eos = self._stop_ids(SamplingParams())
         return Grammars(self.tokenizer.backend.to_str(), self.model_config.vocab_size, sorted(eos))
 
     def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
             raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+        fields = {name: getattr(params, name) or () for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")}
         vocab = self.model_config.vocab_size
-        named = (*params.stop_token_ids, *(params.logit_bias or ()), *(params.allowed_token_ids or ()))
-        for t in (*prompt_token_ids, *named):
-            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
+        for field, token_ids in {"prompt": prompt_token_ids, **fields}.items():
+            for t in token_ids:
+                if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
+                    raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that end a request: its own, and the model's unless it ignores them."""
