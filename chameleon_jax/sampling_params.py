@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chameleon_jax.checks import require_field
+from chameleon_jax.errors import InvalidGrammar
 
 MAX_STOP_IDS = 8
 """Most stop ids of a request."""
@@ -25,9 +26,13 @@ MAX_GRAMMAR_LEN = 1 << 16
 """Most characters of a schema, a regular expression, a grammar, or all choices."""
 
 
+GRAMMAR_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+"""Fields of `StructuredOutputsParams` of which one is given."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
-    """Language of the output: exactly one of the first five. Names are vLLM's.
+    """Language of the output: exactly one of the first five. Names are vLLM's. Raises InvalidGrammar.
 
     Attributes:
         json: JSON schema that the output satisfies, as text or as a mapping.
@@ -47,27 +52,39 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object")
-        given = [kind for kind in kinds if getattr(self, kind) not in (None, False) or (kind == "json" and self.json is False)]
+        try:
+            self._check()
+        except ValueError as error:
+            raise InvalidGrammar(str(error)) from error
+
+    @property
+    def kind(self) -> str:
+        """The field of GRAMMAR_KINDS that is given. Raises ValueError where it is none or several."""
+        given = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
         if len(given) != 1:
-            raise ValueError(
-                f"structured_outputs has {' and '.join(given) or 'none'} of its kinds; allowed: one of {', '.join(kinds)}"
-            )
+            raise ValueError(f"{' and '.join(given) or 'nothing'} is set; allowed: one of {', '.join(GRAMMAR_KINDS)}")
+        return given[0]
+
+    def _check(self) -> None:
+        kind = self.kind
         for field in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, field)
             require_field(self, field, value is None or (isinstance(value, str) and value != ""), "a text that is not empty")
         require_field(self, "json_object", self.json_object in (None, False, True), "true or null")
         if self.choice is not None:
-            texts = not isinstance(self.choice, str) and all(isinstance(text, str) and text for text in self.choice)
-            require_field(self, "choice", texts and len(self.choice) > 0, "a list of texts, none of them empty")
+            listed = isinstance(self.choice, Sequence) and not isinstance(self.choice, str) and len(self.choice) > 0
+            texts = listed and all(isinstance(text, str) and text for text in self.choice)
+            require_field(self, "choice", texts, "a list of texts, none of them empty")
             object.__setattr__(self, "choice", tuple(self.choice))
-        if self.whitespace_pattern is not None and given[0] not in ("json", "json_object"):
-            raise ValueError(f"whitespace_pattern is set; allowed: only together with json or json_object, not {given[0]}")
+        if self.whitespace_pattern is not None and kind not in ("json", "json_object"):
+            raise ValueError(f"whitespace_pattern is set; allowed: only together with json or json_object, not {kind}")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         length = sum(len(str(text)) for text in (self.regex, self.grammar, self.json, *(self.choice or ())) if text is not None)
         if length > MAX_GRAMMAR_LEN:
-            raise ValueError(f"{given[0]} has {length} characters; allowed: {MAX_GRAMMAR_LEN}")
+            raise ValueError(f"{kind} has {length} characters; allowed: {MAX_GRAMMAR_LEN}")
 
 
 def _schema_text(schema: Any) -> str:
@@ -76,7 +93,7 @@ def _schema_text(schema: Any) -> str:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(parsed, Mapping | bool):
             raise ValueError("a schema is an object, true or false")
-        return json.dumps(parsed)
+        return json.dumps(parsed, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"json is {schema!r:.80}; allowed: a JSON schema ({error})") from error
 

@@ -12,6 +12,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
+from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.sampling_params import StructuredOutputsParams
 
 MAX_COMPILED = 256
@@ -59,32 +60,25 @@ def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
         fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides], masks)
 
 
-def bits_of(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """Return a mask `[words]` as `fill_masks` writes it that allows these tokens alone."""
-    allowed = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    allowed[list(token_ids)] = 1
-    return np.packbits(allowed, bitorder="little").view("<i4")
-
-
 class Grammars:
     """Compiles grammars for one tokenizer. Thread-safe.
 
     Args:
         tokenizer: Content of its `tokenizer.json`.
         vocab_size: Tokens that the model can draw.
-        eos_token_ids: Ids that end an output where its grammar allows the end.
+        eos_token_ids: Ids that end an output where its grammar allows the end, one at least.
 
     Raises:
-        ValueError: llguidance cannot read the tokenizer.
+        InvalidGrammar: There is no end-of-sequence id, or llguidance cannot read the tokenizer.
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]):
+        if not eos_token_ids:  # llguidance would take token 0
+            raise InvalidGrammar("the model has no end-of-sequence id")
         try:
-            self._tokenizer = LLTokenizer(tokenizer, vocab_size, list(eos_token_ids) or None)
+            self._tokenizer = LLTokenizer(tokenizer, vocab_size, list(eos_token_ids))
         except Exception as error:  # the library raises no narrower type
-            raise ValueError(
-                f"structured_outputs is set; allowed: null, as the model's tokenizer cannot be guided: {error}"
-            ) from error
+            raise InvalidGrammar(f"the model's tokenizer cannot be guided: {error}") from error
         self._lock = threading.Lock()
         self._compiled: collections.OrderedDict[StructuredOutputsParams, LLMatcher] = collections.OrderedDict()
 
@@ -92,7 +86,7 @@ class Grammars:
         """Make the guide of one request. Takes milliseconds at the first use of a grammar, seconds for a very large one.
 
         Raises:
-            ValueError: The schema, expression or grammar is wrong or not supported; says why.
+            InvalidGrammar: The schema, expression or grammar is wrong or not supported; says why.
         """
         with self._lock:
             matcher = self._compiled.get(params)
@@ -109,8 +103,8 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
         if matcher.is_error():
-            kind = next(k for k in ("json", "regex", "choice", "grammar", "json_object") if getattr(params, k) is not None)
-            raise ValueError(f"{kind} cannot be guided: {matcher.get_error():.500}")
+            kind, reason = params.kind, " ".join(matcher.get_error().split())
+            raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {reason:.500}")
         return matcher
 
 

@@ -68,6 +68,13 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
+def mask_of(token_ids: Sequence[int], vocab_size: int) -> Int[np.ndarray, " words"]:
+    """Make a mask that allows these tokens alone."""
+    allowed = np.zeros(32 * mask_words(vocab_size), np.uint8)
+    allowed[list(token_ids)] = 1
+    return np.packbits(allowed, bitorder="little").view("<i4")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:

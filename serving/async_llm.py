@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
-from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
@@ -180,8 +180,8 @@ class AsyncLLM:
         async with deadline.kept():
             if lora_request is not None:
                 await self._read_lora(lora_request)
-            for language in {param.structured_outputs for param in params} - {None}:
-                await asyncio.to_thread(lambda language=language: self.engine.grammars.guide(language))
+            for language in {param.structured_outputs for param in params if param.structured_outputs is not None}:
+                await asyncio.to_thread(self._compile, language)
             several = len(prompts) * len(params) > 1
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
@@ -206,6 +206,10 @@ class AsyncLLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
+
+    def _compile(self, language: StructuredOutputsParams) -> None:
+        """Compile a grammar, which the engine then finds compiled. Raises InvalidGrammar."""
+        self.engine.grammars.guide(language)
 
     async def abort(self, request_id: str) -> bool:
         """End a request with finish reason "abort". Returns whether one of that id was unfinished."""

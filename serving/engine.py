@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
@@ -32,6 +33,7 @@ from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, tak
 from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
@@ -41,8 +43,10 @@ from chameleon_jax.serving.loaded_model import load_model
 from chameleon_jax.serving.max_model_len import LengthLimits
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
-from chameleon_jax.structured_outputs import Grammars, bits_of
 from chameleon_jax.systems import get_system
+
+if TYPE_CHECKING:
+    from chameleon_jax.structured_outputs import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +285,7 @@ class LLMEngine:
         priority = check_priority(priority)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
         guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
-        adapter = None
+        adapter, allowed = None, params.allowed_token_ids
         if lora is not None:
             if self.must_read(lora):
                 self.add_lora(lora.name, str(lora.path))
@@ -297,9 +301,7 @@ class LLMEngine:
             priority=priority,
             adapter_name=lora.name if lora is not None else None,
             guide=guide,
-            allowed=None
-            if params.allowed_token_ids is None
-            else bits_of(params.allowed_token_ids, self.model_config.vocab_size),
+            allowed=None if allowed is None else mask_of(allowed, self.model_config.vocab_size),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
@@ -307,20 +309,23 @@ class LLMEngine:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises ValueError where it has none."""
+        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
+        from chameleon_jax.structured_outputs import Grammars  # here, since other requests are served without the package
+
         if self.tokenizer is None:
-            raise ValueError("structured_outputs is set; allowed: null, as the model has no tokenizer (load_format='dummy')")
+            raise InvalidGrammar("the model has no tokenizer (load_format='dummy')")
         eos = self._stop_ids(SamplingParams())
         return Grammars(self.tokenizer.backend.to_str(), self.model_config.vocab_size, sorted(eos))
 
     def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
             raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+        fields = {name: getattr(params, name) or () for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")}
         vocab = self.model_config.vocab_size
-        named = (*params.stop_token_ids, *(params.logit_bias or ()), *(params.allowed_token_ids or ()))
-        for t in (*prompt_token_ids, *named):
-            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
+        for field, token_ids in {"prompt": prompt_token_ids, **fields}.items():
+            for t in token_ids:
+                if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
+                    raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that end a request: its own, and the model's unless it ignores them."""

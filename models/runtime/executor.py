@@ -20,7 +20,6 @@ from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
-from chameleon_jax.structured_outputs import fill_masks
 
 
 @dataclasses.dataclass
@@ -212,7 +211,11 @@ class JaxExecutor:
             return None
         masks = self._runner.no_masks(part.running.step.program.tiles)
         running = [(row, r) for row, r in part.owners if r.finish_reason is None]
-        fill_masks([(row, request.guide) for row, request in running if request.guide is not None], masks)
+        guides = [(row, request.guide) for row, request in running if request.guide is not None]
+        if guides:
+            from chameleon_jax.structured_outputs import fill_masks  # here, since other requests run without the package
+
+            fill_masks(guides, masks)
         for row, request in running:
             if request.allowed is not None:
                 masks[row] &= request.allowed

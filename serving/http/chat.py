@@ -27,7 +27,7 @@ KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, formatted by the model's chat template."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
-    with translate_errors():
+    with translate_errors(), body.name_language():
         lora = service.lora_named(body.model)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt
 
 from chameleon_jax.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -15,21 +15,29 @@ from chameleon_jax.sampling_params import (
     MAX_STOP_IDS,
     MAX_STOPS,
     SamplingParams,
-    StructuredOutputsParams,
 )
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import Message
-from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, StrictModel, Unsupported, reject_unsupported
+from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, NullIfEmpty, StrictModel, Unsupported, reject_unsupported
+from chameleon_jax.serving.http.structured import Structured
 from chameleon_jax.serving.service.service import MAX_NAME_LEN
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NumLogprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 MAX_PROMPTS = 64
-MAX_CHOICES = 1024
 MAX_ALLOWED_IDS = 1 << 16
-_GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 MAX_MESSAGES = 2048
 
+
+def _check_num_biases(biases: Any) -> Any:
+    """Raise ValueError where there are too many, before each is looked at."""
+    if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIAS:
+        raise ValueError(f"allowed: at most {MAX_LOGIT_BIAS} tokens")
+    return biases
+
+
+Biases = Annotated[dict[str, Number], BeforeValidator(_check_num_biases)]
+AllowedIds = Annotated[list[StrictInt], Field(max_length=MAX_ALLOWED_IDS, fail_fast=True)]
 TokenIds = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 """Every list here fails at its first error: a body may hold a million, and to find them all takes seconds."""
 
@@ -47,50 +55,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: StrictBool = Field(default=False, description="Accepted and ignored.")
 
 
-class JsonSchema(StrictModel):
-    """Schema of `response_format`. Any schema is kept to strictly."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    name: StrictStr | None = None
-    description: StrictStr | None = None
-    json_schema: dict[str, Any] | StrictBool | None = Field(default=None, alias="schema")
-    strict: StrictBool | None = None
-
-
-class ResponseFormat(StrictModel):
-    """OpenAI's way to ask for JSON."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: JsonSchema | None = None
-
-    def structured_outputs(self) -> StructuredOutputsParams | None:
-        """Return the language that it asks for; None for text. Raises ApiError."""
-        if self.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if self.type == "text":
-            return None
-        if self.json_schema is None or self.json_schema.json_schema is None:
-            raise ApiError(400, "response_format has no json_schema.schema; allowed: a JSON schema", param="response_format")
-        return StructuredOutputsParams(json=self.json_schema.json_schema)
-
-
-class StructuredOutputs(StrictModel):
-    """vLLM's way to ask for a language: one of the first five fields."""
-
-    json_schema: dict[str, Any] | StrictStr | StrictBool | None = Field(default=None, alias="json")
-    regex: StrictStr | None = None
-    choice: Annotated[list[StrictStr], Field(max_length=MAX_CHOICES)] | None = None
-    grammar: StrictStr | None = None
-    json_object: StrictBool | None = None
-    whitespace_pattern: StrictStr | None = None
-
-    def params(self) -> StructuredOutputsParams:
-        fields = {("json" if name == "json_schema" else name): value for name, value in self}
-        return StructuredOutputsParams(**fields)
-
-
-class Sampling(StrictModel):
+class Sampling(Structured):
     """Fields that both kinds of completions share."""
 
     model: Annotated[str, Field(max_length=MAX_NAME_LEN)] | None = Field(
@@ -103,17 +68,8 @@ class Sampling(StrictModel):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=MAX_LOGIT_BIAS)] | None = None
-    allowed_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_ALLOWED_IDS, fail_fast=True)] | None = None
-    response_format: ResponseFormat | None = Field(default=None, description="Text, any JSON object, or JSON of a schema.")
-    structured_outputs: StructuredOutputs | None = Field(default=None, description="Language of the output, as in vLLM.")
-    guided_json: dict[str, Any] | StrictStr | StrictBool | None = Field(
-        default=None, description="vLLM's older name of structured_outputs.json, as are the guided fields below."
-    )
-    guided_regex: StrictStr | None = None
-    guided_choice: Annotated[list[StrictStr], Field(max_length=MAX_CHOICES)] | None = None
-    guided_grammar: StrictStr | None = None
-    guided_whitespace_pattern: StrictStr | None = None
+    logit_bias: Annotated[Biases | None, NullIfEmpty] = None
+    allowed_token_ids: Annotated[AllowedIds | None, NullIfEmpty] = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
@@ -175,22 +131,6 @@ class Sampling(StrictModel):
             raise ApiError(400, f"stream_options has {asked[0]}; allowed: only together with stream", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise ApiError(400, "prompt_logprobs is set; allowed: not together with stream", param="prompt_logprobs")
-
-    def language(self) -> StructuredOutputsParams | None:
-        """Return the language that the output is to have; None for any text. Raises ApiError or ValueError."""
-        guided = {name: getattr(self, f"guided_{name}") for name in _GUIDED}
-        guided = {name: value for name, value in guided.items() if value not in (None, "", [])}
-        given = [name for name in ("response_format", "structured_outputs") if getattr(self, name) is not None]
-        if self.response_format is not None and self.response_format.type == "text":
-            given.remove("response_format")
-        given += [f"guided_{name}" for name in guided][:1]
-        if len(given) > 1:
-            raise ApiError(400, f"{given[0]} and {given[1]} are set; allowed: one of them", param=given[1])
-        if self.structured_outputs is not None:
-            return self.structured_outputs.params()
-        return (
-            StructuredOutputsParams(**guided) if guided else self.response_format and self.response_format.structured_outputs()
-        )
 
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, max_choices: int, defaults: Mapping[str, Any]

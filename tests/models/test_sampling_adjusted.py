@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, pack_adjustments, pack_counts, pack_sampling_rows
-from chameleon_jax.models.sampling import OUTPUT_COUNT, Sampled, SamplingMode, count_tokens, mask_words, sample, sample_adjusted
-from chameleon_jax.structured_outputs import bits_of
+from chameleon_jax.models.sampling import (
+    OUTPUT_COUNT,
+    Sampled,
+    SamplingMode,
+    count_tokens,
+    mask_of,
+    mask_words,
+    sample,
+    sample_adjusted,
+)
 
 RNG = np.random.default_rng(0)
 SLOTS = 4
@@ -20,7 +28,7 @@ NOTHING = Adjustment(0.0, 0.0, 1.0, {})
 
 @functools.cache
 def program(mode: SamplingMode, guesses: int = 1):
-    return jax.jit(lambda *arguments: sample_adjusted(*arguments, mode, guesses))
+    return jax.jit(functools.partial(sample_adjusted, mode=mode, guesses=guesses))
 
 
 def sampling_row(slot: int = 0, **fields) -> SamplingRow:
@@ -87,7 +95,7 @@ def test_the_best_token_is_that_of_the_rules(vocab):
 def test_a_masked_token_is_never_drawn(vocab, mode):
     allowed = [sorted(RNG.choice(vocab, size, replace=False).tolist()) for size in (1, 2, 7, vocab)]
     logits = RNG.standard_normal((len(allowed), vocab))
-    masks = np.stack([bits_of(ids, vocab) for ids in allowed])
+    masks = np.stack([mask_of(ids, vocab) for ids in allowed])
     for seed in range(8):
         rows = [sampling_row(i, seed=seed, temperature=5.0 * (mode is not SamplingMode.GREEDY)) for i in range(len(allowed))]
         tokens = run(logits, rows, masks=masks, mode=mode)[0].tokens
@@ -97,7 +105,7 @@ def test_a_masked_token_is_never_drawn(vocab, mode):
 
 
 def test_a_suppressed_id_that_alone_is_allowed_is_drawn():
-    masks = bits_of([3], 40)[None]
+    masks = mask_of([3], 40)[None]
     assert run(RNG.standard_normal((1, 40)), [sampling_row(suppressed=(3,))], masks=masks)[0].tokens.tolist() == [3]
 
 
