@@ -18,7 +18,7 @@ from chameleon_jax.models.adapters.transfers import MIN_TRANSFER_BYTES
 
 LINK_SHARE = 0.5
 """Share of the link's rate that pieces may take beside steps. On an H200, steps of 32 rows took 8.8 ms, and the idle link moved
-42 GB/s. Beside steps a share of 1 brought 21 GB/s and steps of 26 ms, 0.7 brought 21 and 12.1, 0.5 brought 13 and 10.0, and 0.35
+42 GB/s. Beside steps a share of 1 brought 21 GB/s and steps of 26 ms, 0.7 brought 21 and 12.1, 0.5 brought 13 and 10.0, 0.35
 brought 9 and 9.5. A share above the rate that is left beside steps feeds on itself: a delayed step is longer, and a longer step
 is followed by more pieces."""
 TRIP_STEPS = 2
