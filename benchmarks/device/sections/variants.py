@@ -2,7 +2,7 @@
 
 The model has few layers, so that its programs compile in seconds; the output matrix is in every figure. `as it is` comes first
 and last: the difference between the two is noise. Predictions with a percentage for the adapters' division are measurements of
-these kernels alone, from a sweep on an H200 with mixed ranks on all seven matrices (docs/experiments.md).
+these kernels alone, from a sweep on an H200: 32 rows with mixed ranks on all seven matrices, 1 row with rank 16 on q k v o.
 """
 
 from __future__ import annotations
