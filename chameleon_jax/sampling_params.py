@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 from chameleon_jax.checks import require_field
 
@@ -16,6 +17,18 @@ MAX_STOP_LEN = 256
 """Most characters of a stop string. After each token the end of the text is compared with every stop string."""
 MAX_LOGPROBS = 20
 """Most alternatives that are reported for each token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """Form that an output is constrained to. Exactly one field is set; names are vLLM's."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +67,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for field in ("temperature", "top_p", "min_p"):
