@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import chameleon_jax
-from chameleon_jax.serving.http import chat, completions, health, models
+from chameleon_jax.serving.http import chat, completions, health, models, tokenize
 from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
 from chameleon_jax.serving.http.middleware import HeadAsGet, RequestMiddleware
 from chameleon_jax.serving.service.service import Service
@@ -28,7 +28,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     add_error_handlers(app)
-    for module in (models, completions, chat, health):
+    for module in (models, completions, chat, tokenize, health):
         app.include_router(module.router, responses=ERRORS)
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestMiddleware, max_body_bytes=service.config.max_body_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -29,6 +29,10 @@ class StrictModel(BaseModel):
 
 ACCEPTED_VALUES: tuple[Any, ...] = (False, "", [], {})
 """Empty values, which ask for nothing. Not for fields whose empty value has a meaning, such as the JSON schema `{}`."""
+
+
+EmptyAsNull = BeforeValidator(lambda value: None if value in ACCEPTED_VALUES else value)
+"""Validator that reads an empty value as null, for an optional field."""
 
 
 def reject_unsupported(*accepted: Any) -> AfterValidator:

@@ -6,7 +6,9 @@ import dataclasses
 import math
 import re
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, operators_template
 from chameleon_jax.checks import require
+from chameleon_jax.serving.tools.styles import STYLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,9 @@ class ServerConfig:
         max_header_bytes: Bytes of the head of an HTTP request.
         max_connections: HTTP connections served at once.
         max_choices: Choices of one request: its prompts times `n`.
+        tool_call_parser: Style in which the model writes tool calls: hermes, llama3_json or mistral. None guesses it.
+        chat_template: Chat template of all conversations, as a file or as text. None takes the model's.
+        trust_request_chat_template: Whether clients may send a chat template with a request.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +56,9 @@ class ServerConfig:
     max_header_bytes: int = 16 << 10
     max_connections: int = 1024
     max_choices: int = 16
+    tool_call_parser: str | None = None
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
@@ -65,3 +73,9 @@ class ServerConfig:
             require(0 < value < math.inf, field, value, "above 0 seconds, finite")
         for field, least in (("max_body_bytes", 1024), ("max_header_bytes", 1024), ("max_connections", 1), ("max_choices", 1)):
             require(getattr(self, field) >= least, field, getattr(self, field), f"{least} or more")
+        parsers = (None, *STYLES)
+        require(self.tool_call_parser in parsers, "tool_call_parser", self.tool_call_parser, ", ".join(STYLES))
+        if self.chat_template is not None:
+            source, place = operators_template(self.chat_template)
+            if (error := ChatTemplate(source, {}, place).error) is not None:
+                raise ValueError(f"chat_template: {error}")

@@ -64,7 +64,8 @@ def test_messages_as_templates_know_them(message, given):
 @pytest.mark.parametrize(
     ("message", "place"),
     [
-        ({"tool_calls": [{"id": "c1"}]}, ("tool_calls",)),
+        ({"tool_calls": [{"id": "c1"}]}, ("tool_calls", 0, "function")),
+        ({"tool_calls": [{"type": "custom", "custom": {}}]}, ("tool_calls", 0)),
         ({"function_call": {"name": "f"}}, ("function_call",)),
         ({"audio": {"id": "a"}}, ("audio",)),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ("content", 0, "type")),

@@ -14,7 +14,8 @@ from chameleon_jax.sampling_params import MAX_STOP_IDS
 from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part
 from chameleon_jax.serving.http.models import LoadLora, UnloadLora
-from chameleon_jax.serving.http.requests import MAX_MESSAGES, ChatRequest, CompletionRequest, StreamOptions
+from chameleon_jax.serving.http.requests import ChatRequest, CompletionRequest, StreamOptions
+from chameleon_jax.serving.http.template_fields import MAX_MESSAGES
 
 MANY = 5000
 UNKNOWN = {f"k{i}": 1 for i in range(MANY)}
@@ -215,12 +216,12 @@ CHANGES = [
 ]
 CHANGES_CHAT = [
     ("audio", {"voice": "x"}),
-    ("chat_template", "x"),
+    ("chat_template", 5),
     ("chat_template_kwargs", {"messages": []}),
     ("chat_template_kwargs", {"tools": [1]}),
     ("chat_template_kwargs", []),
     ("continue_final_message", True),  # with a prompt for an answer
-    ("documents", [{"title": "x"}]),
+    ("documents", ["x"]),
     ("echo", True),
     ("function_call", "auto"),
     ("functions", [{"name": "f"}]),
@@ -228,9 +229,13 @@ CHANGES_CHAT = [
     ("modalities", ["audio"]),
     ("moderation", {"model": "x"}),
     ("prediction", {"type": "content"}),
-    ("reasoning_effort", "high"),
-    ("tool_choice", "required"),
+    ("reasoning_effort", "highest"),
+    ("tool_choice", "required"),  # without tools
+    ("tool_choice", "any"),
+    ("tool_choice", {"type": "allowed_tools", "allowed_tools": {}}),
     ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}]),
     ("top_logprobs", 1),  # without logprobs
     ("verbosity", "low"),
     ("web_search_options", {}),  # asks for a search
