@@ -106,8 +106,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _unserved(request: Request) -> str:
-    served = [path for route in request.app.routes if getattr(route, "include_in_schema", False) and (path := route.path)]
-    return f"{request.url.path[:200]} is not served; allowed: {', '.join(dict.fromkeys(served))}"
+    return f"{request.url.path[:200]} is not served; allowed: {', '.join(request.app.openapi()['paths'])}"
 
 
 def _wrong_content_type(content_type: str | None) -> Response:

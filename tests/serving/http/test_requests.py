@@ -7,15 +7,17 @@ from typing import Any
 
 import openai.types.chat.completion_create_params
 import openai.types.completion_create_params
+import openai.types.shared_params
 import pytest
 from pydantic import ValidationError
 
 from chameleon_jax.sampling_params import MAX_STOP_IDS
 from chameleon_jax.serving.http.errors import ApiError
-from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part
+from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part, ToolCall
 from chameleon_jax.serving.http.models import LoadLora, UnloadLora
 from chameleon_jax.serving.http.requests import ChatRequest, CompletionRequest, StreamOptions
 from chameleon_jax.serving.http.template_fields import MAX_MESSAGES
+from chameleon_jax.serving.http.tool_definitions import FunctionDefinition, ToolDefinition
 
 MANY = 5000
 UNKNOWN = {f"k{i}": 1 for i in range(MANY)}
@@ -71,6 +73,9 @@ def fields_of(params: Any) -> set[str]:
         (openai.types.chat.ChatCompletionStreamOptionsParam, StreamOptions),
         (openai.types.chat.ChatCompletionContentPartTextParam, Part),
         (openai.types.chat.ChatCompletionContentPartRefusalParam, Part),
+        (openai.types.chat.ChatCompletionFunctionToolParam, ToolDefinition),
+        (openai.types.shared_params.FunctionDefinition, FunctionDefinition),
+        (openai.types.chat.ChatCompletionMessageFunctionToolCallParam, ToolCall),
         *[(params, Message) for params in typing.get_args(openai.types.chat.ChatCompletionMessageParam)],
     ],
 )
@@ -260,3 +265,14 @@ def test_a_value_that_would_change_the_answer_is_refused_by_name(kind, field, va
         assert isinstance(error.value, ValidationError)
         (found,) = error.value.errors()
         assert field in found["loc"] or found["ctx"]["field"] == field
+
+
+def test_tools_reach_the_template_as_the_client_wrote_them():
+    """The order of fields is the one that models are trained on; fields left out or null are absent."""
+    parameters = {"type": "object", "properties": {"a": {"enum": [None, 1], "default": None}}}
+    function = {"strict": True, "parameters": parameters, "description": None, "name": "f"}
+    body = {"messages": [MESSAGE], "tools": [{"function": function, "type": "function"}]}
+    (tool,) = ChatRequest.model_validate(body).template_variables()["tools"]
+    assert tool == {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert [*tool, *tool["function"]] == ["type", "function", "name", "parameters"]
+    assert "tools" not in ChatRequest.model_validate(body | {"tool_choice": "none"}).template_variables()
