@@ -30,7 +30,7 @@ test: $(VENV)/installed-test ## the test suite, on every processor; TESTS="tests
 	$(PYTEST) $(TESTS)
 
 test-host: $(VENV)/installed-test ## the fast tests, which build no engine: core, checkpoints, parts of the servers, documentation
-	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
+	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/tools tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
 	  tests/serving/test_adapter_reader.py tests/serving/test_prompts.py tests/serving/test_updates.py tests/test_docs.py tests/test_prose.py
 
 test-models: $(VENV)/installed-test-models ## the tests of the model and its device ops, with only the packages that the GPU machine has

@@ -18,6 +18,7 @@ from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli import options
 from chameleon_jax.serving.cli.options import console, errors, fields_of, named_adapters, progress
 from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.tools.styles import STYLES
 
 if TYPE_CHECKING:
     from chameleon_jax.serving.server import Server
@@ -107,6 +108,18 @@ def serve(
         float, Option(help="Seconds that running requests get to finish at shutdown.")
     ] = DEFAULTS.drain_timeout,
     max_choices: Annotated[int, Option(help="Most choices of one request: its prompts times n.")] = DEFAULTS.max_choices,
+    tool_call_parser: Annotated[
+        str | None,
+        Option(
+            help=f"Style in which the model writes tool calls: {', '.join(STYLES)} (default: guessed from its chat template)."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None, Option(help="Chat template of all conversations: a file, or its text (default: the model's).")
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool, Option(help="Let clients send a chat template with a request. Templates run without a time limit.")
+    ] = DEFAULTS.trust_request_chat_template,
     max_body_bytes: Annotated[int, Option(help="Most bytes of a request's body.")] = DEFAULTS.max_body_bytes,
     max_header_bytes: Annotated[int, Option(help="Most bytes of the head of an HTTP request.")] = DEFAULTS.max_header_bytes,
     max_connections: Annotated[int, Option(help="HTTP connections served at once.")] = DEFAULTS.max_connections,

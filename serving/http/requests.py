@@ -17,16 +17,18 @@ from chameleon_jax.sampling_params import (
     SamplingParams,
 )
 from chameleon_jax.serving.http.errors import ApiError
-from chameleon_jax.serving.http.messages import Message
 from chameleon_jax.serving.http.strict_model import ACCEPTED_VALUES, NullIfEmpty, StrictModel, Unsupported, reject_unsupported
 from chameleon_jax.serving.http.structured import Structured
+from chameleon_jax.serving.http.template_fields import Messages, TemplateFields
+from chameleon_jax.serving.http.tool_definitions import check_tool_choice
 from chameleon_jax.serving.service.service import MAX_NAME_LEN
+from chameleon_jax.serving.tools.call_parser import CallParser
+from chameleon_jax.serving.tools.tool_choice import ToolChoice
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NumLogprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 MAX_PROMPTS = 64
 MAX_ALLOWED_IDS = 1 << 16
-MAX_MESSAGES = 2048
 
 
 def _check_num_biases(biases: Any) -> Any:
@@ -223,46 +225,28 @@ class CompletionRequest(Sampling):
         return prompt
 
 
-_TEMPLATE_FIELDS = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
-
-
-def _refuse_template_fields(given: dict[str, Any]) -> dict[str, Any]:
-    if fields := sorted(given.keys() & _TEMPLATE_FIELDS):
-        raise ValueError(f"allowed: not {fields[0]}, which is a field of the request")
-    return given
-
-
-class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+class ChatRequest(TemplateFields, Sampling):
+    messages: Messages
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = Field(
         default=None, description="Default: the model's own setting, else the whole context."
     )
     logprobs: StrictBool | None = False
     top_logprobs: NumLogprobs | None = None
-    add_generation_prompt: StrictBool = True
-    continue_final_message: StrictBool = Field(
-        default=False, description="Continue the last message. Requires add_generation_prompt to be false."
+    tool_choice: Annotated[Any, AfterValidator(check_tool_choice), NullIfEmpty] = Field(
+        default=None, description="Default: auto where there are tools. With none, the chat template sees no tools."
     )
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_refuse_template_fields)] = Field(
-        default_factory=dict, description="Further variables for the chat template."
-    )
+    parallel_tool_calls: StrictBool | None = Field(default=True, description="False keeps the first call only.")
 
     include_reasoning: Annotated[Any, reject_unsupported(True, False)] = None  # no model here returns reasoning apart
-    reasoning_effort: Annotated[Any, reject_unsupported("none", "")] = None
     verbosity: Annotated[Any, reject_unsupported("medium", "")] = None
-    tools: Unsupported = None
-    tool_choice: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
     functions: Unsupported = None
     function_call: Annotated[Any, reject_unsupported("none", *ACCEPTED_VALUES)] = None
-    parallel_tool_calls: Annotated[Any, reject_unsupported(True, False)] = None
     modalities: Annotated[Any, reject_unsupported(["text"], *ACCEPTED_VALUES)] = None
     audio: Annotated[Any, reject_unsupported()] = None
     moderation: Annotated[Any, reject_unsupported()] = None
     prediction: Annotated[Any, reject_unsupported()] = None
     web_search_options: Annotated[Any, reject_unsupported()] = None  # an empty object would ask for a search
-    documents: Unsupported = None
-    chat_template: Unsupported = None
     mm_processor_kwargs: Unsupported = None
     echo: Annotated[Any, reject_unsupported(False)] = None
     add_special_tokens: Annotated[Any, reject_unsupported(False)] = None  # as in vLLM, the chat template adds them
@@ -271,13 +255,29 @@ class ChatRequest(Sampling):
         super().check_combinations()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is set; allowed: only together with logprobs", param="top_logprobs")
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "continue_final_message is set; allowed: only with add_generation_prompt false"
-            raise ApiError(400, message, param="continue_final_message")
+        self.check_template_fields()
+        names = [tool.function.name for tool in self.tools or ()]
+        if self.tool_choice not in (None, "none") and not names:
+            raise ApiError(400, f"tool_choice is {self.tool_choice!r:.200}; allowed: only together with tools", "tool_choice")
+        if isinstance(self.tool_choice, dict) and (name := self.tool_choice["function"]["name"]) not in names:
+            raise ApiError(400, f"tool_choice is {name!r:.200}; allowed: a tool of tools: {', '.join(names)}", "tool_choice")
 
     def template_variables(self) -> dict[str, Any]:
-        fields = {"add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message}
-        return self.chat_template_kwargs | fields
+        variables = super().template_variables()
+        if self.tool_choice == "none":
+            variables.pop("tools", None)
+        return variables
+
+    def chosen_tools(self, style: type[CallParser]) -> ToolChoice | None:
+        """Tools that the answer may call; None for an answer without calls. Args: style: of the model."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        tools = [definition.tool for definition in self.tools]
+        parallel = self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, dict):
+            name = self.tool_choice["function"]["name"]
+            return ToolChoice(style, [tool for tool in tools if tool.name == name][:1], "named", parallel)
+        return ToolChoice(style, tools, self.tool_choice or "auto", parallel)
 
 
 def timeout_of(request: Request) -> float | None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -76,10 +76,24 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatAnswer(BaseModel):
-    role: Literal["assistant"]
-    content: str
+    """Message of a choice. `content` may be null only beside `tool_calls`."""
+
+    role: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(Choice):

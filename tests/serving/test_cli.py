@@ -165,6 +165,9 @@ FLAGS = {
     "max_header_bytes": 4096,
     "max_connections": 7,
     "max_choices": 3,
+    "tool_call_parser": "mistral",
+    "chat_template": "{{ messages }}",
+    "trust_request_chat_template": True,
     "dtype": "bfloat16",
     "load_format": "dummy",
     "generation_config": "none",
@@ -195,10 +198,8 @@ def test_serve_has_a_flag_for_every_setting(monkeypatch):
     arguments = []
     for field, value in FLAGS.items():
         flag = SINGULAR.get(field, field).replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", value[0] if isinstance(value, tuple) else value]
+        switch = f"--no-{flag}" if value is False else f"--{flag}"
+        arguments += [switch] if isinstance(value, bool) else [switch, value[0] if isinstance(value, tuple) else value]
     given = []
     module = sys.modules[_greet.__module__]  # the package's name `serve` is the command
     monkeypatch.setattr(module, "_serve", lambda *args: given.append(args))

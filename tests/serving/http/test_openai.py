@@ -315,7 +315,7 @@ def test_logprobs_of_chat(client, stream, num_top):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}]),
         ("tool_choice", "auto"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objct"}}}),
         ("response_format", {"type": "xml"}),

@@ -7,16 +7,19 @@ from typing import Any
 
 import openai.types.chat.completion_create_params
 import openai.types.completion_create_params
+import openai.types.shared_params
 import openai.types.shared_params.response_format_json_schema
 import pytest
 from pydantic import ValidationError
 
 from chameleon_jax.sampling_params import MAX_STOP_IDS, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.http.errors import ApiError
-from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part
+from chameleon_jax.serving.http.messages import MAX_PARTS, Message, Part, ToolCall
 from chameleon_jax.serving.http.models import LoadLora, UnloadLora
-from chameleon_jax.serving.http.requests import MAX_MESSAGES, ChatRequest, CompletionRequest, StreamOptions
+from chameleon_jax.serving.http.requests import ChatRequest, CompletionRequest, StreamOptions
 from chameleon_jax.serving.http.structured import JsonSchema, ResponseFormat
+from chameleon_jax.serving.http.template_fields import MAX_MESSAGES
+from chameleon_jax.serving.http.tool_definitions import FunctionDefinition, ToolDefinition
 
 MANY = 5000
 UNKNOWN = {f"k{i}": 1 for i in range(MANY)}
@@ -80,6 +83,9 @@ def fields_of(params: Any) -> set[str]:
         (openai.types.shared_params.response_format_json_schema.JSONSchema, JsonSchema),
         (openai.types.chat.ChatCompletionContentPartTextParam, Part),
         (openai.types.chat.ChatCompletionContentPartRefusalParam, Part),
+        (openai.types.chat.ChatCompletionFunctionToolParam, ToolDefinition),
+        (openai.types.shared_params.FunctionDefinition, FunctionDefinition),
+        (openai.types.chat.ChatCompletionMessageFunctionToolCallParam, ToolCall),
         *[(params, Message) for params in typing.get_args(openai.types.chat.ChatCompletionMessageParam)],
     ],
 )
@@ -299,12 +305,12 @@ CHANGES = [
 ]
 CHANGES_CHAT = [
     ("audio", {"voice": "x"}),
-    ("chat_template", "x"),
+    ("chat_template", 5),
     ("chat_template_kwargs", {"messages": []}),
     ("chat_template_kwargs", {"tools": [1]}),
     ("chat_template_kwargs", []),
     ("continue_final_message", True),  # with a prompt for an answer
-    ("documents", [{"title": "x"}]),
+    ("documents", ["x"]),
     ("echo", True),
     ("function_call", "auto"),
     ("functions", [{"name": "f"}]),
@@ -312,9 +318,13 @@ CHANGES_CHAT = [
     ("modalities", ["audio"]),
     ("moderation", {"model": "x"}),
     ("prediction", {"type": "content"}),
-    ("reasoning_effort", "high"),
-    ("tool_choice", "required"),
+    ("reasoning_effort", "highest"),
+    ("tool_choice", "required"),  # without tools
+    ("tool_choice", "any"),
+    ("tool_choice", {"type": "allowed_tools", "allowed_tools": {}}),
     ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}]),
     ("top_logprobs", 1),  # without logprobs
     ("verbosity", "low"),
     ("web_search_options", {}),  # asks for a search
@@ -341,3 +351,14 @@ def test_a_value_that_would_change_the_answer_is_refused_by_name(kind, field, va
         assert isinstance(error.value, ValidationError)
         (found,) = error.value.errors()
         assert field in found["loc"] or found["ctx"]["field"] == field
+
+
+def test_tools_reach_the_template_as_the_client_wrote_them():
+    """The order of fields is the one that models are trained on; fields left out or null are absent."""
+    parameters = {"type": "object", "properties": {"a": {"enum": [None, 1], "default": None}}}
+    function = {"strict": True, "parameters": parameters, "description": None, "name": "f"}
+    body = {"messages": [MESSAGE], "tools": [{"function": function, "type": "function"}]}
+    (tool,) = ChatRequest.model_validate(body).template_variables()["tools"]
+    assert tool == {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert [*tool, *tool["function"]] == ["type", "function", "name", "parameters"]
+    assert "tools" not in ChatRequest.model_validate(body | {"tool_choice": "none"}).template_variables()
