@@ -107,5 +107,5 @@ class Structured(StrictModel):
         try:
             yield
         except InvalidGrammar as error:
-            field = self.language_fields()[0]
+            field = next(iter(self.language_fields()), "tool_choice")
             raise ApiError(400, f"{field}: {error.reason}", param=field) from error

@@ -32,15 +32,6 @@ def is_place(text: str) -> bool:
     return set(place) == {"city", "size"} and place["city"] in ("Paris", "of") and 0 <= place["size"] <= 99
 
 
-@pytest.fixture
-def no_spaces(served) -> dict[str, int]:
-    """A bias against whitespace, which a random model would write without an end wherever JSON allows it."""
-    backend = served.llm.tokenizer.backend
-    return {
-        str(i): -100 for i in range(backend.get_vocab_size()) if not backend.decode([backend.token_to_id("a"), i])[1:].strip()
-    }
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_conversation_answers_json_of_the_schema(served, no_spaces, stream, temperature):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,7 @@ def write(shared_llm, monkeypatch) -> Iterator[Callable[..., list[SamplingParams
         return given
 
     monkeypatch.setattr(shared_llm.engine, "submit", submit_freely)
+    monkeypatch.setattr(type(shared_llm.engine), "grammars", types.SimpleNamespace(guide=lambda language: None))
     yield prepare
 
 
@@ -245,3 +247,28 @@ def test_the_style_of_the_server(shared_llm, write):
         write(f"[TOOL_CALLS] [{CALL}]")
         (call,) = ask(client).choices[0].message.tool_calls
         assert call.function.name == "weather" and len(call.id) == 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_forced_call_fits_its_tool_whatever_the_model_likes(served, no_spaces, stream, temperature):
+    """The model's weights are random, so that only the grammar can make a call of its text."""
+    parameters = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    tools: list[Any] = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("cold", "warm")]
+    for choice in ("required", {"type": "function", "function": {"name": "warm"}}):
+        asked = dict(model="llama2", messages=MESSAGES, tools=tools, tool_choice=choice, parallel_tool_calls=False)
+        own = dict(temperature=temperature, seed=3, max_tokens=90, logit_bias=no_spaces, stream=stream)
+        answer = served.openai.chat.completions.create(**asked, **own)
+        if stream:
+            parts = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or ()]
+            name, arguments = parts[0].function.name, "".join(part.function.arguments or "" for part in parts)
+        else:
+            (call,) = answer.choices[0].message.tool_calls
+            name, arguments = call.function.name, call.function.arguments
+        assert name in ("cold", "warm") if choice == "required" else name == "warm"
+        assert json.loads(arguments) in ({"unit": "C"}, {"unit": "F"})

@@ -27,7 +27,7 @@ def accepts(choice: ToolChoice, text: str) -> bool:
     if form.json is None:
         grammar = llguidance.grammar_from("lark", form.grammar)
     else:
-        grammar = llguidance.grammar_from("json_schema", json.dumps(form.json))
+        grammar = llguidance.grammar_from("json_schema", form.json)
     assert llguidance.LLMatcher.validate_grammar(grammar) == ""
     tokenizer = llguidance.LLTokenizer("byte")
     matcher = llguidance.LLMatcher(tokenizer, grammar)
