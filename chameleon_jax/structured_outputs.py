@@ -46,7 +46,7 @@ class Guide:
     @property
     def error(self) -> str | None:
         """Reason for which the grammar cannot go on; None where it can."""
-        return self._matcher.get_error() or None
+        return _error_of(self._matcher) or None
 
 
 def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
@@ -103,9 +103,14 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
         if matcher.is_error():
-            kind, reason = params.kind, " ".join(matcher.get_error().split())
-            raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {reason:.500}")
+            kind = params.kind
+            raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {_error_of(matcher)}")
         return matcher
+
+
+def _error_of(matcher: LLMatcher) -> str:
+    """Return the reason of an error on one line, without the state and the grammar that follow it; empty without an error."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:500]
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
@@ -115,7 +120,8 @@ def _grammar(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         return LLMatcher.grammar_from_lark(params.grammar)
     if params.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
+        choices = " | ".join(json.dumps(text) for text in params.choice)
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")  # one lexeme: rules are limited to 2000
     schema = '{"type": "object"}' if params.json is None else str(params.json)
     pattern = params.whitespace_pattern
     return LLMatcher.grammar_from_json_schema(schema, overrides=None if pattern is None else {"whitespace_pattern": pattern})

@@ -99,9 +99,12 @@ def test_a_complete_guide_ends_its_request():
     assert request.output_token_ids == alone[:end] and request.finish_reason is FinishReason.STOP
 
 
-def test_a_guide_that_cannot_go_on_ends_its_request_with_the_reason():
-    loop, _, _ = make_loop(60)
-    request = guided(0, 5, 20)
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_guide_that_cannot_go_on_ends_its_request_with_the_reason(stop):
+    """Its mask allows the end alone then, so a stop id is no proper end."""
+    loop, executor, _ = make_loop(60)
+    first = expected(executor, make_request(0, 5, 1))
+    request = guided(0, 5, 20, stop_token_ids=first if stop else [])
     request.guide.error = "the lexer is too large"
     loop.submit(request)
     run(loop)

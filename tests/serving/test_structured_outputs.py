@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -184,6 +185,29 @@ def test_a_wrong_language_is_refused_with_the_reason_and_disturbs_nothing(llm, f
     with pytest.raises(InvalidGrammar, match=f"^structured_outputs: .*{reason}"):
         llm.generate("The", SamplingParams(structured_outputs=StructuredOutputsParams(**fields)))
     assert len(llm.generate("The", SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2
+
+
+def test_a_language_too_complex_to_go_on_fails_its_request_alone(llm):
+    """The grammar is compiled, and its first token leaves more alternatives than llguidance follows."""
+    schema = {"anyOf": [{"type": "object", "properties": {f"name{i}": {"type": "integer"}}} for i in range(700)]}
+    params = [
+        SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(json=schema)),
+        SamplingParams(max_tokens=8),
+    ]
+    failed, other = llm.generate(PROMPTS[:2], [dataclasses.replace(one, ignore_eos=True) for one in params])
+    assert failed.outputs[
+        0
+    ].finish_reason == "error" and "its structured output could not go on: Parser Error: Current row has" in (
+        failed.outputs[0].stop_reason
+    )
+    assert len(failed.outputs[0].stop_reason) < 600 and other.outputs[0].finish_reason == "length"
+
+
+def test_thousands_of_choices(llm):
+    choices = [f"{i:05d}" for i in range(5000)]
+    params = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(choice=choices))
+    [output] = llm.generate("The", params)
+    assert output.outputs[0].text in choices and output.outputs[0].finish_reason == "stop"
 
 
 def test_grammars_that_were_used_longest_ago_are_dropped(llm, monkeypatch):
