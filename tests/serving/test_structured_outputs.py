@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
+import threading
 from typing import Any
 
+import openai
 import pytest
 
 from chameleon_jax import LLM, SamplingParams
-from chameleon_jax.errors import InvalidGrammar
+from chameleon_jax.errors import InvalidGrammar, RequestFailed
 from chameleon_jax.outputs import CompletionOutput
 from chameleon_jax.sampling_params import StructuredOutputsParams
+from tests.serving.async_calls import run
+from tests.serving.running import TIMEOUT
 
 PROMPTS = ["The capital of", "Paris is a city", "France", "a city with", "is", "The", "of", "capital"]
 SCHEMA = {
@@ -218,3 +223,40 @@ def test_grammars_that_were_used_longest_ago_are_dropped(llm, monkeypatch):
     for regex in ("q", "r", "q", "s", "q", "r"):
         grammars.guide(StructuredOutputsParams(regex=regex))
     assert compiled == ["q", "r", "s", "r"]
+
+
+def test_others_are_served_while_a_grammar_is_compiled(served, monkeypatch):
+    grammars, begun, go_on = served.llm.engine.grammars, threading.Event(), threading.Event()
+    compile_it = grammars._compile
+
+    def slow(params: StructuredOutputsParams) -> object:
+        begun.set()
+        assert go_on.wait(TIMEOUT)
+        return compile_it(params)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+
+    async def generate(params: SamplingParams) -> str:
+        return [output async for output in served.llm.generate("The", params)][-1].outputs[0].text
+
+    async def main() -> tuple[str, str]:
+        guided = asyncio.create_task(
+            generate(SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(regex="[0-9]{2}x")))
+        )
+        await asyncio.to_thread(begun.wait, TIMEOUT)
+        other = await generate(SamplingParams(max_tokens=4, ignore_eos=True))
+        assert not guided.done()
+        go_on.set()
+        return await guided, other
+
+    text, other = run(main())
+    assert re.fullmatch("[0-9]{2}x", text) and other
+
+
+def test_a_language_that_cannot_go_on_is_a_failed_request_over_both_protocols(served):
+    schema = {"anyOf": [{"type": "object", "properties": {f"name{i}": {"type": "integer"}}} for i in range(700)]}
+    with pytest.raises(RequestFailed, match="its structured output could not go on: Parser Error: Current row has"):
+        served.rpc.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
+    with pytest.raises(openai.APIStatusError, match="its structured output could not go on") as error:
+        served.openai.completions.create(model="llama2", prompt="x", extra_body={"guided_json": schema})
+    assert error.value.status_code == 503
