@@ -112,7 +112,7 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
     with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *small) as process:
         assert process._ready.wait(TIMEOUT)
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
-        assert done == programs == 5  # a decode row, a tile of a prompt, and three kinds of sampling
+        assert done == programs == 9  # a decode row, a tile of a prompt, six kinds of sampling, and counting
         for line in (
             r"weights of .* are read as float32, in \d+\.\d s",
             r"compiling 5 programs on \d+ threads: about \d+ s",
