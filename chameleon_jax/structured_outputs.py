@@ -6,10 +6,10 @@ import collections
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from chameleon_jax.errors import InvalidGrammar
@@ -46,7 +46,7 @@ class Guide:
     @property
     def error(self) -> str | None:
         """Reason for which the grammar cannot go on; None where it can."""
-        return self._matcher.get_error() or None
+        return _error_of(self._matcher) or None
 
 
 def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
@@ -60,23 +60,68 @@ def fill_masks(guides: Sequence[tuple[int, Guide]], masks: np.ndarray) -> None:
         fill_next_token_bitmask_par(_threads(), [(guide._matcher, row) for row, guide in guides], masks)
 
 
+class Vocabulary:
+    """Tokens and their bytes, in the form in which llguidance wants a tokenizer.
+
+    llguidance could read `tokenizer.json` itself. It finds other bytes than ours for some kinds of tokenizers, among them those
+    with a Metaspace decoder, and outputs would leave their grammar by a "▁" in place of each space.
+
+    Args:
+        tokens: Bytes that each token adds to a text, by id; none for ids without a token.
+        special_token_ids: Ids that no grammar allows, unless it names them.
+        encode: Text to token ids, without special tokens around them.
+    """
+
+    bos_token_id = None
+    eos_token_id = 0  # LLTokenizer is told the right ones
+
+    def __init__(self, tokens: Sequence[bytes], special_token_ids: Sequence[int], encode: Callable[[str], list[int]]):
+        self.tokens, self.special_token_ids = list(tokens), list(special_token_ids)
+        special = set(special_token_ids)
+        self._ids = {data: i for i, data in enumerate(tokens) if data and i not in special}
+        self._longest = max(map(len, self._ids), default=0)
+        self._encode = encode
+
+    def __call__(self, data: bytes) -> list[int]:
+        """Tokenise bytes that a grammar leaves no choice about: as the tokenizer does, unless that adds a space in front."""
+        ids = self._encode(data.decode(errors="replace"))
+        text = b"".join(self.tokens[i] for i in ids)
+        if text == data:
+            return ids
+        if text == b" " + data and self.tokens[ids[0]] == b" ":
+            return ids[1:]
+        return self._greedy(data)
+
+    def _greedy(self, data: bytes) -> list[int]:
+        """Take the longest token at each place, up to a byte that has none."""
+        ids: list[int] = []
+        while data:
+            lengths = range(min(self._longest, len(data)), 0, -1)
+            length = next((n for n in lengths if data[:n] in self._ids), 0)
+            if not length:
+                break
+            ids.append(self._ids[data[:length]])
+            data = data[length:]
+        return ids
+
+
 class Grammars:
     """Compiles grammars for one tokenizer. Thread-safe.
 
     Args:
-        tokenizer: Content of its `tokenizer.json`.
-        vocab_size: Tokens that the model can draw.
+        vocabulary: The model's tokens, as many as it can draw.
         eos_token_ids: Ids that end an output where its grammar allows the end, one at least.
 
     Raises:
-        InvalidGrammar: There is no end-of-sequence id, or llguidance cannot read the tokenizer.
+        InvalidGrammar: There is no end-of-sequence id, or llguidance cannot use the vocabulary.
     """
 
-    def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: Sequence[int]):
+    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Sequence[int]):
         if not eos_token_ids:  # llguidance would take token 0
             raise InvalidGrammar("the model has no end-of-sequence id")
         try:
-            self._tokenizer = LLTokenizer(tokenizer, vocab_size, list(eos_token_ids))
+            wrapper = TokenizerWrapper(vocabulary)
+            self._tokenizer = LLTokenizer(wrapper, len(vocabulary.tokens), list(eos_token_ids))
         except Exception as error:  # the library raises no narrower type
             raise InvalidGrammar(f"the model's tokenizer cannot be guided: {error}") from error
         self._lock = threading.Lock()
@@ -103,9 +148,14 @@ class Grammars:
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
         if matcher.is_error():
-            kind, reason = params.kind, " ".join(matcher.get_error().split())
-            raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {reason:.500}")
+            kind = params.kind
+            raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {_error_of(matcher)}")
         return matcher
+
+
+def _error_of(matcher: LLMatcher) -> str:
+    """Return the reason of an error on one line, without the state and the grammar that follow it; empty without an error."""
+    return " ".join(matcher.get_error().partition("<state>")[0].split())[:500]
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
@@ -115,7 +165,8 @@ def _grammar(params: StructuredOutputsParams) -> str:
     if params.grammar is not None:
         return LLMatcher.grammar_from_lark(params.grammar)
     if params.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
+        choices = " | ".join(json.dumps(text) for text in params.choice)
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")  # one lexeme: rules are limited to 2000
     schema = '{"type": "object"}' if params.json is None else str(params.json)
     pattern = params.whitespace_pattern
     return LLMatcher.grammar_from_json_schema(schema, overrides=None if pattern is None else {"whitespace_pattern": pattern})

@@ -310,12 +310,18 @@ class LLMEngine:
     @functools.cached_property
     def grammars(self) -> Grammars:
         """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
-        from chameleon_jax.structured_outputs import Grammars  # here, since other requests are served without the package
+        from chameleon_jax.structured_outputs import (
+            Grammars,
+            Vocabulary,
+        )  # here, since other requests are served without the package
 
         if self.tokenizer is None:
             raise InvalidGrammar("the model has no tokenizer (load_format='dummy')")
-        eos = self._stop_ids(SamplingParams())
-        return Grammars(self.tokenizer.backend.to_str(), self.model_config.vocab_size, sorted(eos))
+        ids, tokens = range(self.model_config.vocab_size), self.tokenizer.token_bytes
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        special = [i for i in ids if i in tokens.special_ids]
+        vocabulary = Vocabulary([tokens.inside(i) for i in ids], special, encode)
+        return Grammars(vocabulary, sorted(self._stop_ids(SamplingParams())))
 
     def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them

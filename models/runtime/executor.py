@@ -191,7 +191,8 @@ class JaxExecutor:
         masks = None
         if part.running.adjusted:
             for _, request in part.owners:
-                self._count(request)
+                if request.finish_reason is None:  # else its slot is gone, and its token dropped
+                    self._count(request)
             masks = self._masks(part)
         part.drawn = self._runner.sample(part.running, masks)
         for array in jax.tree.leaves(part.drawn.sampled):

@@ -56,10 +56,8 @@ def test_values_of_the_file(tmp_path, caplog):
     file = write(tmp_path, **GENERATION, repetition_penalty=1.25, max_length=20, pad_token_id=0)
     assert SamplingDefaults.read(file).values == EXPECTED | {"repetition_penalty": 1.25}
     assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert (
-        f"sampling defaults of {file}: temperature 0.25, top_p 0.75, top_k 7, min_p 0.125, repetition_penalty 1.25, max_tokens 5"
-        in caplog.text
-    )
+    values = "temperature 0.25, top_p 0.75, top_k 7, min_p 0.125, repetition_penalty 1.25, max_tokens 5"
+    assert f"sampling defaults of {file}: {values}" in caplog.text
 
 
 @pytest.mark.parametrize("config", [{}, {"do_sample": True, "eos_token_id": 3}, {"temperature": None, "top_k": None}])
