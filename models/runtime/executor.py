@@ -15,7 +15,7 @@ from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
-from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, SequenceChunk
+from chameleon_jax.models.runtime.step_inputs import Adjustment, PackedStep, SamplingRow, SequenceChunk
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
@@ -98,7 +98,7 @@ class JaxExecutor:
             chunks = plan.prefills
             sampling_rows = {i: _sampling_row(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
             inputs = self._runner.send([self._chunk(c) for c in chunks], sampling_rows)
-            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows], self._scored(chunks, inputs.step.last)))
+            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows], _scored_runs(chunks, inputs.step)))
         if plan.decodes:
             rows = plan.decodes
             sampling_rows = {i: _sampling_row(r, r.num_computed) for i, r in enumerate(rows)}
@@ -158,22 +158,6 @@ class JaxExecutor:
         self._in_flight.clear()
         self._counted.clear()
         self._runner.reset()
-
-    def _scored(self, chunks: Sequence[PrefillChunk], last: Sequence[int]) -> list[ScoredRun]:
-        """List the tokens whose log-probabilities are wanted: the token at a position is scored by the one before.
-
-        Args:
-            chunks: Prompts of the step.
-            last: Tile that holds each chunk's last token.
-        """
-        tile, runs = self._runner.buckets.prefill_tile, []
-        for chunk, tile_of_last in zip(chunks, last):
-            request = chunk.request
-            end = min(chunk.start + chunk.num_tokens + 1, len(request.prompt_token_ids))
-            if request.params.prompt_logprobs is not None and chunk.start + 1 < end:
-                first_tile = tile_of_last + 1 - -(-chunk.num_tokens // tile)
-                runs.append(ScoredRun(request, first_tile * tile, chunk.start + 1, end))
-        return runs
 
     def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]], scored: list[ScoredRun]) -> Part:
         running = self._runner.forward(inputs)
@@ -255,6 +239,23 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
 def _adjustment(params: SamplingParams) -> Adjustment:
     bias = params.logit_bias or {}
     return Adjustment(params.presence_penalty, params.frequency_penalty, params.repetition_penalty, bias)
+
+
+def _scored_runs(chunks: Sequence[PrefillChunk], step: PackedStep) -> list[ScoredRun]:
+    """List the tokens whose log-probabilities are wanted: the token at a position is scored by the one before.
+
+    Args:
+        chunks: Prompts of the step.
+        step: The packed step.
+    """
+    tile, runs = step.program.tile_tokens, []
+    for chunk, last_tile in zip(chunks, step.last):
+        request = chunk.request
+        end = min(chunk.start + chunk.num_tokens + 1, len(request.prompt_token_ids))
+        if request.params.prompt_logprobs is not None and chunk.start + 1 < end:
+            first_tile = last_tile + 1 - -(-chunk.num_tokens // tile)
+            runs.append(ScoredRun(request, first_tile * tile, chunk.start + 1, end))
+    return runs
 
 
 def _keep_scores(part: Part) -> None:

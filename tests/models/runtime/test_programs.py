@@ -53,7 +53,8 @@ def test_everything_is_compiled_once(compiled):
     assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
     assert set(made.sample) == {(n, mode, adjusted) for n in (1, 2) for mode in SamplingMode for adjusted in (False, True)}
     assert set(made.write) == set(PIECES.all)
-    total = len(made.forward) + len(made.sample) + len(made.write) + len(made.count)
+    total = len(made.forward) + len(made.sample) + len(made.write) + len(made.count) + len(made.score)
+    assert set(made.score) == {32}
     assert seen == [(i, total) for i in range(1, total + 1)]
     assert made.forward[2, 1, 7] is made.forward[2, 1, 7]
 
@@ -93,8 +94,9 @@ def test_scratch_is_the_need_of_two_of_the_largest_steps_whatever_the_pool(compi
         memory = compiled.memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    steps, samples = (max(map(needs, kind.values())) for kind in (made.forward, made.sample))
-    assert scratch == STEPS_IN_FLIGHT * (steps + samples) + PIECES.device_bytes
+    steps = max(map(needs, made.forward.values()))
+    others = max(map(needs, [*made.sample.values(), *made.score.values()]))
+    assert scratch == STEPS_IN_FLIGHT * (steps + others) + PIECES.device_bytes
 
 
 class Stats:
