@@ -14,6 +14,7 @@ from typer import Option
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli import options
+from chameleon_jax.serving.cli.model_check import check_model
 from chameleon_jax.serving.cli.options import console, errors, fields_of, named_adapters, progress
 from chameleon_jax.serving.service.server_config import ServerConfig
 
@@ -124,11 +125,17 @@ def _serve(
     log_format: str,
     otlp_traces_endpoint: str | None,
 ) -> None:
+    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
+
+    EngineConfig.of(settings)  # mistakes in settings and paths are found before JAX is imported, which takes seconds
+    check_model(model, settings["load_format"])
+    check_readable(adapters)
+    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
+
     import uvloop
 
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
-    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
     from chameleon_jax.serving.service.service import Service
     from chameleon_jax.serving.telemetry.logs import setup_logging
     from chameleon_jax.serving.telemetry.metrics import Metrics
@@ -141,8 +148,6 @@ def _serve(
         await _greet(service, server)
         await server.run()
 
-    check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
-    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))
