@@ -109,12 +109,14 @@ def serve(
         load = Load(HttpClient(base_url, _headers(header or (), api_key)), endpoint, fields, max_concurrency)
 
         async def measure() -> tuple[str, bench_workload.Workload, list[Answer], float]:
-            name = model or await _first_model(load.client)
-            workload = bench_workload.draw(spec, lora_modules or [name], backend, load.is_chat)
-            await load.try_first(workload)
-            with tqdm(total=num_prompts, desc="Requests", disable=disable_tqdm or not sys.stderr.isatty()) as bar:
-                answers, seconds = await load.run(workload, bar.update)
-            load.client.close()
+            try:  # an event loop whose connections are open may never close
+                name = model or await _first_model(load.client)
+                workload = bench_workload.draw(spec, lora_modules or [name], backend, load.is_chat)
+                await load.try_first(workload)
+                with tqdm(total=num_prompts, desc="Requests", disable=disable_tqdm or not sys.stderr.isatty()) as bar:
+                    answers, seconds = await load.run(workload, bar.update)
+            finally:
+                load.client.close()
             return name, workload, answers, seconds
 
         date = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -140,6 +140,6 @@ def _arrivals(rng: np.random.Generator, spec: WorkloadSpec) -> list[float]:
 def _choices(rng: np.random.Generator, count: int, spec: WorkloadSpec) -> list[int]:
     if spec.lora_assignment == "round-robin":
         return [i % count for i in range(spec.num_prompts)]
-    shares = np.arange(1, count + 1) ** -spec.lora_zipf_exponent
+    shares = np.arange(1.0, count + 1) ** -spec.lora_zipf_exponent
     choices: list[int] = rng.choice(count, spec.num_prompts, p=shares / shares.sum()).tolist()
     return choices

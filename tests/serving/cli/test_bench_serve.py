@@ -84,7 +84,7 @@ def test_conversations_adapters_and_keys():
 
     options = ["--endpoint", "/v1/chat/completions", "--num-prompts", 9, "--lora-assignment", "round-robin", "--json"]
     with answering(answer) as url:
-        result = bench(url, *options, "--lora-modules", "a", "b", "c")
+        result = bench(url, *options, "--model", "m", "--lora-modules", "a", "b", "c")
     report = json.loads(result.stdout.splitlines()[0])
     assert [body["model"] for body in asked[1:4]] == ["a", "b", "c"] and report["requests_by_model"] == {"a": 3, "b": 3, "c": 3}
     assert len(asked[0]["messages"][0]["content"].split()) == 3
