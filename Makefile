@@ -63,7 +63,7 @@ client: ## build the wheel of the clients without JAX into build/client, install
 	$(PYTHON) -m venv build/client/venv
 	build/client/venv/bin/python -m pip install --quiet build/client/*.whl
 	cd build/client && venv/bin/python -c "import chameleon_jax_client as c, importlib.util as u; assert not u.find_spec('jax'); print(c.Client)"
-	du -h build/client/*.whl && du -shc build/client/venv/lib/python*/site-packages/* | grep -v -e pip -e setuptools
+	cd build/client/venv/lib/python*/site-packages && du -shc $$(ls -d * | grep -v -e pip -e setuptools -e pkg_resources -e distutils)
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),10)
