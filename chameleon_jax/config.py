@@ -29,7 +29,8 @@ class EngineConfig:
         load_format: "auto" (default) reads the checkpoint; "dummy" draws random weights on the device.
         generation_config: source of sampling parameters that a request leaves out. "auto" (default) is the model's
             generation_config.json; "none", or "vllm" as in vLLM, is no file; any other value is a directory with such a file.
-        max_model_len: longest sequence, prompt and output together, in tokens. None (default): the model's limit, at most 2048.
+        max_model_len: longest sequence, prompt and output together, in tokens. None (default): the model's limit, or as much as
+            the pool holds beside the largest adapter; on CPU at most 2048.
         max_num_seqs: most requests that run at once, 1 to 1024 (default 32).
         max_num_batched_tokens: most prompt tokens of one step, a multiple of 32 (default 512). Longer prompts are computed in
             chunks.

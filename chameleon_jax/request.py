@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
 from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Protocol
 
+from chameleon_jax.checks import require
 from chameleon_jax.outputs import FinishReason, RequestMetrics
 from chameleon_jax.sampling_params import SamplingParams
 
@@ -35,6 +37,8 @@ class Request:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
+        priority: Its class; the lowest number is the highest class, which starts first. A request that is preempted for memory
+            joins the class of the request that takes its pages, where that is higher.
         order: Place in the order of arrival.
         num_computed: Tokens whose KV the dispatched steps write.
         num_to_prefill: Tokens that were known when it started running; decoding begins behind them.
@@ -45,6 +49,7 @@ class Request:
         decode_limit: Value of num_computed at which its next decode needs a page or is one too many.
         slot: Place in the device's `slot_tokens` while it runs.
         pages: KV pages that it owns, in order.
+        trace_context: Headers of the caller's trace; None where it has none.
     """
 
     request_id: str
@@ -62,6 +67,7 @@ class Request:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    priority: int = 0
     order: int = 0
     num_computed: int = 0
     num_to_prefill: int = 0
@@ -72,6 +78,7 @@ class Request:
     decode_limit: int = 0
     slot: int = -1
     pages: MutableSequence[int] = dataclasses.field(default_factory=lambda: array("i"))
+    trace_context: dict[str, str] | None = None
     metrics: RequestMetrics = dataclasses.field(default_factory=lambda: RequestMetrics(0.0))
 
     def __post_init__(self) -> None:
@@ -94,3 +101,10 @@ class Request:
     def token(self, position: int) -> int:
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[position] if position < prompt else self.output_token_ids[position - prompt]
+
+
+def check_priority(priority: int) -> int:
+    """Return the priority of a request as an int. Raises ValueError where it is no integer or takes more than 64 bits."""
+    valid = isinstance(priority, numbers.Integral) and -(2**63) <= priority < 2**63
+    require(valid, "priority", priority, "a signed 64-bit integer")
+    return int(priority)

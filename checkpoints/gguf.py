@@ -1,27 +1,24 @@
-"""GGUF files of Llama-shaped models, dequantised to float32 by the `gguf` package."""
+"""GGUF files of Llama-shaped models, as llama.cpp writes them: metadata, quantised tensors and tokenizer in one file."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import tokenizers
-from gguf import GGMLQuantizationType as Q
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from chameleon_jax.checkpoints.checkpoint import Checkpoint
+from chameleon_jax.checkpoints.gguf_file import GgufFile
+from chameleon_jax.checkpoints.gguf_tokenizer import read_tokenizer
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.checks import require
-from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.llama import ModelTensors, tensor_shapes
+from chameleon_jax.models.config import Llama3RopeScaling, LlamaConfig
+from chameleon_jax.models.llama import ModelTensors, rope_frequencies, tensor_shapes
 
-SUPPORTED = (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q6_K)
-_CONTROL, _USER_DEFINED = 3, 4  # token types
 _SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "llama.rope.scaling.type": ("none",),
     "llama.rope.scaling.factor": (0.0, 1.0),
@@ -41,10 +38,7 @@ _SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "split.count": (0, 1),
 }
 """Values of fields with which a file is served. Others change the answers, or mean that part of the model is elsewhere."""
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_EMBEDDING, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 
 def smollm2_path() -> Path:
@@ -59,29 +53,21 @@ def smollm2_path() -> Path:
 class GgufMapping(Mapping[str, np.ndarray]):
     """Tensors by Hugging Face name, each dequantised to float32 when it is asked for."""
 
-    def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
+    def __init__(self, file: GgufFile, config: LlamaConfig):
+        self._file = file
         self._config = config
         self._shapes = tensor_shapes(config)
-        self._tensors: dict[str, Any] = {}
-        layers = config.num_layers
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
         hf_names = {names.get_name(name, try_suffixes=(".weight",)): name for name in self._shapes}
-        for tensor in reader.tensors:
-            if tensor.name == "rope_freqs.weight":
-                raise ValueError("rope_freqs.weight: scaled rotary frequencies in a GGUF file are not supported")
-            if tensor.tensor_type not in SUPPORTED:
-                allowed = ", ".join(t.name for t in SUPPORTED)
-                raise ValueError(f"tensor {tensor.name} has type {tensor.tensor_type.name}; allowed: {allowed}")
-            if tensor.name not in hf_names:
-                raise ValueError(
-                    f"tensor {tensor.name} has no place in a Llama without biases of {layers} layers (llama.block_count)"
-                )
-            self._tensors[hf_names[tensor.name]] = tensor
+        others = [name for name in file.tensors if name not in hf_names and name != _ROPE_FACTORS]
+        if others:
+            layers = f"of {config.num_layers} layers (llama.block_count)"
+            raise ValueError(f"tensor {others[0]} has no place in a Llama without biases {layers}")
+        self._names = {hf_names[name]: name for name in file.tensors if name in hf_names}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+        array = self._file.read(self._names[name])
+        shape = array.shape
         for target, heads in (("q_proj", self._config.num_heads), ("k_proj", self._config.num_kv_heads)):
             if name.endswith(f"{target}.weight") and shape == self._shapes.get(name):
                 # GGUF interleaves the two halves that rotary embedding pairs; Hugging Face keeps them apart
@@ -89,123 +75,102 @@ class GgufMapping(Mapping[str, np.ndarray]):
         return array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
 
 def load(path: str | Path) -> Checkpoint:
     """Read a GGUF file.
 
     Raises:
-        ValueError: the file is broken or cannot be served; names the field or tensor.
+        ValueError: The file is broken or cannot be served. The message names the field or tensor.
     """
-    try:
-        reader = gguf.GGUFReader(str(path))
-    except Exception as error:  # the reader raises many types on broken files
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-    def get(name: str, default: Any = None, kind: Any = None) -> Any:
-        """Value of a field, which must be a number where `kind` or the default is one."""
-        if name not in reader.fields:
-            if default is None:
-                raise ValueError(f"{path} has no field {name}")
-            return default
-        value = reader.fields[name].contents()
-        if (kind or type(default)) in (int, float) and not isinstance(value, int | float):
-            raise ValueError(f"{name} is {reprlib.repr(value)}; allowed: one number")
-        return value
-
-    config = _read_config(get, {tensor.name: tensor.shape for tensor in reader.tensors})
-    try:
-        tokenizer = _make_tokenizer(get, config.eos_token_ids)
-    except ValueError:
-        raise
-    except Exception as error:  # an error of the library, or a field of another type
-        raise ValueError(f"{path}: no tokenizer can be made from its tokenizer.ggml fields: {error}") from error
-    return Checkpoint(config, ModelTensors(config, GgufMapping(reader, config)), tokenizer)
-
-
-def _read_config(get: Callable[..., Any], shapes: dict[str, Any]) -> LlamaConfig:
-    """Derive the sizes of the model from the file's metadata and tensor shapes, `[d_in, d_out]` as in GGUF."""
-    architecture = get("general.architecture")
-    require(architecture == "llama", "general.architecture", architecture, "llama")
-    if "token_embd.weight" not in shapes:
-        raise ValueError("the file has no tensor token_embd.weight")
+    file = GgufFile(path)
+    architecture = file.field("general.architecture", str)
+    require(architecture == "llama", "general.architecture", architecture, "llama, as of Llama and Mistral models")
     for field, neutral in _SERVED_VALUES.items():
-        if (value := get(field, neutral[0])) not in neutral:
-            raise ValueError(f"{field} is {reprlib.repr(value)}; allowed: {' or '.join(map(str, neutral))}")
+        value = file.contents(field, neutral[0])
+        require(value in neutral, field, value, " or ".join(map(str, neutral)))
+    file.check_types()
+    tokenizer = read_tokenizer(file)
+    config = _read_config(file, tokenizer)
+    return Checkpoint(config, ModelTensors(config, GgufMapping(file, config)), tokenizer)
+
+
+def _read_config(file: GgufFile, tokenizer: Tokenizer) -> LlamaConfig:
+    """Derive the sizes of the model from the file's fields and its embedding's shape."""
 
     def size(field: str, default: int | None = None) -> int:
-        return int(get(field, default, int))
+        return file.field(f"llama.{field}", int, default)
 
-    layers = size("llama.block_count")
-    require(layers <= len(shapes), "llama.block_count", layers, f"at most {len(shapes)}, the number of the file's tensors")
-    heads, hidden = size("llama.attention.head_count"), size("llama.embedding_length")
-    head_dim = size("llama.attention.key_length", hidden // max(1, heads))
-    for field in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    shape = file.shape(_EMBEDDING)
+    require(len(shape) == 2, f"shape of {_EMBEDDING}", shape, "a matrix's")
+    tokens = tokenizer.vocab_size
+    require(tokens <= shape[0], "length of tokenizer.ggml.tokens", tokens, f"at most {shape[0]}, the rows of {_EMBEDDING}")
+    layers, count = size("block_count"), len(file.tensors)
+    require(layers <= count, "llama.block_count", layers, f"at most {count}, the number of the file's tensors")
+    heads, hidden = size("attention.head_count"), size("embedding_length")
+    head_dim = size("attention.key_length", hidden // max(1, heads))
+    for field in ("attention.value_length", "rope.dimension_count"):
         dim = size(field, head_dim)
-        require(dim == head_dim, field, dim, f"the head's {head_dim}")
-    bos = size("tokenizer.ggml.bos_token_id", -1)
-    ends = [size(f"tokenizer.ggml.{kind}_token_id", -1) for kind in ("eos", "eot")]  # end of the text, end of a chat's turn
-    return LlamaConfig(
-        vocab_size=int(shapes["token_embd.weight"][1]),
+        require(dim == head_dim, f"llama.{field}", dim, f"the head's {head_dim}")
+    config = LlamaConfig(
+        vocab_size=shape[0],
         hidden_size=hidden,
-        intermediate_size=size("llama.feed_forward_length"),
+        intermediate_size=size("feed_forward_length"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=size("llama.attention.head_count_kv", heads),
+        num_kv_heads=size("attention.head_count_kv", heads),
         head_dim=head_dim,
-        rope_theta=float(get("llama.rope.freq_base", 10_000.0)),
-        rms_norm_eps=float(get("llama.attention.layer_norm_rms_epsilon", kind=float)),
-        max_position_embeddings=size("llama.context_length"),
-        tie_word_embeddings="output.weight" not in shapes,
-        bos_token_id=bos if bos >= 0 else None,
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end >= 0)),
+        rope_theta=file.field("llama.rope.freq_base", float, 10_000.0),
+        rms_norm_eps=file.field("llama.attention.layer_norm_rms_epsilon", float),
+        max_position_embeddings=size("context_length"),
+        tie_word_embeddings=_HEAD not in file.tensors,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tokenizer.eos_token_ids,
     )
+    if _ROPE_FACTORS in file.tensors:
+        scaling = _llama3_scaling(file.read(_ROPE_FACTORS), config)
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    return config
 
 
-def _make_tokenizer(get: Callable[..., Any], eos_token_ids: Sequence[int]) -> Tokenizer:
-    """Make the byte-level BPE tokenizer that the file's metadata describes."""
-    kind = get("tokenizer.ggml.model")
-    hint = "Serve the model from a Hugging Face directory, which has a tokenizer.json"
-    require(kind == "gpt2", "tokenizer.ggml.model", kind, f"gpt2 (byte-level BPE). {hint}")
-    pre = get("tokenizer.ggml.pre", "default")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    splits: dict[str, Any] = {
-        "default": byte_level,
-        "gpt-2": byte_level,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-        "llama-bpe": pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-    }
-    require(pre in splits, "tokenizer.ggml.pre", pre, ", ".join(splits))
-    tokens: list[str] = get("tokenizer.ggml.tokens")
-    types: list[int] = get("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
-    llama3 = pre == "llama-bpe"
-    bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=llama3)
-    backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = splits[pre]
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, types) if kind == _CONTROL])
-    backend.add_tokens([AddedToken(t) for t, kind in zip(tokens, types) if kind == _USER_DEFINED])
-    settings: dict[str, Any] = {}
-    for field, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        index = get(f"tokenizer.ggml.{field}_token_id", -1)
-        if index >= len(tokens):
-            raise ValueError(f"tokenizer.ggml.{field}_token_id is {index}; the file has {len(tokens)} tokens")
-        if index >= 0:
-            settings[f"{name}_token"] = tokens[index]
-    if get("tokenizer.ggml.add_bos_token", llama3) and (bos := settings.get("bos_token")):
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    if template := get("tokenizer.chat_template", ""):
-        settings["chat_template"] = template
-    return Tokenizer(backend, settings, eos_token_ids, "tokenizer.chat_template")
+def _llama3_scaling(factors: np.ndarray, config: LlamaConfig) -> Llama3RopeScaling | None:
+    """Find the scaling of Llama 3.1 that llama.cpp's converter wrote as one divisor for each rotary frequency.
+
+    Args:
+        factors: Divisors, `[head_dim / 2]`.
+        config: Sizes of the model, without a scaling.
+
+    Raises:
+        ValueError: The divisors are those of another scaling.
+    """
+    if (factors == 1).all():
+        return None
+    plain = rope_frequencies(config)
+    finite = factors.shape == plain.shape and bool(np.isfinite(factors).all()) and bool((factors >= 1).all())
+    scaling = _fit_llama3(plain, factors.astype(np.float64)) if finite else None
+    if scaling is not None:
+        scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+        if np.allclose(scaled * factors, plain, rtol=1e-5, atol=0):
+            return scaling
+    raise ValueError(f"{_ROPE_FACTORS} has other divisors of rotary frequencies than Llama 3.1's scaling gives")
+
+
+def _fit_llama3(plain: np.ndarray, factors: np.ndarray) -> Llama3RopeScaling | None:
+    """Fit the scaling to the frequencies that blend the plain and the slowed one; None where they do not lie on a line.
+
+    The plain one's share is `(original / wavelength - low) / (high - low)`, in which only ratios count, so that `low` is 1, as
+    in all of Llama's releases.
+    """
+    largest = float(factors.max())
+    shares = (1 / factors - 1 / largest) / (1 - 1 / largest)
+    blended = (shares > 1e-5) & (shares < 1 - 1e-5)
+    if blended.sum() < 2:
+        return None
+    slope, offset = map(float, np.polyfit(plain[blended] / (2 * np.pi), shares[blended], 1))
+    if not offset < 0 < slope:
+        return None
+    return Llama3RopeScaling(largest, 1.0, round(1 - 1 / offset, 3), round(-slope / offset))

@@ -24,6 +24,7 @@ from chameleon_jax.serving.open_streams import OpenStreams
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.stats import EngineStats, take_stats
+from chameleon_jax.serving.telemetry import trace_context
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt. Yields all output so far whenever there is more; leaving the iteration aborts the request.
 
@@ -102,13 +104,14 @@ class AsyncLLM:
             lora_request: Adapter of the request; None is the base model.
             request_id: An id that no unfinished request has; None makes one.
             timeout: Seconds from now within which the last token must come.
+            priority: Class of the request, a signed 64-bit integer. Lower ones start first.
 
         Raises:
             ValueError: The prompt or a parameter is wrong.
             KeyError: No adapter of that name is registered.
             QueueFull, Draining, DeadlineExceeded, RequestFailed, EngineDead: See `chameleon_jax.errors`.
         """
-        async with await self.open(prompt, sampling_params, lora_request, request_id, timeout) as stream:
+        async with await self.open(prompt, sampling_params, lora_request, request_id, timeout, priority) as stream:
             async for _ in stream:
                 yield stream.output()
 
@@ -119,13 +122,15 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Take a request in and return its stream, for callers that want new output only instead of all so far.
 
         Args and errors are as for `generate`.
         """
         params, fit = sampling_params or self.get_default_sampling_params(), sampling_params is None
-        (stream,) = await self.open_all([prompt], [params], lora_request, request_id, Deadline(timeout), fit=fit)
+        deadline = Deadline(timeout)
+        (stream,) = await self.open_all([prompt], [params], lora_request, request_id, deadline, fit=fit, priority=priority)
         return stream
 
     async def open_all(
@@ -137,6 +142,7 @@ class AsyncLLM:
         deadline: Deadline | None = None,
         *,
         fit: bool = False,
+        priority: int = 0,
     ) -> list[RequestStream]:
         """Open every prompt with each of `params`, prompt by prompt.
 
@@ -149,11 +155,13 @@ class AsyncLLM:
             deadline: Deadline of all.
             request_id: Id of the only request. Several append their number to it.
             fit: Cut max_tokens to the room behind each prompt, for callers that left max_tokens out.
+            priority: Class of all.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
         lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
+        trace = trace_context.current()
         streams: list[RequestStream] = []
         wanted: list[SamplingParams] = []  # one for each stream
 
@@ -161,7 +169,9 @@ class AsyncLLM:
             taken: list[str] = []
             try:
                 for stream, param in zip(streams, wanted):
-                    stream.request = engine.submit(stream.prompt_token_ids, param, lora, stream.request_id, arrival)
+                    own_id, token_ids = stream.request_id, stream.prompt_token_ids
+                    stream.request = engine.submit(token_ids, param, lora, own_id, arrival, priority)
+                    stream.request.trace_context = trace
                     taken.append(stream.request_id)
             except BaseException:
                 for request_id in taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,34 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.checkpoints import huggingface, length_proxy
-from chameleon_jax.checkpoints.loading import dummy_config, load_checkpoint
-from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.models import llama, ops
+from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
-from chameleon_jax.models.runtime.model_runner import ModelRunner
+from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
-from chameleon_jax.request import Request
+from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
+from chameleon_jax.serving.loaded_model import load_model
+from chameleon_jax.serving.max_model_len import LengthLimits
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
-DEFAULT_MAX_MODEL_LEN = 2048
+logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
@@ -77,35 +78,36 @@ class LLMEngine:
         take_device_memory(config.gpu_memory_utilization)
         self.model_name = model
         self.dtype = jnp.dtype(_dtype(config.dtype))
-        self.tokenizer: Tokenizer | None = None
-        if config.load_format == "dummy":
-            self.model_config = dummy_config(model)
-            weights = llama.random_model(self.model_config, self.dtype, config.seed)
-            self._generation_config = huggingface.generation_file(Path(model))
-        else:
-            checkpoint = load_checkpoint(model)
-            self.model_config = checkpoint.config
-            self.tokenizer = checkpoint.tokenizer
-            weights = llama.load_tensors(checkpoint.config, checkpoint.tensors, self.dtype)
-            self._generation_config = checkpoint.generation_config
+        loaded = load_model(model, config, self.dtype)
+        self.model_config, self.tokenizer = loaded.config, loaded.tokenizer
+        self._generation_config = loaded.generation_config
         self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
-        longest = self.model_config.max_position_embeddings
-        max_model_len = config.max_model_len or min(longest, DEFAULT_MAX_MODEL_LEN)
-        if max_model_len > longest:
-            raise ValueError(f"max_model_len is {max_model_len}; the model allows at most {longest}")
         parts = self._make_parts(config, None)
         stats = jax.devices()[0].memory_stats()
+        # the pool's size depends on scratch, scratch on block tables, and these on the longest sequence: it is chosen for
+        # a pool that has no scratch beside it, and lowered once the pool is known
+        limits = LengthLimits(
+            config.max_model_len,
+            self.model_config.max_position_embeddings,
+            self.layout.page_tokens,
+            self._adapter_pages(config),
+            on_host=jax.default_backend() == "cpu",
+        )
+        most = limits.choose(config.num_pages or self._most_pages(stats))
         self.runner = ModelRunner(
-            weights,
+            loaded.weights,
             self.layout,
-            self._buckets(config, max_model_len),
+            self._buckets(config, most.tokens),
             config.num_pages,
             self.dtype,
             progress,
             memory_limit=None if stats is None else stats["bytes_limit"],
             ahead=config.compile_ahead,
         )
-        self.built = dataclasses.replace(config, max_model_len=max_model_len, num_pages=self.runner.num_pages)
+        chosen = min(most, limits.choose(self.runner.num_pages))
+        logger.info("max_model_len is %d: %s", *chosen)
+        self._log_pool()
+        self.built = dataclasses.replace(config, max_model_len=chosen.tokens, num_pages=self.runner.num_pages)
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
         self._executor = self._make_executor()
         self._ids = itertools.count()
@@ -256,6 +258,7 @@ class LLMEngine:
         lora: LoRARequest | None = None,
         request_id: str | None = None,
         arrival_time: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Take a request in; `loop.step()` advances it.
 
@@ -265,6 +268,7 @@ class LLMEngine:
             lora: Adapter; None is the base model.
             request_id: An id that no unfinished request has; None makes one.
             arrival_time: Seconds of the engine's clock; None is now.
+            priority: Class of the request, a signed 64-bit integer. Lower ones start first.
 
         Raises:
             ValueError: The request can never run; says why.
@@ -272,6 +276,7 @@ class LLMEngine:
             QueueFull: max_queue_len requests wait already.
         """
         self._check_tokens(prompt_token_ids, params)
+        priority = check_priority(priority)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
         adapter = None
         if lora is not None:
@@ -286,6 +291,7 @@ class LLMEngine:
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_ids=stop_ids,
             adapter=adapter,
+            priority=priority,
             adapter_name=lora.name if lora is not None else None,
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
@@ -325,14 +331,27 @@ class LLMEngine:
             file = self._generation_config
         return SamplingDefaults({}) if file is None else SamplingDefaults.read(file)
 
+    def _log_pool(self) -> None:
+        pages, page_bytes = self.runner.num_pages, self.layout.page_bytes(self.dtype.itemsize)
+        text = "the pool has %d pages: %d tokens of KV without adapters, %d MiB"
+        logger.info(text, pages, (pages - 1) * self.layout.page_tokens, pages * page_bytes >> 20)
+
+    def _most_pages(self, stats: Mapping[str, int] | None) -> int:
+        """Pages that the device's memory would hold beside the weights, were there no scratch. Args: stats: of its memory."""
+        free = HOST_POOL_BYTES if stats is None else stats["bytes_limit"] - stats["bytes_in_use"]
+        return free // self.layout.page_bytes(self.dtype.itemsize)
+
+    def _adapter_pages(self, config: EngineConfig) -> int:
+        """Pages of the largest adapter that is served."""
+        return self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages if config.enable_lora else 0
+
     def _buckets(self, config: EngineConfig, max_model_len: int) -> StepBuckets:
-        widest = self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages
         return StepBuckets(
             max_num_seqs=config.max_num_seqs,
             max_prefill_tokens=config.max_num_batched_tokens,
             table_width=self.layout.pages_for_tokens(max_model_len),
             max_rank=config.max_lora_rank,
-            max_adapter_pages=widest if config.enable_lora else 0,
+            max_adapter_pages=self._adapter_pages(config),
             **steps.shapes_for(ops.default_backend()),
         )
 

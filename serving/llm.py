@@ -97,8 +97,9 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         use_tqdm: UseTqdm = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts. `sampling_params` and `lora_request` are one for all prompts, or one for each.
+        """Complete prompts. `sampling_params`, `lora_request` and `priority` are one for all prompts, or one for each.
 
         Args:
             prompts: One prompt or several: text, token ids, or `{"prompt_token_ids": [...]}`.
@@ -106,6 +107,7 @@ class LLM:
             lora_request: Adapters; None is the base model.
             use_tqdm: True shows a progress bar where stderr is a terminal, and in notebooks. A function, called as `tqdm.tqdm`
                 is, makes the bar wherever it runs: `use_tqdm=tqdm.tqdm` shows it in a log too, as vLLM does.
+            priority: Classes, signed 64-bit integers; None is 0. Lower ones start first.
 
         Raises:
             ValueError: A prompt or parameter is wrong. No prompt was run then.
@@ -114,15 +116,16 @@ class LLM:
         many = _as_list(prompts)
         params = _one_each(sampling_params, len(many), "sampling_params")
         loras = _one_each(lora_request, len(many), "lora_request")
+        priorities = _one_each(0 if priority is None else priority, len(many), "priority")
         requests: list[Request] = []
         read: set[LoRARequest | None] = set()
         try:
-            for prompt, param, lora in zip(many, params, loras):
+            for prompt, param, lora, own_priority in zip(many, params, loras, priorities):
                 known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:
                     param = self.get_default_sampling_params().fit(len(token_ids), self.engine.max_model_len)
-                requests.append(self.engine.submit(token_ids, param, known))
+                requests.append(self.engine.submit(token_ids, param, known, priority=own_priority))
                 read.add(lora)
             with PromptProgress(requests, use_tqdm) as progress:
                 while self.engine.loop.has_unfinished:
@@ -203,7 +206,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _one_each(value: Any, count: int, field: str) -> list[Any]:
-    if value is None or isinstance(value, SamplingParams | LoRARequest):
+    if value is None or isinstance(value, SamplingParams | LoRARequest | int):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{field} has {len(value)} entries; allowed: one, or one for each of the {count} prompts")

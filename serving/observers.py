@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ class Observer:
     A subclass overrides the methods that it wants.
     """
 
+    def updated(self, snapshots: Sequence[OutputSnapshot]) -> None:
+        """Take the requests that have new tokens or ended, after each step. Told before the other methods."""
+
     def first_token(self, request: Request) -> None:
         """Take a request that has its first token. Not told of a request that its caller has left before."""
 
@@ -27,12 +31,15 @@ class Observer:
     def loaded(self, result: LoadResult) -> None:
         """Take the result of an adapter's load into the pool."""
 
-    def engine_died(self, error: EngineDead, num_requests: int) -> None:
-        """Take the cause of the engine's death, with which `num_requests` unfinished requests end."""
+    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
+        """Take the cause of the engine's death, and the adapter's name of each unfinished request, which end with it."""
 
 
 class Observers(Observer, list[Observer]):
     """Several observers as one. An exception of one is logged, and the others are told all the same."""
+
+    def updated(self, snapshots: Sequence[OutputSnapshot]) -> None:
+        self._tell(lambda observer: observer.updated(snapshots))
 
     def first_token(self, request: Request) -> None:
         self._tell(lambda observer: observer.first_token(request))
@@ -43,8 +50,8 @@ class Observers(Observer, list[Observer]):
     def loaded(self, result: LoadResult) -> None:
         self._tell(lambda observer: observer.loaded(result))
 
-    def engine_died(self, error: EngineDead, num_requests: int) -> None:
-        self._tell(lambda observer: observer.engine_died(error, num_requests))
+    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
+        self._tell(lambda observer: observer.engine_died(error, adapter_names))
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         for observer in self:

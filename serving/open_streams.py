@@ -42,6 +42,7 @@ class OpenStreams(dict[str, RequestStream]):
 
     def updated(self, snapshots: list[OutputSnapshot]) -> None:
         """Hand on snapshots of requests that have new tokens or ended."""
+        self.observers.updated(snapshots)
         by_loop: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, OutputSnapshot]]] = {}
         for snapshot in snapshots:
             request = snapshot.request
@@ -63,7 +64,7 @@ class OpenStreams(dict[str, RequestStream]):
     def engine_died(self, error: EngineDead) -> None:
         """End every stream with the cause of the engine's death. Any thread may tell it."""
         left = list(self.values())  # also of requests that ended in the step that failed, which nothing has told
-        self.observers.engine_died(error, len(left))
+        self.observers.engine_died(error, [None if stream.lora is None else stream.lora.name for stream in left])
         for stream in left:
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.fail, error)

@@ -6,14 +6,14 @@ from chameleon_jax.scheduler.request_queue import RequestQueue
 
 
 class Level:
-    """Waiting requests whose size lies between two bounds, oldest first.
+    """Waiting requests whose size lies between two bounds, oldest first in each class.
 
     Attributes:
         waiting: the requests.
         quota: pages that running requests may be charged to the level.
         remaining: pages of the quota that neither its own requests nor those it lent to are charged for.
-        blocked_since: seconds of the loop's clock when its oldest request first fitted the quota but not the memory; None
-            while it does not wait for memory.
+        blocked_since: seconds of the loop's clock when its head first fitted the quota but not the memory; None while it does
+            not wait for memory. A new head takes over the place of the one before it.
     """
 
     def __init__(self, quota: int):

@@ -14,8 +14,12 @@ it arrived. Its level is served in order of arrival, so n heads go before it, an
   and at most K heads, one a level, stand in that line.
 
 Every refresh during the wait may add one L, since it moves charges between levels. A request that is preempted because it
-outgrew its prediction counts again among the n each time it comes back. The oldest request is never preempted, so each L sees
-at least one through. `tests/chameleon_jax/scheduler/test_starvation.py` checks the bound.
+outgrew its prediction counts again among the n each time it comes back. The oldest request of the highest class is never
+preempted, so each L sees at least one through. `tests/chameleon_jax/scheduler/test_starvation.py` checks the bound.
+
+**Classes.** A level serves its highest class first, and the levels whose heads are of a higher class have the first choice of
+room. At most MAX_PASSES requests pass the one that is first in line (see `request_queue`), so with several classes the bound is
+MAX_PASSES + 1 times as long.
 """
 
 from __future__ import annotations
@@ -72,11 +76,11 @@ class MultiLevelQueue:
             self._planner.record_arrival(request, self._needs.kv(request) + self._needs.adapter(request), now)
         self._level_of(request).waiting.add(request)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: Request, starts: bool = False) -> None:
         level = self._level_of(request)
         if level.waiting.at(0) is request:
             level.blocked_since = None
-        level.waiting.remove(request)
+        level.waiting.remove(request, starts=starts)
 
     def upcoming(self, count: int) -> list[Request]:
         """List the first requests of every level in turn, small ones first."""
@@ -103,7 +107,7 @@ class MultiLevelQueue:
         if not self._admit_overdue_head(batch, now):
             return
         unused = 0
-        for level in self.levels:
+        for level in sorted(self.levels, key=_head_priority):
             self._admit_level(level, batch, running, now)
             if not level.waiting:
                 unused += max(level.remaining, 0)
@@ -148,7 +152,7 @@ class MultiLevelQueue:
     def _lend(self, unused: int, batch: AdmissionBatch) -> None:
         """Phase 2: lend quota of levels without waiting requests, `unused` pages in all, to the others, small ones first."""
         donors = [level for level in self.levels if not level.waiting and level.remaining > 0]
-        for level in self.levels:
+        for level in sorted(self.levels, key=_head_priority):
             passed = 0
             while (request := level.waiting.at(passed)) is not None and passed <= MAX_OVERTAKEN:
                 pages = self._pages(request)
@@ -164,7 +168,7 @@ class MultiLevelQueue:
                     return
 
     def _start(self, request: Request, charges: list[tuple[Level, int]]) -> None:
-        self.remove(request)
+        self.remove(request, starts=True)
         request.queue = self._index_of(request)
         self._num_started += 1
         self._charges[request.request_id] = charges
@@ -202,10 +206,12 @@ class MultiLevelQueue:
         return float("inf")
 
     def victim(self, room: int) -> Request | None:
-        """Choose a bypasser whose pages, with `room`, are just enough for the older head that it passed."""
+        """Choose a bypasser whose pages, with `room`, are just enough for a head that is older or of a higher class."""
         for request in self._bypassers.values():
             head = self._level_of(request).waiting.at(0)
-            if head is None or head.order > request.order or self._counters.bypass_squashes >= SQUASH_SHARE * self._num_started:
+            if head is None or (head.order > request.order and head.priority >= request.priority):
+                continue
+            if self._counters.bypass_squashes >= SQUASH_SHARE * self._num_started:
                 continue
             if room + len(request.pages) >= self._pages(head) > room:
                 self._counters.bypass_squashes += 1
@@ -225,16 +231,23 @@ class MultiLevelQueue:
         waiting = [request for level in self.levels for request in level.waiting]
         blocked = {id(level.waiting.at(0)): level.blocked_since for level in self.levels}
         self.bounds, quotas = self._planner.refresh(now)
+        num_passes = max(level.waiting.num_passes for level in self.levels)
         self.levels = [Level(quota) for quota in quotas]
         for request in waiting:
             self._level_of(request).waiting.add(request)
         for level in self.levels:
+            level.waiting.num_passes = num_passes
             level.blocked_since = blocked.get(id(level.waiting.at(0)))
         for request in running:
             if request.request_id in self._charges:
                 level, pages = self._level_of(request), sum(p for _, p in self._charges[request.request_id])
                 self._charges[request.request_id] = [(level, pages)]
                 level.remaining -= pages
+
+
+def _head_priority(level: Level) -> int:
+    head = level.waiting.at(0)
+    return 0 if head is None else head.priority
 
 
 def _borrow(donors: list[Level], pages: int) -> list[tuple[Level, int]]:

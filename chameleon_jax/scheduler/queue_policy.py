@@ -14,7 +14,7 @@ MAX_OVERTAKEN = 32
 
 
 class QueuePolicy(Protocol):
-    """Order in which waiting requests start. Holds the waiting requests."""
+    """Order in which waiting requests start, those of lower `Request.priority` first. Holds the waiting requests."""
 
     def add(self, request: Request, now: float, new: bool = True) -> None:
         """Queue a request whose `predicted_output_len` and `size` are set.

@@ -1,8 +1,8 @@
 """Plans steps: which requests start, which tokens are computed, which adapters move.
 
 The scheduler is common to all systems; its `QueuePolicy` decides which waiting request starts next. Memory is taken first from
-free pages, then from idle adapters, then from the youngest running request. That request is preempted: it waits again and
-recomputes its tokens, to the same output.
+free pages, then from idle adapters, then from the youngest running request of the lowest class. That request is preempted: it
+waits again and recomputes its tokens, to the same output.
 """
 
 from __future__ import annotations
@@ -136,10 +136,11 @@ class Scheduler:
     def _grow(self, request: Request, pages: int, now: float) -> bool:
         """Hand a request more pages; False where it has to wait for them or was preempted itself."""
         while not self._cache.reserve(pages, now, wanted=self._waiting.adapters):
-            victim = self.running[-1]
+            victim = max(self.running, key=lambda running: (running.priority, running.order))
             if victim is request and len(self.running) == 1:
                 return False  # only a load under way can hold the pages it lacks; it will end
             self.counters.memory_preemptions += 1
+            victim.priority = min(victim.priority, request.priority)  # else ever new higher classes would keep it from its end
             self._preempt(victim, now)
             if victim is request:
                 return False

@@ -32,13 +32,14 @@ PagesOf = Callable[[Request], int]
 
 
 class SingleQueue:
-    """Requests sorted by a key, the lowest first.
+    """Requests of higher classes first (see `RequestQueue`), in a class those with the lowest key.
 
     A request whose adapter is loading is passed by those behind it. A request that lacks memory, for its tokens or its adapter,
     is not: the small ones behind it would take every page that becomes free.
 
-    With a constant key, which is first come first served, a request starts once those that came before it have run: no younger
-    request is ever given memory that it waits for. With another key it can wait for ever (the paper's point about SJF).
+    With a constant key, which is first come first served, a request starts once those that came before it have run, and up to
+    MAX_PASSES of higher classes for each of them: no other is ever given memory that it waits for. With another key it can wait
+    for ever (the paper's point about SJF).
 
     Args:
         pages_of: KV pages with which a request starts.
@@ -59,15 +60,15 @@ class SingleQueue:
         self._keys[request.request_id] = self._key(request)
         self._queue.add(request, self._keys[request.request_id])
 
-    def remove(self, request: Request) -> None:
-        self._queue.remove(request, self._keys.pop(request.request_id))
+    def remove(self, request: Request, starts: bool = False) -> None:
+        self._queue.remove(request, self._keys.pop(request.request_id), starts)
 
     def admit(self, batch: AdmissionBatch, running: Collection[Request], now: float) -> None:
         passed = 0
         while (request := self._queue.at(passed)) is not None and passed <= MAX_OVERTAKEN:
             verdict = batch.try_admit(request, self._pages_of(request))
             if verdict is Verdict.STARTS:
-                self.remove(request)
+                self.remove(request, starts=True)
                 if request.metrics.first_scheduled_time is None:
                     self._waited(now - request.arrival_time)
             elif verdict is Verdict.WAITS:
@@ -105,8 +106,9 @@ class Boost:
     tail of response times in a light-tailed M/G/1 queue, if gamma is the rate at which that tail falls. Long waits are nearly
     exponential (Kingman), so that rate is 1 over their mean. Here gamma is TAIL_RATE over the mean of the waits so far, but
     never less than the rate with which BOOST_TAIL of the requests wait longer than `slo`: while waits are short, the order is
-    nearly first come first served. A boost is at most MAX_BOOST: a request can only be passed by those that arrive within that
-    time after it, so it starts at most as long after its arrival as first come first served would start the last of these.
+    nearly first come first served. A boost is at most MAX_BOOST: of its own class, a request can only be passed by those that
+    arrive within that time after it. So without other classes it starts at most as long after its arrival as first come first
+    served would start the last of these.
 
     Args:
         work_of: seconds for which a request keeps others waiting.

@@ -37,6 +37,9 @@ Shape = tuple[tuple[int, ...], str]
 
 TARGET = "__gpu$xla.gpu.triton"
 """XLA's name for a launch of Triton code."""
+ANY_GRID = (1 << 30, 2, 2)
+"""Grid for which a kernel is translated. Pallas takes the first program number modulo the grid's first extent, which must
+therefore be above that of all launches; an extent of 1 would make a program number constant."""
 LARGE_BYTES = 1 << 31
 """Arrays from this size on keep their first extent: it decides whether offsets have 64 bits."""
 
@@ -126,7 +129,7 @@ def _code(kernel: Kernel) -> dict[str, Any] | None:
 
 def _translate(kernel: Kernel) -> dict[str, Any] | None:
     inputs, outputs = ([jax.ShapeDtypeStruct(*shape) for shape in side] for side in (kernel.inputs, kernel.outputs))
-    lowered = jax.jit(kernel.launch((2, 2, 2), outputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(kernel.launch(ANY_GRID, outputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
     found: list[dict[str, Any]] = []
 
     def visit(operation: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,11 +21,18 @@ from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
 from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """`(programs compiled, programs in all)`."""
 
 STEPS_IN_FLIGHT = 2
 """Steps that the device holds at a time: the host dispatches one while the device computes the one before."""
+
+FORWARD_S, LAYER_S, OTHER_S = 0.5, 0.15, 0.4
+"""Processor's seconds to compile a forward program without layers, a layer of it, and a sampling or writing program.
+
+Measured on a CPU with models of 2 and 30 layers, where a layer took 0.22 s with adapters and 0.08 s without."""
 
 
 class Programs:
@@ -87,7 +96,10 @@ class Programs:
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every program, on a few threads (XLA releases the GIL)."""
-        keys = self.listing()
+        keys, begin = self.listing(), time.perf_counter()
+        threads = _num_threads()
+        text = "compiling %d programs on %d threads: about %.0f s, or a few where they are in the compilation cache"
+        logger.info(text, len(keys), threads, self._compile_s(keys) / threads)
         lock, done = threading.Lock(), 0
 
         def run(program: tuple[ProgramCache, Any]) -> None:
@@ -99,6 +111,13 @@ class Programs:
                 progress(done, len(keys))
 
         _on_threads(run, keys)
+        logger.info("%d programs are compiled, in %.1f s", len(keys), time.perf_counter() - begin)
+
+    def _compile_s(self, keys: Sequence[tuple[ProgramCache, Any]]) -> float:
+        """Estimate the processor's seconds to compile programs, from counts."""
+        forwards = sum(programs is self.forward for programs, _ in keys)
+        layers = self._layout.config.num_layers
+        return forwards * (FORWARD_S + LAYER_S * layers) + (len(keys) - forwards) * OTHER_S
 
     def scratch_bytes(self) -> int:
         """Measure the memory that running takes besides weights and pool, in bytes.
@@ -164,6 +183,10 @@ def _needs(compiled: Any) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
+def _num_threads() -> int:
+    return min(16, os.cpu_count() or 1)
+
+
 def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
     """Run compile jobs and return their results, with the garbage collector off.
 
@@ -172,7 +195,7 @@ def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(_num_threads()) as threads:
             return list(threads.map(run, jobs))
     finally:
         if collects:

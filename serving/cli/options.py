@@ -23,7 +23,10 @@ Model = Annotated[str, typer.Argument(help="Preset, GGUF file, Hugging Face or O
 Dtype = Annotated[str, Option(help="auto, float32 or bfloat16.")]
 LoadFormat = Annotated[str, Option(help="auto reads the checkpoint; dummy draws random weights.")]
 MaxModelLen = Annotated[
-    int | None, Option(help="Longest sequence, prompt and output, in tokens (default: the model's limit, at most 2048).")
+    int | None,
+    Option(
+        help="Longest sequence, prompt and output, in tokens (default: the model's limit within the pool; on CPU up to 2048)."
+    ),
 ]
 MaxNumSeqs = Annotated[int, Option(help="Requests that run at once.")]
 SystemName = Annotated[str, Option("--system", help=f"Scheduling and caching policies: {', '.join(SYSTEMS)}.")]

@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import shlex
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli import options
@@ -21,6 +23,8 @@ from chameleon_jax.serving.service.server_config import ServerConfig
 if TYPE_CHECKING:
     from chameleon_jax.serving.server import Server
     from chameleon_jax.serving.service.service import Service
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS, ENGINE = ServerConfig(), EngineConfig()
 API_KEY, ADMIN_KEY = "CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"
@@ -38,7 +42,10 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = DEFAULTS.host,
     port: Annotated[int, Option(help="HTTP port; 0 picks a free one.")] = DEFAULTS.port,
     grpc_port: Annotated[int, Option(help="gRPC port; 0 picks a free one, -1 serves no gRPC.")] = DEFAULTS.grpc_port or -1,
-    served_model_name: Annotated[str | None, Option(help="Name of the base model in requests (default: from MODEL).")] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        Option(help="Name of the base model in requests (default: from MODEL). Repeat for several; answers have the first."),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         Option(envvar=API_KEY, help="Key for all requests. Repeat for several; separate those in the variable by spaces."),
@@ -46,6 +53,17 @@ def serve(
     admin_key: Annotated[
         list[str] | None, Option(envvar=ADMIN_KEY, help="Key for loading and unloading adapters. Repeat for several.")
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        Option(
+            help="Origin whose pages may read answers in a browser, as https://app.example; * allows any. Repeat for several."
+        ),
+    ] = None,
+    allowed_methods: Annotated[list[str], Option(help="Method that such pages may use; * allows all.")] = ["*"],  # noqa: B006
+    allowed_headers: Annotated[list[str], Option(help="Header that such pages may send; * allows all.")] = ["*"],  # noqa: B006
+    allow_credentials: Annotated[
+        bool, Option("--allow-credentials", help="Let such pages send cookies and HTTP authentication.")
+    ] = DEFAULTS.allow_credentials,
     tls_cert: Annotated[str | None, Option(help="PEM file of the TLS certificate, for both protocols.")] = None,
     tls_key: Annotated[str | None, Option(help="PEM file of the certificate's key, not encrypted.")] = None,
     max_model_len: options.MaxModelLen = None,
@@ -93,6 +111,10 @@ def serve(
     max_body_bytes: Annotated[int, Option(help="Most bytes of a request's body.")] = DEFAULTS.max_body_bytes,
     max_header_bytes: Annotated[int, Option(help="Most bytes of the head of an HTTP request.")] = DEFAULTS.max_header_bytes,
     max_connections: Annotated[int, Option(help="HTTP connections served at once.")] = DEFAULTS.max_connections,
+    max_metric_adapters: Annotated[
+        int, Option(help='Adapters with metrics of their own; further ones are counted as "other".')
+    ] = DEFAULTS.max_metric_adapters,
+    vllm_metrics: Annotated[bool, Option(help="Publish metrics under vLLM's names too, for its dashboards.")] = True,
     log_format: Annotated[str, Option(help="Format of the log: text or json.")] = "text",
     otlp_traces_endpoint: Annotated[str | None, Option(help="OpenTelemetry collector for traces, as http://host:4317.")] = None,
 ) -> None:
@@ -104,10 +126,15 @@ def serve(
     engine_settings, server_settings = fields_of(EngineConfig, flags), fields_of(ServerConfig, flags)
     server_settings["grpc_port"] = None if grpc_port < 0 else grpc_port
     server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
+    server_settings["served_model_name"] = tuple(served_model_name or ())
     with errors():
+        for field in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            server_settings[field] = _listed(field, flags[field])
         server_settings |= {"api_keys": _keys(api_key, API_KEY), "admin_keys": _keys(admin_key, ADMIN_KEY)}
-        config = ServerConfig(**server_settings)
-        _serve(model, config, engine_settings, named_adapters(lora_modules), log_format, otlp_traces_endpoint)
+        config, adapters = ServerConfig(**server_settings), named_adapters(lora_modules)
+        for name in adapters:
+            require(name not in config.served_model_name, "lora_modules", name, "names that the base model does not have")
+        _serve(model, config, engine_settings, adapters, log_format, otlp_traces_endpoint)
 
 
 def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:
@@ -115,6 +142,19 @@ def _keys(given: list[str] | None, variable: str) -> tuple[str, ...]:
     if not given and variable in os.environ:
         raise ValueError(f"{variable} is {os.environ[variable]!r}; allowed: keys separated by spaces, or leave it unset")
     return tuple(given or ())
+
+
+def _listed(field: str, given: list[str] | None) -> tuple[str, ...]:
+    """Values of a flag that is repeated for each, or is given them as one JSON list, as for vLLM. Raises ValueError."""
+    values: list[object] = []
+    for text in given or ():
+        try:
+            found = json.loads(text) if text.startswith("[") else [text]
+        except ValueError:
+            found = [None]
+        values += found
+    require(all(isinstance(value, str) for value in values), field, given, 'texts, or a JSON list of texts: ["*"]')
+    return tuple(map(str, values))
 
 
 def _serve(
@@ -127,6 +167,7 @@ def _serve(
 ) -> None:
     from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
 
+    begin = time.perf_counter()
     EngineConfig.of(settings)  # mistakes in settings and paths are found before JAX is imported, which takes seconds
     check_model(model, settings["load_format"])
     check_readable(adapters)
@@ -145,6 +186,7 @@ def _serve(
         await service.load_named(adapters)
         server = Server(service, listener, metrics)
         await server.start()
+        logger.info("ready, in %.1f s", time.perf_counter() - begin)
         await _greet(service, server)
         await server.run()
 
@@ -153,9 +195,11 @@ def _serve(
         listener = at_end.enter_context(contextlib.closing(listen(config)))
         at_end.enter_context(contextlib.closing(setup_logging(log_format)))
         logging.getLogger("jax").setLevel(logging.WARNING)
-        metrics = at_end.enter_context(contextlib.closing(Metrics()))
+        metrics = at_end.enter_context(contextlib.closing(Metrics(config.max_metric_adapters, config.vllm_metrics)))
         llm = at_end.enter_context(contextlib.closing(AsyncLLM(model, progress=progress, **settings)))
-        metrics.compilations.serve()
+        made = metrics.compilations
+        logger.info("%d compilations so far, of which %d were found in the cache", made.at_start, made.cache_hits)
+        made.serve()
         service = Service(llm, config, sources)
         if exporter is not None:
             tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))

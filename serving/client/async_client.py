@@ -34,10 +34,11 @@ class AsyncClient(BaseClient):
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids."""
-        request = make_request(prompt, params, lora_name, request_id)
+        """Complete one prompt, given as text or as token ids. Requests of lower `priority` start first."""
+        request = make_request(prompt, params, lora_name, request_id, priority)
         return await self._call(self._calls.generate(request), self._attempts(timeout))
 
     async def stream(
@@ -47,13 +48,14 @@ class AsyncClient(BaseClient):
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[Generated, None]:
         """Yield new output as it arrives. The last part has a finish reason.
 
         Closing the generator aborts the request: `async with contextlib.aclosing(client.stream(...)) as stream`.
         """
-        call = self._calls.stream(make_request(prompt, params, lora_name, request_id))
+        call = self._calls.stream(make_request(prompt, params, lora_name, request_id, priority))
         attempts = self._attempts(timeout)
         while True:
             responses = self._start(call, attempts)

@@ -11,6 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chameleon_jax.outputs import Logprob
+from chameleon_jax.request import check_priority
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving.client import channel
 from chameleon_jax.serving.client.channel import Attempts
@@ -138,10 +139,15 @@ class BaseClient:
 
 
 def make_request(
-    prompt: str | Sequence[int], params: SamplingParams | None, lora_name: str | None, request_id: str | None
+    prompt: str | Sequence[int],
+    params: SamplingParams | None,
+    lora_name: str | None,
+    request_id: str | None,
+    priority: int = 0,
 ) -> messages.GenerateRequest:
     """Make the request of `Generate` and `GenerateStream`. Raises ValueError for a value that does not fit its field."""
-    request = messages.GenerateRequest(lora_name=lora_name or "", request_id=request_id or "")
+    priority = check_priority(priority)
+    request = messages.GenerateRequest(lora_name=lora_name or "", request_id=request_id or "", priority=priority)
     if params is not None:
         request.sampling.CopyFrom(convert.sampling_to_message(params))
     if isinstance(prompt, str):

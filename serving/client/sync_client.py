@@ -38,10 +38,11 @@ class Client(BaseClient):
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids."""
-        request = make_request(prompt, params, lora_name, request_id)
+        """Complete one prompt, given as text or as token ids. Requests of lower `priority` start first."""
+        request = make_request(prompt, params, lora_name, request_id, priority)
         return self._call(self._calls.generate(request), self._attempts(timeout))
 
     def stream(
@@ -51,10 +52,11 @@ class Client(BaseClient):
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
         timeout: float | None = None,
     ) -> Iterator[Generated]:
         """Yield new output as it arrives. The last part has a finish reason. Leaving the iteration aborts the request."""
-        call = self._calls.stream(make_request(prompt, params, lora_name, request_id))
+        call = self._calls.stream(make_request(prompt, params, lora_name, request_id, priority))
         attempts = self._attempts(timeout)
         while True:
             responses = self._start(call, attempts)

@@ -52,7 +52,10 @@ class Head:
     @classmethod
     def of(cls, request: Request, model: str | None, kind: Kind) -> Head:
         own_id = f"{kind.id_prefix}-{request.state.request_id}-{uuid.uuid4().hex[:8]}"
-        return cls(kind, own_id, int(time.time()), model or service_of(request).model_name)
+        service = service_of(request)
+        if not model or model in service.model_names:
+            model = service.model_name
+        return cls(kind, own_id, int(time.time()), model)
 
     def whole(self, choices: Sequence[JsonObject], **rest: Any) -> JsonObject:
         return self._object(self.kind.whole, choices, rest)

@@ -37,8 +37,8 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         async with deadline.kept():
             messages = [message.for_template() for message in body.messages]
             token_ids = await service.chat_tokens(messages, **body.template_variables())
-        prompt = {"prompt_token_ids": token_ids}
-        streams = await service.llm.open_all([prompt], params, lora, head.id, deadline, fit=max_tokens is None)
+        prompts, fit = [{"prompt_token_ids": token_ids}], max_tokens is None
+        streams = await service.llm.open_all(prompts, params, lora, head.id, deadline, fit=fit, priority=body.priority)
     choices = [ChatChoice(i, body.top_logprobs or 0) for i in range(len(streams))]
     return await Answer(request, body, head, streams, choices, len(token_ids)).respond()
 

@@ -38,7 +38,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         if len(prompts) * len(params) > most:
             raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
         inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
-        streams = await service.llm.open_all(inputs, params, lora, head.id, deadline, fit=body.max_tokens is None)
+        fit = body.max_tokens is None
+        streams = await service.llm.open_all(inputs, params, lora, head.id, deadline, fit=fit, priority=body.priority)
     beginnings = [_beginning(service.llm.tokenizer, body, prompt) for prompt in prompts]
     choices = [TextChoice(i, *beginnings[i // len(params)]) for i in range(len(streams))]
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])

@@ -6,10 +6,12 @@ import logging
 import time
 import uuid
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chameleon_jax.serving.http.errors import ApiError, error_response
 from chameleon_jax.serving.service.service import REQUEST_ID
+from chameleon_jax.serving.telemetry import trace_context
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("chameleon_jax.access")
@@ -30,6 +32,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        trace_context.receive(Headers(scope=scope))
         state = scope.setdefault("state", {})
         state["request_id"], state["log"] = exchange.request_id, {}
         begin = time.monotonic()

@@ -64,7 +64,7 @@ class UnloadedLora(BaseModel):
 
 
 def _card(service: Service, name: str) -> ModelCard:
-    parent = None if name == service.model_name else service.model_name
+    parent = None if name in service.model_names else service.model_name
     length = service.llm.max_model_len
     return ModelCard(id=name, created=service.created, root=service.model_name, parent=parent, max_model_len=length)
 
@@ -73,7 +73,7 @@ def _card(service: Service, name: str) -> ModelCard:
 async def list_models(request: Request) -> ModelList:
     service = service_of(request)
     with translate_errors():
-        names = [service.model_name, *await service.llm.list_loras()]
+        names = [*service.model_names, *await service.llm.list_loras()]
     return ModelList(data=[_card(service, name) for name in names])
 
 

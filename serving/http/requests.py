@@ -50,6 +50,9 @@ class Sampling(StrictModel):
     include_stop_str_in_output: StrictBool | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool = False
+    priority: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] = Field(
+        default=0, description="Class, as in vLLM. Lower ones start first."
+    )
     skip_special_tokens: StrictBool = True
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
@@ -95,7 +98,6 @@ class Sampling(StrictModel):
     return_token_ids: Annotated[Any, reject_unsupported(False)] = None
     return_tokens_as_token_ids: Annotated[Any, reject_unsupported(False)] = None
     thinking_token_budget: Annotated[Any, reject_unsupported(-1)] = None
-    priority: Annotated[Any, reject_unsupported(0)] = None
     request_id: Annotated[Any, reject_unsupported("")] = None
     kv_transfer_params: Unsupported = None
     vllm_xargs: Unsupported = None

@@ -56,7 +56,9 @@ class Inference(stubs.InferenceServicer):
             raise DeadlineExceeded("the deadline of the call has passed")
         deadline = self._service.deadline(timeout)
         fit = not request.sampling.HasField("max_tokens")
-        (stream,) = await self._service.llm.open_all([prompt], [params], lora, request_id, deadline, fit=fit)
+        (stream,) = await self._service.llm.open_all(
+            [prompt], [params], lora, request_id, deadline, fit=fit, priority=request.priority
+        )
         access_fields.get()["model"] = request.lora_name or self._service.model_name
         return stream
 

@@ -16,6 +16,7 @@ from grpc.aio import ServicerContext
 
 from chameleon_jax.serving.service.service import REQUEST_ID, Service
 from chameleon_jax.serving.service.statuses import REPORTED_ERRORS, RETRY_AFTER_S, message_of, status_of
+from chameleon_jax.serving.telemetry import trace_context
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("chameleon_jax.access")
@@ -71,7 +72,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     @contextlib.asynccontextmanager
     async def _call(self, name: str, request: Any, context: ServicerContext) -> AsyncIterator[None]:
         """Check access before a call, turn its errors into status codes, and log it."""
-        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+        metadata = {str(key): _as_text(value) for key, value in context.invocation_metadata() or ()}
+        trace_context.receive(metadata)
         given = getattr(request, "request_id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"rpc-{uuid.uuid4().hex}"
         fields: dict[str, Any] = {"request_id": request_id, "method": name}
@@ -79,7 +81,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         begin, code = time.monotonic(), grpc.StatusCode.OK
         try:
             try:
-                self._service.check_access(_as_text(metadata.get("authorization")), admin=name in ADMIN_METHODS)
+                self._service.check_access(metadata.get("authorization"), admin=name in ADMIN_METHODS)
                 if isinstance(request, _Undecodable):
                     raise ValueError("the message cannot be parsed; allowed: a request message of chameleon.v1")
                 yield
@@ -118,5 +120,5 @@ def _shortened(text: str) -> str:
     return text if len(data) <= MAX_DETAILS_BYTES else data[:MAX_DETAILS_BYTES].decode(errors="ignore") + "…"
 
 
-def _as_text(value: str | bytes | None) -> str | None:
+def _as_text(value: str | bytes) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else value

@@ -8,6 +8,12 @@ import re
 
 from chameleon_jax.checks import require
 
+MAX_NAME_LEN = 256
+"""Characters of a model's or an adapter's name."""
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+LEAST = {"max_body_bytes": 1024, "max_header_bytes": 1024, "max_connections": 1, "max_choices": 1, "max_metric_adapters": 0}
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
@@ -17,7 +23,8 @@ class ServerConfig:
         host: Address to listen on.
         port: HTTP port. 0 picks a free one.
         grpc_port: gRPC port. 0 picks a free one; None serves no gRPC.
-        served_model_name: Name of the base model in requests. None takes it from the path or id it was loaded from.
+        served_model_name: Names of the base model in requests. Answers and metrics have the first. Without any, it is taken
+            from the path or id that the model was loaded from.
         api_keys: Keys, of which every request for models, completions or the status page's data must send one as
             `Authorization: Bearer KEY`. Without any, the server is open. Keys hold no spaces, as spaces separate the keys in an
             environment variable.
@@ -25,6 +32,10 @@ class ServerConfig:
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
         hub_adapters: Hub ids from which clients may load adapters.
+        allowed_origins: Origins whose pages may read answers in a browser (CORS), as `https://app.example`; "*" allows any.
+        allowed_methods: Methods that such pages may use; "*" allows all.
+        allowed_headers: Headers that such pages may send; "*" allows all.
+        allow_credentials: Whether such pages may send cookies and HTTP authentication.
         tls_cert: PEM file of the certificate for both protocols. None serves without TLS.
         tls_key: PEM file of the certificate's key.
         request_timeout: Most seconds a request may take, and the default for requests without a deadline.
@@ -33,16 +44,22 @@ class ServerConfig:
         max_header_bytes: Bytes of the head of an HTTP request.
         max_connections: HTTP connections served at once.
         max_choices: Choices of one request: its prompts times `n`.
+        max_metric_adapters: Adapters with metrics of their own; further ones are counted as "other".
+        vllm_metrics: Whether metrics that vLLM has too are also published under its names.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int | None = 8001
-    served_model_name: str | None = None
+    served_model_name: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     admin_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     adapter_dirs: tuple[str, ...] = ()
     hub_adapters: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
     request_timeout: float = 600.0
@@ -51,11 +68,16 @@ class ServerConfig:
     max_header_bytes: int = 16 << 10
     max_connections: int = 1024
     max_choices: int = 16
+    max_metric_adapters: int = 100
+    vllm_metrics: bool = True
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
         require(self.grpc_port is None or 0 <= self.grpc_port < 65536, "grpc_port", self.grpc_port, "0 to 65535")
         require(not self.port or self.grpc_port != self.port, "grpc_port", self.grpc_port, "another than port")
+        names = self.served_model_name
+        valid = all(0 < len(name) <= MAX_NAME_LEN and name.isprintable() for name in names) and len(set(names)) == len(names)
+        require(valid, "served_model_name", names, f"different names of 1 to {MAX_NAME_LEN} printable characters")
         for field in ("api_keys", "admin_keys"):  # HTTP headers carry no other characters
             valid = all(re.fullmatch("[!-~]+", key) for key in getattr(self, field))
             require(valid, field, "...", "printable ASCII without spaces, not empty")
@@ -63,5 +85,9 @@ class ServerConfig:
         for field in ("request_timeout", "drain_timeout"):
             value = getattr(self, field)
             require(0 < value < math.inf, field, value, "above 0 seconds, finite")
-        for field, least in (("max_body_bytes", 1024), ("max_header_bytes", 1024), ("max_connections", 1), ("max_choices", 1)):
+        for origin in self.allowed_origins:
+            require(
+                origin == "*" or ORIGIN.fullmatch(origin) is not None, "allowed_origins", origin, "*, or as https://HOST[:PORT]"
+            )
+        for field, least in LEAST.items():
             require(getattr(self, field) >= least, field, getattr(self, field), f"{least} or more")

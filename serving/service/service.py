@@ -17,12 +17,9 @@ from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
-from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.service.server_config import MAX_NAME_LEN, ServerConfig
 
 logger = logging.getLogger(__name__)
-
-MAX_NAME_LEN = 256
-"""Characters of an adapter's name."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """Ids that a client may give to its requests."""
@@ -37,7 +34,8 @@ class Service:
         sources: Places of adapters; None makes them of `config`.
 
     Attributes:
-        model_name: Name of the base model in requests.
+        model_names: Names of the base model in requests.
+        model_name: The first of them, which answers and metrics have.
         created: Unix time at which serving started, seconds.
         sampling_defaults: Values of `SamplingParams` fields that requests leave out.
     """
@@ -45,7 +43,8 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig, sources: AdapterSources | None = None):
         self.llm = llm
         self.config = config
-        self.model_name = config.served_model_name or Path(llm.engine.model_name).name
+        self.model_names = config.served_model_name or (Path(llm.engine.model_name).name,)
+        self.model_name = self.model_names[0]
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters)
@@ -83,11 +82,15 @@ class Service:
 
     def lora_named(self, model: str | None) -> LoRARequest | None:
         """Adapter that a request's `model` names, None for the base model. Raises KeyError for an unknown name."""
-        if model is None or model in ("", self.model_name):
+        if model is None or model in ("", *self.model_names):
             return None
-        if self.llm.engine.adapters.get(model) is None:
+        if not self.is_lora(model):
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
+
+    def is_lora(self, name: str) -> bool:
+        """Whether an adapter has that name."""
+        return self.llm.engine.adapters.get(name) is not None
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Deadline of a request arriving now. Args: timeout: seconds, at most and by default the server's `request_timeout`."""
@@ -124,13 +127,15 @@ class Service:
             ValueError: A named adapter cannot be served.
             EngineDead: The engine died meanwhile.
         """
+        begin = time.perf_counter()
         for name, path in adapters.items():
             try:
                 self._check_name(name)
                 await self.llm.add_lora(name, path)
             except (ValueError, RequestFailed) as error:
                 raise ValueError(f"adapter {name!r}, {path}: {error}") from error
-        for name, directory in self.sources.found().items():
+        found = self.sources.found()
+        for name, directory in found.items():
             if name in adapters:
                 continue
             try:
@@ -138,6 +143,8 @@ class Service:
                 await self.llm.add_lora(name, self.sources.resolve(str(directory)))
             except (ValueError, RequestFailed) as error:
                 logger.warning("adapter %r in an adapter directory is left out: %s", name, error)
+        num_found, num_read = len(adapters | found), len(await self.llm.list_loras())
+        logger.info("%d adapters are found and %d registered, in %.1f s", num_found, num_read, time.perf_counter() - begin)
 
     async def load_lora(self, name: str, source: str, pinned: bool | None = None, load_inplace: bool = True) -> bool:
         """Load an adapter for a client. Returns whether the name had the same content before. Raises as `AsyncLLM.add_lora`."""
@@ -155,10 +162,10 @@ class Service:
         logger.info("unloaded adapter %r", name)
 
     def _check_name(self, name: str) -> None:
-        if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name == self.model_name:
+        if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name in self.model_names:
             raise ValueError(
                 f"lora_name is {reprlib.repr(name)}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
-                "but not the base model's name"
+                "but no name of the base model"
             )
 
 

@@ -112,7 +112,9 @@ class _Ended:
 class RequestTracer(Observer):
     """Observer of the engine that exports the spans of ended requests, from a thread of its own.
 
-    Requests lost with a dead engine get no spans.
+    The spans belong to the caller's trace where the request came with one, else to a trace of their own. A caller that does
+    not record its trace (the flag `sampled` is 0) gets none, unless `OTEL_TRACES_SAMPLER` says otherwise. Requests lost with a
+    dead engine get no spans.
 
     Args:
         exporter: Exporter that receives the spans.
@@ -162,13 +164,14 @@ class RequestTracer(Observer):
     def _make_spans(self, ended: _Ended) -> None:
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         request = ended.request
         times = request.metrics
         assert times.finished_time is not None
         root = self._tracer.start_span(
             "llm_request",
-            Context(),
+            TraceContextTextMapPropagator().extract(request.trace_context or {}, Context()),
             kind=SpanKind.SERVER,
             attributes=attributes(request, self._model_name),
             start_time=ended.ns(times.arrival_time),

@@ -48,5 +48,5 @@ class Watcher(Observer):
     def loaded(self, result):
         raise RuntimeError("what an observer raises concerns nobody")
 
-    def engine_died(self, error, num_requests):
-        self.lost_requests.append(num_requests)
+    def engine_died(self, error, adapter_names):
+        self.lost_requests.append(len(adapter_names))

@@ -89,7 +89,7 @@ def llama2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(engines: Engines, llama2_model: Path) -> Iterator[SimpleNamespace]:
-    """Every way to ask one engine with that model: `llm`, `openai`, `rpc`."""
+    """Every way to ask one engine with that model: `llm`, `openai`, `rpc`, the gRPC `target`."""
     with (
         engines.borrow(llama2_model, num_pages=300) as engine,
         contextlib.closing(AsyncLLM(engine)) as llm,
@@ -97,7 +97,7 @@ def served(engines: Engines, llama2_model: Path) -> Iterator[SimpleNamespace]:
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT) as client,
         Client(server.target) as rpc,
     ):
-        yield SimpleNamespace(llm=llm, openai=client, rpc=rpc)
+        yield SimpleNamespace(llm=llm, openai=client, rpc=rpc, target=server.target)
 
 
 def make_service(llm: AsyncLLM, adapter_dir: Path, **settings: object) -> Service:

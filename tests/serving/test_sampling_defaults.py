@@ -137,7 +137,7 @@ def test_prompts_without_parameters_have_the_models(make_llm, model, tmp_path, m
         assert llm.get_default_sampling_params() == SamplingParams(**expected)
         asked = []
         submit = llm.engine.submit
-        record = lambda ids, params, *rest: (asked.append(params), submit(ids, params, *rest))[1]  # noqa: E731
+        record = lambda ids, params, *rest, **named: (asked.append(params), submit(ids, params, *rest, **named))[1]  # noqa: E731
         monkeypatch.setattr(llm.engine, "submit", record)
         mine = SamplingParams(max_tokens=2)
         llm.generate(["love", "x" * 61])

@@ -113,6 +113,17 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
         assert process._ready.wait(TIMEOUT)
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
         assert done == programs == 5  # a decode row, a tile of a prompt, and three kinds of sampling
+        for line in (
+            r"weights of .* are read as float32, in \d+\.\d s",
+            r"compiling 5 programs on \d+ threads: about \d+ s",
+            r"5 programs are compiled, in \d+\.\d s",
+            r"max_model_len is 128: as set",
+            r"the pool has 1200 pages: \d+ tokens of KV without adapters, \d+ MiB",
+            r"\d+ compilations so far, of which \d+ were found in the cache",
+            r"\d+ adapters are found and 0 registered, in \d+\.\d s",
+            r"ready, in \d+\.\d s",
+        ):
+            assert re.search(line, process.log), line
         url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
         assert url is not None
         with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:

@@ -14,6 +14,7 @@ from chameleon_jax.scheduler.admission import AdmissionBatch
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.level_planner import LevelPlanner
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, MultiLevelQueue
+from chameleon_jax.scheduler.request_queue import MAX_PASSES
 from chameleon_jax.scheduler.request_size import PageNeeds
 from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
 
@@ -21,10 +22,12 @@ START = 100.0
 """Seconds of the clock at the start."""
 
 
-def request(number: int, pages: int, size: float = 0.0, adapter: str | None = None, tokens: int = 10) -> Request:
+def request(
+    number: int, pages: int, size: float = 0.0, adapter: str | None = None, tokens: int = 10, priority: int = 0
+) -> Request:
     """Request that starts with so many KV pages: its prompt has as many tokens."""
     made = Request(f"r{number}", [1] * pages, SamplingParams(max_tokens=100), START, seed=0, adapter=adapter, order=number)
-    made.size, made.predicted_output_len = size, tokens
+    made.size, made.predicted_output_len, made.priority = size, tokens, priority
     return made
 
 
@@ -242,3 +245,32 @@ def test_a_head_blocked_at_time_0_times_out():
     order.admit(0.0)
     order.wait(request(4, 1, 0.1))
     assert order.admit(50.0) == []
+
+
+def test_levels_whose_heads_are_of_a_higher_class_have_the_first_choice_of_room_and_of_loans():
+    order = Order(quotas=(10, 20), bounds=(0.5,))
+    order.wait(request(1, 4, 0.1, priority=1), request(2, 4, 0.9, priority=1), request(3, 4, 0.9, priority=0))
+    assert order.admit(slots=1) == [3]
+    assert order.admit() == [1, 2]
+    order = Order(quotas=(10, 10, 10), bounds=(0.3, 0.6))
+    order.wait(request(1, 10, 0.1), request(2, 10, 0.5), request(3, 10, 0.1, priority=1), request(4, 10, 0.5, priority=0))
+    assert order.admit() == [1, 2, 4]  # on the quota of the third level
+
+
+def test_passes_count_on_when_levels_are_formed_anew():
+    order = Order(quotas=(1000,))
+    order.wait(request(0, 1, priority=1), *[request(number, 1) for number in range(1, 50)])
+    started = [order.admit(slots=1) for _ in range(5)]
+    order.wait(*[request(number, 1) for number in range(50, 50 + level_planner.FIRST_REFRESH)])
+    started += [order.admit(slots=1) for _ in range(5)]
+    assert order.counters.quota_refreshes == 1
+    assert started == [*[[number] for number in range(1, MAX_PASSES + 1)], [0]]
+
+
+def test_a_bypasser_is_squashed_for_a_younger_head_of_a_higher_class():
+    order = Order(total=20, quotas=(40,), big=12)
+    order.wait(request(0, 8, tokens=50))
+    order.admit()
+    order.wait(passer := request(1, 3, tokens=5, priority=1), request(2, 2, adapter="big"))
+    assert order.admit() == [1] and order.counters.bypasses == 1
+    assert order.queue.victim(11) is passer

@@ -1,6 +1,8 @@
-"""The queue against sorted()."""
+"""The queue against sorted(), and classes in it."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 from hypothesis import strategies as st
@@ -8,14 +10,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler.request_queue import RequestQueue
+from chameleon_jax.scheduler import request_queue
+from chameleon_jax.scheduler.request_queue import MAX_PASSES, RequestQueue
 from tests.properties import examples
 
 KEYS = st.sampled_from([0.0, 1.0, 2.5, -3.0])
+FEW_PASSES = 2
+PRIORITIES = st.sampled_from([0, 0, 7, -(2**63), 2**63 - 1])
 
 
-def request(order: int) -> Request:
-    return Request(f"r{order}", [1], SamplingParams(), arrival_time=0.0, seed=0, order=order)
+def request(order: int, priority: int = 0) -> Request:
+    return Request(f"r{order}", [1], SamplingParams(), arrival_time=0.0, seed=0, order=order, priority=priority)
 
 
 class Queue(RuleBasedStateMachine):
@@ -25,11 +30,17 @@ class Queue(RuleBasedStateMachine):
         self.items: list[tuple[float, int, Request]] = []
         self.gone: list[tuple[float, Request]] = []
         self.orders = 0
+        self.passes = 0
+        self.patch = mock.patch.object(request_queue, "MAX_PASSES", FEW_PASSES)
+        self.patch.start()
 
-    @rule(key=KEYS)
-    def add(self, key):
+    def teardown(self):
+        self.patch.stop()
+
+    @rule(key=KEYS, priority=PRIORITIES)
+    def add(self, key, priority):
         self.orders += 1
-        self.put(key, request(self.orders))
+        self.put(key, request(self.orders, priority))
 
     @precondition(lambda self: self.gone)
     @rule(key=KEYS, data=st.data())
@@ -48,6 +59,15 @@ class Queue(RuleBasedStateMachine):
         self.queue.remove(item, key)
         self.gone.append((key, item))
 
+    @precondition(lambda self: self.items)
+    @rule(place=st.sampled_from([0, 0, 0, 1, 2]))
+    def start(self, place):
+        first = min(self.items, key=lambda entry: entry[:2])
+        entry = next(e for e in self.items if e[2] is self.queue.first(place + 1)[-1])
+        self.items.remove(entry)
+        self.queue.remove(entry[2], entry[0], starts=True)
+        self.passes = 0 if entry is first else self.passes + (entry[2].priority < first[2].priority)
+
     @precondition(lambda self: self.gone)
     @rule(data=st.data())
     def remove_what_is_not_there(self, data):
@@ -64,7 +84,11 @@ class Queue(RuleBasedStateMachine):
 
     @invariant()
     def it_is_sorted(self):
-        expected = [item for _, _, item in sorted(self.items, key=lambda entry: entry[:2])]
+        entries = sorted(self.items, key=lambda entry: (entry[2].priority, *entry[:2]))
+        if self.passes >= FEW_PASSES:
+            first = min(self.items, key=lambda entry: entry[:2], default=None)
+            entries = sorted(entries, key=lambda entry: entry is not first)
+        expected = [item for _, _, item in entries]
         assert list(self.queue) == expected and len(self.queue) == len(expected)
         assert self.queue.first(3) == expected[:3] and self.queue.first(10**6) == expected
         for place in range(len(expected) + 2):
@@ -73,3 +97,30 @@ class Queue(RuleBasedStateMachine):
 
 Queue.TestCase.settings = examples(50, stateful_step_count=50)
 TestQueue = Queue.TestCase
+
+
+def test_a_tenth_of_the_starts_is_in_the_order_without_classes():
+    queue = RequestQueue()
+    for order in range(1, 4):
+        queue.add(request(order, priority=5))
+    started = []
+    for order in range(4, 34):
+        queue.add(request(order, priority=-1))
+        (first,) = queue.first(1)
+        queue.remove(first, starts=True)
+        started.append(first.order)
+    assert MAX_PASSES == 9 and [started.index(order) for order in (1, 2, 3)] == [9, 19, 29]
+    assert [order for order in started if order > 3] == list(range(4, 31))
+
+
+def test_a_class_without_another_keeps_its_own_order():
+    queue = RequestQueue()
+    for order in range(1, 40):
+        queue.add(request(order, priority=3), key=float(order % 5))
+    started = []
+    while len(queue):
+        passing = queue.first(2)[-1]  # the first waits for its adapter
+        queue.remove(passing, float(passing.order % 5), starts=True)
+        started.append(passing.order)
+    expected = sorted(range(1, 40), key=lambda order: (order % 5, order))
+    assert started == expected[1:] + expected[:1]

@@ -35,8 +35,11 @@ def make_scheduler(system: str, num_pages: int = 40, max_num_seqs: int = 1, **ad
     return Scheduler(config, 4, cache, predictor, ANY_SIZE), predictor
 
 
-def add(scheduler: Scheduler, number: int, adapter: str | None = None, prompt: int = 4, output: int = 40) -> Request:
+def add(
+    scheduler: Scheduler, number: int, adapter: str | None = None, prompt: int = 4, output: int = 40, priority: int = 0
+) -> Request:
     made = Request(f"r{number}", [1] * prompt, SamplingParams(max_tokens=output), 0.0, seed=0, adapter=adapter, order=number)
+    made.priority = priority
     scheduler.add(made, 0.0)
     return made
 
@@ -68,6 +71,21 @@ def test_a_preemption_for_memory_is_counted_and_the_request_waits_again():
     run(scheduler, 30)
     assert scheduler.running == [old] and young.metrics.num_preemptions == 1
     assert scheduler.counters == SchedulerCounters(memory_preemptions=1) and scheduler.counters.preemptions == 1
+
+
+def test_the_youngest_of_the_lowest_class_is_preempted_first_and_joins_the_class_that_takes_its_pages():
+    scheduler, _ = make_scheduler("fifo", num_pages=16, max_num_seqs=3)
+    low, younger, high = (add(scheduler, number, priority=priority) for number, priority in enumerate((5, 5, 0)))
+    run(scheduler)
+    assert scheduler.running == [low, younger, high]
+    preempted: list[Request] = []
+    while len(preempted) < 2:
+        run(scheduler)
+        preempted += [r for r in (low, younger, high) if r.metrics.num_preemptions and r not in preempted]
+    assert preempted == [younger, low] and scheduler.running == [high]
+    assert (low.priority, younger.priority, high.priority) == (0, 5, 0)
+    late = add(scheduler, 3, priority=0)
+    assert scheduler.policy.upcoming(9) == [low, late, younger]
 
 
 def test_loads_ahead_of_a_turn_and_those_given_up_are_counted():

@@ -22,7 +22,8 @@ from chameleon_jax.scheduler import level_planner, single_queue
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, MultiLevelQueue
 from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
-from chameleon_jax.systems import SYSTEMS
+from chameleon_jax.scheduler.request_queue import MAX_PASSES
+from chameleon_jax.systems import SYSTEMS, System
 from tests.chameleon_jax.fake_executor import FakeExecutor
 from tests.properties import examples
 
@@ -40,6 +41,7 @@ class Arrival:
     prompt: int
     output: int
     adapter: str | None = None
+    priority: int = 0
 
 
 SMALL, LARGE = Arrival(0.0, 3, 3), Arrival(0.0, 30, 20)
@@ -64,9 +66,10 @@ class Simulation:
     Attributes:
         ahead: for each request, the older ones that waited when it arrived, and those preempted while it waited.
         most_levels: for each request, the most levels while it waited.
+        steps: for each step, the requests that waited before it, and those of them that it started.
     """
 
-    def __init__(self, system: str, num_pages: int, slots: int = 8, step_tokens: int = 512, first_refresh: int = 10):
+    def __init__(self, system: str | System, num_pages: int, slots: int = 8, step_tokens: int = 512, first_refresh: int = 10):
         self.now = START
         config = EngineConfig(
             system=system,
@@ -82,6 +85,7 @@ class Simulation:
         self.requests: list[Request] = []
         self.ahead: list[int] = []
         self.most_levels: list[int] = []
+        self.steps: list[tuple[list[Request], list[Request]]] = []
         self._unstarted: list[int] = []
         self._submitted: list[int] = []  # since the last step
         self._levels = 1
@@ -96,6 +100,7 @@ class Simulation:
         made = Request(
             f"r{len(self.requests)}", tokens, SamplingParams(max_tokens=kind.output), self.now, seed=0, adapter=kind.adapter
         )
+        made.priority = kind.priority
         self.ahead.append(self.loop.scheduler.num_waiting)
         self.loop.submit(made)
         self.requests.append(made)
@@ -107,8 +112,10 @@ class Simulation:
     def step(self) -> None:
         self._unstarted = [i for i in self._unstarted if self.requests[i].metrics.first_scheduled_time is None]
         preemptions = {r.order: r.metrics.num_preemptions for r in self.loop.scheduler.running}
+        waiting = [r for r in self.loop.unfinished if r.state is RequestState.WAITING]
         with mock.patch.object(level_planner, "FIRST_REFRESH", self.first_refresh):
             self.loop.step()
+        self.steps.append((waiting, [r for r in waiting if r.state is RequestState.RUNNING]))
         preempted = [order for order, n in preemptions.items() if self.requests[order - 1].metrics.num_preemptions > n]
         count = len(getattr(self.loop.scheduler.policy, "levels", "1"))
         if preempted:
@@ -257,3 +264,93 @@ def test_a_head_start_is_never_larger_than_its_bound(phases, num_pages, slots):
         for later in simulation.requests[number + 1 :]:
             if later.arrival_time > request.arrival_time + most:
                 assert later.metrics.first_scheduled_time >= started
+
+
+def with_classes(arrivals: list[Arrival], priorities: list[int], **changes) -> list[Arrival]:
+    """Give arrivals the priorities in turn."""
+    return [dataclasses.replace(a, priority=priorities[i % len(priorities)], **changes) for i, a in enumerate(arrivals)]
+
+
+PRIORITIES = st.lists(st.sampled_from([-1, 0, 0, 5]), min_size=1, max_size=7)
+SINGLE = ["fifo", "sjf", "chameleon-plus"]
+
+
+@examples(15)
+@given(
+    phases=PHASES, num_pages=st.integers(27, 80), system=st.sampled_from([*SINGLE, "chameleon"]), priority=st.integers(-5, 5)
+)
+def test_one_class_of_any_priority_starts_as_without_priorities(phases, num_pages, system, priority):
+    starts = []
+    for only in (0, priority):
+        simulation = Simulation(system, num_pages).run(with_classes(arrivals_of(phases), [only]))
+        starts.append([(r.metrics.first_scheduled_time, r.metrics.num_preemptions) for r in simulation.requests])
+    assert starts[0] == starts[1]
+
+
+@examples(30)
+@given(
+    phases=PHASES,
+    priorities=PRIORITIES,
+    num_pages=st.integers(27, 80),
+    slots=st.sampled_from([2, 8]),
+    system=st.sampled_from(SINGLE),
+)
+def test_one_start_in_ten_at_most_passes_a_higher_class(phases, priorities, num_pages, slots, system):
+    """Where nothing is preempted and no adapter loads."""
+    chosen = dataclasses.replace(SYSTEMS[system], reserve_max_tokens=True)
+    simulation = Simulation(chosen, num_pages, slots).run(with_classes(arrivals_of(phases), priorities, adapter=None))
+    num_starts = num_passes = 0
+    for waiting, started in simulation.steps:
+        left = [r.priority for r in waiting if r not in started]
+        num_starts += len(started)
+        num_passes += sum(r.priority > min(left, default=r.priority) for r in started)
+        assert num_passes <= num_starts / (MAX_PASSES + 1)
+    assert num_starts == len(simulation.requests)
+
+
+@examples(30)
+@given(phases=PHASES, priorities=PRIORITIES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
+def test_first_come_first_served_holds_in_a_class_and_ten_times_over_between_classes(phases, priorities, num_pages, slots):
+    chosen = dataclasses.replace(SYSTEMS["fifo"], reserve_max_tokens=True)
+    simulation = Simulation(chosen, num_pages, slots).run(with_classes(arrivals_of(phases), priorities, adapter=None))
+    latest: dict[int, float] = {}
+    for request, ahead in zip(simulation.requests, simulation.ahead):
+        started = request.metrics.first_scheduled_time
+        assert started is not None and latest.get(request.priority, 0.0) <= started
+        latest[request.priority] = started
+        between = sum(len(starts) for waiting, starts in simulation.steps if request in waiting and request not in starts)
+        assert between < (MAX_PASSES + 1) * (ahead + 1)
+
+
+@examples(30)
+@given(
+    phases=st.one_of(PHASES, STREAMS),
+    priorities=PRIORITIES,
+    num_pages=st.integers(27, 80),
+    slots=st.sampled_from([2, 3, 8]),
+    system=st.sampled_from(MULTILEVEL),
+)
+def test_the_starvation_bound_with_classes(phases, priorities, num_pages, slots, system):
+    simulation = Simulation(system, num_pages, slots).run([after(1.0, KINDS[i % 6]) for i in range(12)])
+    simulation.run(with_classes(arrivals_of(phases), priorities))
+    longest = simulation.longest_run()
+    for request, ahead, count in zip(simulation.requests, simulation.ahead, simulation.most_levels):
+        bound = (MAX_PASSES + 1) * (ahead + 1) * ((count + 1) * longest + HEAD_TIMEOUT_S)
+        assert waited(request) <= bound, f"{request.request_id}: {ahead} ahead, {count} levels, L = {longest}"
+    assert all(r.state is RequestState.FINISHED for r in simulation.requests)
+
+
+@pytest.mark.parametrize("system", ["fifo", "chameleon", "chameleon-plus"])
+def test_a_low_class_starts_and_ends_under_a_stream_of_a_high_class_that_fills_memory(system):
+    """A request arrives every second, more than can run, and outgrows its prediction, so that others are preempted."""
+    simulation = Simulation(system, 30, slots=8, first_refresh=10_000)
+    stream = Arrival(0.0, 4, 20, priority=-1)
+    for _ in range(8):
+        simulation.submit(stream)
+    low = simulation.submit(dataclasses.replace(stream, priority=1))
+    while low.state is not RequestState.FINISHED:
+        simulation.submit(stream)
+        simulation.step()
+        assert simulation.now < START + 1000
+    passed = sum(len(started) for waiting, started in simulation.steps if low in waiting and low not in started)
+    assert simulation.loop.scheduler.counters.memory_preemptions > 0 and passed > MAX_PASSES

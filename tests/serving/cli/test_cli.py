@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,12 +20,13 @@ import typer
 from huggingface_hub import errors as hub_errors
 from typer.testing import CliRunner
 
+import chameleon_jax
 from chameleon_jax import SamplingParams
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli import app
 from chameleon_jax.serving.cli.model_check import check_model
-from chameleon_jax.serving.cli.serve import _greet
+from chameleon_jax.serving.cli.serve import _greet, _listed
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving import text_calls
@@ -226,6 +228,13 @@ def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
         (("serve", "MODEL", "--api-key", ""), "api_keys is '...'; allowed: printable ASCII without spaces, not empty"),
         (("serve", "MODEL", "--admin-key", "two words"), "admin_keys is '...'"),
         (("serve", "MODEL", "--max-choices", "0"), "max_choices is 0; allowed: 1 or more"),
+        (("serve", "MODEL", "--allowed-origins", "a.example"), "allowed_origins is 'a.example'; allowed: *, or as https://"),
+        (("serve", "MODEL", "--allowed-methods", "[1]"), "allowed_methods is ['[1]']; allowed: texts, or a JSON list"),
+        (("serve", "MODEL", "--allowed-headers", '["a"'), "allowed: texts, or a JSON list of texts"),
+        (
+            ("serve", "MODEL", "--served-model-name", "m", "--served-model-name", "a", "--lora-modules", "a=MODEL"),
+            "lora_modules is 'a'; allowed: names that the base model does not have",
+        ),
         (("serve", "MODEL", "--host", "nosuchhost.invalid"), "host is 'nosuchhost.invalid'"),
         (("serve", "MODEL", "--lora-modules", "a=x", "b=y"), "(b=y); --lora-modules takes one adapter: repeat it for each"),
         (("serve", "--lora-modules=a=x", "b=y", "MODEL"), "; --lora-modules takes one adapter: repeat it for each"),
@@ -246,7 +255,13 @@ FLAGS = {
     "host": "::1",
     "port": 1,
     "grpc_port": 2,
-    "served_model_name": "m",
+    "served_model_name": ("m",),
+    "allowed_origins": ("https://a",),
+    "allowed_methods": ("GET",),
+    "allowed_headers": ("x-a",),
+    "allow_credentials": True,
+    "max_metric_adapters": 12,
+    "vllm_metrics": False,
     "api_keys": ("k",),
     "admin_keys": ("a",),
     "adapter_dirs": ("d",),
@@ -289,7 +304,10 @@ def test_serve_has_a_flag_for_every_setting(monkeypatch):
     arguments = []
     for field, value in FLAGS.items():
         flag = SINGULAR.get(field, field).replace("_", "-")
-        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", value[0] if isinstance(value, tuple) else value]
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", value[0] if isinstance(value, tuple) else value]
     given = []
     module = sys.modules[_greet.__module__]  # the package's name `serve` is the command
     monkeypatch.setattr(module, "_serve", lambda *args: given.append(args))
@@ -300,6 +318,31 @@ def test_serve_has_a_flag_for_every_setting(monkeypatch):
     assert got == FLAGS  # so FLAGS has every setting
     defaults = dataclasses.asdict(ServerConfig()) | dataclasses.asdict(EngineConfig())
     assert all(defaults[field] != value for field, value in FLAGS.items())
+
+
+def test_lists_are_repeated_flags_or_json_as_for_vllm():
+    assert _listed("allowed_origins", ["https://a", '["https://b", "*"]']) == ("https://a", "https://b", "*")
+    assert _listed("allowed_origins", None) == ()
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout == f"chameleon-jax {chameleon_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("0", "0")])
+def test_alarms_of_the_compiler_are_not_shown_unless_asked_for(monkeypatch, given, expected):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "")  # so that it is restored
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    if given is not None:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", given)
+    run("convert", "/nowhere.gguf", "out")
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == expected
+
+
+def test_no_module_of_the_command_line_imports_jax_before_a_command_runs():
+    code = "import sys, chameleon_jax.serving.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("variable", ["CHAMELEON_API_KEY", "CHAMELEON_ADMIN_KEY"])

@@ -14,6 +14,8 @@ import pytest
 
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.errors import EngineDead, QueueFull
+from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests.serving.http.plain import BODY, error_of
 from tests.serving.running import TIMEOUT, running
@@ -222,6 +224,27 @@ def test_keys(shared_llm, adapter_dir):
         assert statuses("admin-key") == [200, 200, 400, 200, 200, 200]
         assert http.get("/v1/models").headers["www-authenticate"] == "Bearer"
         assert [http.get(path).status_code for path in ("/health", "/version", "/metrics", "/")] == [200] * 4
+
+
+def test_several_names_of_the_base_model(shared_llm):
+    config = ServerConfig(port=0, grpc_port=0, served_model_name=("first", "second"))
+    with (
+        running(shared_llm, config) as server,
+        httpx.Client(base_url=server.url, timeout=TIMEOUT) as http,
+        Client(server.target) as grpc,
+    ):
+        cards = {card["id"]: card for card in http.get("/v1/models").json()["data"]}
+        assert cards["first"]["parent"] is cards["second"]["parent"] is None and cards["second"]["root"] == "first"
+        assert http.get("/v1/models/second").status_code == 200
+        answers = [
+            http.post("/v1/completions", json=BODY | model).json() for model in ({"model": "first"}, {"model": "second"}, {})
+        ]
+        assert [answer["model"] for answer in answers] == ["first"] * 3
+        texts = {answer["choices"][0]["text"] for answer in answers}
+        texts.add(grpc.generate(BODY["prompt"], SamplingParams(temperature=0, max_tokens=4), lora_name="second").text)
+        assert len(texts) == 1
+        assert grpc.get_model_info().model_name == "first"
+        assert 'vllm:num_requests_running{engine="0",model_name="first"}' in http.get("/metrics").text
 
 
 def raw(server, request: bytes) -> bytes:

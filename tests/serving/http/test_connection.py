@@ -62,6 +62,11 @@ class Silent(uvicorn.Server):
     def capture_signals(self):
         yield
 
+    async def main_loop(self) -> None:  # uvicorn's own looks at `should_exit` every 0.1 s
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
 
 @contextlib.asynccontextmanager
 async def serving(app) -> AsyncIterator[Silent]:

@@ -196,7 +196,6 @@ CHANGES = [
     ("logit_bias", {"5": 1}),
     ("logits_processors", ["x"]),
     ("presence_penalty", 1),
-    ("priority", 1),
     ("prompt_logprobs", 0),
     ("repetition_penalty", 1.1),
     ("request_id", "mine"),

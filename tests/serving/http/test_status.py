@@ -67,6 +67,9 @@ class StubService:
         self.llm = llm
         self.locked = locked
 
+    def is_lora(self, name: str) -> bool:
+        return True
+
     def check_access(self, authorization: str | None, admin: bool = False) -> None:
         if self.locked:
             raise Unauthenticated("no key")

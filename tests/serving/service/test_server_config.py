@@ -23,6 +23,10 @@ from chameleon_jax.serving.service.server_config import ServerConfig
         ({"max_body_bytes": 10}, "max_body_bytes"),
         ({"max_connections": 0}, "max_connections"),
         ({"max_choices": 0}, "max_choices"),
+        ({"max_metric_adapters": -1}, "max_metric_adapters is -1; allowed: 0 or more"),
+        ({"served_model_name": ("a", "a")}, "served_model_name is .*; allowed: different names"),
+        ({"served_model_name": ("",)}, "served_model_name"),
+        ({"allowed_origins": ("https://a/",)}, "allowed_origins is 'https://a/'; allowed: "),
     ],
 )
 def test_wrong_settings(settings, match):

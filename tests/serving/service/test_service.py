@@ -69,6 +69,17 @@ def test_names(service):
             service.lora_named(name)
 
 
+def test_every_served_name_is_the_base_model_and_no_adapters(shared_llm, adapter_dir):
+    service = make_service(shared_llm, adapter_dir, served_model_name=("first", "second"))
+    assert service.model_name == "first"
+    assert service.lora_named("first") is service.lora_named("second") is None
+    with pytest.raises(KeyError, match="does not exist"):
+        service.lora_named("gqa")
+    for name in ("first", "second"):
+        with pytest.raises(ValueError, match=f"lora_name is '{name}'; allowed: .* but no name of the base model"):
+            asyncio.run(service.load_lora(name, "a0"))
+
+
 def test_float8_adapters_are_served(shared_llm, tmp_path):
     reference.save_adapter(tmp_path / "wide", CONFIG, 8, seed=3)
     wide = safetensors.numpy.load_file(tmp_path / "wide" / peft.WEIGHTS_FILE)

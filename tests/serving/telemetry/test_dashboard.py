@@ -14,10 +14,12 @@ SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), 
 
 
 def exported() -> set[str]:
+    """Names of the series under this project's own prefix."""
     metrics = Metrics()
     text = metrics.render(engine_stats(["a"])).decode()
     metrics.close()
-    return {f.name + suffix for f in text_string_to_metric_families(text) for suffix in SUFFIXES[f.type]}
+    own = [f for f in text_string_to_metric_families(text) if f.name.startswith("chameleon:")]
+    return {f.name + suffix for f in own for suffix in SUFFIXES[f.type]}
 
 
 def queried() -> set[str]:

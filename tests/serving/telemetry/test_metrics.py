@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
+from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
@@ -28,6 +29,17 @@ PUBLISHED = {
     "num_requests_waiting": ("queue",),
     "time_to_first_token_seconds": (),
     "time_per_output_token_seconds": (),
+    "inter_token_latency_seconds": (),
+    "request_prefill_time_seconds": (),
+    "request_decode_time_seconds": (),
+    "request_inference_time_seconds": (),
+    "request_prompt_tokens": (),
+    "request_generation_tokens": (),
+    "lora_request_success_total": ("adapter_name", "finished_reason"),
+    "lora_prompt_tokens_total": ("adapter_name",),
+    "lora_generation_tokens_total": ("adapter_name",),
+    "lora_time_to_first_token_seconds": ("adapter_name",),
+    "lora_request_queue_time_seconds": ("adapter_name",),
     "e2e_request_latency_seconds": (),
     "request_queue_time_seconds": ("queue",),
     "kv_cache_usage_perc": (),
@@ -182,6 +194,46 @@ def test_latencies_of_a_request(metrics):
     assert value(found, "e2e_request_latency_seconds", "_sum") == 9.0
     assert value(found, "request_queue_time_seconds", "_sum", queue="2") == 1.0
     assert value(found, "request_success_total", finished_reason="stop") == 1
+    assert value(found, "request_prefill_time_seconds", "_sum") == 2.0
+    assert value(found, "request_decode_time_seconds", "_sum") == 6.0
+    assert value(found, "request_inference_time_seconds", "_sum") == 8.0
+    assert value(found, "request_prompt_tokens", "_sum") == 1
+    assert value(found, "request_generation_tokens", "_sum") == 4
+
+
+def stepped(metrics: Metrics, *requests: Request) -> None:
+    """Tells of a step in which each request got a token, or ended without one."""
+    metrics.updated([OutputSnapshot.of(request) for request in requests])
+
+
+def test_times_between_tokens_are_counted_for_each_token():
+    clock = iter([10.0, 10.25, 11.25, 11.5, 20.0])
+    metrics = Metrics(clock=lambda: next(clock))
+    metrics.close()
+    one, other, aborted = (ended() for _ in range(3))
+    for request in (one, other, aborted):
+        request.finish_reason = None
+    stepped(metrics, one, other, aborted)  # the first tokens
+    stepped(metrics, one, other)  # 0.25 s each
+    stepped(metrics, other)  # 1 s
+    one.finish_reason = FinishReason.STOP
+    stepped(metrics, one)  # 1.25 s, as it was preempted
+    metrics.finished(one)
+    aborted.finish_reason = FinishReason.ABORT
+    stepped(metrics, aborted)  # no token
+    metrics.finished(aborted)
+    found = families(metrics, engine_stats([]))
+    assert value(found, "inter_token_latency_seconds", "_count") == 4
+    assert value(found, "inter_token_latency_seconds", "_sum") == 2.75
+    assert value(found, "inter_token_latency_seconds", "_bucket", le="0.3") == 2
+    assert value(found, "inter_token_latency_seconds", "_bucket", le="1.0") == 3
+    assert value(found, "inter_token_latency_seconds", "_bucket", le="+Inf") == 4
+    assert set(metrics._token_at) == {other}  # ended requests leave nothing behind
+
+
+def test_metrics_of_the_process(metrics):
+    found = {family.name for family in text_string_to_metric_families(metrics.render(None).decode())}
+    assert {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds"} <= found
 
 
 def test_the_time_to_a_first_token_does_not_wait_for_the_last(metrics):
@@ -200,7 +252,7 @@ def test_the_time_to_a_first_token_does_not_wait_for_the_last(metrics):
 
 def test_an_engine_that_is_dead(metrics):
     serve(metrics, ended())
-    metrics.engine_died(EngineDead("the device is gone"), 3)
+    metrics.engine_died(EngineDead("the device is gone"), [None, "a", "a"])
     found = families(metrics, engine_stats([]), up=False)
     assert value(found, "engine_up") == 0
     assert value(found, "request_success_total", finished_reason="error") == 3
@@ -284,6 +336,10 @@ def test_a_scrape_after_requests(shared_llm: AsyncLLM, adapter_dir, metrics):
     for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds"):
         assert value(found, name, "_count") == 4
         assert value(found, name, "_sum") > 0
+    assert value(found, "inter_token_latency_seconds", "_count") == 4 * (5 - 1)
+    for name, requests in {"": 1, "a0": 2, "a1": 1}.items():
+        assert value(found, "lora_request_success_total", adapter_name=name, finished_reason="length") == requests
+        assert value(found, "lora_generation_tokens_total", adapter_name=name) == 5 * requests
     assert value(found, "request_queue_time_seconds", "_count", queue="0") == 4
     assert value(found, "compilations_total", phase="serving") == 0
     assert value(found, "lora_adapter_loaded", adapter_name="a0", level="device", rank="2") == 1

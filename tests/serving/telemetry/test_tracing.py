@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import grpc
+import httpx
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -13,8 +15,11 @@ from opentelemetry.trace import StatusCode
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.serving.rpc import chameleon_v1_pb2_grpc as stubs
 from chameleon_jax.serving.telemetry.tracing import RequestTracer, otlp_exporter
 from tests.serving.conftest import make_service
+from tests.serving.rpc.calls import asked
+from tests.serving.running import TIMEOUT
 
 NOW = 1000.0
 """Time of the engine's clock."""
@@ -106,6 +111,53 @@ def test_a_failed_request_says_why():
     request.stop_reason = "its adapter could not be loaded"
     root = spans_of(request)[-1]
     assert root.status.status_code is StatusCode.ERROR and root.status.description == "its adapter could not be loaded"
+
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def traced(traceparent: str) -> Sequence[ReadableSpan]:
+    request = ended()
+    request.trace_context = {"traceparent": traceparent, "tracestate": "vendor=1"}
+    return spans_of(request)
+
+
+def test_spans_continue_the_callers_trace():
+    spans = traced(f"00-{TRACE}-{SPAN}-01")
+    root = spans[-1]
+    assert {format(span.context.trace_id, "032x") for span in spans} == {TRACE}
+    assert format(root.parent.span_id, "016x") == SPAN and root.parent.is_remote
+    assert root.context.trace_state.get("vendor") == "1"
+
+
+def test_a_caller_that_does_not_record_its_trace_gets_no_spans():
+    assert traced(f"00-{TRACE}-{SPAN}-00") == ()
+
+
+@pytest.mark.parametrize("traceparent", ["", "00-xyz", f"00-{'0' * 32}-{SPAN}-01"])
+def test_an_invalid_traceparent_is_ignored(traceparent):
+    root = traced(traceparent)[-1]
+    assert root.parent is None and format(root.context.trace_id, "032x") != TRACE
+
+
+def test_calls_over_both_protocols_continue_their_traces(server, shared_llm):
+    exporter = InMemorySpanExporter()
+    tracer = RequestTracer(exporter, "gqa", shared_llm.engine.clock)
+    shared_llm.observers.append(tracer)
+    headers = [{"traceparent": f"00-{TRACE}-{span:016x}-01"} for span in (1, 2)]
+    try:
+        body = {"prompt": "love is", "max_tokens": 2}
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers[0]).raise_for_status()
+        httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+        with grpc.insecure_channel(server.target) as channel:
+            stubs.InferenceStub(channel).Generate(asked(2), metadata=tuple(headers[1].items()), timeout=TIMEOUT)
+        asyncio.run(shared_llm.stats(max_age=0))  # observers have been called by now
+    finally:
+        shared_llm.observers.remove(tracer)
+        tracer.close()
+    roots = [span for span in exporter.get_finished_spans() if span.name == "llm_request"]
+    assert [None if root.parent is None else root.parent.span_id for root in roots] == [1, None, 2]
+    assert [format(root.context.trace_id, "032x") == TRACE for root in roots] == [True, False, True]
 
 
 def test_dropped_spans_are_counted_and_logged(caplog):

@@ -94,10 +94,11 @@ def attention(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, n
         return functools.partial(op, num_kv_heads=config.num_kv_heads)
 
     live = np.arange(tile_tokens) < counts[:, None]
-    reference = run_exactly(attend(ATTENTION["reference"]), queries, clean, *rest)[live]
+    ops = candidates(ATTENTION, attention_triton.paged_attention)
+    outs = {backend: run_as(dtype, attend(op), queries, foul, *rest) for backend, op in ops.items()}
+    reference = run_exactly(attend(ATTENTION["reference"]), queries, clean, *rest)[live]  # last: its memory is used again
     rows = []
-    for backend, op in candidates(ATTENTION, attention_triton.paged_attention).items():
-        out = run_as(dtype, attend(op), queries, foul, *rest)
+    for backend, out in outs.items():
         error = worst(out[live], reference) if bool(jnp.isfinite(out).all()) else np.inf
         rows.append(_row(f"{name}, {backend}", error, dtype))
     return rows
@@ -135,11 +136,12 @@ def lora(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, name: 
         targets = resolve(plan, layout, tile_tokens)
         return [op(y, x, pool, targets, group) for x, y, group in zip(xs, ys, GROUPS)]
 
-    reference = run_exactly(functools.partial(adapt, LORA["reference"]), plan, clean, xs, ys)
+    ops = candidates(LORA, lora_triton.batched_lora)
+    outs = {backend: run_as(dtype, functools.partial(adapt, op), plan, poisoned, xs, ys) for backend, op in ops.items()}
+    reference = run_exactly(functools.partial(adapt, LORA["reference"]), plan, clean, xs, ys)  # last: its memory is used again
     rows = []
-    for backend, op in candidates(LORA, lora_triton.batched_lora).items():
-        outs = run_as(dtype, functools.partial(adapt, op), plan, poisoned, xs, ys)
-        for group, out, right in zip(GROUPS, outs, reference):
+    for backend, results in outs.items():
+        for group, out, right in zip(GROUPS, results, reference):
             rows.append(_row(f"{name}, {' '.join(group)}, {backend}", worst(out, right), dtype))
     return rows
 
