@@ -1,4 +1,4 @@
-"""`bench`: measure one batch in this process, or any OpenAI server."""
+"""`bench`: measure one batch in this process, or any server of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chameleon_jax.serving.cli.options import errors, named_adapters, progress
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure one batch in this process, or any OpenAI server.",
+    help="Measure a batch, or any server of OpenAI's API.",
 )
 
 

@@ -46,7 +46,7 @@ class HttpClient:
         """Make a request and return the status of its answer, once the answer is whole.
 
         Raises:
-            OSError: The connection cannot be made, or broke.
+            OSError: The connection cannot be made, which names the server, or broke.
         """
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}content-length: {len(body)}\r\n\r\n".encode()
         while self._idle:
@@ -58,7 +58,10 @@ class HttpClient:
                     if connection.has_begun:
                         raise  # else the server closed it while it was idle
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+        try:
+            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+        except OSError as error:
+            raise ConnectionError(f"{self._host}:{self._port} cannot be reached ({error})") from error
         return await self._ask(connection, head + body, receive)
 
     async def _ask(self, connection: _Connection, request: bytes, receive: Receive) -> int:
@@ -78,14 +81,18 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.is_open = True
         self.has_begun = False
+        self._status: asyncio.Future[int] | None = None
 
     def ask(self, request: bytes, receive: Receive) -> asyncio.Future[int]:
         self.has_begun = False
         self._receive = receive
         self._parser = httptools.HttpResponseParser(self)
-        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return self._status
+        self._status = status = asyncio.get_running_loop().create_future()
+        if self.is_open:
+            self._transport.write(request)
+        else:
+            status.set_exception(ConnectionResetError("the server closed the connection"))
+        return status
 
     def close(self) -> None:
         self.is_open = False
@@ -108,7 +115,7 @@ class _Connection(asyncio.Protocol):
 
     def _fail(self, error: OSError) -> None:
         self.close()
-        if not self._status.done():
+        if self._status is not None and not self._status.done():
             self._status.set_exception(error)
 
     # -- called by the parser -------------------------------------------------------------------------------------------
@@ -119,5 +126,5 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if not self._parser.should_keep_alive():
             self.close()
-        if not self._status.done():
+        if self._status is not None and not self._status.done():
             self._status.set_result(self._parser.get_status_code())

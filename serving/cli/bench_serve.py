@@ -32,12 +32,12 @@ class ServeCommand(TyperCommand):
 
 
 def spread(args: Sequence[str], option: str) -> list[str]:
-    """Repeat an option before each of the values that follow it: `--o a b` becomes `--o a --o b`."""
+    """Repeat an option before each of the values that follow it: `--o a b` and `--o=a b` give both to `--o`."""
     result: list[str] = []
     follows = False
     for i, arg in enumerate(args):
         if arg.startswith("-"):
-            follows = arg == option
+            follows = arg.partition("=")[0] == option
         elif follows and args[i - 1] != option:
             result.append(option)
         result.append(arg)
@@ -102,6 +102,8 @@ def serve(
         spec = bench_workload.WorkloadSpec(**fields_of(bench_workload.WorkloadSpec, flags))
         metrics = bench_report.parse_metrics(percentile_metrics)
         percentiles = bench_report.parse_percentiles(metric_percentiles)
+        is_path = endpoint.startswith("/") and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint
+        require(is_path, "endpoint", endpoint, "a path, as /v1/completions")
         require(max_concurrency is None or max_concurrency >= 1, "max_concurrency", max_concurrency, "1 or more")
         fields = _fields(extra_body) | ({"ignore_eos": True} if ignore_eos else {})
         fields |= {} if temperature is None else {"temperature": temperature}

@@ -118,7 +118,9 @@ def serve(
     log_format: Annotated[str, Option(help="Format of the log: text or json.")] = "text",
     otlp_traces_endpoint: Annotated[str | None, Option(help="OpenTelemetry collector for traces, as http://host:4317.")] = None,
 ) -> None:
-    """Serve a model and its adapters over HTTP (OpenAI's API) and gRPC.
+    """Serve a model and its adapters over HTTP and gRPC.
+
+    HTTP has OpenAI's API, and is described at /docs.
 
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """

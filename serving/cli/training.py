@@ -140,7 +140,8 @@ def convert(
 
 def _check_output(output: Path, force: bool) -> None:
     """Check that nothing is overwritten by mistake. Raises ValueError."""
-    taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    require(not output.exists() or output.is_dir(), "output", str(output), "a directory; it is a file")
+    taken = output.is_dir() and any(output.iterdir())
     require(force or not taken, "output", str(output), "a new or empty directory; --force overwrites")
 
 

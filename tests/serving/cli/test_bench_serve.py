@@ -8,12 +8,14 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from chameleon_jax.serving.cli import app
+from chameleon_jax.serving.cli.bench_client import _Connection
 from chameleon_jax.serving.cli.bench_serve import spread
 from chameleon_jax.serving.cli.bench_workload import TOKEN_IDS, WorkloadSpec, draw
 from tests.serving.cli import dummy_server
@@ -107,6 +109,17 @@ def test_a_failed_first_request_ends_the_run_with_the_reason(first, message):
     assert result.exit_code == 1 and message in " ".join(result.output.split())
 
 
+def test_a_request_on_a_connection_that_was_closed_at_once_fails():
+    async def ask() -> None:
+        connection = _Connection()
+        connection.connection_made(SimpleNamespace(close=lambda: None))
+        connection.connection_lost(None)
+        await asyncio.wait_for(connection.ask(b"", lambda status, data: None), 5)
+
+    with pytest.raises(ConnectionResetError, match="the server closed the connection"):
+        asyncio.run(ask())
+
+
 def test_failures_are_counted_and_their_reasons_printed():
     answers = iter([completion(4), completion(4), plain(503, {"error": "overloaded"}), completion(4)])
     with answering(lambda body: next(answers)) as url:
@@ -125,6 +138,8 @@ def test_failures_are_counted_and_their_reasons_printed():
         (["--percentile-metrics", "ttft,tbt"], "percentile_metrics is 'ttft,tbt'; allowed: ttft, tpot, itl, e2el"),
         (["--metric-percentiles", "p99"], "metric_percentiles is 'p99'"),
         (["--max-concurrency", 0], "max_concurrency is 0"),
+        (["--endpoint", "v1/completions"], "endpoint is 'v1/completions'; allowed: a path, as /v1/completions"),
+        ([], "127.0.0.1:9 cannot be reached"),
         (["--extra-body", "[]"], "extra_body is '[]'; allowed: a JSON object"),
         (["--header", "x"], "header is 'x'; allowed: name=value"),
         (["--tokenizer", "/nowhere"], "tokenizer is '/nowhere'"),
@@ -137,6 +152,7 @@ def test_a_wrong_option_is_refused(options, message):
 
 def test_an_option_takes_the_values_that_follow_it():
     assert spread(["--o", "a", "b", "--p", "c", "d"], "--o") == ["--o", "a", "--o", "b", "--p", "c", "d"]
+    assert spread(["--o=a", "b"], "--o") == ["--o=a", "--o", "b"]
 
 
 def test_workloads_have_their_rate_and_popularity():

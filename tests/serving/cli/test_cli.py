@@ -59,6 +59,12 @@ def test_help_names_every_command():
         assert "Example: chameleon-jax " + " ".join(path) in " ".join(run(*path, "--help").output.split())
 
 
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_help_of_a_group_has_each_command_s_whole_line(monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run(*group, "--help").output.partition("Commands:")[2]
+
+
 def test_every_option_and_argument_has_a_help_text():
     for path, command in commands():
         for option in command.params:
@@ -157,6 +163,8 @@ def test_outputs_are_overwritten_with_force_only(model, tmp_path):
         assert result.exit_code == 1
         assert "; allowed: a new or empty directory; --force overwrites" in " ".join(result.output.split())
     assert sorted(output.rglob("*")) == before
+    result = run("finetune", model, "--text", text, "--output", text, "--force")
+    assert result.exit_code == 1 and "allowed: a directory; it is a file" in " ".join(result.output.split())
     assert run("convert", model, output, "--to", "hf", "--force").exit_code == 0
     assert (output / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert not (output / "orbax_weights").exists() and (output / "notes").read_text() == "mine"
