@@ -121,6 +121,7 @@ class LLM:
         read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora, own_priority in zip(many, params, loras, priorities):
+                require(isinstance(lora, LoRARequest | None), "lora_request", lora, "LoRARequest or None")
                 known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:

@@ -32,11 +32,14 @@ class HttpClient:
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str]):
-        url = urlsplit(base_url)
+        allowed = "http://host:port or https://host:port"
+        try:
+            url = urlsplit(base_url)
+            self._port = url.port or (443 if url.scheme == "https" else 80)
+        except ValueError as error:
+            raise ValueError(f"base_url is {base_url!r}; allowed: {allowed} ({error})") from error
         self._host = url.hostname or ""
-        is_address = url.scheme in ("http", "https") and self._host
-        require(bool(is_address), "base_url", base_url, "http://host:port or https://host:port")
-        self._port = url.port or (443 if url.scheme == "https" else 80)
+        require(url.scheme in ("http", "https") and bool(self._host), "base_url", base_url, allowed)
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
         self._prefix = url.path.rstrip("/")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in ({"host": url.netloc} | dict(headers)).items())

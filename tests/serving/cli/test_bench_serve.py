@@ -140,6 +140,7 @@ def test_failures_are_counted_and_their_reasons_printed():
         (["--max-concurrency", 0], "max_concurrency is 0"),
         (["--endpoint", "v1/completions"], "endpoint is 'v1/completions'; allowed: a path, as /v1/completions"),
         ([], "127.0.0.1:9 cannot be reached"),
+        (["--base-url", "http://a:port"], "base_url is 'http://a:port'; allowed: http://host:port"),
         (["--extra-body", "[]"], "extra_body is '[]'; allowed: a JSON object"),
         (["--header", "x"], "header is 'x'; allowed: name=value"),
         (["--tokenizer", "/nowhere"], "tokenizer is '/nowhere'"),
