@@ -12,7 +12,7 @@ GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
+.PHONY: client demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks demo
@@ -56,6 +56,14 @@ device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a ti
 	for call in 1 2 3; do \
 	  JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(GPU_MACHINE) $(BIN)/python -m benchmarks device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
 	done
+
+client: ## build the wheel of the clients without JAX into build/client, install it in a fresh environment, and print sizes
+	rm -rf build/client && $(PYTHON) clients/python/stage.py build/client/source
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/client build/client/source
+	$(PYTHON) -m venv build/client/venv
+	build/client/venv/bin/python -m pip install --quiet build/client/*.whl
+	cd build/client && venv/bin/python -c "import chameleon_jax_client as c, importlib.util as u; assert not u.find_spec('jax'); print(c.Client)"
+	cd build/client/venv/lib/python*/site-packages && du -shc $$(ls -d * | grep -v -e pip -e setuptools -e pkg_resources -e distutils)
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),10)

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
+from chameleon_jax.config import EngineSettings
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams, StructuredOutputsParams
@@ -64,7 +65,7 @@ class AsyncLLM:
         step_timeout: float = 300.0,
         max_lora_loads: int = 2,
         max_lora_queue: int = 64,
-        **settings: Any,
+        **settings: Unpack[EngineSettings],
     ):
         self.engine, self._owns_engine = open_engine(model, settings, progress)
         self.tokenizer = self.engine.tokenizer

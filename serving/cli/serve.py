@@ -16,6 +16,7 @@ from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli import options
+from chameleon_jax.serving.cli.model_check import check_model
 from chameleon_jax.serving.cli.options import console, errors, fields_of, named_adapters, progress
 from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.tools.styles import STYLES
@@ -130,7 +131,9 @@ def serve(
     log_format: Annotated[str, Option(help="Format of the log: text or json.")] = "text",
     otlp_traces_endpoint: Annotated[str | None, Option(help="OpenTelemetry collector for traces, as http://host:4317.")] = None,
 ) -> None:
-    """Serve a model and its adapters over HTTP (OpenAI's API) and gRPC.
+    """Serve a model and its adapters over HTTP and gRPC.
+
+    HTTP has OpenAI's API, and is described at /docs.
 
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """
@@ -177,11 +180,18 @@ def _serve(
     log_format: str,
     otlp_traces_endpoint: str | None,
 ) -> None:
+    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
+
+    begin = time.perf_counter()
+    EngineConfig.of(settings)  # mistakes in settings and paths are found before JAX is imported, which takes seconds
+    check_model(model, settings["load_format"])
+    check_readable(adapters)
+    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
+
     import uvloop
 
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
-    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
     from chameleon_jax.serving.service.service import Service
     from chameleon_jax.serving.telemetry.logs import setup_logging
     from chameleon_jax.serving.telemetry.metrics import Metrics
@@ -195,9 +205,6 @@ def _serve(
         await _greet(service, server)
         await server.run()
 
-    begin = time.perf_counter()
-    check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
-    sources = AdapterSources(config.adapter_dirs, config.hub_adapters)
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))
