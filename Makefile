@@ -20,7 +20,7 @@ demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 serve: $(VENV)/installed ## serve the demo model and its adapters over HTTP and gRPC; ARGS="--port 9000" for more
 	$(BIN)/chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters $(ARGS)
 
-examples: $(VENV)/installed-test ## run the six examples, offline on the CPU
+examples: $(VENV)/installed-test ## run the examples, offline on the CPU
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example || exit 1; done
 
 docs: $(VENV)/docs/bin/mkdocs ## build the documentation's site into build/site; fails on a broken link

@@ -40,6 +40,8 @@ class Request:
 
     Attributes:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
+        adapter_name: Adapter's name in the request; the sum as text for a mix.
+        is_mix: Whether it asked for a mix of adapters.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
         prompt_logprobs: Log-probabilities of the prompt's tokens by position, each token first; None at the first position and
@@ -70,6 +72,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     adapter: str | None = None
     adapter_name: str | None = None
+    is_mix: bool = False
     stream: TokenStream | None = None
     guide: Guide | None = None
     allowed: np.ndarray | None = None

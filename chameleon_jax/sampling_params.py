@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chameleon_jax.checks import require_field
+from chameleon_jax.checks import require, require_field
 from chameleon_jax.errors import InvalidGrammar
 
 MAX_STOP_IDS = 8
@@ -20,6 +20,8 @@ MAX_STOP_LEN = 256
 """Most characters of a stop string. After each token the end of the text is compared with every stop string."""
 MAX_LOGPROBS = 20
 """Most alternatives that are reported for each token."""
+MAX_MIXED_LORAS = 8
+"""Most adapters of a request."""
 MAX_LOGIT_BIAS = 300
 """Most tokens that a request's `logit_bias` names."""
 MAX_GRAMMAR_LEN = 1 << 16
@@ -237,3 +239,52 @@ class LoRARequest:
     name: str
     path: str | None = None
     load_inplace: bool = False
+
+    @property
+    def members(self) -> tuple[tuple[LoRARequest, float], ...]:
+        """Adapters with their weights; here this one."""
+        return ((self, 1.0),)
+
+    def known(self) -> LoRARequest:
+        """Return the same adapter for a further request, which need not read it again."""
+        return dataclasses.replace(self, load_inplace=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAMix(LoRARequest):
+    """Several adapters of one request: the sum of their updates, each times its weight.
+
+    It is what PEFT's `add_weighted_adapter` makes with `combination_type="cat"`: ranks add up.
+
+    Attributes:
+        name: the sum as text, such as "0.7*bard+0.3*bible".
+        loras: 1 to 8 adapters, each name once.
+        weights: finite weight of each adapter. Empty (default): each has the weight 1.
+    """
+
+    name: str = dataclasses.field(init=False)
+    path: None = dataclasses.field(init=False, default=None)
+    load_inplace: bool = dataclasses.field(init=False, default=False)
+    loras: Sequence[LoRARequest]
+    weights: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        loras = tuple(self.loras)
+        names = [lora.name for lora in loras]
+        require(1 <= len(loras) <= MAX_MIXED_LORAS, "loras", names, f"1 to {MAX_MIXED_LORAS} adapters")
+        require(len(set(names)) == len(names), "loras", names, "each name once")
+        weights = tuple(self.weights) or (1.0,) * len(loras)
+        numeric = all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in weights)
+        require(numeric and len(weights) == len(loras), "weights", weights, "a finite number for each adapter")
+        object.__setattr__(self, "loras", loras)
+        object.__setattr__(self, "weights", tuple(float(weight) for weight in weights))
+        object.__setattr__(self, "name", "+".join(f"{weight:g}*{lora.name}" for lora, weight in self.members))
+
+    @property
+    def members(self) -> tuple[tuple[LoRARequest, float], ...]:
+        """Adapters with their weights."""
+        return tuple(zip(self.loras, self.weights))
+
+    def known(self) -> LoRAMix:
+        """Return the same adapters for a further request, which need not read them again."""
+        return dataclasses.replace(self, loras=[lora.known() for lora in self.loras])

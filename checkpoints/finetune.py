@@ -116,22 +116,28 @@ def batches(tokens: np.ndarray, finetune: FinetuneConfig) -> Iterator[np.ndarray
         yield np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)
 
 
-def finetune(
-    checkpoint: Checkpoint,
-    text: str,
-    config: FinetuneConfig,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> list[LayerAdapter]:
-    """Train an adapter in float32.
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """State after one step of a training run.
+
+    Attributes:
+        number: number of the step, from 1.
+        loss: mean cross-entropy of its batch before the update, in nats a token.
+        adapter: the adapter after the update, one entry a layer, on the device.
+    """
+
+    number: int
+    loss: float
+    adapter: list[LayerAdapter]
+
+
+def training_steps(checkpoint: Checkpoint, text: str, config: FinetuneConfig) -> Iterator[TrainingStep]:
+    """Train an adapter in float32, and yield it after each step.
 
     Args:
         checkpoint: the base model, with its tokenizer.
         text: the text to learn.
         config: settings of the run.
-        report: called after each step with its number, from 1, and its loss in nats a token.
-
-    Returns:
-        The adapter, one entry a layer.
 
     Raises:
         ValueError: the checkpoint has no tokenizer, or the text is too short.
@@ -155,8 +161,26 @@ def finetune(
 
     for step, batch in zip(range(config.steps), batches(tokens, config)):
         adapter, state, value = train(adapter, state, params, batch)
-        report(step + 1, float(value))
-    return adapter
+        yield TrainingStep(step + 1, float(value), adapter)
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    text: str,
+    config: FinetuneConfig,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[LayerAdapter]:
+    """Train an adapter to the end, and return it. Raises as `training_steps`.
+
+    Args:
+        checkpoint: the base model, with its tokenizer.
+        text: the text to learn.
+        config: settings of the run.
+        report: called after each step with its number, from 1, and its loss in nats a token.
+    """
+    for step in training_steps(checkpoint, text, config):
+        report(step.number, step.loss)
+    return step.adapter
 
 
 def save(adapter: list[LayerAdapter], directory: str | Path, config: FinetuneConfig, base_model: str, dtype: Any) -> None:

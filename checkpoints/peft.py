@@ -28,8 +28,8 @@ _KEY = re.compile(
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(.*)")
 _PARENT = {t: "self_attn" if t in ATTENTION_TARGETS else "mlp" for t in TARGETS}
 
-Pair = dict[str, np.ndarray]
-"""A and B of one matrix, keyed "A" and "B"."""
+Pair = dict[str, Any]
+"""A and B of one matrix, keyed "A" and "B": arrays of NumPy or JAX."""
 
 
 def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
@@ -41,10 +41,7 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
     """
     directory = Path(directory)
     try:
-        settings = read_config(directory)
-        tensors = _read_tensors(directory, config)
-        _check_embeddings(tensors, config)
-        adapter = AdapterWeights(_scale(settings, *_group_by_module(tensors)))
+        adapter = assemble(read_config(directory), _read_tensors(directory, config), config)
     except AdapterError:
         raise
     except Exception as error:  # from a library or the file system, or out of memory
@@ -54,6 +51,15 @@ def load(directory: str | Path, config: LlamaConfig) -> AdapterWeights:
     except ValueError as error:
         raise AdapterError(f"{directory.name} does not fit the base model: {error}") from error
     return adapter
+
+
+def assemble(settings: PeftConfig, tensors: Mapping[str, Any], config: LlamaConfig) -> AdapterWeights:
+    """Make an adapter of its tensors by PEFT's names, its scale folded into B. `AdapterWeights.check` compares shapes.
+
+    Raises AdapterError where a tensor does not belong to a LoRA of the model, or the settings tell otherwise of it.
+    """
+    _check_embeddings(tensors, config)
+    return AdapterWeights(_scale(settings, *_group_by_module(tensors)))
 
 
 def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
@@ -69,7 +75,7 @@ def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]
         raise AdapterError(f"{file.name} cannot be read: {error}") from error
 
 
-def _check_embeddings(tensors: Mapping[str, np.ndarray], config: LlamaConfig) -> None:
+def _check_embeddings(tensors: Mapping[str, Any], config: LlamaConfig) -> None:
     """Refuse an adapter that has embeddings of its own or adapts them, as one for a resized vocabulary does."""
     found = [(name, match[1], tensor.shape) for name, tensor in tensors.items() if (match := _EMBEDDING.search(name))]
     if not found:
@@ -88,7 +94,7 @@ def _check_embeddings(tensors: Mapping[str, np.ndarray], config: LlamaConfig) ->
     )
 
 
-def _group_by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
+def _group_by_module(tensors: Mapping[str, Any]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
     """Collect A and B, and the module's name, of each layer and target; refuse a tensor that is neither A nor B."""
     pairs: dict[tuple[int, str], Pair] = {}
     modules: dict[tuple[int, str], str] = {}
@@ -106,12 +112,12 @@ def _group_by_module(tensors: Mapping[str, np.ndarray]) -> tuple[dict[tuple[int,
 
 def _scale(
     settings: PeftConfig, pairs: Mapping[tuple[int, str], Pair], modules: Mapping[tuple[int, str], str]
-) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+) -> dict[tuple[int, str], tuple[Any, Any]]:
     """Convert the matrices to float32 with the config's scale in B; refuse matrices that do not fit the config."""
     names = list(modules.values())
     ranks, targeted = settings.ranks(names), settings.targeted(names)
     scales = settings.scales(ranks)
-    weights: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+    weights: dict[tuple[int, str], tuple[Any, Any]] = {}
     for where, pair in pairs.items():
         module = modules[where]
         if missing := {"A", "B"} - pair.keys():
@@ -129,6 +135,11 @@ def _scale(
         with np.errstate(over="ignore", invalid="ignore"):
             weights[where] = (a, b * np.float32(scales[module]))
     return weights
+
+
+def tensor_name(layer: int, target: str, side: str) -> str:
+    """Name in PEFT's state dict of one matrix. Args: side: "A" or "B"."""
+    return f"base_model.model.model.layers.{layer}.{_PARENT[target]}.{target}.lora_{side}.weight"
 
 
 def save(
@@ -159,8 +170,7 @@ def save(
     named = {}
     for (layer, target), pair in tensors.items():
         for side, matrix in zip("AB", pair):
-            key = f"base_model.model.model.layers.{layer}.{_PARENT[target]}.{target}.lora_{side}.weight"
-            named[key] = np.ascontiguousarray(matrix, dtype)
+            named[tensor_name(layer, target, side)] = np.ascontiguousarray(matrix, dtype)
     safetensors.numpy.save_file(named, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     present = {target for _, target in tensors}
     settings = {

@@ -129,13 +129,24 @@ class PageLayout:
             starts[target] = (pair[0], pair[1])
         return AdapterPlacement(dict(ranks), starts, math.ceil(end / self.page_elems))
 
+    def row_units(self, placement: AdapterPlacement) -> Int[np.ndarray, " units"]:
+        """Find the places of an adapter's rows in its pages, in units of `row_unit` elements from its first page; int32.
+
+        Units are in the order of `AdapterWeights.rows`.
+        """
+        runs = []
+        for target, rank in placement.ranks.items():
+            for start, width in zip(placement.starts[target], self.config.target_shape(target)):
+                addresses = [self.row_address(start, row, width) for row in range(rank)]
+                rows = np.array([page * self.page_elems + offset for page, offset in addresses])
+                runs.append((rows[:, None] + np.arange(0, width, self.row_unit)).ravel())
+        return (np.concatenate(runs) // self.row_unit).astype(np.int32)
+
     def pack(self, weights: AdapterWeights, dtype: np.dtype) -> Float[np.ndarray, "layers pages page_elems"]:
-        """Pack an adapter. Rows that a layer does not have are zero."""
+        """Pack an adapter on the host. Rows that a layer does not have are zero."""
         placement = self.place(weights.ranks)
         block = np.zeros((self.config.num_layers, placement.num_pages, self.page_elems), dtype)
-        for (layer, target), (a, b) in weights.tensors.items():
-            for start, rows in zip(placement.starts[target], (a, b.T)):
-                for i, row in enumerate(rows):
-                    page, offset = self.row_address(start, i, row.shape[0])
-                    block[layer, page, offset : offset + row.shape[0]] = row
+        units = self.row_units(placement)
+        for layer, pages in enumerate(block.reshape(self.config.num_layers, -1, self.row_unit)):
+            pages[units] = weights.rows(layer, placement.ranks, self.config, dtype).reshape(-1, self.row_unit)
         return block

@@ -7,7 +7,6 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from chameleon_jax.errors import QueueFull, RequestFailed
 from chameleon_jax.serving.adapters import PackedAdapter
@@ -17,7 +16,6 @@ class AdapterReader:
     """Reads adapters on threads of its own, beside the engine's.
 
     Args:
-        read: Reads and packs an adapter, given a name and a directory; from any thread.
         at_once: Adapters that are read and packed at a time.
         max_queue: Adapters that may wait for that.
 
@@ -25,9 +23,8 @@ class AdapterReader:
         turns: Turns of the callers that change a name.
     """
 
-    def __init__(self, read: Callable[[str, str | Path], PackedAdapter], at_once: int, max_queue: int):
+    def __init__(self, at_once: int, max_queue: int):
         self.turns = Turns()
-        self._read = read
         self._most = at_once + max_queue
         self._reads: set[Future[PackedAdapter]] = set()
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="lora-reader")
@@ -36,8 +33,12 @@ class AdapterReader:
         """Adapters that are being read, or wait for it."""
         return len(self._reads)
 
-    async def read(self, name: str, path: str | Path) -> PackedAdapter:
+    async def read(self, name: str, job: Callable[[], PackedAdapter]) -> PackedAdapter:
         """Read and pack an adapter.
+
+        Args:
+            name: Name of the adapter, for errors.
+            job: Reads and packs it.
 
         Raises:
             ValueError: It cannot be served.
@@ -46,7 +47,7 @@ class AdapterReader:
         """
         if len(self) >= self._most:
             raise QueueFull(f"{len(self)} adapters are being loaded (max_lora_queue)")
-        reading = self._threads.submit(self._read, name, path)
+        reading = self._threads.submit(job)
         self._reads.add(reading)
         reading.add_done_callback(self._reads.discard)  # also where its caller has left
         try:

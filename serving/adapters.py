@@ -1,20 +1,25 @@
-"""Adapters on their way in: read from a PEFT directory, checked, and packed into pages."""
+"""Adapters on their way in: read from a PEFT directory or taken from memory, checked, and packed into pages."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints import peft, peft_memory
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo
+from chameleon_jax.memory.adapters import MAX_RANK, AdapterInfo, AdapterMix
+from chameleon_jax.models.adapters import packing
 from chameleon_jax.models.adapters.transfers import PinnedBlock
-from chameleon_jax.models.adapters.weights import AdapterWeights
+from chameleon_jax.models.adapters.weights import AdapterWeights, mix
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout
 
 
@@ -31,6 +36,21 @@ class PackedAdapter:
     info: AdapterInfo
     placement: AdapterPlacement
     block: PinnedBlock
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixJob:
+    """A mix to be packed.
+
+    Attributes:
+        mix: Its identity.
+        label: Its text for people.
+        members: Packed block and placement of each member of the mix.
+    """
+
+    mix: AdapterMix
+    label: str
+    members: Sequence[tuple[Future[PinnedBlock], AdapterPlacement]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,27 +71,57 @@ class AdapterPacker:
     num_pages: int
     stage: Callable[[np.ndarray], PinnedBlock]
 
+    def job(
+        self, name: str, path: str | Path | None, weights: Any = None, peft_config: Any = None
+    ) -> Callable[[], PackedAdapter]:
+        """Make the call that packs an adapter of a directory or of weights in memory. Raises ValueError for both or neither."""
+        if (path is None) == (weights is None):
+            given = "neither" if path is None else "both"
+            raise ValueError(f"adapter {name!r}: path and weights: {given} given; allowed: one of them")
+        if path is None:
+            return functools.partial(self.take, name, weights, peft_config)
+        return functools.partial(self.read, name, path)
+
     def read(self, name: str, path: str | Path) -> PackedAdapter:
         """Read a PEFT directory and pack its adapter. Raises ValueError where it cannot be served."""
         self._check_name(name)
         return self.pack(name, peft.load(path, self.layout.config))
 
-    def pack(self, name: str, weights: AdapterWeights) -> PackedAdapter:
-        """Pack an adapter whose weights are in memory. Raises ValueError where it cannot be served."""
+    def take(self, name: str, weights: Any, peft_config: Any) -> PackedAdapter:
+        """Pack an adapter that is in memory; see `peft_memory.take`. Raises ValueError where it cannot be served."""
         self._check_name(name)
-        weights.check(self.layout.config)
+        return self.pack(name, peft_memory.take(weights, peft_config, self.layout.config))
+
+    def pack(self, name: str, weights: AdapterWeights) -> PackedAdapter:
+        """Pack an adapter that fits the model. Raises ValueError where it cannot be served."""
         rank = max(weights.ranks.values())
-        allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
-        require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
+        self._check_rank(name, rank)
         placement = self.layout.place(weights.ranks)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
-        block = self.layout.pack(weights, self.dtype)
+        block = packing.pack(weights, self.layout, self.dtype)
         if not np.isfinite(block.astype(np.float32)).all():
+            weights.to_host().check(self.layout.config)
             raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
         num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
-        info = AdapterInfo(weights.content_hash, rank, placement.num_pages, num_bytes)
+        content_hash = packing.content_hash(weights.ranks, block)
+        info = AdapterInfo(content_hash, rank, placement.num_pages, num_bytes)
         return PackedAdapter(info, placement, self.stage(block))
+
+    def mix(self, job: MixJob) -> PackedAdapter:
+        """Pack the sum of packed adapters; waits for those that are on disk. Raises ValueError where the sum is too large."""
+        ranks: Counter[str] = Counter()
+        for _, placement in job.members:
+            ranks.update(placement.ranks)
+        self._check_rank(job.label, max(ranks.values()))
+        blocks = [(np.asarray(block.result()), placement) for block, placement in job.members]
+        members = [packing.unpack(block, placement, self.layout) for block, placement in blocks]
+        packed = self.pack(job.label, mix([(weights, factor) for weights, (_, factor) in zip(members, job.mix.members)]))
+        return dataclasses.replace(packed, info=dataclasses.replace(packed.info, content_hash=job.mix.content_hash))
+
+    def _check_rank(self, name: str, rank: int) -> None:
+        allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
+        require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
 
     def _check_name(self, name: str) -> None:
         if not self.config.enable_lora:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from chameleon_jax.config import EngineSettings
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
-from chameleon_jax.sampling_params import LoRARequest, SamplingParams, StructuredOutputsParams
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
@@ -76,8 +75,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self.draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
-        read = lambda name, path: self.engine.packer.read(name, path)  # noqa: E731 (another packer after a restart)
-        self.reader = AdapterReader(read, max_lora_loads, max_lora_queue)
+        self.reader = AdapterReader(max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self._streams)
@@ -160,7 +158,7 @@ class AsyncLLM:
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
         name = request_id or f"request-{next(self._ids)}"
-        lora = None if lora_request is None else dataclasses.replace(lora_request, load_inplace=False)
+        lora = None if lora_request is None else lora_request.known()
         trace = trace_context.current()
         streams: list[RequestStream] = []
         wanted: list[SamplingParams] = []  # one for each stream
@@ -180,7 +178,7 @@ class AsyncLLM:
 
         async with deadline.kept():
             if lora_request is not None:
-                await self._read_lora(lora_request)
+                await self._prepare(lora_request)
             for language in {param.structured_outputs for param in params if param.structured_outputs is not None}:
                 await asyncio.to_thread(self._compile, language)
             several = len(prompts) * len(params) > 1
@@ -222,8 +220,17 @@ class AsyncLLM:
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    async def add_lora(self, name: str, path: str | Path, pinned: bool | None = None, *, load_inplace: bool = True) -> bool:
-        """Read a PEFT adapter and give it a name, while requests run.
+    async def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+        load_inplace: bool = True,
+    ) -> bool:
+        """Read a PEFT adapter, or take one from memory, and give it a name, while requests run.
 
         A name that exists gets the new content; running requests keep the old. Calls for one name take effect in order.
 
@@ -231,6 +238,8 @@ class AsyncLLM:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`. It is read until the call returns.
+            peft_config: Settings of `weights`.
             load_inplace: False refuses other content for a name that exists.
 
         Returns:
@@ -240,20 +249,31 @@ class AsyncLLM:
             ValueError: The adapter cannot be served; says why. Nothing has changed then.
             QueueFull, EngineDead: See `chameleon_jax.errors`.
         """
+        job = self.engine.packer.job(name, path, weights, peft_config)
         async with self.reader.turns.of(name):
-            return await self._add_lora(name, path, pinned, load_inplace)
+            packed = await self.reader.read(name, job)
+            return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
 
-    async def _add_lora(self, name: str, path: str | Path, pinned: bool | None = None, load_inplace: bool = True) -> bool:
-        packed = await self.reader.read(name, path)
-        return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
+    async def _prepare(self, lora: LoRARequest) -> None:
+        """Read or mix what a request's adapter lacks, once for all requests that wait for it."""
+        for member, _ in lora.members:
+            if self.engine.must_read(member):
+                async with self.reader.turns.of(member.name):
+                    await self._read_lora(member)
+        if isinstance(lora, LoRAMix):
+            async with self.reader.turns.of(lora.name):
+                await self._mix(lora)
 
     async def _read_lora(self, lora: LoRARequest) -> None:
-        """Read the adapter of a request where it is not known yet, once for all requests that wait for it."""
-        if lora.path is None or not self.engine.must_read(lora):
-            return
-        async with self.reader.turns.of(lora.name):
-            if self.engine.must_read(lora):
-                await self._add_lora(lora.name, lora.path)
+        if self.engine.must_read(lora):
+            packed = await self.reader.read(lora.name, self.engine.packer.job(lora.name, lora.path))
+            await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
+
+    async def _mix(self, lora: LoRAMix) -> None:
+        job = await self.call(lambda engine: engine.mix_job(lora))
+        if job is not None:
+            packed = await self.reader.read(lora.name, lambda: self.engine.packer.mix(job))
+            await self.call(lambda engine: engine.add_mix(job, packed))
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""

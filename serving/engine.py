@@ -35,10 +35,10 @@ from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.request import Request, check_priority
-from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
-from chameleon_jax.serving.adapters import AdapterPacker, PackedAdapter
+from chameleon_jax.serving.adapters import AdapterPacker, MixJob, PackedAdapter
 from chameleon_jax.serving.loaded_model import load_model
 from chameleon_jax.serving.max_model_len import LengthLimits
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
@@ -210,18 +210,37 @@ class LLMEngine:
         """Adapters by name."""
         return self.loop.adapters
 
-    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> AdapterInfo:
-        """Read a PEFT adapter and give it a name. A name that exists gets new content; running requests keep the old.
+    def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+    ) -> AdapterInfo:
+        """Read a PEFT adapter, or take one from memory, and give it a name.
+
+        A name that exists gets new content; running requests keep the old.
+
+        `weights` on one device, or sharded over several, are packed there by a program that is compiled once for each set of
+        shapes. The packed block, in the pool's format, is copied to host memory once; from there it is loaded into the pool as
+        adapters of files are. Other weights are packed on the host. Nothing refers to `weights` after the call; until then,
+        they must neither change nor be donated.
 
         Args:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`: a state dict of PEFT, or pairs (A `[r, d_in]`, B
+                `[d_out, r]`), as a list with `{target: (A, B)}` for each layer, as `{(layer, target): (A, B)}`, or stacked as
+                `{target: (A [layers, r, d_in], B [layers, d_out, r])}`. Arrays are NumPy's, JAX's or PyTorch's.
+            peft_config: Settings of `weights`: a LoraConfig of PEFT, or a mapping with its fields, lora_alpha at least.
 
         Raises:
             ValueError: The adapter cannot be served; says why. Nothing has changed then.
         """
-        adapter = self.packer.read(name, path)
+        adapter = self.packer.job(name, path, weights, peft_config)()
         self.name_lora(name, adapter, path, pinned)
         return adapter.info
 
@@ -255,6 +274,30 @@ class LLMEngine:
         """Whether a request's adapter is to be read before it starts."""
         return lora.path is not None and (lora.load_inplace or self.adapters.path(lora.name) != str(lora.path))
 
+    def mix_job(self, lora: LoRAMix) -> MixJob | None:
+        """Make the job that packs a mix, for any thread; None where the mix is known. Raises KeyError for an unknown name."""
+        mix = self.adapters.mix(lora)
+        if self.adapters.use_mix(mix):
+            return None
+        members = [(self.store.fetch(member), self._executor.placement(member)) for member, _ in mix.members]
+        return MixJob(mix, lora.name, members)
+
+    def add_mix(self, job: MixJob, packed: PackedAdapter) -> None:
+        """Keep a mix that is packed, for requests that ask for it. Quick, as nothing is copied."""
+        self.adapters.add_mix(job.mix, job.label, packed.info)
+        self._executor.add(packed.info.content_hash, packed.placement, packed.block)
+
+    def _content_of(self, lora: LoRARequest) -> str:
+        """Content hash of a request's adapter, which is read or mixed first where it is not known."""
+        for member, _ in lora.members:
+            if self.must_read(member):
+                self.add_lora(member.name, member.path)
+        if not isinstance(lora, LoRAMix):
+            return self.adapters.named(lora.name).content_hash
+        if (job := self.mix_job(lora)) is not None:
+            self.add_mix(job, self.packer.mix(job))
+        return self.adapters.mix(lora).content_hash
+
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def submit(
@@ -285,11 +328,7 @@ class LLMEngine:
         priority = check_priority(priority)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
         guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
-        adapter, allowed = None, params.allowed_token_ids
-        if lora is not None:
-            if self.must_read(lora):
-                self.add_lora(lora.name, str(lora.path))
-            adapter = self.adapters.named(lora.name).content_hash
+        adapter, allowed = None if lora is None else self._content_of(lora), params.allowed_token_ids
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],
@@ -302,6 +341,7 @@ class LLMEngine:
             adapter_name=lora.name if lora is not None else None,
             guide=guide,
             allowed=None if allowed is None else mask_of(allowed, self.model_config.vocab_size),
+            is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,7 +14,7 @@ from chameleon_jax.config import EngineSettings
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.request import Request
-from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.prompt_progress import PromptProgress, UseTqdm
 from chameleon_jax.serving.prompts import Prompt, tokens_of
@@ -68,15 +67,28 @@ class LLM:
         """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
 
-    def add_lora(self, name: str, path: str | Path, pinned: bool | None = None) -> None:
-        """Read an adapter ahead of the first request for it, or anew. Raises ValueError where it cannot be served.
+    def add_lora(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        pinned: bool | None = None,
+        *,
+        weights: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        """Read an adapter ahead of the first request for it, or anew, or take one from memory.
 
         Args:
             name: A new name, or one that gets new content.
             path: Directory of the adapter.
             pinned: Whether the name keeps it in the pool. None keeps the name's pin; a new name has none.
+            weights: The adapter in memory, in the place of `path`; see `LLMEngine.add_lora`.
+            peft_config: Settings of `weights`: a LoraConfig of PEFT, or a mapping with its fields, lora_alpha at least.
+
+        Raises:
+            ValueError: The adapter cannot be served; says why. Nothing has changed then.
         """
-        self.engine.add_lora(name, path, pinned)
+        self.engine.add_lora(name, path, pinned, weights=weights, peft_config=peft_config)
 
     def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
@@ -121,8 +133,9 @@ class LLM:
         read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora, own_priority in zip(many, params, loras, priorities):
-                require(isinstance(lora, LoRARequest | None), "lora_request", lora, "LoRARequest or None")
-                known = lora if lora is None or lora not in read else dataclasses.replace(lora, load_inplace=False)
+                valid = isinstance(lora, LoRARequest | LoRAMix | None)
+                require(valid, "lora_request", lora, "LoRARequest, LoRAMix or None")
+                known = lora if lora is None or lora not in read else lora.known()
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:
                     param = self.get_default_sampling_params().fit(len(token_ids), self.engine.max_model_len)

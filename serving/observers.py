@@ -9,6 +9,7 @@ from chameleon_jax.errors import EngineDead
 from chameleon_jax.executor import LoadResult
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Observer:
     def loaded(self, result: LoadResult) -> None:
         """Take the result of an adapter's load into the pool."""
 
-    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
-        """Take the cause of the engine's death, and the adapter's name of each unfinished request, which end with it."""
+    def engine_died(self, error: EngineDead, loras: Sequence[LoRARequest | None]) -> None:
+        """Take the cause of the engine's death, and the adapter of each unfinished request, which end with it."""
 
 
 class Observers(Observer, list[Observer]):
@@ -50,8 +51,8 @@ class Observers(Observer, list[Observer]):
     def loaded(self, result: LoadResult) -> None:
         self._tell(lambda observer: observer.loaded(result))
 
-    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
-        self._tell(lambda observer: observer.engine_died(error, adapter_names))
+    def engine_died(self, error: EngineDead, loras: Sequence[LoRARequest | None]) -> None:
+        self._tell(lambda observer: observer.engine_died(error, loras))
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         for observer in self:

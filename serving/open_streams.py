@@ -64,7 +64,7 @@ class OpenStreams(dict[str, RequestStream]):
     def engine_died(self, error: EngineDead) -> None:
         """End every stream with the cause of the engine's death. Any thread may tell it."""
         left = list(self.values())  # also of requests that ended in the step that failed, which nothing has told
-        self.observers.engine_died(error, [None if stream.lora is None else stream.lora.name for stream in left])
+        self.observers.engine_died(error, [stream.lora for stream in left])
         for stream in left:
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.fail, error)

@@ -17,7 +17,7 @@ class AdapterStats:
     """One registered adapter.
 
     Attributes:
-        names: Its names; none once they were unloaded while requests still use it.
+        names: Its names; none once they were unloaded while requests still use it. For a mix, the sum as text.
         tier: "host", "loading" or "resident".
         num_bytes: Bytes of the pool that it takes while it is there.
         num_pages: Pages of the pool that it takes while it is there.

@@ -1,12 +1,17 @@
-"""Adapters by name: the content each name stands for, the directory it came from, and whether the name pins it."""
+"""Adapters by name: the content each name stands for, its directory, and whether the name pins it. And mixes of adapters."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
 
 from chameleon_jax.memory.adapter_cache import AdapterCache
-from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.memory.adapters import AdapterInfo, AdapterMix
+from chameleon_jax.sampling_params import LoRAMix
+
+MAX_MIXES = 64
+"""Mixes that are kept for further requests. The least recently used one leaves host memory first."""
 
 
 @dataclasses.dataclass
@@ -22,6 +27,9 @@ class AdapterRegistry:
     A content stays in the cache's books while a name or an unfinished request has it, and is pinned while a name pins it. A
     name can be given new content in place. Requests keep the content that they came with; the name keeps its pin.
 
+    A mix has no name of its own. It is kept for further requests until MAX_MIXES others were used since, or no name has one of
+    its members any more.
+
     Args:
         clock: Seconds, monotonic.
         largest_need: Pages that the largest unfinished request may take, requests of the given content hash left out.
@@ -32,6 +40,7 @@ class AdapterRegistry:
         self._clock = clock
         self._largest_need = largest_need
         self._names: dict[str, _Named] = {}
+        self._mixes: OrderedDict[str, tuple[AdapterMix, str]] = OrderedDict()  # and their labels, least recently used first
 
     # -- changes --------------------------------------------------------------------------------------------------------
 
@@ -90,6 +99,19 @@ class AdapterRegistry:
         self._names[name].pinned = pinned
         self._settle(info)
 
+    def add_mix(self, mix: AdapterMix, label: str, info: AdapterInfo) -> None:
+        """Keep a mix, and forget those beyond MAX_MIXES. Args: label: its text for people."""
+        self._cache.add(info, self._clock())
+        self._mixes[mix.content_hash] = (mix, label)
+        while len(self._mixes) > MAX_MIXES:
+            self._forget_mix(next(iter(self._mixes)))
+
+    def use_mix(self, mix: AdapterMix) -> bool:
+        """Return whether a mix, or the one adapter that it is, can be used; it is the last used then."""
+        if mix.content_hash in self._mixes:
+            self._mixes.move_to_end(mix.content_hash)
+        return mix.content_hash in self._mixes or mix.has(mix.content_hash)
+
     # -- questions ------------------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> AdapterInfo | None:
@@ -102,6 +124,10 @@ class AdapterRegistry:
         if name not in self._names:
             raise KeyError(f"no adapter is named {name!r}; there are: {', '.join(self.names()) or 'none'}")
         return self._names[name].info
+
+    def mix(self, lora: LoRAMix) -> AdapterMix:
+        """Mix of the contents that the names have now. Raises KeyError."""
+        return AdapterMix.of((self.named(member.name).content_hash, weight) for member, weight in lora.members)
 
     def path(self, name: str) -> str | None:
         """Directory from which a name's content was read."""
@@ -117,14 +143,16 @@ class AdapterRegistry:
         return sorted(self._names)
 
     def names_by_hash(self) -> dict[str, list[str]]:
-        """`content hash -> its names, sorted`."""
-        by_hash: dict[str, list[str]] = {}
+        """`content hash -> its names, sorted`. A mix has its label."""
+        by_hash = {content_hash: [label] for content_hash, (_, label) in self._mixes.items()}
         for name in self.names():
             by_hash.setdefault(self._names[name].info.content_hash, []).append(name)
         return by_hash
 
     def copy_to(self, other: AdapterRegistry) -> None:
-        """Give another registry the same names."""
+        """Give another registry the same names, and forget the mixes."""
+        for content_hash in list(self._mixes):
+            self._forget_mix(content_hash)
         for name, named in self._names.items():
             other.add(name, named.info, named.path, named.pinned)
 
@@ -153,5 +181,13 @@ class AdapterRegistry:
         owners = [named for named in self._names.values() if named.info.content_hash == info.content_hash]
         if owners:
             self._cache.pin(info.content_hash, any(named.pinned for named in owners))
-        elif info.content_hash in self._cache:
+            return
+        for content_hash in [key for key, (mix, _) in self._mixes.items() if mix.has(info.content_hash)]:
+            self._forget_mix(content_hash)
+        if info.content_hash in self._cache:
             self._cache.remove(info.content_hash)
+
+    def _forget_mix(self, content_hash: str) -> None:
+        """Drop a mix. Requests that came with it finish; then its memory is free."""
+        del self._mixes[content_hash]
+        self._cache.remove(content_hash)

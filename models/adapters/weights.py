@@ -1,14 +1,20 @@
-"""Weights of one LoRA adapter on the host, as read from a checkpoint and before they are packed into pages."""
+"""Weights of one LoRA adapter, as read from a checkpoint or taken from a trainer, and before they are packed into pages."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from chameleon_jax.checks import require
 from chameleon_jax.models.config import TARGETS, LlamaConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,14 +22,26 @@ class AdapterWeights:
     """Low-rank updates `y += B @ (A @ x)`, with the LoRA scale (alpha / r, or alpha / sqrt(r) for rsLoRA) folded into B.
 
     Attributes:
-        tensors: `(layer, target) -> (A [r, d_in], B [d_out, r])`, float32. Absent pairs are not adapted; r may differ from
-            pair to pair (PEFT's rank_pattern).
+        tensors: `(layer, target) -> (A [r, d_in], B [d_out, r])`, float32, in host memory or on a device. Absent pairs are not
+            adapted; r may differ from pair to pair (PEFT's rank_pattern).
     """
 
-    tensors: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+    tensors: dict[tuple[int, str], tuple[Any, Any]]
+
+    @functools.cached_property
+    def on_device(self) -> bool:
+        """Whether one program can read every matrix where it is."""
+        arrays = jax.tree.leaves(self.tensors)
+        if not all(isinstance(array, jax.Array) and array.is_fully_addressable for array in arrays):
+            return False
+        return len({frozenset(array.devices()) for array in arrays}) == 1
+
+    def to_host(self) -> AdapterWeights:
+        """Copy the matrices to host memory, those that are not there."""
+        return AdapterWeights({where: (np.asarray(a), np.asarray(b)) for where, (a, b) in self.tensors.items()})
 
     def check(self, config: LlamaConfig) -> None:
-        """Check that the adapter fits the model.
+        """Check that the adapter fits the model. Values are checked in host memory only.
 
         Raises:
             ValueError: It does not. The message names the matrix.
@@ -41,7 +59,7 @@ class AdapterWeights:
                 raise ValueError(
                     f"{where}: A is {list(a.shape)} and B {list(b.shape)}; the base model needs [r, {d_in}] and [{d_out}, r]"
                 )
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            if not self.on_device and not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise ValueError(f"{where}: the weights hold NaN or infinity")
 
     @property
@@ -52,13 +70,33 @@ class AdapterWeights:
             ranks[target] = max(ranks.get(target, 0), a.shape[0])
         return {t: ranks[t] for t in TARGETS if t in ranks}
 
-    @property
-    def content_hash(self) -> str:
-        """Identity of the adapter: the same weights have the same hash whatever their name or file."""
-        digest = hashlib.sha256()
-        for layer, target in sorted(self.tensors):
-            digest.update(f"{layer}.{target}".encode())
-            for matrix in self.tensors[layer, target]:
-                digest.update(str(matrix.shape).encode())
-                digest.update(np.ascontiguousarray(matrix, dtype=np.float32).data)
-        return digest.hexdigest()
+    def rows(
+        self, layer: int, ranks: Mapping[str, int], config: LlamaConfig, dtype: np.dtype, xp: Any = np
+    ) -> Shaped[Array | np.ndarray, " elems"]:
+        """Join the rows of a layer: for each target the rows of A, then those of B transposed; zeros up to the target's rank.
+
+        Args:
+            layer: Number of the layer.
+            ranks: Rank of each target.
+            config: The model, for the widths of rows that the layer lacks.
+            dtype: Type of the elements.
+            xp: `jax.numpy` where the matrices are traced.
+        """
+        runs = []
+        for target, rank in ranks.items():
+            a, b = self.tensors.get((layer, target), (None, None))
+            for width, rows in zip(config.target_shape(target), (a, None if b is None else b.T)):
+                found = xp.zeros((0, width), dtype) if rows is None else rows.astype(dtype)
+                runs.append(xp.pad(found, ((0, rank - found.shape[0]), (0, 0))).ravel())
+        return xp.concatenate(runs)
+
+
+def mix(members: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
+    """Sum updates, each times its weight: rows of A and columns of B side by side, so ranks add up. On the host, float32."""
+    tensors = {}
+    for where in dict.fromkeys(where for weights, _ in members for where in weights.tensors):
+        pairs = [(weights.tensors[where], factor) for weights, factor in members if where in weights.tensors]
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are found once they are packed
+            b = np.concatenate([b * np.float32(factor) for (_, b), factor in pairs], axis=1)
+        tensors[where] = (np.concatenate([a for (a, _), _ in pairs]), b)
+    return AdapterWeights(tensors)

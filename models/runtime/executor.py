@@ -92,6 +92,10 @@ class JaxExecutor:
         self._store.put(content_hash, block)
         self._placements[content_hash] = placement
 
+    def placement(self, content_hash: str) -> AdapterPlacement:
+        """Return the places of an adapter's rows in its pages. Raises KeyError for one that was not added."""
+        return self._placements[content_hash]
+
     def dispatch(self, plan: StepPlan) -> list[Part]:
         sent = []
         if plan.prefills:

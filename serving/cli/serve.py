@@ -40,6 +40,9 @@ def serve(
         Option(help="Directory of adapters. Those directly inside are loaded at the start; clients may load any below it."),
     ] = None,
     hub_adapter: Annotated[list[str] | None, Option(help="Hub id from which clients may load an adapter.")] = None,
+    load_on_request: Annotated[
+        bool, Option(help="Load an adapter of the directories or hub ids when a request names it.")
+    ] = DEFAULTS.load_on_request,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = DEFAULTS.host,
     port: Annotated[int, Option(help="HTTP port; 0 picks a free one.")] = DEFAULTS.port,
     grpc_port: Annotated[int, Option(help="gRPC port; 0 picks a free one, -1 serves no gRPC.")] = DEFAULTS.grpc_port or -1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -33,6 +33,8 @@ class Generated:
         queue_s: Seconds on the server from arrival until it started.
         first_token_s: Seconds on the server from arrival to the first token.
         total_s: Seconds on the server from arrival to the end.
+        prompt_logprobs: One mapping for each token of the prompt, the token itself first; None at the first token. None where
+            they were not requested.
     """
 
     request_id: str
@@ -46,6 +48,7 @@ class Generated:
     queue_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +144,16 @@ class BaseClient:
 def make_request(
     prompt: str | Sequence[int],
     params: SamplingParams | None,
-    lora_name: str | None,
+    lora_name: str | Mapping[str, float] | None,
     request_id: str | None,
     priority: int = 0,
 ) -> messages.GenerateRequest:
     """Make the request of `Generate` and `GenerateStream`. Raises ValueError for a value that does not fit its field."""
-    priority = check_priority(priority)
-    request = messages.GenerateRequest(lora_name=lora_name or "", request_id=request_id or "", priority=priority)
+    request = messages.GenerateRequest(request_id=request_id or "", priority=check_priority(priority))
+    if isinstance(lora_name, Mapping):
+        request.loras.extend(messages.LoraWeight(lora_name=name, weight=weight) for name, weight in lora_name.items())
+    elif lora_name is not None:
+        request.lora_name = lora_name
     if params is not None:
         request.sampling.CopyFrom(convert.sampling_to_message(params))
     if isinstance(prompt, str):
@@ -159,6 +165,7 @@ def make_request(
 
 
 def make_generated(response: messages.GenerateResponse | messages.GenerateStreamResponse) -> Generated:
+    of_prompt = convert.logprobs_from_messages(response.prompt_logprobs)
     return Generated(
         request_id=response.request_id,
         text=response.text,
@@ -171,4 +178,5 @@ def make_generated(response: messages.GenerateResponse | messages.GenerateStream
         queue_s=response.timing.queue,
         first_token_s=response.timing.first_token,
         total_s=response.timing.total,
+        prompt_logprobs=None if of_prompt is None else [position or None for position in of_prompt],
     )

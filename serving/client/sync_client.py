@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grpc
 
@@ -36,12 +36,21 @@ class Client(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
     ) -> Generated:
-        """Complete one prompt, given as text or as token ids. Requests of lower `priority` start first."""
+        """Complete one prompt, given as text or as token ids.
+
+        Args:
+            prompt: Text, or token ids.
+            params: Sampling parameters; None takes the server's defaults.
+            lora_name: An adapter, or several with their weights; None is the base model.
+            request_id: Id that no unfinished request has; None lets the server make one.
+            priority: Class of the request, a signed 64-bit integer. Lower ones start first.
+            timeout: Seconds for the call; None takes the client's own.
+        """
         request = make_request(prompt, params, lora_name, request_id, priority)
         return self._call(self._calls.generate(request), self._attempts(timeout))
 
@@ -50,7 +59,7 @@ class Client(BaseClient):
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        lora_name: str | None = None,
+        lora_name: str | Mapping[str, float] | None = None,
         request_id: str | None = None,
         priority: int = 0,
         timeout: float | None = None,

@@ -34,7 +34,6 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """Answer a conversation, formatted by the model's chat template."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
     with translate_errors(), body.name_language():
-        lora = service.lora_named(body.model)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         defaults = {"max_tokens": service.llm.max_model_len, **service.sampling_defaults}
@@ -45,6 +44,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         deadline = service.deadline(timeout_of(request))
         async with deadline.kept():
             token_ids = await body.chat_tokens(service, body.messages)
+        lora = await service.adapter_of(body.model, body.mixed_loras(), deadline)
         prompt, fit = {"prompt_token_ids": token_ids}, max_tokens is None
         streams = await service.llm.open_all([prompt], params, lora, head.id, deadline, fit=fit, priority=body.priority)
     role = "assistant" if body.add_generation_prompt else body.messages[-1].role

@@ -32,7 +32,6 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete a text, token ids, or several of either."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
     with translate_errors(), body.name_language():
-        lora = service.lora_named(body.model)
         most = service.config.max_choices
         params = body.sampling_params(body.max_tokens, body.logprobs, most, service.sampling_defaults)
         deadline = service.deadline(timeout_of(request))
@@ -40,6 +39,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         if len(prompts) * len(params) > most:
             raise ApiError(400, f"prompt and n are {len(prompts)} x {len(params)}; allowed: {most} choices", param="prompt")
         inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+        lora = await service.adapter_of(body.model, body.mixed_loras(), deadline)
         fit = body.max_tokens is None
         streams = await service.llm.open_all(inputs, params, lora, head.id, deadline, fit=fit, priority=body.priority)
     beginnings = [_beginning(service.llm.tokenizer, body, prompt) for prompt in prompts]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictI
 from chameleon_jax.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_MIXED_LORAS,
     MAX_STOP_IDS,
     MAX_STOPS,
     SamplingParams,
@@ -51,6 +52,11 @@ _DEFAULTED = (
 """Fields with a default: the server's, else the one of `SamplingParams`."""
 
 
+class LoRAWeight(StrictModel):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LEN)]
+    weight: Number = 1.0
+
+
 class StreamOptions(StrictModel):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = Field(default=False, description="Send the usage so far with every event, as in vLLM.")
@@ -62,6 +68,9 @@ class Sampling(Structured):
 
     model: Annotated[str, Field(max_length=MAX_NAME_LEN)] | None = Field(
         default=None, description="Base model or adapter. Default: the base model."
+    )
+    lora: Annotated[list[LoRAWeight], Field(min_length=1, max_length=MAX_MIXED_LORAS, fail_fast=True)] | None = Field(
+        default=None, description="Adapters whose weighted sum answers. Allowed with the base model as `model`."
     )
     temperature: Number | None = Field(default=None, description="Default, here and below: the model's own setting.")
     top_p: Number | None = None
@@ -123,6 +132,10 @@ class Sampling(Structured):
     def prompt_only(self) -> bool:
         """Whether the answer is the prompt alone."""
         return False
+
+    def mixed_loras(self) -> list[tuple[str, float]]:
+        """Names and weights of `lora`; empty without."""
+        return [(lora.name, lora.weight) for lora in self.lora or ()]
 
     def check_combinations(self) -> None:
         """Raise ApiError for fields that exclude each other."""

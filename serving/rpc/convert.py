@@ -19,7 +19,7 @@ FINISH_REASON_NAMES = {value: name for name, value in FINISH_REASONS.items()}
 
 _OPTIONAL = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed"),
-    *("max_tokens", "min_tokens", "logprobs", "skip_special_tokens"),
+    *("max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "skip_special_tokens"),
 )
 _IF_ANY = ("logit_bias", "allowed_token_ids")
 """Fields whose empty value counts as left out."""

@@ -50,11 +50,12 @@ class Inference(stubs.InferenceServicer):
             raise ValueError("prompt is missing; allowed: text or token_ids")
         prompt = request.text if field == "text" else {"prompt_token_ids": list(request.token_ids.ids)}
         params = convert.sampling_from_message(request.sampling, self._service.sampling_defaults)
-        lora = self._service.lora_named(request.lora_name)
         timeout = context.time_remaining()
         if timeout is not None and timeout <= 0:
             raise DeadlineExceeded("the deadline of the call has passed")
         deadline = self._service.deadline(timeout)
+        mixed = [(lora.lora_name, lora.weight if lora.HasField("weight") else 1.0) for lora in request.loras]
+        lora = await self._service.adapter_of(request.lora_name, mixed, deadline)
         fit = not request.sampling.HasField("max_tokens")
         (stream,) = await self._service.llm.open_all(
             [prompt], [params], lora, request_id, deadline, fit=fit, priority=request.priority
@@ -83,6 +84,7 @@ def _end(stream: RequestStream, delta: Delta, num_tokens: int) -> dict[str, Any]
         "stop_reason": convert.stop_reason_to_message(delta.stop_reason),
         "usage": usage,
         "timing": _timing(stream.request),
+        "prompt_logprobs": convert.logprobs_to_messages([position or {} for position in stream.prompt_logprobs() or ()]),
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, AdapterError, read_config
@@ -57,6 +58,21 @@ class AdapterSources:
                     adapters.setdefault(directory.name, directory)
         return adapters
 
+    def find(self, name: str) -> Path | None:
+        """Find the directory of an adapter that a request names; None where there is none. May download it.
+
+        A name is a hub id, or a path relative to one of the directories. A path has one spelling, without ".." for example, as
+        each name is an adapter of its own. Raises ValueError where the download fails.
+        """
+        if name in self._hub_ids:
+            return download(name)
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name:
+            return None
+        with contextlib.suppress(ValueError):
+            return self.resolve(name)
+        return None
+
     def resolve(self, source: str) -> Path:
         """Find the directory of an adapter that a client named. May download it.
 
@@ -98,11 +114,18 @@ def _may_be_adapter(directory: Path) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Download the two files of a hub repository, or take them from the cache. Raises ValueError."""
+    """Download the two files of an adapter, or take them from the cache, and return their directory. Raises ValueError.
+
+    Args:
+        hub_id: `owner/repository`, or `owner/repository/subfolder` for one of a repository's adapters.
+    """
     import huggingface_hub
 
+    owner, _, rest = hub_id.partition("/")
+    repository, _, subfolder = rest.partition("/")
+    files = [str(PurePosixPath(subfolder, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        files = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=files))
+        root = huggingface_hub.snapshot_download("/".join(filter(None, (owner, repository))), allow_patterns=files)
+        return Path(root, subfolder)
     except Exception as error:  # the library documents no narrower type
         raise ValueError(f"adapter {hub_id!r} cannot be downloaded: {error}") from error

@@ -33,7 +33,9 @@ class ServerConfig:
         admin_keys: Keys for loading and unloading adapters, required as soon as the server has a key of either kind. An admin
             key also serves as an API key.
         adapter_dirs: Directories below which clients may name adapters. Adapters directly inside are loaded at the start.
-        hub_adapters: Hub ids from which clients may load adapters.
+        hub_adapters: Hub ids from which clients may load adapters: `owner/repository`, or `owner/repository/subfolder`.
+        load_on_request: Whether a request loads the adapter that it names: one of `hub_adapters`, or a path below one of
+            `adapter_dirs`. Otherwise only adapters that were loaded before are served.
         allowed_origins: Origins whose pages may read answers in a browser (CORS), as `https://app.example`; "*" allows any.
         allowed_methods: Methods that such pages may use; "*" allows all.
         allowed_headers: Headers that such pages may send; "*" allows all.
@@ -61,6 +63,7 @@ class ServerConfig:
     admin_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     adapter_dirs: tuple[str, ...] = ()
     hub_adapters: tuple[str, ...] = ()
+    load_on_request: bool = True
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)

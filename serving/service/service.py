@@ -14,7 +14,7 @@ from typing import Any
 
 from chameleon_jax.checkpoints.chat_template import ChatTemplate, operators_template
 from chameleon_jax.errors import Draining, Forbidden, RequestFailed, Unauthenticated
-from chameleon_jax.sampling_params import LoRARequest
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
@@ -54,6 +54,7 @@ class Service:
         self._template: ChatTemplate | None = None
         if config.chat_template is not None and llm.tokenizer is not None:
             self._template = llm.tokenizer.make_chat_template(*operators_template(config.chat_template))
+        self._loads: dict[str, asyncio.Task[None]] = {}  # of adapters that requests named
 
     # -- access ---------------------------------------------------------------------------------------------------------
 
@@ -97,6 +98,37 @@ class Service:
     def is_lora(self, name: str) -> bool:
         """Whether an adapter has that name."""
         return self.llm.engine.adapters.get(name) is not None
+
+    async def adapter_of(self, model: str | None, mixed: Sequence[tuple[str, float]], deadline: Deadline) -> LoRARequest | None:
+        """Adapter of a request, loaded first where it is one of the server's sources; None for the base model.
+
+        Args:
+            model: The base model or an adapter.
+            mixed: Names and weights of several adapters in the place of one.
+            deadline: Deadline of the request.
+
+        Raises:
+            KeyError: An adapter does not exist.
+            ValueError: An adapter cannot be served, or `mixed` is wrong.
+            Draining, DeadlineExceeded, QueueFull, RequestFailed, EngineDead: See `chameleon_jax.errors`.
+        """
+        is_base = model is None or model in ("", *self.model_names)
+        if mixed and not is_base:
+            allowed = " or ".join(map(repr, self.model_names))
+            raise ValueError(f"model is {reprlib.repr(model)}; allowed with lora: {allowed}, the base model")
+        lora: LoRARequest | None = None if is_base else LoRARequest(str(model))
+        if mixed:  # a wrong one is refused before anything is loaded
+            lora = LoRAMix([LoRARequest(name) for name, _ in mixed], [weight for _, weight in mixed])
+        names = [] if lora is None else [member.name for member, _ in lora.members]
+        for name in names:
+            if name in ("", *self.model_names):
+                raise ValueError(f"lora has {name!r}; allowed: adapters, not the base model")
+        async with deadline.kept():
+            for name in names:
+                await self._load_if_missing(name)
+        for name in names:
+            self.lora_named(name)
+        return lora
 
     def deadline(self, timeout: float | None) -> Deadline:
         """Deadline of a request arriving now. Args: timeout: seconds, at most and by default the server's `request_timeout`."""
@@ -194,13 +226,52 @@ class Service:
         logger.info("loaded adapter %r", name)
         return loaded
 
+    async def _load_if_missing(self, name: str) -> None:
+        """Load an adapter that a request names, where it is none yet but one of the server's sources.
+
+        It is read once for all requests that wait for it, and also if they leave.
+        """
+        if not self.config.load_on_request or not self._may_name(name) or self.is_lora(name):
+            return
+        load = self._loads.get(name)
+        if load is None:
+            load = self._loads[name] = asyncio.create_task(self._load_on_request(name))
+            load.add_done_callback(lambda load: self._end_load(name, load))
+        await asyncio.shield(load)
+
+    def _end_load(self, name: str, load: asyncio.Task[None]) -> None:
+        del self._loads[name]
+        if not load.cancelled():
+            load.exception()  # which asyncio would log where every request has left
+
+    async def _load_on_request(self, name: str) -> None:
+        if self.llm.draining:
+            raise Draining("the server is about to stop")
+        try:
+            path = await asyncio.to_thread(self.sources.find, name)
+            if path is None:
+                return
+            await self.llm.add_lora(name, path, load_inplace=False)
+        except ValueError as error:
+            if self.is_lora(name):  # by an operator meanwhile, with other content
+                return
+            raise ValueError(f"model {name!r} cannot be served: {error}") from error
+        logger.info("loaded adapter %r for a request", name)
+
     async def unload_lora(self, name: str) -> None:
-        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError."""
+        """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError.
+
+        One of an adapter directory is loaded again when a request names it, unless `load_on_request` is off.
+        """
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
 
+    def _may_name(self, name: str) -> bool:
+        """Whether an adapter may have the name."""
+        return 0 < len(name) <= MAX_NAME_LEN and name.isprintable() and name not in self.model_names
+
     def _check_name(self, name: str) -> None:
-        if not name or len(name) > MAX_NAME_LEN or not name.isprintable() or name in self.model_names:
+        if not self._may_name(name):
             raise ValueError(
                 f"lora_name is {reprlib.repr(name)}; allowed: 1 to {MAX_NAME_LEN} printable characters, "
                 "but no name of the base model"

@@ -11,6 +11,7 @@ from prometheus_client.core import Metric
 from chameleon_jax.errors import EngineDead
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.observers import Observer
 
 LABEL = "adapter_name"
@@ -27,7 +28,8 @@ class AdapterMetrics(Observer):
     """Observer that counts by the adapter's name.
 
     An adapter gets series of its own with its first request, while fewer than `max_adapters` have some. Later ones are counted
-    as OTHER. `forget` ends the series of names that were removed, and the next new names take their places.
+    as OTHER. So are mixes, whose weights a client may change with every request. `forget` ends the series of names that were
+    removed, and the next new names take their places.
 
     Args:
         max_adapters: Most adapters with series of their own.
@@ -52,24 +54,25 @@ class AdapterMetrics(Observer):
         times = request.metrics
         assert times.first_token_time is not None
         with self._lock:
-            label = self._label(request.adapter_name)
+            label = self._label(request.adapter_name, request.is_mix)
             self._ttft.labels(label).observe(times.first_token_time - times.arrival_time)
             self._observe_queue(label, request)
 
     def finished(self, request: Request) -> None:
         assert request.finish_reason is not None
         with self._lock:
-            label = self._label(request.adapter_name)
+            label = self._label(request.adapter_name, request.is_mix)
             self._finished.labels(label, request.finish_reason.value).inc()
             self._prompts.labels(label).inc(len(request.prompt_token_ids))
             self._outputs.labels(label).inc(len(request.output_token_ids))
             if request.metrics.first_token_time is None:
                 self._observe_queue(label, request)
 
-    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
+    def engine_died(self, error: EngineDead, loras: Sequence[LoRARequest | None]) -> None:
         with self._lock:
-            for name in adapter_names:
-                self._finished.labels(self._label(name), FinishReason.ERROR.value).inc()
+            for lora in loras:
+                label = BASE if lora is None else self._label(lora.name, isinstance(lora, LoRAMix))
+                self._finished.labels(label, FinishReason.ERROR.value).inc()
 
     def forget(self, is_registered: Callable[[str], bool]) -> None:
         """End the series of adapters that are not registered any more."""
@@ -85,9 +88,11 @@ class AdapterMetrics(Observer):
         for family in self._families:
             yield from family.collect()
 
-    def _label(self, name: str | None) -> str:
+    def _label(self, name: str | None, is_mix: bool) -> str:
         if name is None:
             return BASE
+        if is_mix:
+            return OTHER
         if name in self._names:
             return name
         if len(self._names) < self._max_adapters and name != OTHER:

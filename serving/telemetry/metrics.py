@@ -15,6 +15,7 @@ from chameleon_jax.executor import LoadResult
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.observers import Observer
 from chameleon_jax.serving.stats import EngineStats
 from chameleon_jax.serving.telemetry import engine_metrics
@@ -121,10 +122,10 @@ class Metrics(Observer):
             if num_tokens > 1:
                 self._tpot.observe(decode / (num_tokens - 1))
 
-    def engine_died(self, error: EngineDead, adapter_names: Sequence[str | None]) -> None:
-        self.by_adapter.engine_died(error, adapter_names)
+    def engine_died(self, error: EngineDead, loras: Sequence[LoRARequest | None]) -> None:
+        self.by_adapter.engine_died(error, loras)
         self._token_at.clear()
-        self._finished.labels(FinishReason.ERROR.value).inc(len(adapter_names))
+        self._finished.labels(FinishReason.ERROR.value).inc(len(loras))
 
     def loaded(self, result: LoadResult) -> None:
         if result.error is None:

@@ -73,6 +73,12 @@ def test_finetune_and_serve(run: Callable[..., str], model: str) -> None:
     assert without != adapted
 
 
+def test_train_and_serve(run: Callable[..., str], model: str) -> None:
+    found = re.findall(r"step (\d+)/20  loss ([\d.]+) nats a token  (.*)", run("train_and_serve", model))
+    assert [int(step) for step, _, _ in found] == [5, 10, 15, 20]
+    assert len({text for _, _, text in found}) > 1  # the weights of later steps were served
+
+
 def test_own_system(run: Callable[..., str]) -> None:
     fifo, own = ([int(ms) for ms in re.findall(r"(\d+) ms", line)] for line in run("own_system").splitlines())
     assert len(fifo) == len(own) == 2

@@ -48,5 +48,5 @@ class Watcher(Observer):
     def loaded(self, result):
         raise RuntimeError("what an observer raises concerns nobody")
 
-    def engine_died(self, error, adapter_names):
-        self.lost_requests.append(len(adapter_names))
+    def engine_died(self, error, loras):
+        self.lost_requests.append(len(loras))

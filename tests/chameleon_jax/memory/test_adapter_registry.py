@@ -6,7 +6,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from chameleon_jax.memory.adapters import AdapterTier
+from chameleon_jax.memory import adapter_registry
+from chameleon_jax.memory.adapters import AdapterMix, AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
@@ -137,3 +138,29 @@ def test_a_content_of_two_names_goes_with_the_second():
     assert forgotten == [] and not loop.cache.entry("c1").pinned
     names.add("y", info("c2"))
     assert forgotten == ["c1"]
+
+
+def test_a_mix_does_not_depend_on_the_order_of_its_members():
+    one, other = (AdapterMix.of(members) for members in ([("c1", 0.5), ("c2", 2.0)], [("c2", 2.0), ("c1", 0.5)]))
+    assert one.content_hash == other.content_hash != AdapterMix.of([("c1", 2.0), ("c2", 0.5)]).content_hash
+    assert AdapterMix.of([("c1", 1.0)]).content_hash == "c1" != AdapterMix.of([("c1", 2.0)]).content_hash
+
+
+def test_a_mix_outlives_others_while_a_request_has_it(monkeypatch):
+    monkeypatch.setattr(adapter_registry, "MAX_MIXES", 1)
+    loop, _, forgotten = make_loop(20)
+    names = loop.adapters
+    names.add("x", info("c1"))
+    mixes = [AdapterMix.of([("c1", weight)]) for weight in (2.0, 3.0)]
+    hashes = [mix.content_hash for mix in mixes]
+    assert not names.use_mix(mixes[0])
+    names.add_mix(mixes[0], "2*x", adapter(hashes[0], 1))
+    assert names.use_mix(mixes[0]) and names.names_by_hash()[hashes[0]] == ["2*x"]
+    request = make_request(0, 4, 4, hashes[0])
+    loop.submit(request)
+    names.add_mix(mixes[1], "3*x", adapter(hashes[1], 1))
+    assert not names.use_mix(mixes[0]) and names.use_mix(mixes[1]) and forgotten == []
+    run(loop)
+    assert forgotten == [hashes[0]] and request.finish_reason is FinishReason.LENGTH
+    names.remove("x")
+    assert sorted(forgotten) == sorted([*hashes, "c1"]) and names.names_by_hash() == {}

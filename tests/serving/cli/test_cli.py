@@ -280,6 +280,7 @@ FLAGS = {
     "drain_timeout": 2.5,
     "max_body_bytes": 2048,
     "max_header_bytes": 4096,
+    "load_on_request": False,
     "max_connections": 7,
     "max_choices": 3,
     "tool_call_parser": "mistral",

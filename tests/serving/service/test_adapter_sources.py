@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+import huggingface_hub
 import pytest
 
 from chameleon_jax.serving.service import adapter_sources
@@ -127,6 +128,32 @@ def test_hub_ids(root, monkeypatch):
     with pytest.raises(ValueError, match="1 hub ids"):
         sources.resolve("someone/else")
     assert asked == ["someone/adapter"]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "repository", "folder"),
+    [("someone/adapter", "someone/adapter", ""), ("someone/many/deep/c", "someone/many", "deep/c"), ("old", "old", "")],
+)
+def test_a_subfolder_of_a_hub_repository_is_downloaded_alone(root, monkeypatch, hub_id, repository, folder):
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert AdapterSources([], [hub_id]).find(hub_id) == root / folder
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert asked == [(repository, [str(pathlib.PurePosixPath(folder, file)) for file in files])]
+
+
+def test_a_download_that_fails_is_named(monkeypatch):
+    def snapshot_download(repo_id, allow_patterns):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="adapter 'someone/many/c' cannot be downloaded: offline"):
+        AdapterSources([], ["someone/many/c"]).find("someone/many/c")
 
 
 def test_a_directory_that_cannot_be_listed_is_named(root):

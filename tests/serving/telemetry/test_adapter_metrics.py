@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.telemetry.metrics import Metrics
 from tests.serving.telemetry.engine_stats import engine_stats
 from tests.serving.telemetry.test_metrics import ended, families, serve, value
@@ -50,6 +51,16 @@ def test_adapters_above_the_limit_are_counted_together():
     assert requests(metrics) == {"": 1, "other": 1}
 
 
+def test_mixes_are_counted_together_and_take_no_adapter_s_place():
+    metrics = made(1)
+    for weight in (0.1, 0.2):
+        request = ended()
+        request.adapter_name, request.is_mix = f"{weight}*a", True
+        serve(metrics, request)
+    serve_all(metrics, "a")
+    assert requests(metrics, {"a"}.__contains__) == {"": 0, "a": 1, "other": 2}
+
+
 def test_a_removed_name_leaves_its_place_to_another():
     metrics = made(2)
     serve_all(metrics, "a", "b", "c")
@@ -71,13 +82,15 @@ def test_a_request_that_ends_after_its_adapter_was_removed_keeps_no_series():
 
 def test_requests_lost_with_the_engine_count_for_their_adapters():
     metrics = made(1)
-    metrics.by_adapter.engine_died(None, [None, "a", "a", "b"])
+    metrics.by_adapter.engine_died(
+        None, [None, LoRARequest("a"), LoRARequest("a"), LoRARequest("b"), LoRAMix([LoRARequest("a")])]
+    )
     found = families(metrics, engine_stats([]))
     lost = {
         name: value(found, "lora_request_success_total", adapter_name=name, finished_reason="error")
         for name in ("", "a", "other")
     }
-    assert lost == {"": 1, "a": 2, "other": 1}
+    assert lost == {"": 1, "a": 2, "other": 2}
 
 
 def test_requests_without_a_first_token_have_a_time_in_the_queue():

@@ -252,7 +252,7 @@ def test_the_time_to_a_first_token_does_not_wait_for_the_last(metrics):
 
 def test_an_engine_that_is_dead(metrics):
     serve(metrics, ended())
-    metrics.engine_died(EngineDead("the device is gone"), [None, "a", "a"])
+    metrics.engine_died(EngineDead("the device is gone"), [None, LoRARequest("a"), LoRARequest("a")])
     found = families(metrics, engine_stats([]), up=False)
     assert value(found, "engine_up") == 0
     assert value(found, "request_success_total", finished_reason="error") == 3
