@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import re
 import socket
@@ -74,6 +75,17 @@ def test_a_language_that_cannot_be_compiled_is_an_invalid_argument(served):
     wrong = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "objct"}))
     with pytest.raises(ValueError, match="structured_outputs: json is .* it cannot be compiled: Invalid type: objct"):
         served.rpc.generate("x", wrong)
+
+
+def test_prompt_logprobs(client):
+    asked = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    whole = client.generate("love is", asked, lora_name="a1")
+    *parts, last = client.stream("love is", asked, lora_name="a1")
+    assert whole.prompt_logprobs == last.prompt_logprobs and all(part.prompt_logprobs is None for part in parts)
+    first, *rest = whole.prompt_logprobs
+    assert first is None and [next(iter(p.values())).decoded_token for p in rest] == list("ove is")
+    assert all(2 <= len(position) <= 3 for position in rest)
+    assert client.generate("love is", GREEDY, lora_name="a1").prompt_logprobs is None
 
 
 def test_sync_and_async_clients_agree(server, client):
