@@ -172,7 +172,7 @@ def test_what_can_never_run_is_refused_at_once(llm, adapters, tmp_path):
         llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("broken", str(tmp_path)))
     with pytest.raises(ValueError, match="unknown setting 'max_loras'"):
         LLM("tiny", max_loras=3)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="lora_request is False; allowed: LoRARequest or None"):
+    with pytest.raises(ValueError, match="lora_request is False; allowed: LoRARequest, LoRAMix or None"):
         llm.generate([[1], [2]], GREEDY, False)
     with pytest.raises(ValueError, match="lora_request has 1 entries"):
         llm.generate([[1], [2]], GREEDY, lora_request=[adapters[0]])

@@ -244,7 +244,9 @@ def test_generate_from_the_command_line(model, tmp_path, monkeypatch):
     asked = []
     generate = llm.LLM.generate
     monkeypatch.setattr(
-        llm.LLM, "generate", lambda self, p, params, *a: (asked.append(params), generate(self, p, params, *a))[1]
+        llm.LLM,
+        "generate",
+        lambda self, p, params, *a, **named: (asked.append(params), generate(self, p, params, *a, **named))[1],
     )
     plain = {"temperature": 0.0, "max_tokens": 128}
     for options, expected in [
