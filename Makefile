@@ -12,7 +12,7 @@ GPU_MACHINE = PYTHONPATH=$(CURDIR)/tests/gpu_machine
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
+.PHONY: client demo serve examples docs test test-host test-models check parity paper h100 device-plan soak fuzz proto format clean
 
 demo: $(VENV)/installed ## serve SmolLM2-135M with four adapters
 	$(BIN)/python -m benchmarks demo
@@ -30,7 +30,7 @@ test: $(VENV)/installed-test ## the test suite, on every processor; TESTS="tests
 	$(PYTEST) $(TESTS)
 
 test-host: $(VENV)/installed-test ## the fast tests, which build no engine: core, checkpoints, parts of the servers, documentation
-	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
+	$(PYTEST) tests/chameleon_jax tests/checkpoints tests/serving/tools tests/serving/service/test_server_config.py tests/serving/test_engine_thread.py \
 	  tests/serving/test_adapter_reader.py tests/serving/test_prompts.py tests/serving/test_updates.py tests/test_docs.py tests/test_prose.py
 
 test-models: $(VENV)/installed-test-models ## the tests of the model and its device ops, with only the packages that the GPU machine has
@@ -56,6 +56,14 @@ device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a ti
 	for call in 1 2 3; do \
 	  JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(GPU_MACHINE) $(BIN)/python -m benchmarks device --call $$call --small --out .cache/device-plan --cache .cache/device-plan || exit 1; \
 	done
+
+client: ## build the wheel of the clients without JAX into build/client, install it in a fresh environment, and print sizes
+	rm -rf build/client && $(PYTHON) clients/python/stage.py build/client/source
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/client build/client/source
+	$(PYTHON) -m venv build/client/venv
+	build/client/venv/bin/python -m pip install --quiet build/client/*.whl
+	cd build/client && venv/bin/python -c "import chameleon_jax_client as c, importlib.util as u; assert not u.find_spec('jax'); print(c.Client)"
+	cd build/client/venv/lib/python*/site-packages && du -shc $$(ls -d * | grep -v -e pip -e setuptools -e pkg_resources -e distutils)
 
 soak: $(VENV)/installed-test ## 64 clients for ten minutes while adapters come and go; MINUTES=1 for less
 	$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),10)

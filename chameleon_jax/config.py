@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict, get_args, get_type_hints
 
 from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.adapters import MAX_RANK
@@ -98,11 +100,16 @@ class EngineConfig:
         """Make a configuration of settings by name.
 
         Raises:
-            ValueError: A setting is unknown or wrong; names it.
+            ValueError: A setting is unknown or wrong; names it, and the setting whose name is nearest to an unknown one.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(settings.keys() - known):
-            raise ValueError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        types = get_type_hints(cls)
+        for name, value in settings.items():
+            if name not in types:
+                nearest = difflib.get_close_matches(name, types, 1)
+                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+                raise ValueError(f"unknown setting {name!r}; {hint}allowed: {', '.join(sorted(types))}")
+            allowed = getattr(types[name], "__name__", None) or str(types[name])
+            require(_is_of_type(value, types[name]), name, value, allowed)
         return cls(**settings)
 
     def check_restart(self, built: EngineConfig) -> None:
@@ -121,3 +128,37 @@ class EngineConfig:
             value, limit = getattr(self, field), getattr(built, field)
             allowed = f"at most {limit!r}, for which this engine was built"
             require(value is not None and value <= limit, field, value, allowed)
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Whether a value has a setting's type. Integers are numbers too, and truth values are not."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    numeric = (int in kinds and isinstance(value, numbers.Integral)) or (float in kinds and isinstance(value, numbers.Real))
+    return numeric or isinstance(value, kinds)
+
+
+class EngineSettings(TypedDict, total=False):
+    """Fields of `EngineConfig` as keyword arguments, so that type checkers find a misspelt or wrong one."""
+
+    dtype: str
+    load_format: str
+    generation_config: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_lora_rank: int
+    lora_host_bytes: int
+    num_pages: int | None
+    gpu_memory_utilization: float
+    page_tokens: int
+    enable_lora: bool
+    compile_ahead: bool
+    system: str | System
+    ttft_slo: float
+    tbt_slo: float
+    predicted_output_len: int
+    length_proxy: str | None
+    max_queue_len: int | None
+    seed: int

@@ -41,6 +41,18 @@ class DuplicateRequest(ValueError):
     """A request with the same id is running."""
 
 
+class InvalidGrammar(ValueError):
+    """The structured output that a request asks for is wrong or not supported.
+
+    Attributes:
+        reason: Fault of it, without the name of the field of `SamplingParams`.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(f"structured_outputs: {reason}")
+        self.reason = reason
+
+
 class Unauthenticated(ServingError):
     """The server requires an API key, and the request has no valid one."""
 

@@ -48,6 +48,12 @@ class Executor(Protocol):
     def dispatch(self, plan: StepPlan) -> Any:
         """Start a step without waiting for it; return its handle."""
 
+    def draw(self, handle: Any) -> None:
+        """Draw the tokens that a dispatched step has left for now; called once the steps before it are collected.
+
+        Guided tokens are such: a grammar allows them by the tokens before, which the host has not seen at the dispatch.
+        """
+
     def collect(self, handle: Any) -> list[SampledToken]:
         """Wait for a dispatched step and return its tokens."""
 

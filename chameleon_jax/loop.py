@@ -99,6 +99,7 @@ class ServingLoop:
         self._orders = 0
         self._in_flight: deque[tuple[Any, StepPlan, float, int]] = deque()  # dispatched steps whose tokens were not read
         self._collected_at = 0.0
+        self._undrawn: Any = None  # the last dispatched step, until its tokens are drawn
         self._pending: StepPlan | None = None  # planned and not dispatched: an interrupt came while it waited
         self._updated: list[Request] = []  # for the next return of `step`
         self._failed = False
@@ -176,6 +177,7 @@ class ServingLoop:
         """
         if self._failed:
             raise RuntimeError("an earlier step failed; recover, or start a new engine")
+        self._draw()
         self._finish_loads()
         plan = self._pending or self._plan()
         if plan.awaited:
@@ -184,7 +186,10 @@ class ServingLoop:
         self.awaits_load = not plan.runs and not self._in_flight and self.has_unfinished
         if wait and self.awaits_load:
             self._finish_loads(wait=True)
-        self._collect(leave=int(plan.runs))
+        if plan.runs:
+            self._draw()
+        else:
+            self._collect()
         updated, self._updated = self._updated, []
         return updated
 
@@ -196,6 +201,7 @@ class ServingLoop:
         """
         self.executor.reset()
         self._in_flight.clear()
+        self._undrawn = None
         self._pending = None
         for request in self._requests.values():
             request.num_in_flight = 0
@@ -245,6 +251,7 @@ class ServingLoop:
             with self._fatal():
                 handle = self.executor.dispatch(plan)
                 self._in_flight.append((handle, plan, self._clock(), self.executor.num_compiled))
+                self._undrawn = handle
         self._pending = None
         self.counters.steps += plan.runs
         self.counters.prefill_tokens += sum(chunk.num_tokens for chunk in plan.prefills)
@@ -258,6 +265,14 @@ class ServingLoop:
         except BaseException:
             self._failed = True
             raise
+
+    def _draw(self) -> None:
+        """Draw the tokens of the step dispatched last, once the ones before it are collected."""
+        if self._undrawn is not None:
+            self._collect(leave=1)
+            with self._fatal():
+                self.executor.draw(self._undrawn)
+            self._undrawn = None
 
     def _collect(self, leave: int = 0) -> None:
         """Wait for the steps in flight, except the last `leave`, and hand out their tokens."""

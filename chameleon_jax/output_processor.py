@@ -40,6 +40,12 @@ def append_token(request: Request, sampled: SampledToken) -> None:
     if sampled.logprobs is not None:
         request.logprobs.append(sampled.logprobs)
     stops = token in request.stop_ids
+    if request.guide is not None:
+        if not stops:
+            request.guide.accept(token)
+        if request.guide.error:
+            finish(request, FinishReason.ERROR, f"its structured output could not go on: {request.guide.error}")
+            return
     if request.stream is not None and (not stops or params.include_stop_str_in_output):
         searched = len(request.text)
         request.text += request.stream.append(token)
@@ -50,6 +56,8 @@ def append_token(request: Request, sampled: SampledToken) -> None:
             return
     if stops:
         finish(request, FinishReason.STOP, token if token in params.stop_token_ids else None)
+    elif request.guide is not None and request.guide.complete:
+        finish(request, FinishReason.STOP)
     elif len(request.output_token_ids) >= params.max_tokens:
         finish(request, FinishReason.LENGTH)
 

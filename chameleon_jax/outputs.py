@@ -41,6 +41,8 @@ class Logprob:
 class RequestMetrics:
     """Times and counts of one request. Times are seconds of the engine's monotonic clock; None until they happen.
 
+    The properties are vLLM's names of the same facts. vLLM's `arrival_time` is a time of day; this one is not.
+
     Attributes:
         arrival_time: the request was submitted.
         first_scheduled_time: it first started to run.
@@ -62,6 +64,26 @@ class RequestMetrics:
     adapter_was_resident: bool | None = None
     adapter_awaited_since: float | None = None
     adapter_wait: float = 0.0
+
+    @property
+    def scheduled_ts(self) -> float | None:
+        """Time at which it first started to run: `first_scheduled_time`."""
+        return self.first_scheduled_time
+
+    @property
+    def first_token_ts(self) -> float | None:
+        """Time of its first token: `first_token_time`."""
+        return self.first_token_time
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival until it first started to run."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
 @dataclasses.dataclass
@@ -97,6 +119,8 @@ class RequestOutput:
         finished: whether all completions have ended.
         lora_request: adapter of the request; None for the base model.
         metrics: times and counts.
+        prompt_logprobs: alternatives of each token of the prompt by id, the token itself first; None at the first token; None
+            unless asked for.
     """
 
     request_id: str
@@ -106,6 +130,7 @@ class RequestOutput:
     finished: bool
     lora_request: LoRARequest | None
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

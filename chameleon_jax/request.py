@@ -7,11 +7,16 @@ import enum
 import numbers
 from array import array
 from collections.abc import MutableSequence, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from chameleon_jax.checks import require
 from chameleon_jax.outputs import FinishReason, RequestMetrics
 from chameleon_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from chameleon_jax.structured_outputs import Guide
 
 
 class RequestState(enum.Enum):
@@ -39,6 +44,11 @@ class Request:
         is_mix: Whether it asked for a mix of adapters.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
+        prompt_logprobs: Log-probabilities of the prompt's tokens by position, each token first; None at the first position and
+            where they are not known yet. Empty where they were not requested.
+        guide: Grammar of its output; None where the output is free.
+        allowed: Bits of the token ids that it can draw, int32, 32 in a word; None where it can draw any.
+        adjusts: Whether its logits change before a token is drawn, by more than the temperature.
         priority: Its class; the lowest number is the highest class, which starts first. A request that is preempted for memory
             joins the class of the request that takes its pages, where that is higher.
         order: Place in the order of arrival.
@@ -64,9 +74,12 @@ class Request:
     adapter_name: str | None = None
     is_mix: bool = False
     stream: TokenStream | None = None
+    guide: Guide | None = None
+    allowed: np.ndarray | None = None
     state: RequestState = RequestState.WAITING
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] = dataclasses.field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -86,6 +99,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.metrics = RequestMetrics(self.arrival_time)
+        self.adjusts = self.params.adjusts_logits
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt_token_ids)
 
     @property
     def num_known(self) -> int:

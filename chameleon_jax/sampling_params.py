@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from chameleon_jax.checks import require, require_field
+from chameleon_jax.errors import InvalidGrammar
 
 MAX_STOP_IDS = 8
 """Most stop ids of a request."""
@@ -19,6 +22,82 @@ MAX_LOGPROBS = 20
 """Most alternatives that are reported for each token."""
 MAX_MIXED_LORAS = 8
 """Most adapters of a request."""
+MAX_LOGIT_BIAS = 300
+"""Most tokens that a request's `logit_bias` names."""
+MAX_GRAMMAR_LEN = 1 << 16
+"""Most characters of a schema, a regular expression, a grammar, or all choices."""
+
+
+GRAMMAR_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+"""Fields of `StructuredOutputsParams` of which one is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """Language of the output: exactly one of the first five. Names are vLLM's. Raises InvalidGrammar.
+
+    Attributes:
+        json: JSON schema that the output satisfies, as text or as a mapping.
+        regex: regular expression that the whole output matches.
+        choice: texts of which the output is one.
+        grammar: grammar of the output in Lark's notation, with llguidance's additions.
+        json_object: True: the output is any JSON object.
+        whitespace_pattern: regular expression of the whitespace between the parts of JSON, for `json` and `json_object`. None
+            (default) allows any.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except ValueError as error:
+            raise InvalidGrammar(str(error)) from error
+
+    @property
+    def kind(self) -> str:
+        """The field of GRAMMAR_KINDS that is given. Raises ValueError where it is none or several."""
+        given = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'nothing'} is set; allowed: one of {', '.join(GRAMMAR_KINDS)}")
+        return given[0]
+
+    def _check(self) -> None:
+        kind = self.kind
+        for field in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, field)
+            require_field(self, field, value is None or (isinstance(value, str) and value != ""), "a text that is not empty")
+        require_field(self, "json_object", self.json_object in (None, False, True), "true or null")
+        if self.choice is not None:
+            listed = isinstance(self.choice, Sequence) and not isinstance(self.choice, str) and len(self.choice) > 0
+            texts = listed and all(isinstance(text, str) and text for text in self.choice)
+            require_field(self, "choice", texts, "a list of texts, none of them empty")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if self.whitespace_pattern is not None and kind not in ("json", "json_object"):
+            raise ValueError(f"whitespace_pattern is set; allowed: only together with json or json_object, not {kind}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        length = sum(len(str(text)) for text in (self.regex, self.grammar, self.json, *(self.choice or ())) if text is not None)
+        if length > MAX_GRAMMAR_LEN:
+            raise ValueError(f"{kind} has {length} characters; allowed: {MAX_GRAMMAR_LEN}")
+
+
+def _schema_text(schema: Any) -> str:
+    """Return a JSON schema as text. Raises ValueError for a value that is none."""
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(parsed, Mapping | bool):
+            raise ValueError("a schema is an object, true or false")
+        return json.dumps(parsed, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"json is {schema!r:.80}; allowed: a JSON schema ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +110,13 @@ class SamplingParams:
         top_p: share of the probability mass that is kept, in (0, 1] (default 1).
         top_k: number of likeliest tokens that are kept. 0 (default) or -1 keeps all; 1 picks the likeliest.
         min_p: least probability that is kept, relative to the likeliest token's, 0 to 1 (default 0).
+        presence_penalty: subtracted from the logit of each token that the output has, -2 to 2 (default 0).
+        frequency_penalty: subtracted from the logit of a token for each time that the output has it, -2 to 2 (default 0).
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens that the prompt or the
+            output has, above 0 (default 1).
+        logit_bias: amounts, -100 to 100, that are added to the logits of tokens, by id; at most 300. None (default): none.
+        allowed_token_ids: ids that alone can be drawn. None (default): all.
+        structured_outputs: language of the output. None (default): any text.
         seed: seed of the draws. The same seed gives the same text in any batch. None (default): the engine draws one.
         max_tokens: most output tokens, 1 or more (default 16).
         min_tokens: output tokens before which no stop id is drawn, unless nothing else can be, and stop strings do not count
@@ -40,6 +126,8 @@ class SamplingParams:
         stop_token_ids: ids that end the output beside the model's end-of-sequence ids, at most 8 together with those.
         ignore_eos: generate past the model's end-of-sequence ids (default False).
         logprobs: number of alternatives reported for each token, 0 to 20. None (default) reports no log-probabilities.
+        prompt_logprobs: number of alternatives reported for each token of the prompt behind the first, 0 to 20. None (default)
+            reports no log-probabilities.
         skip_special_tokens: leave special tokens out of the text (default True).
         include_stop_str_in_output: keep the stop string, or the text of the stop id, that ends the output (default False).
     """
@@ -48,6 +136,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
     max_tokens: int = 16
     min_tokens: int = 0
@@ -55,15 +149,16 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("temperature", "top_p", "min_p"):
+        for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             require_field(self, field, isinstance(getattr(self, field), numbers.Real), "a number")
-        for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+        for field in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, field)
-            if value is None and field in ("seed", "logprobs"):
+            if value is None and field in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             require_field(self, field, isinstance(value, numbers.Integral), "an integer")
             object.__setattr__(self, field, int(value))
@@ -73,6 +168,10 @@ class SamplingParams:
         require_field(self, "top_p", 0 < self.top_p <= 1, "above 0, at most 1")
         require_field(self, "top_k", -1 <= self.top_k < 2**31, "-1 or 0 (all), or 1 and more")
         require_field(self, "min_p", 0 <= self.min_p <= 1, "0 to 1")
+        for field in ("presence_penalty", "frequency_penalty"):
+            require_field(self, field, -2 <= getattr(self, field) <= 2, "-2 to 2")
+        require_field(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, finite")
+        self._check_tokens()
         require_field(self, "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer")
         require_field(self, "max_tokens", self.max_tokens >= 1, "1 or more")
         require_field(self, "min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens")
@@ -80,7 +179,37 @@ class SamplingParams:
         texts = all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LEN for s in self.stop)
         require_field(self, "stop", texts, f"strings of 1 to {MAX_STOP_LEN} characters")
         require_field(self, "stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids")
-        require_field(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            require_field(self, field, value is None or 0 <= value <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+
+    def _check_tokens(self) -> None:
+        """Check the fields that name tokens; the engine checks that the vocabulary has them."""
+        if self.logit_bias is not None:
+            require_field(self, "logit_bias", isinstance(self.logit_bias, Mapping), "a mapping from token ids to numbers")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            fits = len(self.logit_bias) <= MAX_LOGIT_BIAS
+            require_field(self, "logit_bias", fits, f"at most {MAX_LOGIT_BIAS} tokens")
+            ids = all(isinstance(token, numbers.Integral) for token in self.logit_bias)
+            require_field(self, "logit_bias", ids, "token ids as keys")
+            amounts = all(isinstance(bias, numbers.Real) and -100 <= bias <= 100 for bias in self.logit_bias.values())
+            require_field(self, "logit_bias", amounts, "amounts of -100 to 100")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
+            require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits change before a token is drawn, by more than the temperature."""
+        return (
+            self.penalises or bool(self.logit_bias) or self.allowed_token_ids is not None or self.structured_outputs is not None
+        )
 
     def fit(self, prompt_len: int, max_model_len: int) -> SamplingParams:
         """Lower max_tokens to the room behind the prompt, one token at least.

@@ -29,20 +29,25 @@ class ChatTemplate:
     """Template that renders a conversation as the text the model was trained on.
 
     Args:
-        source: the template, or several by name, of which "default" is used. None or empty: no template.
+        source: the template, or several by name, of which "default" is used, and "tool_use" where there are tools. None or
+            empty: no template.
         special_tokens: variables of the template.
         place: file or field of the source, for errors.
 
     Attributes:
         error: reason why no conversation can be rendered; None where one can.
+        text: source of every template in use.
     """
 
     def __init__(self, source: Any, special_tokens: Mapping[str, str], place: str = "chat_template"):
         self._special_tokens = dict(special_tokens)
-        self._template: jinja2.Template | None = None
+        self._templates: dict[str, jinja2.Template] = {}
         self.error: str | None = None
+        self.text = ""
         try:
-            self._template = _compile(source, place)
+            sources = _sources(source, place)
+            self._templates = {name: _compile(text, place) for name, (text, place) in sources.items()}
+            self.text = "".join(text for text, _ in sources.values())
         except ValueError as error:
             self.error = str(error)
 
@@ -54,13 +59,14 @@ class ChatTemplate:
         variables: Mapping[str, Any],
     ) -> str:
         """Render a conversation; raise ValueError where there is no template or it refuses the messages."""
-        if self._template is None:
+        if self.error is not None:
             raise ValueError(f"messages: {self.error}")
+        template = self._templates.get("tool_use" if variables.get("tools") else "default", self._templates["default"])
         chat = [_plain(message) for message in messages]
         final = _mark_end(chat) if continue_final_message else ""
         given = {"messages": chat, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._template.render({"tools": None, "documents": None} | self._special_tokens | dict(variables) | given)
+            text = template.render({"tools": None, "documents": None} | self._special_tokens | dict(variables) | given)
         except Exception as error:  # a template is a program: on messages it does not expect it may raise anything
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
         return _cut_at_end(text, final) if continue_final_message else text
@@ -79,13 +85,31 @@ def read_chat_template(directory: Path, settings: Mapping[str, Any]) -> tuple[An
     Raises:
         ValueError: a file is broken; names it.
     """
-    for file in (directory / "additional_chat_templates" / "default.jinja", directory / "chat_template.jinja"):
+    named = directory / "additional_chat_templates"
+    for file in (named / "default.jinja", directory / "chat_template.jinja"):
         if file.is_file():
-            return _read_text(file), str(file)
+            source, tool_use = _read_text(file), named / "tool_use.jinja"
+            return ({"default": source, "tool_use": _read_text(tool_use)} if tool_use.is_file() else source), str(file)
     if settings.get("chat_template"):
         return settings["chat_template"], f"chat_template of {directory / 'tokenizer_config.json'}"
     file = directory / "chat_template.json"  # of processors, which text models rarely have
     return read_json(file, missing_ok=True).get("chat_template"), str(file)
+
+
+def operators_template(given: str) -> tuple[str, str]:
+    """Read a template that is given as a file or as text, which has a brace or a line break.
+
+    Returns:
+        The `source` and the `place` of a `ChatTemplate`.
+
+    Raises:
+        ValueError: there is no such file, or it is no text.
+    """
+    if set("{}\n") & set(given):
+        return given, "its text"
+    if not Path(given).is_file():
+        raise ValueError(f"chat_template is {given!r}; allowed: a file, or the text of a template")
+    return _read_text(Path(given)), given
 
 
 def _read_text(file: Path) -> str:
@@ -110,22 +134,31 @@ def token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _compile(source: Any, place: str) -> jinja2.Template:
-    """Compile a template; raise ValueError where there is none or it is broken."""
+def _sources(source: Any, place: str) -> dict[str, tuple[Any, str]]:
+    """Find the templates in use, each with its place, by name; raise ValueError where there is no default."""
     if not source:
         raise ValueError("the tokenizer has no chat_template")
-    try:
-        if isinstance(source, list):
+    if isinstance(source, list):
+        try:
             source = {entry["name"]: entry["template"] for entry in source}
-        if not isinstance(source, Mapping):
-            return _ENVIRONMENT.from_string(source)
-        if "default" in source:
-            return _ENVIRONMENT.from_string(source["default"])
+        except Exception as error:
+            raise ValueError(f"the chat template cannot be compiled: {place}: {error!r}") from error
+    if not isinstance(source, Mapping):
+        return {"default": (source, place)}
+    if "default" not in source:
+        raise ValueError(f"{place} has the chat templates {', '.join(sorted(source))}; allowed: default among them")
+    places = {"default": place, "tool_use": f"tool_use of {place}"}
+    return {name: (source[name], places[name]) for name in places if name in source}
+
+
+def _compile(source: Any, place: str) -> jinja2.Template:
+    """Compile a template; raise ValueError where it is broken."""
+    try:
+        return _ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template cannot be compiled: {place}, line {error.lineno}: {error.message}") from error
     except Exception as error:  # the source is no text, or Python's compiler refuses it
         raise ValueError(f"the chat template cannot be compiled: {place}: {error!r}") from error
-    raise ValueError(f"{place} has the chat templates {', '.join(sorted(source))}; allowed: default among them")
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

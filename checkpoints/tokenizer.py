@@ -40,7 +40,7 @@ class Tokenizer:
         self.backend = backend
         self.token_bytes = TokenBytes(backend)
         self.settings = dict(settings)
-        self.chat_template = ChatTemplate(settings.get("chat_template"), special_tokens(settings), template_place)
+        self.chat_template = self.make_chat_template(settings.get("chat_template"), template_place)
         self.bos_token_id = self._id("bos_token")
         eos = self._id("eos_token")
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if eos is None else [eos])]))
@@ -58,6 +58,28 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> DetokenizerStream:
         """Make a stream that turns the tokens behind a prompt into text, one at a time."""
         return DetokenizerStream(self.token_bytes, skip_special_tokens, prompt_token_ids)
+
+    @property
+    def end_tokens(self) -> list[str]:
+        """Texts of the special tokens that end a sequence."""
+        special = self.token_bytes.special_ids
+        return [self.token(i) for i in self.eos_token_ids if i in special]
+
+    def token(self, token_id: int) -> str:
+        """Name of a token in the vocabulary; empty for an id without a token."""
+        return self.backend.id_to_token(token_id) or ""
+
+    def has_token(self, text: str) -> bool:
+        """Whether a text is a token of its own."""
+        return self.backend.token_to_id(text) is not None
+
+    def is_special(self, text: str) -> bool:
+        """Whether a text is a token that texts may leave out."""
+        return self.backend.token_to_id(text) in self.token_bytes.special_ids
+
+    def make_chat_template(self, source: Any, place: str) -> ChatTemplate:
+        """Make a chat template that sees the special tokens. Args: place: file or field of the source, for errors."""
+        return ChatTemplate(source, special_tokens(self.settings), place)
 
     def apply_chat_template(
         self,

@@ -8,13 +8,15 @@ tests evaluate and check them at run time (`tests/conftest.py`). Shapes that sev
 
     rows, columns                 sequences of a batch that get one token each, and their packed sampling parameters
     prompts, length, classes      prompts of the length proxy, tokens that it reads of each, and classes of output length
-    tokens                        tokens of a step, padding included
+    tokens, most_tokens           tokens of a step, padding included, and of the largest step of prompts
     tiles, tile_tokens            runs of consecutive tokens of one sequence, and the tokens in each
     width                         pages in a block table
     slots                         places for running sequences, and one more for padding
     packed                        elements of a step's one input array
+    units                         groups of elements that an adapter's rows consist of
     num_pages, page_elems         pages of the pool, and elements of a page in one layer
     layers, pages                 decoder layers, and pages of an adapter or of a piece of one
+    words                         masks of 32 tokens each, as many as cover the vocabulary
     vocab, best                   tokens of the vocabulary, and the best ones whose log-probabilities are reported
     hidden, d_in, d_out           size of a hidden state, inputs and outputs of a matrix or of several side by side
     heads, kv_heads               query heads, key and value heads

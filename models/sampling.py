@@ -22,12 +22,12 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.outputs import LEAST_LOGPROB
-from chameleon_jax.sampling_params import MAX_LOGPROBS, MAX_STOP_IDS
+from chameleon_jax.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, UInt16
 
-    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts
+    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts, TokenCounts
 
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""
@@ -53,6 +53,26 @@ class SamplingMode(enum.Enum):
 SAMPLING_COLUMNS = 8 + MAX_STOP_IDS
 """Columns of packed sampling rows, int32: slot, position of the token to sample, seed (low word, high word), top_k (0: all),
 the bits of three float32 (temperature, greedy below LEAST_TEMPERATURE; top_p; min_p), suppressed ids (-1: none)."""
+
+ADJUSTMENT_COLUMNS = 3 + 2 * MAX_LOGIT_BIAS
+"""Columns of packed adjustments ahead of the mask, int32: the bits of three float32 (presence, frequency and repetition
+penalty), the ids that have a bias (-1: none), the bits of the biases, float32. The mask follows: a bit for each token, 32 in a
+column, the lowest bit first; a token whose bit is 0 cannot be drawn."""
+OUTPUT_COUNT = (1 << 15) - 1
+"""Bits of a token's count that say how often a slot's output has it, and the largest count. The bit above says whether the
+prompt has the token."""
+
+
+def mask_words(vocab_size: int) -> int:
+    """Count the columns of a mask."""
+    return -(-vocab_size // 32)
+
+
+def mask_of(token_ids: Sequence[int], vocab_size: int) -> Int[np.ndarray, " words"]:
+    """Make a mask that allows these tokens alone."""
+    allowed = np.zeros(32 * mask_words(vocab_size), np.uint8)
+    allowed[list(token_ids)] = 1
+    return np.packbits(allowed, bitorder="little").view("<i4")
 
 
 @jax.tree_util.register_dataclass
@@ -80,20 +100,115 @@ def sample(
         guesses: Thresholds that top-k and top-p try in one pass over the vocabulary. A CPU is bound by the comparisons, so 1
             is best there; a GPU is bound by the number of passes.
     """
-    sampling_rows = jnp.asarray(sampling_rows)
-    largest = jnp.finfo(jnp.float32).max
-    logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
-    allowed = _without_suppressed(logits, sampling_rows[:, 8:])
+    logits = _finite(logits)
+    return _sample(logits, logits, jnp.asarray(sampling_rows), mode, guesses)
+
+
+def sample_adjusted(
+    logits: Logits,
+    sampling_rows: Int[Array, "rows columns"],
+    adjustments: Int[Array, "rows _"],
+    counts: TokenCounts,
+    mode: SamplingMode,
+    guesses: int = 1,
+) -> tuple[Sampled, TokenCounts]:
+    """Draw one token a row after penalties, biases and masks have changed the logits, and count it.
+
+    A row that adjusts nothing gets the token that `sample` draws. Log-probabilities are the model's, before all that.
+
+    Args:
+        logits: As for `sample`, here and below.
+        sampling_rows: Packed parameters.
+        adjustments: Packed adjustments and masks, int32, as ADJUSTMENT_COLUMNS says.
+        counts: Tokens of each slot, as OUTPUT_COUNT says.
+        mode: Kind of sampling.
+        guesses: Thresholds tried in one pass.
+    """
+    slots = sampling_rows[:, 0]
+    logits = _finite(logits)
+    own = counts.at[slots].get(mode="clip")
+    adjusted = _mask(_bias(_penalise(logits, own, adjustments), adjustments), adjustments)
+    sampled = _sample(logits, adjusted, sampling_rows, mode, guesses)
+    drawn = jnp.take_along_axis(own, sampled.tokens[:, None], -1)[:, 0]
+    more = jnp.where(drawn & OUTPUT_COUNT == OUTPUT_COUNT, drawn, drawn + 1)
+    return sampled, counts.at[slots, sampled.tokens].set(more)
+
+
+def _sample(
+    logits: Logits, adjusted: Logits, sampling_rows: Int[Array, "rows columns"], mode: SamplingMode, guesses: int
+) -> Sampled:
+    """Draw from `adjusted`, and report the log-probabilities of `logits`."""
+    allowed = _without_suppressed(adjusted, sampling_rows[:, 8:])
     tokens = jnp.argmax(allowed, -1).astype(jnp.int32)
     if mode is SamplingMode.GREEDY:
         return Sampled(tokens=tokens)
     tokens = _draw(_gaps_to_best(allowed), sampling_rows, guesses, tokens)
     if mode is SamplingMode.RANDOM:
         return Sampled(tokens=tokens)
+    return _with_logprobs(logits, tokens)
+
+
+def score(logits: Logits, tokens: RowInts) -> Sampled:
+    """Compute the log-probabilities of given tokens, one a row, and of the best ones, as LOGPROBS mode does.
+
+    Args:
+        logits: Floats of any width; computed with in float32.
+        tokens: Token ids below the vocabulary's size; int32.
+    """
+    return _with_logprobs(_finite(logits), tokens)
+
+
+def _with_logprobs(logits: Logits, tokens: RowInts) -> Sampled:
     logprobs = jnp.maximum(jax.nn.log_softmax(_gaps_to_best(logits), -1), LEAST_LOGPROB)
     top_logprobs, top_tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
     return Sampled(tokens=tokens, logprobs=chosen, top_tokens=top_tokens, top_logprobs=top_logprobs)
+
+
+def count_tokens(counts: TokenCounts, packed: Int[Array, " packed"]) -> TokenCounts:
+    """Count tokens of one slot.
+
+    Args:
+        counts: Tokens of each slot, as OUTPUT_COUNT says.
+        packed: The slot, 1 where its earlier tokens are forgotten first, and the tokens: a prompt's ids, an output's ids plus
+            the size of the vocabulary, twice that size as padding.
+    """
+    vocab = counts.shape[1]
+    slot, forget = packed[0], packed[1]
+    new = jnp.zeros(2 * vocab, jnp.int32).at[packed[2:]].add(1, mode="drop")
+    old = jnp.where(forget > 0, 0, counts.at[slot].get(mode="clip").astype(jnp.int32))
+    outputs = jnp.minimum((old & OUTPUT_COUNT) + new[vocab:], OUTPUT_COUNT)
+    in_prompt = (old > OUTPUT_COUNT) | (new[:vocab] > 0)
+    return counts.at[slot].set((outputs + jnp.where(in_prompt, OUTPUT_COUNT + 1, 0)).astype(counts.dtype))
+
+
+def _finite(logits: Logits) -> Logits:
+    """Widen to float32, with NaN as -inf and inf as the largest number."""
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
+
+
+def _penalise(logits: Logits, counts: UInt16[Array, "rows vocab"], adjustments: Int[Array, "rows _"]) -> Logits:
+    """Apply the penalties, in vLLM's order: repetition, frequency, presence."""
+    presence, frequency, repetition = lax.bitcast_convert_type(adjustments[:, :3], jnp.float32).T[:, :, None]
+    outputs = (counts & OUTPUT_COUNT).astype(jnp.float32)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(counts > 0, repeated, logits)
+    return logits - frequency * outputs - jnp.where(outputs > 0, presence, 0.0)
+
+
+def _bias(logits: Logits, adjustments: Int[Array, "rows _"]) -> Logits:
+    ids, bits = jnp.split(adjustments[:, 3:ADJUSTMENT_COLUMNS], 2, axis=1)
+    rows = jnp.arange(len(ids))[:, None]
+    return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)].add(
+        lax.bitcast_convert_type(bits, jnp.float32), mode="drop"
+    )
+
+
+def _mask(logits: Logits, adjustments: Int[Array, "rows _"]) -> Logits:
+    words = adjustments[:, ADJUSTMENT_COLUMNS:, None]
+    allowed = lax.shift_right_logical(words, jnp.broadcast_to(jnp.arange(32), (*words.shape[:2], 32))) & 1
+    return jnp.where(allowed.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _without_suppressed(logits: Logits, suppressed: Int[Array, "rows _"]) -> Logits:

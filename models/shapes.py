@@ -5,7 +5,7 @@ Like the names of jaxtyping, these are imported for type checkers alone.
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 Pool = Float[Array, "num_pages page_elems"]
 """Page pool of one layer."""
@@ -44,3 +44,5 @@ RowInts = Int[Array, " rows"]
 """An integer for each row."""
 SlotTokens = Int[Array, " slots"]
 """Token last sampled for each slot."""
+TokenCounts = UInt16[Array, "slots vocab"]
+"""How often each slot's prompt and output have each token, as sampling.OUTPUT_COUNT says."""

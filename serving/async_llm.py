@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
+from chameleon_jax.config import EngineSettings
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
-from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
@@ -63,7 +64,7 @@ class AsyncLLM:
         step_timeout: float = 300.0,
         max_lora_loads: int = 2,
         max_lora_queue: int = 64,
-        **settings: Any,
+        **settings: Unpack[EngineSettings],
     ):
         self.engine, self._owns_engine = open_engine(model, settings, progress)
         self.tokenizer = self.engine.tokenizer
@@ -178,6 +179,8 @@ class AsyncLLM:
         async with deadline.kept():
             if lora_request is not None:
                 await self._prepare(lora_request)
+            for language in {param.structured_outputs for param in params if param.structured_outputs is not None}:
+                await asyncio.to_thread(self._compile, language)
             several = len(prompts) * len(params) > 1
             for prompt in prompts:
                 token_ids = await self.prompts.read(prompt)
@@ -202,6 +205,10 @@ class AsyncLLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of the model's generation_config.json."""
         return self.engine.sampling_defaults.params()
+
+    def _compile(self, language: StructuredOutputsParams) -> None:
+        """Compile a grammar, which the engine then finds compiled. Raises InvalidGrammar."""
+        self.engine.grammars.guide(language)
 
     async def abort(self, request_id: str) -> bool:
         """End a request with finish reason "abort". Returns whether one of that id was unfinished."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
@@ -31,6 +33,7 @@ from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, tak
 from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
@@ -41,6 +44,9 @@ from chameleon_jax.serving.max_model_len import LengthLimits
 from chameleon_jax.serving.proxy_predictor import ProxyPredictor
 from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
+
+if TYPE_CHECKING:
+    from chameleon_jax.structured_outputs import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +327,8 @@ class LLMEngine:
         self._check_tokens(prompt_token_ids, params)
         priority = check_priority(priority)
         stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
-        adapter = None if lora is None else self._content_of(lora)
+        guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
+        adapter, allowed = None if lora is None else self._content_of(lora), params.allowed_token_ids
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],
@@ -332,19 +339,39 @@ class LLMEngine:
             adapter=adapter,
             priority=priority,
             adapter_name=lora.name if lora is not None else None,
+            guide=guide,
+            allowed=None if allowed is None else mask_of(allowed, self.model_config.vocab_size),
             is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
         return request
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
+        from chameleon_jax.structured_outputs import (
+            Grammars,
+            Vocabulary,
+        )  # here, since other requests are served without the package
+
+        if self.tokenizer is None:
+            raise InvalidGrammar("the model has no tokenizer (load_format='dummy')")
+        ids, tokens = range(self.model_config.vocab_size), self.tokenizer.token_bytes
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        special = [i for i in ids if i in tokens.special_ids]
+        vocabulary = Vocabulary([tokens.inside(i) for i in ids], special, encode)
+        return Grammars(vocabulary, sorted(self._stop_ids(SamplingParams())))
+
     def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
             raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+        fields = {name: getattr(params, name) or () for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")}
         vocab = self.model_config.vocab_size
-        for t in (*prompt_token_ids, *params.stop_token_ids):
-            if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
-                raise ValueError(f"token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
+        for field, token_ids in {"prompt": prompt_token_ids, **fields}.items():
+            for t in token_ids:
+                if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
+                    raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that end a request: its own, and the model's unless it ignores them."""

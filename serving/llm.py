@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, special_tokens
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.checks import require
+from chameleon_jax.config import EngineSettings
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.request import Request
-from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
+from chameleon_jax.serving.prompt_progress import PromptProgress, UseTqdm
 from chameleon_jax.serving.prompts import Prompt, tokens_of
 from chameleon_jax.serving.updates import logprobs_of, make_output
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages in OpenAI's form: each has a role, and content as text or as parts of text."""
 
 
 class LLM:
@@ -27,10 +34,16 @@ class LLM:
         settings: Fields of `EngineConfig`.
 
     Raises:
-        ValueError: The model cannot be served or a setting is wrong; names it.
+        ValueError: The model cannot be served or a setting is wrong; names it, and the nearest name to an unknown one.
     """
 
-    def __init__(self, model: str | LLMEngine, *, progress: Callable[[int, int], None] = compile_progress, **settings: Any):
+    def __init__(
+        self,
+        model: str | LLMEngine,
+        *,
+        progress: Callable[[int, int], None] = compile_progress,
+        **settings: Unpack[EngineSettings],
+    ):
         self.engine, self._owns_engine = open_engine(model, settings, progress)
 
     def __enter__(self) -> LLM:
@@ -94,6 +107,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts. `sampling_params`, `lora_request` and `priority` are one for all prompts, or one for each.
@@ -102,6 +117,8 @@ class LLM:
             prompts: One prompt or several: text, token ids, or `{"prompt_token_ids": [...]}`.
             sampling_params: None takes the model's defaults, with max_tokens up to the room behind the prompt.
             lora_request: Adapters; None is the base model.
+            use_tqdm: True shows a progress bar where stderr is a terminal, and in notebooks. A function, called as `tqdm.tqdm`
+                is, makes the bar wherever it runs: `use_tqdm=tqdm.tqdm` shows it in a log too, as vLLM does.
             priority: Classes, signed 64-bit integers; None is 0. Lower ones start first.
 
         Raises:
@@ -116,14 +133,17 @@ class LLM:
         read: set[LoRARequest | None] = set()
         try:
             for prompt, param, lora, own_priority in zip(many, params, loras, priorities):
+                valid = isinstance(lora, LoRARequest | LoRAMix | None)
+                require(valid, "lora_request", lora, "LoRARequest, LoRAMix or None")
                 known = lora if lora is None or lora not in read else lora.known()
                 token_ids = tokens_of(prompt, self.engine.tokenizer)
                 if param is None:
                     param = self.get_default_sampling_params().fit(len(token_ids), self.engine.max_model_len)
                 requests.append(self.engine.submit(token_ids, param, known, priority=own_priority))
                 read.add(lora)
-            while self.engine.loop.has_unfinished:
-                self.engine.loop.step()
+            with PromptProgress(requests, use_tqdm) as progress:
+                while self.engine.loop.has_unfinished:
+                    progress.update(self.engine.loop.step())
         except BaseException:
             for request in requests:
                 with contextlib.suppress(Exception):  # the first error is the one to report
@@ -133,20 +153,64 @@ class LLM:
 
     def _output(self, request: Request, prompt: Prompt, lora: LoRARequest | None) -> RequestOutput:
         logprobs = logprobs_of(request, 0, len(request.output_token_ids), self.engine.tokenizer)
-        return make_output(OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs)
+        return make_output(
+            OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs, self.engine.tokenizer
+        )
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the model's chat template."""
+        """Answer one conversation, or several, through the model's chat template.
+
+        Args:
+            messages: Messages of one conversation, or of each of several.
+            sampling_params: See `generate`.
+            lora_request: See `generate`.
+            use_tqdm: See `generate`.
+            chat_template: Template to use instead of the model's, as Jinja text.
+            add_generation_prompt: End the prompt with the start of the assistant's turn.
+            continue_final_message: Continue the text of the last message. Requires `add_generation_prompt` to be False.
+            tools: Functions that the model may call, in OpenAI's form, for the template. Calls come back as the text of the
+                answer.
+            chat_template_kwargs: Further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            ValueError: The template refuses a conversation, or as for `generate`.
+            KeyError: As for `generate`.
+        """
+        require(not (continue_final_message and add_generation_prompt), "add_generation_prompt", True, "False, to continue")
         tokenizer = self.get_tokenizer()
+        template = tokenizer.chat_template
+        if chat_template is not None:
+            template = ChatTemplate(chat_template, special_tokens(tokenizer.settings))
+        variables = {**({} if tools is None else {"tools": list(tools)}), **(chat_template_kwargs or {})}
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        texts = [tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]  # type: ignore[arg-type]
-        ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
-        return self.generate(ids, sampling_params, lora_request)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            plain = [_with_text(message) for message in conversation]  # type: ignore[arg-type]
+            text = template.render(plain, add_generation_prompt, continue_final_message, variables)
+            prompts.append({"prompt_token_ids": tokens_of(text, tokenizer, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, lora_request, use_tqdm=use_tqdm)
+
+
+def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join the parts of a message's content, as templates read text. Raises ValueError for a part without text."""
+    parts = message.get("content")
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        return message
+    for part in parts:
+        require(isinstance(part, Mapping) and isinstance(part.get("text"), str), "content", part, "text, or parts with text")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -13,7 +13,7 @@ from chameleon_jax.outputs import Delta, FinishReason, Logprob, RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.updates import logprobs_of, make_delta, make_output
+from chameleon_jax.serving.updates import logprobs_of, make_delta, make_output, prompt_logprobs_of
 
 
 @dataclasses.dataclass(eq=False, repr=False)  # a prompt must not get into a log
@@ -88,7 +88,14 @@ class RequestStream:
         assert self._read is not None, "nothing was read yet"
         found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self.tokenizer)
         self._logprobs += found or []
-        return make_output(self._read, self.prompt, self.lora, None if found is None else list(self._logprobs))
+        return make_output(self._read, self.prompt, self.lora, None if found is None else list(self._logprobs), self.tokenizer)
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt's tokens, None at the first one. None where they were not requested.
+
+        All are known when the first token is.
+        """
+        return None if self.request is None else prompt_logprobs_of(self.request, self.tokenizer)
 
     def close(self) -> None:
         """Abort the request unless it has ended."""

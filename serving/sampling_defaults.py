@@ -15,7 +15,9 @@ from chameleon_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")} | {"max_new_tokens": "max_tokens"}
+FIELDS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
+    "max_new_tokens": "max_tokens"
+}
 """Fields of the file that are used, and their names in `SamplingParams`. `do_sample` is ignored, as in vLLM."""
 NO_DEFAULTS = ("none", "vllm")
 """Values of `generation_config` that ignore a model's defaults; the second is vLLM's word."""
@@ -42,9 +44,6 @@ class SamplingDefaults:
             except ValueError as error:
                 allowed = str(error).partition("; allowed: ")[2]
                 logger.warning("%s: %s is %.100r and is not used; allowed: %s", file, name, value, allowed)
-        penalty = config.get("repetition_penalty")
-        if penalty not in (None, 1):
-            logger.warning("%s: repetition_penalty is %.100r and is not used: it is not supported", file, penalty)
         if values:
             shown = ", ".join(f"{field} {value}" for field, value in values.items())
             logger.info("sampling defaults of %s: %s; generation_config 'none' leaves them out", file, shown)

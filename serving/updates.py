@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 
-from chameleon_jax.checkpoints.detokenizer import shown
+from chameleon_jax.checkpoints.detokenizer import TokenBytes, shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import LEAST_LOGPROB, CompletionOutput, Delta, Logprob, RequestOutput
@@ -21,17 +22,51 @@ def logprobs_of(request: Request, begin: int, end: int, tokenizer: Tokenizer | N
         return None
     positions = request.logprobs[begin:end]
     if tokenizer is None:
-        return [{t: Logprob(max(LEAST_LOGPROB, value)) for t, value in position.items()} for position in positions]
+        return [_without_texts(position) for position in positions]
     tokens, left_out = tokenizer.token_bytes, tokenizer.token_bytes.left_out(request.params.skip_special_tokens)
     has_begun = bool(tokens.end_of(request.prompt_token_ids, left_out)) or tokens.have_text(
         itertools.islice(request.output_token_ids, begin), left_out
     )
-    found = []
-    for token_id, position in zip(request.output_token_ids[begin:end], positions):
+    return list(_with_texts(request.output_token_ids[begin:end], positions, tokens, left_out, has_begun))
+
+
+def prompt_logprobs_of(request: Request, tokenizer: Tokenizer | None) -> list[dict[int, Logprob] | None] | None:
+    """Log-probabilities of the prompt's tokens, None at the first one. None where the request did not ask for them."""
+    if request.params.prompt_logprobs is None:
+        return None
+    positions = [position or {} for position in request.prompt_logprobs]
+    if tokenizer is None:
+        found = [_without_texts(position) for position in positions]
+    else:
+        left_out = tokenizer.token_bytes.left_out(request.params.skip_special_tokens)
+        found = list(_with_texts(request.prompt_token_ids, positions, tokenizer.token_bytes, left_out, has_begun=False))
+    return [position or None for position in found]
+
+
+def _without_texts(position: dict[int, float]) -> dict[int, Logprob]:
+    return {t: Logprob(max(LEAST_LOGPROB, value)) for t, value in position.items()}
+
+
+def _with_texts(
+    token_ids: Iterable[int],
+    positions: Iterable[dict[int, float]],
+    tokens: TokenBytes,
+    left_out: frozenset[int],
+    has_begun: bool,
+) -> Iterator[dict[int, Logprob]]:
+    """Give the alternatives of consecutive tokens their texts.
+
+    Args:
+        token_ids: Tokens at the positions.
+        positions: Log-probabilities by id.
+        tokens: Bytes of all tokens.
+        left_out: Ids that the text leaves out.
+        has_begun: Whether the text has begun before the first token.
+    """
+    for token_id, position in zip(token_ids, positions):
         bytes_of = tokens.inside if has_begun else tokens.at_start
-        found.append({t: _logprob(value, bytes_of(t), t in left_out) for t, value in position.items()})
+        yield {t: _logprob(value, bytes_of(t), t in left_out) for t, value in position.items()}
         has_begun = has_begun or tokens.have_text([token_id], left_out)
-    return found
 
 
 def _logprob(value: float, data: bytes, is_left_out: bool) -> Logprob:
@@ -52,7 +87,11 @@ def make_delta(snapshot: OutputSnapshot, before: OutputSnapshot | None, tokenize
 
 
 def make_output(
-    snapshot: OutputSnapshot, prompt: str | None, lora: LoRARequest | None, logprobs: list[dict[int, Logprob]] | None
+    snapshot: OutputSnapshot,
+    prompt: str | None,
+    lora: LoRARequest | None,
+    logprobs: list[dict[int, Logprob]] | None,
+    tokenizer: Tokenizer | None,
 ) -> RequestOutput:
     """Make the output of a request so far.
 
@@ -61,6 +100,7 @@ def make_output(
         prompt: Text of the prompt, where it came as text.
         lora: Adapter that it came with.
         logprobs: `logprobs_of` all its tokens.
+        tokenizer: Tokenizer of the model; None where it has none.
     """
     request = snapshot.request
     token_ids = request.output_token_ids[: snapshot.num_tokens]
@@ -73,4 +113,5 @@ def make_output(
         finished=snapshot.finished,
         lora_request=lora,
         metrics=request.metrics,
+        prompt_logprobs=prompt_logprobs_of(request, tokenizer),
     )

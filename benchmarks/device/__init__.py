@@ -3,8 +3,8 @@
 `--call N --out DIR` runs one of them. DIR gets call-N.json and call-N.md, both rewritten after every row, so that a run that is
 cut off keeps its rows, and call-N-programs-K.zip, the compiled programs, which `--cache DIR` takes along to a later call. An
 existing report is replaced when its call begins again. Without --call the sections of `--sections a,b`, or all of them, go to
-device.json and device.md. `--small` runs a tiny model, as a machine without a GPU does anyway. Nothing of it was run on a GPU
-yet.
+device.json and device.md. `--small` runs a tiny model, as a machine without a GPU does anyway. Calls 1 and 2 have run on an
+H200 (docs/performance.md), call 3 on no GPU yet.
 
 | section | content |
 |---|---|

@@ -1,6 +1,7 @@
 """Predicted milliseconds and rates of Llama-7B in bfloat16, by device: read from compiled H100 programs, kernel by kernel.
 
-None was measured. docs/experiments.md has their reasons, and older predictions, which these replace.
+They were made before any GPU had run the code; docs/performance.md has an H200's measurements beside them. docs/experiments.md
+has their reasons, and older predictions, which these replace.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def kernels(compiled: Any) -> Counter[str]:
 class LoweredPrograms(Programs):
     """Programs of an engine, traced and lowered for an H100 and not compiled: a start's host cost without XLA."""
 
-    def _compile(self, fn: Any, *arguments: Any, donated: int) -> Any:
+    def _compile(self, fn: Any, *arguments: Any, donated: int | tuple[int, ...]) -> Any:
         lower_for_h100(fn, *arguments, donate_argnums=donated)
 
 

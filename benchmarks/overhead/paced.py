@@ -35,6 +35,9 @@ class PacedExecutor:
         rows = [chunk.request for chunk in plan.prefills if chunk.samples] + list(plan.decodes)
         return self._busy_until, rows
 
+    def draw(self, handle: Any) -> None:
+        pass
+
     def collect(self, handle: Any) -> list[SampledToken]:
         end, rows = handle
         time.sleep(max(0.0, end - time.perf_counter()))

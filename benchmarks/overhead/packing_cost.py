@@ -18,7 +18,7 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime.executor import JaxExecutor
-from chameleon_jax.models.runtime.model_runner import DispatchedStep
+from chameleon_jax.models.runtime.model_runner import DispatchedStep, RunningStep
 from chameleon_jax.models.runtime.step_inputs import PackedStep, pack_step
 from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
 from chameleon_jax.request import Request
@@ -44,9 +44,13 @@ class PackingEngine:
         self.last = chunks, sampling_rows
         return pack_step(chunks, sampling_rows, self.buckets)
 
-    def dispatch(self, sent: PackedStep) -> DispatchedStep:
+    def forward(self, sent: PackedStep) -> RunningStep:
+        nothing: Any = None
+        return RunningStep(sent, {}, nothing, nothing, adjusted=False)
+
+    def sample(self, running: RunningStep, masks: None) -> DispatchedStep:
         done: Any = None
-        return DispatchedStep(None, sent.last, done)
+        return DispatchedStep(None, running.step.last, done)
 
 
 def median_ms(call: Callable[[], Any]) -> float:

@@ -78,6 +78,9 @@ class TimingExecutor(EndingExecutor):
         self.timings.dispatch.append(end - begin)
         return handle, terms, end
 
+    def draw(self, handle: Any) -> None:
+        super().draw(handle[0])
+
     def collect(self, handle: Any) -> list[SampledToken]:
         inner, terms, dispatched = handle
         tokens = super().collect(inner)

@@ -91,6 +91,9 @@ class SimulatedExecutor:
         tokens = [SampledToken(r, STOP if r.num_computed >= last[r.request_id] else TOKEN) for r in sampling]
         return self._device_free, tokens
 
+    def draw(self, handle: object) -> None:
+        pass
+
     def collect(self, handle: tuple[float, list[SampledToken]]) -> list[SampledToken]:
         end, tokens = handle
         self._clock.now = max(self._clock.now, end)

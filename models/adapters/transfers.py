@@ -26,8 +26,8 @@ MAX_TRANSFER_BYTES = 1 << 30
 """Bytes for pieces on large devices."""
 TRANSFER_SHARE = 1 / 64
 """Share of JAX's device memory for pieces that were sent and are not yet written to their pages, within those bounds. A piece
-is held for three steps (`models/runtime/link_pace.py`). At 8 ms a step and 40 GB/s that is 1 GB, so 1 GiB of an 80 GB card. A
-24 GB card gives 345 MB."""
+is held for three steps (`models/runtime/link_pace.py`). At 14 ms a step and half of 50 GB/s that is 1 GB, so 1 GiB of an 80 GB
+card. A 24 GB card gives 345 MB."""
 
 
 def transfer_bytes(device_memory: int) -> int:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import numpy as np
 
 from chameleon_jax.checks import require
 from chameleon_jax.models.config import TARGETS, LlamaConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +27,8 @@ class AdapterWeights:
     @functools.cached_property
     def on_device(self) -> bool:
         """Whether one program can read every matrix where it is."""
+        import jax  # here, as checks of settings read adapters before anything imports it
+
         arrays = jax.tree.leaves(self.tensors)
         if not all(isinstance(array, jax.Array) and array.is_fully_addressable for array in arrays):
             return False
@@ -70,10 +68,10 @@ class AdapterWeights:
             ranks[target] = max(ranks.get(target, 0), a.shape[0])
         return {t: ranks[t] for t in TARGETS if t in ranks}
 
-    def rows(
-        self, layer: int, ranks: Mapping[str, int], config: LlamaConfig, dtype: np.dtype, xp: Any = np
-    ) -> Shaped[Array | np.ndarray, " elems"]:
+    def rows(self, layer: int, ranks: Mapping[str, int], config: LlamaConfig, dtype: np.dtype, xp: Any = np) -> Any:
         """Join the rows of a layer: for each target the rows of A, then those of B transposed; zeros up to the target's rank.
+
+        The result is flat, an array of `xp`.
 
         Args:
             layer: Number of the layer.

@@ -10,12 +10,13 @@ launches to compile that differ in nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -125,6 +126,22 @@ def _code(kernel: Kernel) -> dict[str, Any] | None:
         if kernel not in _codes:
             _codes[kernel] = _translate(kernel)
         return _codes[kernel]
+
+
+@contextlib.contextmanager
+def fresh_codes() -> Iterator[None]:
+    """Translate every kernel anew inside, and forget these translations at the end: for measurements with changed constants.
+
+    A kernel's body may read a constant that is not in `Kernel.static`. An earlier translation then has the old value.
+    """
+    global _codes
+    with _lock:
+        before, _codes = _codes, {}
+    try:
+        yield
+    finally:
+        with _lock:
+            _codes = before
 
 
 def _translate(kernel: Kernel) -> dict[str, Any] | None:

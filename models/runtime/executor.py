@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -10,14 +14,46 @@ from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
-from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, SentStep
-from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
+from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
+from chameleon_jax.models.runtime.step_inputs import Adjustment, PackedStep, SamplingRow, SequenceChunk
 from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
+from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
 
-Part = tuple[DispatchedStep, list[tuple[int, Request]]]
-"""Prompts or decodes of a step, and the owner of each of its sampled rows."""
+
+@dataclasses.dataclass
+class Part:
+    """Prompts or decodes of a step.
+
+    Attributes:
+        running: The dispatched forward program.
+        owners: Owner of each row that samples.
+        drawn: The dispatched sampling program; None while guided rows wait for their masks.
+        scores: Log-probabilities of prompts' own tokens; None where none are wanted.
+        scored: Runs of tokens that `scores` has.
+    """
+
+    running: RunningStep
+    owners: list[tuple[int, Request]]
+    drawn: DispatchedStep | None = None
+    scores: Sampled | None = None
+    scored: Sequence[ScoredRun] = ()
+
+
+class ScoredRun(NamedTuple):
+    """Consecutive tokens of a prompt whose log-probabilities a step computes.
+
+    Attributes:
+        row: Row of the first one in the scores.
+        begin: Its position in the prompt.
+        end: Position behind the last one.
+    """
+
+    request: Request
+    row: int
+    begin: int
+    end: int
 
 
 class JaxExecutor:
@@ -35,6 +71,7 @@ class JaxExecutor:
         self._loading: dict[str, PlacedAdapter] = {}
         self._resident: dict[str, PlacedAdapter] = {}
         self._in_flight: list[list[Part]] = []  # dispatched and not collected
+        self._counted: dict[int, tuple[Request, int]] = {}  # by slot: request whose tokens the device counts, its preemptions
 
     @property
     def num_compiled(self) -> int:
@@ -65,27 +102,34 @@ class JaxExecutor:
             chunks = plan.prefills
             sampling_rows = {i: _sampling_row(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
             inputs = self._runner.send([self._chunk(c) for c in chunks], sampling_rows)
-            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows]))
+            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows], _scored_runs(chunks, inputs.step)))
         if plan.decodes:
             rows = plan.decodes
             sampling_rows = {i: _sampling_row(r, r.num_computed) for i, r in enumerate(rows)}
             inputs = self._runner.send([self._row(r) for r in rows], sampling_rows)
-            sent.append((inputs, list(enumerate(rows))))
+            sent.append((inputs, list(enumerate(rows)), []))
         self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
-        handle = [self._dispatch(inputs, owners) for inputs, owners in sent]
+        handle = [self._dispatch(*step) for step in sent]
         self._in_flight.append(handle)
         return handle
 
+    def draw(self, handle: list[Part]) -> None:
+        for part in handle:
+            if part.drawn is None:
+                self._draw(part)
+
     def collect(self, handle: list[Part]) -> list[SampledToken]:
         tokens = []
-        for step, owners in handle:
-            if step.sampled is None:
-                jax.block_until_ready(step.done)
+        for part in handle:
+            assert part.drawn is not None
+            _keep_scores(part)
+            if part.drawn.sampled is None:
+                jax.block_until_ready(part.drawn.done)
                 continue
-            host = jax.tree.map(np.asarray, step.sampled)
+            host = jax.tree.map(np.asarray, part.drawn.sampled)
             ids = host.tokens.tolist()
-            for row, request in owners:
-                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request)))
+            for row, request in part.owners:
+                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request.params.logprobs)))
         self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
 
@@ -116,13 +160,55 @@ class JaxExecutor:
         self._loading.clear()
         self._resident.clear()
         self._in_flight.clear()
+        self._counted.clear()
         self._runner.reset()
 
-    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]]) -> Part:
-        step = self._runner.dispatch(inputs)
-        for array in jax.tree.leaves(step.sampled):
+    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]], scored: list[ScoredRun]) -> Part:
+        running = self._runner.forward(inputs)
+        part = Part(running, [(running.step.last[i], request) for i, request in owners])
+        if scored:
+            following = np.full(running.step.program.tiles * running.step.program.tile_tokens, -1, np.int32)
+            for request, row, begin, end in scored:
+                following[row : row + end - begin] = request.prompt_token_ids[begin:end]
+            part.scores, part.scored = self._runner.score(running, following), scored
+        if not running.adjusted or all(request.guide is None for _, request in owners):
+            self._draw(part)
+        return part
+
+    def _draw(self, part: Part) -> None:
+        masks = None
+        if part.running.adjusted:
+            for _, request in part.owners:
+                if request.finish_reason is None:  # else its slot is gone, and its token dropped
+                    self._count(request)
+            masks = self._masks(part)
+        part.drawn = self._runner.sample(part.running, masks)
+        for array in jax.tree.leaves(part.drawn.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
-        return step, [(step.rows[i], request) for i, request in owners]
+
+    def _count(self, request: Request) -> None:
+        """Have the device count the tokens so far of a request with penalties, unless it does."""
+        now = (request, request.metrics.num_preemptions)
+        if request.params.penalises and self._counted.get(request.slot) != now:
+            self._counted[request.slot] = now
+            prompt = request.prompt_token_ids if request.params.repetition_penalty != 1 else ()
+            self._runner.count(request.slot, prompt, request.output_token_ids)
+
+    def _masks(self, part: Part) -> np.ndarray | None:
+        """Tokens that each row can draw; None where no row has a mask."""
+        if all(request.guide is None and request.allowed is None for _, request in part.owners):
+            return None
+        masks = self._runner.no_masks(part.running.step.program.tiles)
+        running = [(row, r) for row, r in part.owners if r.finish_reason is None]
+        guides = [(row, request.guide) for row, request in running if request.guide is not None]
+        if guides:
+            from chameleon_jax.structured_outputs import fill_masks  # here, since other requests run without the package
+
+            fill_masks(guides, masks)
+        for row, request in running:
+            if request.allowed is not None:
+                masks[row] &= request.allowed
+        return masks
 
     def _chunk(self, chunk: PrefillChunk) -> SequenceChunk:
         request = chunk.request
@@ -150,14 +236,46 @@ def _sampling_row(request: Request, position: int) -> SamplingRow:
         min_p=params.min_p,
         suppressed=sorted(request.stop_ids) if drawn < params.min_tokens else (),
         logprobs=params.logprobs is not None,
+        adjustment=_adjustment(params) if request.adjusts else None,
     )
 
 
-def _logprobs(host: Sampled, row: int, request: Request) -> dict[int, float] | None:
-    """Log-probabilities of one row: the chosen token first, then the best ones."""
-    if request.params.logprobs is None:
+def _adjustment(params: SamplingParams) -> Adjustment:
+    bias = params.logit_bias or {}
+    return Adjustment(params.presence_penalty, params.frequency_penalty, params.repetition_penalty, bias)
+
+
+def _scored_runs(chunks: Sequence[PrefillChunk], step: PackedStep) -> list[ScoredRun]:
+    """List the tokens whose log-probabilities are wanted: the token at a position is scored by the one before.
+
+    Args:
+        chunks: Prompts of the step.
+        step: The packed step.
+    """
+    tile, runs = step.program.tile_tokens, []
+    for chunk, last_tile in zip(chunks, step.last):
+        request = chunk.request
+        end = min(chunk.start + chunk.num_tokens + 1, len(request.prompt_token_ids))
+        if request.params.prompt_logprobs is not None and chunk.start + 1 < end:
+            first_tile = last_tile + 1 - -(-chunk.num_tokens // tile)
+            runs.append(ScoredRun(request, first_tile * tile, chunk.start + 1, end))
+    return runs
+
+
+def _keep_scores(part: Part) -> None:
+    """Write the log-probabilities of prompts' own tokens into their requests."""
+    if part.scores is None:
+        return
+    host = jax.tree.map(np.asarray, part.scores)
+    for request, first, begin, end in part.scored:
+        found = [_logprobs(host, first + i, request.params.prompt_logprobs) for i in range(end - begin)]
+        request.prompt_logprobs[begin:end] = found
+
+
+def _logprobs(host: Sampled, row: int, n: int | None) -> dict[int, float] | None:
+    """Log-probabilities of one row: its token first, then the `n` best ones. None where n is None."""
+    if n is None:
         return None
     assert host.logprobs is not None and host.top_tokens is not None and host.top_logprobs is not None
-    n = request.params.logprobs
     best = zip(host.top_tokens[row, :n].tolist(), host.top_logprobs[row, :n].tolist())
     return {int(host.tokens[row]): float(host.logprobs[row]), **dict(best)}

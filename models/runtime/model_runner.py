@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,22 @@ from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime.programs import Programs, Progress
+from chameleon_jax.models.runtime.programs import COUNT_TOKENS, Programs, Progress
 from chameleon_jax.models.runtime.step_inputs import (
     PackedStep,
     SamplingRow,
     SequenceChunk,
+    pack_adjustments,
+    pack_counts,
     pack_padding,
     pack_sampling_rows,
     pack_step,
 )
 from chameleon_jax.models.runtime.steps import StepBuckets
-from chameleon_jax.models.sampling import Sampled
+from chameleon_jax.models.sampling import Sampled, SamplingMode, mask_words
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 PAGES_ROUNDED_TO = 16
 """A pool that takes the memory left has a multiple of this many pages. So it has the same size at the next start, and compiled
@@ -42,10 +47,34 @@ HOST_POOL_BYTES = 2 << 30
 
 
 class SentStep(NamedTuple):
-    """A step, and its inputs on their way to the device."""
+    """A step, and its inputs on their way to the device.
+
+    Attributes:
+        rows: Sampling parameters by tile, of the tiles that sample.
+    """
 
     step: PackedStep
     inputs: jax.Array
+    rows: Mapping[int, SamplingRow]
+
+
+class RunningStep(NamedTuple):
+    """A step whose forward program was dispatched.
+
+    Attributes:
+        rows: Sampling parameters by tile, of the tiles that sample.
+        hidden: Hidden state of each tile's last token.
+        sampling_rows: Packed sampling parameters of each tile.
+        adjusted: Whether any row's logits change before its token is drawn.
+        states: Hidden states of all tokens of prompts; None of decodes.
+    """
+
+    step: PackedStep
+    rows: Mapping[int, SamplingRow]
+    hidden: jax.Array
+    sampling_rows: jax.Array
+    adjusted: bool
+    states: jax.Array | None = None
 
 
 class DispatchedStep(NamedTuple):
@@ -113,6 +142,7 @@ class ModelRunner:
             backend or ops.default_backend(),
             compiler_options,
         )
+        self._counts = jnp.zeros((buckets.max_num_seqs + 1, layout.config.vocab_size), jnp.uint16)
         if num_pages is None:
             num_pages = self._pages_on_host() if memory_limit is None else self._pages_that_fit(memory_limit)
         self.num_pages = num_pages
@@ -136,6 +166,7 @@ class ModelRunner:
         shape = (self.num_pages, self.layout.page_elems)
         self._pages = [jnp.zeros(shape, self.dtype) for _ in range(self.layout.config.num_layers)]
         self._slot_tokens = jnp.zeros(self.buckets.max_num_seqs + 1, jnp.int32)
+        self._counts = jnp.zeros_like(self._counts)
 
     def _pages_on_host(self) -> int:
         sequences = self.buckets.max_num_seqs * self.buckets.table_width
@@ -167,11 +198,19 @@ class ModelRunner:
         config, padding_slot = self.layout.config, self.buckets.max_num_seqs
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
-            _, _, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-        for (rows, _), sample in self.programs.sample.items():
+            _, _, self._pages, _ = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        for rows, mode, adjusted in self.programs.sample:
             sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
             hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
-            _, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
+            if adjusted:
+                self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)))
+            else:
+                self._sample(mode, hidden, sampling_rows)
+        for tokens, score in self.programs.score.items():
+            states = jnp.zeros((tokens, config.hidden_size), self.dtype)
+            score(self._head, states, np.zeros(1 + tokens // self.buckets.prefill_tile + tokens, np.int32))
+        for size in self.programs.count:
+            self._count(np.full(2 + size, padding_slot, np.int32))
         for size, write in self.programs.write.items():
             if size <= self.num_pages:  # the pool is empty, and stays so
                 piece = jnp.zeros((config.num_layers, size, self.layout.page_elems), self.dtype)
@@ -186,22 +225,83 @@ class ModelRunner:
             sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample.
         """
         step = pack_step(chunks, sampling_rows, self.buckets)
-        return SentStep(step, jax.device_put(step.packed, self._memory))
+        rows = {step.last[i]: row for i, row in sampling_rows.items()}
+        return SentStep(step, jax.device_put(step.packed, self._memory), rows)
 
-    def dispatch(self, sent: SentStep) -> DispatchedStep:
-        """Dispatch the programs of a step whose inputs were sent."""
-        step, inputs = sent
+    def forward(self, sent: SentStep) -> RunningStep:
+        """Dispatch the forward program of a step whose inputs were sent."""
+        step, inputs, rows = sent
         forward = self.programs.forward[step.program]
-        hidden, sampling_rows, self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        hidden, sampling_rows, self._pages, states = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        adjusted = any([row.adjustment is not None for row in rows.values()])
+        return RunningStep(step, rows, hidden, sampling_rows, adjusted, states)
+
+    def score(self, running: RunningStep, following: Int[np.ndarray, " tokens"]) -> Sampled:
+        """Dispatch the program that computes the log-probabilities of prompts' own tokens.
+
+        Args:
+            running: Return of `forward` for a step of prompts.
+            following: Token behind each token of the step, by its place in the tiles; -1 where none is wanted.
+
+        Returns:
+            A row for each token; unspecified where none was wanted.
+        """
+        tile, most = self.buckets.prefill_tile, self.buckets.most_prefill_tokens
+        packed = np.zeros(1 + most // tile + most, np.int32)
+        wanted = np.flatnonzero((following.reshape(-1, tile) >= 0).any(axis=1))
+        packed[0], packed[1 : 1 + len(wanted)] = len(wanted), wanted
+        packed[1 + most // tile :][: len(following)] = np.maximum(following, 0)
+        scores = self.programs.score[most](self._head, running.states, packed)
+        for array in jax.tree.leaves(scores):
+            array.copy_to_host_async()
+        return scores
+
+    def sample(self, running: RunningStep, masks: Int[np.ndarray, "rows words"] | None = None) -> DispatchedStep:
+        """Dispatch the sampling program of a step.
+
+        Args:
+            running: Return of `forward`.
+            masks: Tokens that each tile's row can draw, as `no_masks` lays them out; None masks none.
+        """
+        step, rows, hidden, sampling_rows, adjusted, _ = running
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
-        sample = self.programs.sample[step.program.tiles, step.mode]
-        sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
+        if not adjusted:
+            sampled = self._sample(step.mode, hidden, sampling_rows)
+        else:
+            masks = self.no_masks(step.program.tiles) if masks is None else masks
+            sampled = self._sample_adjusted(step.mode, hidden, sampling_rows, pack_adjustments(rows, masks))
         return DispatchedStep(sampled, step.last, sampled.tokens)
 
+    def _sample(self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any) -> Sampled:
+        program = self.programs.sample[len(hidden), mode, False]
+        sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
+        return sampled
+
+    def _sample_adjusted(
+        self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any, adjustments: Int[np.ndarray, "rows columns"]
+    ) -> Sampled:
+        program = self.programs.sample[len(hidden), mode, True]
+        inputs = jax.device_put(adjustments, self._memory)
+        state = (self._slot_tokens, self._counts)
+        sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, inputs)
+        return sampled
+
+    def no_masks(self, rows: int) -> Int[np.ndarray, "rows words"]:
+        """Make masks that allow every token: int32, a bit for each token, 32 in a word, the lowest bit first."""
+        return np.full((rows, mask_words(self.layout.config.vocab_size)), -1, np.int32)
+
+    def count(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """Dispatch the count of a slot's tokens, for penalties. Earlier tokens of the slot are forgotten."""
+        for packed in pack_counts(slot, prompt, output, self.layout.config.vocab_size, COUNT_TOKENS):
+            self._count(packed)
+
+    def _count(self, packed: Int[np.ndarray, " packed"]) -> None:
+        self._counts = self.programs.count[COUNT_TOKENS](self._counts, packed)
+
     def run(self, chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow]) -> DispatchedStep:
-        """`send`, then `dispatch`."""
-        return self.dispatch(self.send(chunks, sampling_rows))
+        """`send`, `forward`, then `sample`."""
+        return self.sample(self.forward(self.send(chunks, sampling_rows)))
 
     def stage(self, block: np.ndarray) -> PinnedBlock:
         """Stage a packed adapter `[layers, pages, page_elems]` for `put`. Thread-safe.

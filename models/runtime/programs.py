@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import logging
 import os
 import threading
@@ -19,13 +20,15 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """`(programs compiled, programs in all)`."""
 
+COUNT_TOKENS = 1024
+"""Tokens that one run of the counting program takes."""
 STEPS_IN_FLIGHT = 2
 """Steps that the device holds at a time: the host dispatches one while the device computes the one before."""
 
@@ -50,8 +53,10 @@ class Programs:
         weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
             host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
-        sample: `(rows, mode) -> steps.sample_step`.
+        sample: `(rows, mode, adjusted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true.
         write: `pages of a piece -> steps.write_adapter`.
+        count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
+        score: `tokens -> steps.score_prompts`, of the largest step of prompts.
     """
 
     def __init__(
@@ -70,17 +75,20 @@ class Programs:
         self.forward = ProgramCache(lambda program: self._compile_forward(self.num_pages, program))
         self.sample = ProgramCache(lambda key: self._compile_sample(*key))
         self.write = ProgramCache(lambda size: self._compile_write(self.num_pages, size))
+        self.count = ProgramCache(self._compile_count)
+        self.score = ProgramCache(self._compile_score)
         self._graph, self._head = graph, head
         self.weights, self._tree = jax.tree.flatten(params)
         self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
         self._backend = backend
         self._options = dict(compiler_options or {})
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
+        self._counts = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1, layout.config.vocab_size), jnp.uint16)
 
     @property
     def num_compiled(self) -> int:
         """Number of programs compiled so far."""
-        return len(self.forward) + len(self.sample) + len(self.write)
+        return sum(map(len, (self.forward, self.sample, self.write, self.count, self.score)))
 
     def listing(self) -> list[tuple[ProgramCache, Any]]:
         """Every program to compile, as its cache and its key there; the slowest to compile first."""
@@ -91,8 +99,10 @@ class Programs:
             for tiles in reversed(buckets.sizes(tile_tokens))
             for adapted in reversed(buckets.adapted(tile_tokens))
         ]
-        samples = [(self.sample, (rows, mode)) for rows in buckets.sample_rows for mode in SamplingMode]
-        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all)]
+        kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), (True, False))
+        samples = [(self.sample, kind) for kind in kinds]
+        others = [(self.count, COUNT_TOKENS), (self.score, buckets.most_prefill_tokens)]
+        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), *others]
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every program, on a few threads (XLA releases the GIL)."""
@@ -131,7 +141,12 @@ class Programs:
             for size in (DECODE_TILE, buckets.prefill_tile)
             for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
-        samples = [functools.partial(self._compile_sample, max(buckets.sample_rows), mode) for mode in SamplingMode]
+        samples = [
+            functools.partial(self._compile_sample, max(buckets.sample_rows), mode, adjusted)
+            for mode in SamplingMode
+            for adjusted in (False, True)
+        ]
+        samples.append(functools.partial(self._compile_score, buckets.most_prefill_tokens))
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
         return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
@@ -149,11 +164,17 @@ class Programs:
         packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
         return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
-    def _compile_sample(self, rows: int, mode: SamplingMode) -> Any:
-        fn = functools.partial(steps.sample_step, mode=mode, backend=self._backend)
-        hidden = jax.ShapeDtypeStruct((rows, self._layout.config.hidden_size), self._dtype)
+    def _compile_sample(self, rows: int, mode: SamplingMode, adjusted: bool) -> Any:
+        config = self._layout.config
+        hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
         sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
-        return self._compile(fn, self._head, hidden, self._slot_tokens, sampling_rows, donated=2)
+        options: dict[str, Any] = {"mode": mode, "backend": self._backend}
+        state = [self._head, hidden, self._slot_tokens]
+        if not adjusted:
+            return self._compile(functools.partial(steps.sample_step, **options), *state, sampling_rows, donated=2)
+        adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
+        fn = functools.partial(steps.sample_adjusted_step, **options)
+        return self._compile(fn, *state, self._counts, sampling_rows, adjustments, donated=(2, 3))
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)
@@ -161,7 +182,16 @@ class Programs:
         fn = functools.partial(steps.write_adapter, backend=self._backend)
         return self._compile(fn, self._pool(num_pages), piece, ids, donated=0)
 
-    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int) -> Any:
+    def _compile_count(self, tokens: int) -> Any:
+        return self._compile(count_tokens, self._counts, jax.ShapeDtypeStruct((2 + tokens,), jnp.int32), donated=0)
+
+    def _compile_score(self, tokens: int) -> Any:
+        tile = self._buckets.prefill_tile
+        states = jax.ShapeDtypeStruct((tokens, self._layout.config.hidden_size), self._dtype)
+        packed = jax.ShapeDtypeStruct((1 + tokens // tile + tokens,), jnp.int32)
+        return self._compile(functools.partial(steps.score_prompts, tile=tile), self._head, states, packed, donated=())
+
+    def _compile(self, fn: Callable[..., Any], *arguments: Any, donated: int | tuple[int, ...]) -> Any:
         return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)
 
 

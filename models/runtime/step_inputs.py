@@ -13,7 +13,13 @@ import numpy as np
 from chameleon_jax.models.ops.batched_lora.plan import fill_plan
 from chameleon_jax.models.page_layout import PlacedAdapter
 from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
-from chameleon_jax.models.sampling import LEAST_TEMPERATURE, SAMPLING_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import (
+    ADJUSTMENT_COLUMNS,
+    LEAST_TEMPERATURE,
+    SAMPLING_COLUMNS,
+    SamplingMode,
+)
+from chameleon_jax.sampling_params import MAX_LOGIT_BIAS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -37,6 +43,22 @@ class SequenceChunk(NamedTuple):
     adapter: PlacedAdapter | None
 
 
+class Adjustment(NamedTuple):
+    """Changes of one row's logits before a token is drawn.
+
+    Attributes:
+        presence: Presence penalty.
+        frequency: Frequency penalty.
+        repetition: Repetition penalty; 1 changes nothing.
+        bias: Amounts added to the logits of tokens, by id.
+    """
+
+    presence: float
+    frequency: float
+    repetition: float
+    bias: Mapping[int, float]
+
+
 class SamplingRow(NamedTuple):
     """Sampling parameters of one row.
 
@@ -50,6 +72,7 @@ class SamplingRow(NamedTuple):
         min_p: Share of the best token's probability that a candidate needs.
         suppressed: Ids that cannot be sampled, MAX_STOP_IDS at most.
         logprobs: Whether log-probabilities are needed.
+        adjustment: Changes of the logits. None: none.
     """
 
     slot: int
@@ -61,6 +84,7 @@ class SamplingRow(NamedTuple):
     min_p: float
     suppressed: Sequence[int]
     logprobs: bool
+    adjustment: Adjustment | None = None
 
 
 class PackedStep(NamedTuple):
@@ -177,3 +201,38 @@ def fill_sampling_rows(
     if any([row.logprobs for row in values]):
         return SamplingMode.LOGPROBS
     return SamplingMode.RANDOM if (floats[:, 0] >= LEAST_TEMPERATURE).any() else SamplingMode.GREEDY
+
+
+def pack_adjustments(
+    sampling_rows: Mapping[int, SamplingRow], masks: Int[np.ndarray, "rows words"]
+) -> Int[np.ndarray, "rows columns"]:
+    """Pack the adjustments of sampling rows by number, and the masks of all rows. Rows without adjustment change nothing."""
+    table = np.zeros((len(masks), ADJUSTMENT_COLUMNS + masks.shape[1]), np.int32)
+    table[:, 2] = np.float32(1).view(np.int32)
+    table[:, 3 : 3 + MAX_LOGIT_BIAS] = -1
+    table[:, ADJUSTMENT_COLUMNS:] = masks
+    for number, row in sampling_rows.items():
+        if row.adjustment is None:
+            continue
+        *penalties, bias = row.adjustment
+        table[number, :3] = np.array(penalties, np.float32).view(np.int32)
+        if bias:
+            table[number, 3 : 3 + len(bias)] = list(bias)
+            begin = 3 + MAX_LOGIT_BIAS
+            table[number, begin : begin + len(bias)] = np.array(list(bias.values()), np.float32).view(np.int32)
+    return table
+
+
+def pack_counts(
+    slot: int, prompt: Sequence[int], output: Sequence[int], vocab_size: int, size: int
+) -> list[Int[np.ndarray, " packed"]]:
+    """Pack a slot's tokens for `sampling.count_tokens`, `size` in each run, the first of which forgets earlier tokens."""
+    tokens = np.array([*prompt, *(token + vocab_size for token in output)], np.int32)
+    runs = []
+    for begin in range(0, max(len(tokens), 1), size):
+        packed = np.full(2 + size, 2 * vocab_size, np.int32)
+        packed[:2] = slot, begin == 0
+        part = tokens[begin : begin + size]
+        packed[2 : 2 + len(part)] = part
+        runs.append(packed)
+    return runs

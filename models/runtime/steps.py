@@ -25,13 +25,13 @@ from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, 
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample
+from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample, sample_adjusted, score
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens
+    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens, TokenCounts
 
 DECODE_TILE = 1
 """Tokens of a tile in decode."""
@@ -86,7 +86,7 @@ def forward(
     buckets: StepBuckets,
     layout: PageLayout,
     backend: str,
-) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], Pools]:
+) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], Pools, Float[Array, "most_tokens hidden"] | None]:
     """Run a step's tiles through the model.
 
     Args:
@@ -101,8 +101,9 @@ def forward(
         backend: Backend of the device ops, one of `ops.BACKENDS`.
 
     Returns:
-        Hidden state of each tile's last token and the sampling rows that came with the step, both for `sample_step`, and the
-        pool with the tokens' KV in it.
+        Hidden state of each tile's last token and the sampling rows that came with the step, both for `sample_step`; the pool
+        with the tokens' KV in it; and, of prompts, the hidden states of all tokens for `score_prompts`, as many rows as the
+        largest step has tokens, so that one program scores steps of every size.
     """
     model: Llama = nnx.merge(graph, params)
     inputs = buckets.view(packed, program)
@@ -140,7 +141,10 @@ def forward(
 
     hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
-    return hidden.at[last].get(**INSIDE), inputs.sampling_rows, pages
+    states = None
+    if tile_tokens > 1:
+        states = jnp.pad(hidden, ((0, buckets.most_prefill_tokens - len(hidden)), (0, 0)))
+    return hidden.at[last].get(**INSIDE), inputs.sampling_rows, pages, states
 
 
 def sample_step(
@@ -164,6 +168,54 @@ def sample_step(
     """
     sampled = sample(logits(hidden, head), sampling_rows, mode, guesses=7 if backend == "triton" else 1)
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens)
+
+
+def sample_adjusted_step(
+    head: Float[Array, "vocab hidden"],
+    hidden: Float[Array, "rows hidden"],
+    slot_tokens: SlotTokens,
+    counts: TokenCounts,
+    sampling_rows: Int[Array, "rows columns"],
+    adjustments: Int[Array, "rows _"],
+    *,
+    mode: SamplingMode,
+    backend: str,
+) -> tuple[Sampled, SlotTokens, TokenCounts]:
+    """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how."""
+    guesses = 7 if backend == "triton" else 1
+    sampled, counts = sample_adjusted(logits(hidden, head), sampling_rows, adjustments, counts, mode, guesses)
+    return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens), counts
+
+
+def score_prompts(
+    head: Float[Array, "vocab hidden"], states: Float[Array, "most_tokens hidden"], packed: Int[Array, " packed"], *, tile: int
+) -> Sampled:
+    """Compute the log-probabilities of the tokens that follow some tokens of prompts.
+
+    Args:
+        head: Output matrix (`Llama.output_matrix`).
+        states: Hidden states of a step's tokens, as `forward` returns them.
+        packed: Number of tiles to compute, those tiles' numbers in a list as long as the tiles, and the token behind each
+            token; int32.
+        tile: Tokens of a tile.
+
+    Returns:
+        A row for each token; unspecified in tiles that are not computed.
+    """
+    tiles = states.shape[0] // tile
+    count, numbers, targets = packed[0], packed[1 : 1 + tiles], packed[1 + tiles :]
+
+    def rows(number: Int[Array, ""]) -> Sampled:
+        hidden = jax.lax.dynamic_slice_in_dim(states, number * tile, tile)
+        return score(logits(hidden, head), jax.lax.dynamic_slice_in_dim(targets, number * tile, tile))
+
+    def one_tile(i: Int[Array, ""], found: Sampled) -> Sampled:
+        place = numbers[i] * tile
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, place, 0), found, rows(numbers[i]))
+
+    shapes = jax.eval_shape(rows, count)
+    empty = jax.tree.map(lambda a: jnp.zeros((states.shape[0], *a.shape[1:]), a.dtype), shapes)
+    return jax.lax.fori_loop(0, count, one_tile, empty)
 
 
 def write_adapter(pages: Pools, block: Block, page_ids: PageIds, *, backend: str) -> tuple[Pools, Int[Array, ""]]:
@@ -230,6 +282,11 @@ class StepBuckets:
         last = -(-self.max_prefill_tokens // self.prefill_tile)
         powers = powers_of_two(1, last)
         return tuple(sorted({*powers, *(n + n // 2 for n in powers if n >= 8 and n + n // 2 < last)}))
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Tokens of the largest prefill step, padding included."""
+        return self.prefill[-1] * self.prefill_tile
 
     @property
     def prefill_shapes(self) -> PrefillShapes:

@@ -16,8 +16,10 @@ from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.serving.cli import options
+from chameleon_jax.serving.cli.model_check import check_model
 from chameleon_jax.serving.cli.options import console, errors, fields_of, named_adapters, progress
 from chameleon_jax.serving.service.server_config import ServerConfig
+from chameleon_jax.serving.tools.styles import STYLES
 
 if TYPE_CHECKING:
     from chameleon_jax.serving.server import Server
@@ -114,6 +116,18 @@ def serve(
         float, Option(help="Seconds that running requests get to finish at shutdown.")
     ] = DEFAULTS.drain_timeout,
     max_choices: Annotated[int, Option(help="Most choices of one request: its prompts times n.")] = DEFAULTS.max_choices,
+    tool_call_parser: Annotated[
+        str | None,
+        Option(
+            help=f"Style in which the model writes tool calls: {', '.join(STYLES)} (default: guessed from its chat template)."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None, Option(help="Chat template of all conversations: a file, or its text (default: the model's).")
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool, Option(help="Let clients send a chat template with a request. Templates run without a time limit.")
+    ] = DEFAULTS.trust_request_chat_template,
     max_body_bytes: Annotated[int, Option(help="Most bytes of a request's body.")] = DEFAULTS.max_body_bytes,
     max_header_bytes: Annotated[int, Option(help="Most bytes of the head of an HTTP request.")] = DEFAULTS.max_header_bytes,
     max_connections: Annotated[int, Option(help="HTTP connections served at once.")] = DEFAULTS.max_connections,
@@ -124,7 +138,9 @@ def serve(
     log_format: Annotated[str, Option(help="Format of the log: text or json.")] = "text",
     otlp_traces_endpoint: Annotated[str | None, Option(help="OpenTelemetry collector for traces, as http://host:4317.")] = None,
 ) -> None:
-    """Serve a model and its adapters over HTTP (OpenAI's API) and gRPC.
+    """Serve a model and its adapters over HTTP and gRPC.
+
+    HTTP has OpenAI's API, and is described at /docs.
 
     Example: chameleon-jax serve smollm2-135m --adapter-dir benchmarks/demo_adapters
     """
@@ -172,11 +188,18 @@ def _serve(
     log_format: str,
     otlp_traces_endpoint: str | None,
 ) -> None:
+    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
+
+    begin = time.perf_counter()
+    EngineConfig.of(settings)  # mistakes in settings and paths are found before JAX is imported, which takes seconds
+    check_model(model, settings["load_format"])
+    check_readable(adapters)
+    sources = AdapterSources(config.adapter_dirs, config.hub_adapters, config.adapter_urls)
+
     import uvloop
 
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
-    from chameleon_jax.serving.service.adapter_sources import AdapterSources, check_readable
     from chameleon_jax.serving.service.service import Service
     from chameleon_jax.serving.telemetry.logs import setup_logging
     from chameleon_jax.serving.telemetry.metrics import Metrics
@@ -190,9 +213,6 @@ def _serve(
         await _greet(service, server)
         await server.run()
 
-    begin = time.perf_counter()
-    check_readable(adapters)  # a wrong path is found here, not after minutes of loading and compiling
-    sources = AdapterSources(config.adapter_dirs, config.hub_adapters, config.adapter_urls)
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
         listener = at_end.enter_context(contextlib.closing(listen(config)))

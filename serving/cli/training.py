@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from chameleon_jax.checks import require
 from chameleon_jax.memory.adapters import MAX_RANK
+from chameleon_jax.serving.cli.model_check import check_model
 from chameleon_jax.serving.cli.options import Model, console, errors, fields_of
 
 if TYPE_CHECKING:
     from chameleon_jax.checkpoints.checkpoint import Checkpoint
+
+Force = Annotated[bool, Option("--force", help="Overwrite files in the output directory.")]
 
 
 def finetune(
@@ -32,21 +37,26 @@ def finetune(
     learning_rate: Annotated[float, Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, Option(help="Seed of the initial weights and of the order of the data.")] = 0,
     dtype: Annotated[str, Option(help="Type of the saved weights: float32 or float16.")] = "float32",
+    force: Force = False,
 ) -> None:
     """Train a LoRA adapter on a text file.
 
     Example: chameleon-jax finetune smollm2-135m --text hamlet.txt --output adapters/hamlet --rank 8 --steps 100
     """
-    from chameleon_jax.checkpoints import finetune as training
-    from chameleon_jax.checkpoints.loading import load_checkpoint
-
     if dtype not in ("float32", "float16"):
         raise typer.BadParameter(f"--dtype is {dtype!r}; allowed: float32, float16")
     flags = locals() | {"targets": targets.split(",")}
     with errors():
+        _check_output(output, force)
+        corpus = text.read_text(encoding="utf-8")
+        check_model(model)
+    from chameleon_jax.checkpoints import finetune as training
+    from chameleon_jax.checkpoints.loading import load_checkpoint
+
+    with errors():
         config = training.FinetuneConfig(**fields_of(training.FinetuneConfig, flags))
         report = _reporter()
-        checkpoint, corpus = load_checkpoint(model), text.read_text(encoding="utf-8")
+        checkpoint = load_checkpoint(model)
         adapter = training.finetune(checkpoint, corpus, config, lambda step, loss: report(step, steps, loss))
         training.save(adapter, output, config, model, dtype)
     console.print(f"wrote {output}")
@@ -69,18 +79,23 @@ def train_length_proxy(
     learning_rate: Annotated[float, Option(help="Learning rate.")] = 1e-3,
     held_out: Annotated[float, Option(help="Share of the examples kept out of training, to measure accuracy.")] = 0.2,
     seed: Annotated[int, Option(help="Seed of the initial weights and of the choice of examples.")] = 0,
+    force: Force = False,
 ) -> None:
     """Train a predictor of output lengths on past requests.
 
     Example: chameleon-jax train-length-proxy smollm2-135m --data requests.jsonl --output length-proxy
     """
+    if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
+        raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
+    flags = locals() | {"class_cuts": [int(cut) for cut in class_cuts.split(",")]}
+    with errors():
+        _check_output(output, force)
+        require(data.is_file(), "data", str(data), "a JSONL file")
+        check_model(model)
     from chameleon_jax.checkpoints.length_proxy import save
     from chameleon_jax.checkpoints.loading import load_checkpoint
     from chameleon_jax.models.length_proxy import LengthProxyConfig, train
 
-    if not all(cut.strip().isdecimal() for cut in class_cuts.split(",")):
-        raise typer.BadParameter(f"--class-cuts is {class_cuts!r}; allowed: integers, comma-separated")
-    flags = locals() | {"class_cuts": [int(cut) for cut in class_cuts.split(",")]}
     with errors():
         config = LengthProxyConfig(**fields_of(LengthProxyConfig, flags))
         prompts, output_lens = _length_examples(data, load_checkpoint(model))
@@ -100,20 +115,41 @@ def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     to: Annotated[str, Option(help="Format to write: orbax, or hf, the safetensors of transformers and vLLM.")] = "orbax",
+    force: Force = False,
 ) -> None:
     """Convert a base model to another format.
 
     Example: chameleon-jax convert smollm2-135m ./smollm2-hf --to hf
     """
-    from chameleon_jax.checkpoints import huggingface, orbax
-    from chameleon_jax.checkpoints.loading import load_checkpoint
-
     if to not in ("orbax", "hf"):
         raise typer.BadParameter(f"--to is {to!r}; allowed: orbax, hf")
     with errors():
+        is_model = output.exists() and Path(model).exists() and output.samefile(model)
+        require(not is_model, "output", str(output), "another directory than the model's")
+        _check_output(output, force)
+        check_model(model)
+    from chameleon_jax.checkpoints import huggingface, orbax
+    from chameleon_jax.checkpoints.loading import load_checkpoint
+
+    with errors():
         checkpoint = load_checkpoint(model)
+        _remove_weights(output, orbax.WEIGHTS)
         (orbax if to == "orbax" else huggingface).save(checkpoint, output)
     console.print(f"wrote {output}")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Check that nothing is overwritten by mistake. Raises ValueError."""
+    require(not output.exists() or output.is_dir(), "output", str(output), "a directory; it is a file")
+    taken = output.is_dir() and any(output.iterdir())
+    require(force or not taken, "output", str(output), "a new or empty directory; --force overwrites")
+
+
+def _remove_weights(directory: Path, orbax_weights: str) -> None:
+    """Remove weights that a converted model would otherwise lie beside: loading prefers some formats and names."""
+    shutil.rmtree(directory / orbax_weights, ignore_errors=True)
+    for file in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
+        file.unlink()
 
 
 def _reporter() -> Callable[[int, int, float], None]:

@@ -33,6 +33,8 @@ class Generated:
         queue_s: Seconds on the server from arrival until it started.
         first_token_s: Seconds on the server from arrival to the first token.
         total_s: Seconds on the server from arrival to the end.
+        prompt_logprobs: One mapping for each token of the prompt, the token itself first; None at the first token. None where
+            they were not requested.
     """
 
     request_id: str
@@ -46,6 +48,7 @@ class Generated:
     queue_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,7 @@ def make_request(
 
 
 def make_generated(response: messages.GenerateResponse | messages.GenerateStreamResponse) -> Generated:
+    of_prompt = convert.logprobs_from_messages(response.prompt_logprobs)
     return Generated(
         request_id=response.request_id,
         text=response.text,
@@ -174,4 +178,5 @@ def make_generated(response: messages.GenerateResponse | messages.GenerateStream
         queue_s=response.timing.queue,
         first_token_s=response.timing.first_token,
         total_s=response.timing.total,
+        prompt_logprobs=None if of_prompt is None else [position or None for position in of_prompt],
     )

@@ -19,7 +19,7 @@ from chameleon_jax.errors import ServingError
 from chameleon_jax.outputs import Delta
 from chameleon_jax.serving.http.access import service_of
 from chameleon_jax.serving.http.errors import api_error, translate_errors
-from chameleon_jax.serving.http.requests import Sampling
+from chameleon_jax.serving.http.requests import ChatRequest, Sampling
 from chameleon_jax.serving.http.streams import merge, run_while_connected
 from chameleon_jax.serving.request_stream import RequestStream
 
@@ -84,6 +84,19 @@ class Choice(ABC):
         """Choice of an answer that is not streamed. Args: output: all output, joined."""
 
 
+def prompt_logprobs(stream: RequestStream) -> list[JsonObject | None] | None:
+    """Log-probabilities of a prompt's tokens in vLLM's form, None at the first one. None where they were not requested."""
+    positions = stream.prompt_logprobs()
+    if positions is None:
+        return None
+    return [
+        None
+        if position is None
+        else {str(i): {"logprob": p.logprob, "decoded_token": p.decoded_token} for i, p in position.items()}
+        for position in positions
+    ]
+
+
 @dataclasses.dataclass(eq=False, repr=False)  # a prompt must not get into a log
 class Answer:
     """Answer to one completion request.
@@ -122,10 +135,17 @@ class Answer:
         deltas: list[list[Delta]] = [[] for _ in self.streams]
         with translate_errors():
             async for i, delta in merge(self.streams):
-                self.completion_tokens += len(delta.token_ids)
+                self._count(delta)
                 deltas[i].append(delta)
         choices = [choice.whole(Delta.join(own)) for choice, own in zip(self.choices, deltas)]
-        return self.head.whole(choices, usage=self._final_usage())
+        rest = {}
+        if self.body.prompt_logprobs is not None and isinstance(self.body, ChatRequest):
+            rest["prompt_logprobs"] = prompt_logprobs(self.streams[0])
+        return self.head.whole(choices, usage=self._final_usage(), **rest)
+
+    def _count(self, delta: Delta) -> None:
+        if not self.body.prompt_only:
+            self.completion_tokens += len(delta.token_ids)
 
     # -- events of a stream ---------------------------------------------------------------------------------------------
 
@@ -134,7 +154,7 @@ class Answer:
 
     def events(self, i: int, delta: Delta) -> list[JsonObject]:
         """Events for new output of choice `i`."""
-        self.completion_tokens += len(delta.token_ids)
+        self._count(delta)
         part = self.choices[i].part(delta)
         if part is None:
             return []

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import chameleon_jax
-from chameleon_jax.serving.http import chat, completions, docs, health, models
+from chameleon_jax.serving.http import chat, completions, docs, health, models, tokenize
 from chameleon_jax.serving.http.errors import ErrorBody, add_error_handlers
 from chameleon_jax.serving.http.middleware import HeadAsGet, RequestMiddleware
 from chameleon_jax.serving.service.server_config import ServerConfig
@@ -31,7 +31,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     add_error_handlers(app)
-    for module in (models, completions, chat, health):
+    for module in (models, completions, chat, tokenize, health):
         app.include_router(module.router, responses=ERRORS)
     app.include_router(docs.router)
     app.add_middleware(HeadAsGet)

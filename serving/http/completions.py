@@ -7,13 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from chameleon_jax.checkpoints.detokenizer import shown
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.outputs import Delta, Logprob
 from chameleon_jax.serving.http.access import KeyedRoute, require_access, service_of
-from chameleon_jax.serving.http.answers import Answer, Choice, Head, JsonObject, Kind
+from chameleon_jax.serving.http.answers import Answer, Choice, Head, JsonObject, Kind, prompt_logprobs
 from chameleon_jax.serving.http.errors import ApiError, translate_errors
 from chameleon_jax.serving.http.requests import CompletionRequest, timeout_of
 from chameleon_jax.serving.http.responses import Completion
+from chameleon_jax.serving.request_stream import RequestStream
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=KeyedRoute)
 
@@ -29,7 +31,7 @@ KIND = Kind("cmpl", "text_completion", "text_completion")
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Complete a text, token ids, or several of either."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
-    with translate_errors():
+    with translate_errors(), body.name_language():
         most = service.config.max_choices
         params = body.sampling_params(body.max_tokens, body.logprobs, most, service.sampling_defaults)
         deadline = service.deadline(timeout_of(request))
@@ -41,7 +43,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         fit = body.max_tokens is None
         streams = await service.llm.open_all(inputs, params, lora, head.id, deadline, fit=fit, priority=body.priority)
     beginnings = [_beginning(service.llm.tokenizer, body, prompt) for prompt in prompts]
-    choices = [TextChoice(i, *beginnings[i // len(params)]) for i in range(len(streams))]
+    choices = [TextChoice(i, body, stream, *beginnings[i // len(params)]) for i, stream in enumerate(streams)]
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])
     return await Answer(request, body, head, streams, choices, prompt_tokens).respond()
 
@@ -50,16 +52,26 @@ class TextChoice(Choice):
     """One choice of a completion.
 
     Args:
+        body: Body of the request.
+        stream: Output of the engine.
         echo: Text of the prompt, sent before the output; empty where it is not wanted.
         pending: First bytes of a character that the prompt leaves incomplete.
     """
 
-    def __init__(self, index: int, echo: str, pending: bytes):
-        self._index = index
+    def __init__(self, index: int, body: CompletionRequest, stream: RequestStream, echo: str, pending: bytes):
+        self._index, self._body, self._stream = index, body, stream
         self._echo = echo
-        self._length = len(echo)  # characters of the tokens so far
+        self._has_begun = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._utf8.decode(pending)
+        self._length = 0  # characters of the tokens so far
+        if not self._scores_prompt:
+            self._length = len(echo)
+            self._utf8.decode(pending)
+
+    @property
+    def _scores_prompt(self) -> bool:
+        """Whether log-probabilities begin with the prompt's."""
+        return bool(self._body.echo) and self._body.logprobs is not None
 
     def part(self, delta: Delta) -> JsonObject | None:
         if not (delta.text or self._echo or delta.finish_reason or delta.logprobs):
@@ -67,17 +79,23 @@ class TextChoice(Choice):
         return self.whole(delta)
 
     def whole(self, output: Delta) -> JsonObject:
-        text, self._echo = self._echo + output.text, ""
-        return {
+        new, logprobs = (output.text, output.logprobs) if not self._body.prompt_only else ("", output.logprobs and [])
+        text, self._echo = self._echo + new, ""
+        found = None if logprobs is None else self._logprobs(logprobs)
+        self._has_begun = True
+        choice = {
             "index": self._index,
             "text": text,
-            "logprobs": None if output.logprobs is None else self._logprobs(output.logprobs),
+            "logprobs": found,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
+        return choice if self._body.prompt_logprobs is None else choice | {"prompt_logprobs": prompt_logprobs(self._stream)}
 
     def _logprobs(self, logprobs: list[dict[int, Logprob]]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if self._scores_prompt and not self._has_begun:
+            logprobs = self._of_prompt(out) + logprobs
         for position in logprobs:
             top: dict[str, float] = {}
             for token_id, logprob in position.items():
@@ -89,6 +107,22 @@ class TextChoice(Choice):
             out["top_logprobs"].append(top)
             out["text_offset"].append(self._offset(chosen.token_bytes or b""))
         return out
+
+    def _of_prompt(self, out: dict[str, list[Any]]) -> list[dict[int, Logprob]]:
+        """Log-probabilities of the prompt's tokens behind the first, which has none and is put into `out`."""
+        stream, first = self._stream, self._stream.prompt_token_ids[0]
+        data = b"" if stream.tokenizer is None else stream.tokenizer.token_bytes.at_start(first)
+        out["tokens"].append(shown(data) if data else f"token_id:{first}")
+        out["token_logprobs"].append(None)
+        out["top_logprobs"].append(None)
+        out["text_offset"].append(0)
+        self._offset(b"" if stream.tokenizer is None or first in self._left_out else data)
+        return [position for position in stream.prompt_logprobs() or () if position is not None]
+
+    @property
+    def _left_out(self) -> frozenset[int]:
+        tokenizer = self._stream.tokenizer
+        return frozenset() if tokenizer is None else tokenizer.token_bytes.left_out(self._body.skip_special_tokens)
 
     def _offset(self, data: bytes) -> int:
         """Index of the character in which the next token begins. Args: data: the token's UTF-8 bytes."""

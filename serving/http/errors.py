@@ -79,7 +79,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def answer_http_error(request: Request, error: StarletteHTTPException) -> Response:
-        body = error.body if isinstance(error, ApiError) else error_body(error.status_code, str(error.detail))
+        detail = _unserved(request) if error.status_code == 404 else str(error.detail)
+        body = error.body if isinstance(error, ApiError) else error_body(error.status_code, detail)
         response = error_response(error.status_code, body)
         if error.headers and "allow" in {name.lower() for name in error.headers}:
             response.headers["allow"] = error.headers["Allow"]
@@ -102,6 +103,10 @@ def add_error_handlers(app: FastAPI) -> None:
         else:
             message = f"{field} is {reprlib.repr(found.get('input'))}; {found['msg'].removeprefix('Value error, ')}"
         return error_response(400, error_body(400, message, param=field))
+
+
+def _unserved(request: Request) -> str:
+    return f"{request.url.path[:200]} is not served; allowed: {', '.join(request.app.openapi()['paths'])}"
 
 
 def _wrong_content_type(content_type: str | None) -> Response:

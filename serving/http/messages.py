@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from chameleon_jax.serving.http.strict_model import StrictModel, Unsupported
+from chameleon_jax.serving.http.strict_model import NullIfEmpty, StrictModel, Unsupported
 
 MAX_PARTS = 1024
+MAX_CALLS = 1024
 
 
 class Part(StrictModel):
@@ -41,12 +43,45 @@ class Part(StrictModel):
         return self.text if self.type == "text" else self.refusal
 
 
+class FunctionCall(StrictModel):
+    name: str
+    arguments: str | dict[str, Any] = Field(default="", description="JSON object, as text.")
+
+    def for_template(self) -> dict[str, Any]:
+        """Convert to the fields that chat templates read: they write the arguments as JSON themselves.
+
+        Text that is no JSON object, which a model may have written, stays text.
+        """
+        arguments = self.arguments or "{}"
+        if isinstance(arguments, str):
+            try:
+                value = json.loads(arguments)
+            except (ValueError, RecursionError):
+                value = None
+            arguments = value if isinstance(value, dict) else arguments
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(StrictModel):
+    """Call of a tool by the model."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: Any = Field(default=None, description="Accepted, as calls of a stream have it, and ignored.")
+
+    def for_template(self) -> dict[str, Any]:
+        call: dict[str, Any] = {"type": self.type, "function": self.function.for_template()}
+        return call if self.id is None else {"id": self.id} | call
+
+
 class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     refusal: str | None = Field(default=None, description="Text of a message that has no content.")
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None, NullIfEmpty] = None
     reasoning_content: str | None = Field(default=None, description="Like `reasoning`: passed to the chat template.")
     reasoning: str | None = None
 
@@ -54,14 +89,15 @@ class Message(StrictModel):
     annotations: Any = None
     cache_control: Any = None
 
-    tool_calls: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """Convert to the fields that chat templates read."""
         content = self.content or self.refusal or ""
         text = content if isinstance(content, str) else "".join(part.content or "" for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         optional = ("name", "tool_call_id", "reasoning_content", "reasoning")
         return message | {name: value for name in optional if (value := getattr(self, name)) is not None}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -17,9 +17,18 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptAlternative(BaseModel):
+    logprob: float
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptAlternative] | None]
+"""Alternatives of each token of a prompt by id, the token itself first; null at the first token."""
 
 
 class Choice(BaseModel):
@@ -44,6 +53,7 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
@@ -66,10 +76,24 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatAnswer(BaseModel):
-    role: Literal["assistant"]
-    content: str
+    """Message of a choice. `content` may be null only beside `tool_calls`."""
+
+    role: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(Choice):
@@ -80,3 +104,4 @@ class ChatChoice(Choice):
 class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -19,16 +20,30 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
-        unknown = next((name for name in given if name not in cls.model_fields), None)
+        unknown = next((name for name in given if name not in cls._names()), None)
         if unknown is not None:
             raise PydanticCustomError(
                 "extra_forbidden", "unknown field", {"field": unknown[:200].encode(errors="replace").decode()}
             )
         return given
 
+    @classmethod
+    @functools.cache
+    def _names(cls) -> frozenset[str]:
+        """Names that its fields have in JSON."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
 
 ACCEPTED_VALUES: tuple[Any, ...] = (False, "", [], {})
 """Empty values, which ask for nothing. Not for fields whose empty value has a meaning, such as the JSON schema `{}`."""
+
+
+def _null_if_empty(value: Any) -> Any:
+    return None if value in ACCEPTED_VALUES else value
+
+
+NullIfEmpty = BeforeValidator(_null_if_empty)
+"""Validator of a field whose empty value asks for nothing."""
 
 
 def reject_unsupported(*accepted: Any) -> AfterValidator:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chameleon_jax.outputs import Logprob
-from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.rpc import chameleon_v1_pb2 as messages
 
 FINISH_REASONS = {
@@ -17,13 +17,21 @@ FINISH_REASONS = {
 }
 FINISH_REASON_NAMES = {value: name for name, value in FINISH_REASONS.items()}
 
-_OPTIONAL = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "skip_special_tokens")
+_OPTIONAL = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed"),
+    *("max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "skip_special_tokens"),
+)
+_IF_ANY = ("logit_bias", "allowed_token_ids")
+"""Fields whose empty value counts as left out."""
 _ALWAYS = ("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos")
 
 
 def sampling_to_message(params: SamplingParams) -> messages.SamplingParams:
     """Convert sampling parameters. Raises ValueError for a seed outside of signed 64 bits."""
-    given = {name: getattr(params, name) for name in _OPTIONAL if getattr(params, name) is not None}
+    given = {name: getattr(params, name) for name in (*_OPTIONAL, *_IF_ANY) if getattr(params, name) is not None}
+    if params.structured_outputs is not None:
+        language = {name: value for name, value in vars(params.structured_outputs).items() if value is not None}
+        given["structured_outputs"] = messages.StructuredOutputs(**language)
     always = {name: getattr(params, name) for name in _ALWAYS}
     return messages.SamplingParams(**given, **always)
 
@@ -36,8 +44,17 @@ def sampling_from_message(message: messages.SamplingParams, defaults: Mapping[st
         defaults: Values of the fields that the message leaves out.
     """
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    given |= {name: getattr(message, name) for name in _IF_ANY if getattr(message, name)}
+    if message.HasField("structured_outputs"):
+        given["structured_outputs"] = _language(message.structured_outputs)
     always = {name: getattr(message, name) for name in _ALWAYS}
     return SamplingParams(**{**defaults, **given}, **always)
+
+
+def _language(message: messages.StructuredOutputs) -> StructuredOutputsParams:
+    optional = ("json", "regex", "grammar", "whitespace_pattern")
+    given = {name: getattr(message, name) for name in optional if message.HasField(name)}
+    return StructuredOutputsParams(**given, choice=message.choice or None, json_object=message.json_object or None)
 
 
 def logprobs_to_messages(positions: Sequence[Mapping[int, Logprob]] | None) -> list[messages.TokenLogprobs]:

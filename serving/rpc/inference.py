@@ -84,6 +84,7 @@ def _end(stream: RequestStream, delta: Delta, num_tokens: int) -> dict[str, Any]
         "stop_reason": convert.stop_reason_to_message(delta.stop_reason),
         "usage": usage,
         "timing": _timing(stream.request),
+        "prompt_logprobs": convert.logprobs_to_messages([position or {} for position in stream.prompt_logprobs() or ()]),
     }
 
 

@@ -6,7 +6,9 @@ import dataclasses
 import math
 import re
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, operators_template
 from chameleon_jax.checks import require
+from chameleon_jax.serving.tools.styles import STYLES
 
 MAX_NAME_LEN = 256
 """Characters of a model's or an adapter's name."""
@@ -50,6 +52,9 @@ class ServerConfig:
         max_choices: Choices of one request: its prompts times `n`.
         max_metric_adapters: Adapters with metrics of their own; further ones are counted as "other".
         vllm_metrics: Whether metrics that vLLM has too are also published under its names.
+        tool_call_parser: Style in which the model writes tool calls: hermes, llama3_json or mistral. None guesses it.
+        chat_template: Chat template of all conversations, as a file or as text. None takes the model's.
+        trust_request_chat_template: Whether clients may send a chat template with a request.
     """
 
     host: str = "127.0.0.1"
@@ -76,6 +81,9 @@ class ServerConfig:
     max_choices: int = 16
     max_metric_adapters: int = 100
     vllm_metrics: bool = True
+    tool_call_parser: str | None = None
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
@@ -99,3 +107,9 @@ class ServerConfig:
             )
         for field, least in LEAST.items():
             require(getattr(self, field) >= least, field, getattr(self, field), f"{least} or more")
+        parsers = (None, *STYLES)
+        require(self.tool_call_parser in parsers, "tool_call_parser", self.tool_call_parser, ", ".join(STYLES))
+        if self.chat_template is not None:
+            source, place = operators_template(self.chat_template)
+            if (error := ChatTemplate(source, {}, place).error) is not None:
+                raise ValueError(f"chat_template: {error}")

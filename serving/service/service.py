@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chameleon_jax.checkpoints.chat_template import ChatTemplate, operators_template
 from chameleon_jax.errors import Draining, Forbidden, RequestFailed, Unauthenticated
 from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
 from chameleon_jax.serving.service.server_config import MAX_NAME_LEN, ServerConfig
+from chameleon_jax.serving.tools.call_parser import CallParser
+from chameleon_jax.serving.tools.styles import STYLES, guess_style
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ class Service:
         self.created = int(time.time())
         self.sampling_defaults = llm.engine.sampling_defaults.values
         self.sources = sources or AdapterSources(config.adapter_dirs, config.hub_adapters, config.adapter_urls)
+        self._template: ChatTemplate | None = None
+        if config.chat_template is not None and llm.tokenizer is not None:
+            self._template = llm.tokenizer.make_chat_template(*operators_template(config.chat_template))
         self._loads: dict[str, asyncio.Task[None]] = {}  # of adapters that requests named
 
     # -- access ---------------------------------------------------------------------------------------------------------
@@ -135,15 +141,47 @@ class Service:
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
             return "the model has no tokenizer (load_format='dummy'), so it cannot chat"
-        return tokenizer.chat_template.error
+        return (self._template or tokenizer.chat_template).error
 
-    async def chat_tokens(self, messages: Sequence[Mapping[str, str]], /, **options: Any) -> list[int]:
-        """Format a conversation as the token ids of a prompt. Args: options: of `apply_chat_template`. Raises ValueError."""
+    @property
+    def tool_style(self) -> type[CallParser]:
+        """Style in which the model writes tool calls: the server's setting, else guessed."""
+        name, tokenizer = self.config.tool_call_parser, self.llm.tokenizer
+        if name is None and tokenizer is not None:
+            name = guess_style((self._template or tokenizer.chat_template).text, tokenizer.has_token)
+        return STYLES[name or "hermes"]
+
+    async def chat_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        add_special_tokens: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Format a conversation as the token ids of a prompt.
+
+        Args:
+            messages: Messages, each with a role and content.
+            add_generation_prompt: End with the start of the assistant's turn.
+            continue_final_message: End where the last message's text ends.
+            chat_template: Template to use instead of the server's or the model's.
+            add_special_tokens: Put the tokenizer's own special tokens around the text.
+            variables: Further variables of the template.
+
+        Raises:
+            ValueError: There is no template, or it refuses the messages.
+        """
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
             raise ValueError(f"messages: {self.chat_error}")
-        text = await asyncio.to_thread(tokenizer.apply_chat_template, messages, **options)
-        return await self.llm.prompts.read(text, add_special_tokens=False)
+        template = self._template or tokenizer.chat_template
+        if chat_template is not None:
+            template = await asyncio.to_thread(tokenizer.make_chat_template, chat_template, "chat_template of the request")
+        text = await asyncio.to_thread(template.render, messages, add_generation_prompt, continue_final_message, variables)
+        return await self.llm.prompts.read(text, add_special_tokens)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

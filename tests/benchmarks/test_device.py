@@ -11,10 +11,14 @@ import jax
 import pytest
 
 from benchmarks.device import runner, supervisor
+from benchmarks.device.bench_engine import BenchEngine
 from benchmarks.device.report import Case, Report, Skip
 from benchmarks.device.scale import SMALL, Mix
 from benchmarks.device.sections import variants
 from benchmarks.device.workbench import shared
+from chameleon_jax.models.ops import pallas_triton
+from chameleon_jax.models.ops.batched_lora import triton as lora
+from chameleon_jax.models.ops.paged_attention import triton as attention
 
 
 @pytest.fixture
@@ -88,6 +92,26 @@ def test_no_variant_equals_the_code():
             assert getattr(variant.module, name) != value, f"{variant.name} changes nothing"
             uses = re.findall(rf"(?<![\w.]){name}(?!\w)", inspect.getsource(variant.module))
             assert len(uses) > 1, f"{name} is not read"
+
+
+def test_kernels_of_a_variant_are_translated_with_its_constants(monkeypatch):
+    """Also where a kernel's body reads a constant that its key does not have."""
+    monkeypatch.setattr(pallas_triton, "_translate", lambda kernel: {"programs": lora.SHRINK_PROGRAMS})
+    kernel = pallas_triton.Kernel(print, (), num_warps=4, num_stages=3, name="reads_a_constant")
+    with pallas_triton.fresh_codes():
+        assert pallas_triton._code(kernel) == {"programs": lora.SHRINK_PROGRAMS}
+        with variants.constant(lora, "", SHRINK_PROGRAMS=7).in_force():
+            assert pallas_triton._code(kernel) == {"programs": 7}
+        assert pallas_triton._code(kernel) == {"programs": lora.SHRINK_PROGRAMS} != {"programs": 7}
+
+
+def test_a_variant_is_in_force_while_its_programs_are_compiled(monkeypatch):
+    found = []
+    prepare = BenchEngine.prepare
+    monkeypatch.setattr(BenchEngine, "prepare", lambda *args: found.append(attention.DECODE_PROGRAMS) or prepare(*args))
+    row = variants.measure(variants.workbench(SMALL), variants.constant(attention, "", DECODE_PROGRAMS=5))
+    assert found == [5] and attention.DECODE_PROGRAMS != 5
+    assert [name for name, value in row.items() if name.endswith("base: ms") and value]
 
 
 @pytest.mark.parametrize(

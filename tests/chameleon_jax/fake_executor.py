@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 
 from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.request import Request
 from chameleon_jax.scheduler import StepPlan
 
 
+class FakeGuide:
+    """Grammar that allows every token, and remembers the ones that it has gone past.
+
+    Attributes:
+        last: Token behind which nothing can follow.
+    """
+
+    error = None
+
+    def __init__(self, last: int | None = None):
+        self.seen: list[int] = []
+        self.last = last
+
+    def accept(self, token_id: int) -> None:
+        self.seen.append(token_id)
+
+    @property
+    def complete(self) -> bool:
+        return self.last is not None and self.seen[-1:] == [self.last]
+
+
+@dataclasses.dataclass
+class Drawing:
+    """A token to draw behind the first `length` ones of a request. `token` is None until it is drawn."""
+
+    request: Request
+    length: int
+    token: int | None = None
+
+
 class FakeExecutor:
-    """Tokens depend on the sequence so far and the adapter alone, and are computed from what the pages hold."""
+    """Tokens depend on the sequence so far and the adapter alone, and are computed from what the pages hold.
+
+    Guided tokens are drawn by `draw`, which checks that their guide has gone past all tokens before.
+    """
 
     def __init__(self, page_tokens: int, load_polls: int = 1, vocab: int = 50):
         self.page_tokens = page_tokens
@@ -28,23 +63,39 @@ class FakeExecutor:
     def next_token(self, tokens: list[int], adapter: str | None) -> int:
         return zlib.crc32(repr((tokens, adapter)).encode()) % self.vocab
 
-    def dispatch(self, plan: StepPlan) -> list[tuple[object, int]]:
-        sampled = []
+    def dispatch(self, plan: StepPlan) -> list[Drawing]:
+        drawings = []
         for chunk in plan.prefills:
             request = chunk.request
             self._check_adapter(request.adapter)
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 self._write(request.pages, position, request.token(position))
             if chunk.samples:
-                sampled.append((request, self._sample(request, chunk.start + chunk.num_tokens)))
+                drawings.append(Drawing(request, chunk.start + chunk.num_tokens))
         for request in plan.decodes:
             self._check_adapter(request.adapter)
             self._write(request.pages, request.num_computed - 1, self.slots[request.slot])
-            sampled.append((request, self._sample(request, request.num_computed)))
-        return sampled
+            drawings.append(Drawing(request, request.num_computed))
+        for drawing in drawings:
+            if drawing.request.guide is None:
+                drawing.token = self._sample(drawing.request, drawing.length)
+        return drawings
 
-    def collect(self, handle) -> list[SampledToken]:
-        return [SampledToken(request, token) for request, token in handle]
+    def draw(self, handle: list[Drawing]) -> None:
+        for drawing in handle:
+            request, guide = drawing.request, drawing.request.guide
+            if drawing.token is not None:
+                continue
+            if request.finish_reason is not None:
+                drawing.token = -1
+                continue
+            assert isinstance(guide, FakeGuide) and guide.seen == request.output_token_ids
+            assert request.num_known == drawing.length
+            drawing.token = self._sample(request, drawing.length)
+
+    def collect(self, handle: list[Drawing]) -> list[SampledToken]:
+        assert all(drawing.token is not None for drawing in handle)
+        return [SampledToken(drawing.request, drawing.token) for drawing in handle]
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
         assert content_hash not in self.loads

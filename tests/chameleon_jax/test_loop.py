@@ -11,6 +11,7 @@ from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from chameleon_jax.systems import SYSTEMS
+from tests.chameleon_jax.fake_executor import FakeGuide
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
 from tests.properties import examples
 from tests.text_models import VARIANTS
@@ -47,6 +48,7 @@ def test_random_traffic(traffic, num_pages, load_polls, system):
     loop.scheduler.finish = count_finish  # type: ignore[method-assign]
     for number, (prompt, output, which, steps, event) in enumerate(traffic):
         request = make_request(number, prompt, output, None if which == 4 else name[which], stop_token_ids=[3])
+        request.guide = FakeGuide() if number % 3 == 1 else None
         loop.submit(request)
         requests.append(request)
         for _ in range(steps):

@@ -10,10 +10,11 @@ from chameleon_jax.memory.adapters import AdapterTier
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import RequestState
 from chameleon_jax.systems import SYSTEMS
+from tests.chameleon_jax.fake_executor import FakeGuide
 from tests.chameleon_jax.loop_traffic import adapter, expected, make_loop, make_request, run
 from tests.properties import examples
 
-CALLS = ("dispatch", "collect", "begin_load", "poll_loads", "cancel_load")
+CALLS = ("dispatch", "draw", "collect", "begin_load", "poll_loads", "cancel_load")
 
 
 class Broken(RuntimeError):
@@ -71,6 +72,8 @@ def test_random_faults(traffic, calls, num_pages, load_polls, system):
         make_request(number, prompt, output, None if which == 4 else f"a{which}", stop_token_ids=[3])
         for number, (prompt, output, which) in enumerate(traffic)
     ]
+    for request in requests[::2]:
+        request.guide = FakeGuide()
     for request in requests:
         loop.submit(request)
     faults = run_recovering(loop)

@@ -18,6 +18,18 @@ TOOL_MESSAGES: list[dict[str, Any]] = [
     {"role": "tool", "content": "3", "tool_call_id": "call_1", "name": None},
     {"role": "assistant", "content": "three", "reasoning": "1 + 2"},
 ]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"default": None}}}}}
+]
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "add"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "add", "arguments": {"a": "é"}}}],
+    },
+    {"role": "tool", "content": "3", "tool_call_id": "call_1"},
+]
 PARTS: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
 
 
@@ -177,6 +189,12 @@ CASES = [
         "{{ messages[0].content is string }}{{ messages[0].content is iterable }}{{ messages[0].content is mapping }}",
         "FalseTrueFalse",
         PARTS,
+    ),
+    Case(
+        '{% for tool in tools %}{{ tool | tojson }}\n{{ tool.function | tojson(indent=1) }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls %}{% set call = call.function %}<tool_call>{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}}</tool_call>{% endfor %}{% endfor %}',
+        '{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"default": null}}}}}\n{\n "name": "add",\n "parameters": {\n  "type": "object",\n  "properties": {\n   "a": {\n    "default": null\n   }\n  }\n }\n}<user>add<assistant><tool_call>{"name": "add", "arguments": {"a": "\xe9"}}</tool_call><tool>3',
+        CALLS,
+        {"tools": TOOLS},
     ),
     # text
     Case(

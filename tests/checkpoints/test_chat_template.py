@@ -72,6 +72,18 @@ def test_the_template_named_default_is_taken(source):
     assert template.error is None and template.render(USER, True, False, {}) == "default"
 
 
+def test_the_template_named_tool_use_is_taken_where_there_are_tools(directory):
+    tools = {"tools": [{"type": "function"}]}
+    named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "{{ tools | length }}"}]
+    template = ChatTemplate(named, {}, "place")
+    assert template.render(USER, True, False, {"tools": None}) == template.render(USER, True, False, {}) == "default"
+    assert template.render(USER, True, False, tools) == "1"
+    tokenizer = Tokenizer.from_directory(directory({JINJA: "jinja", f"{NAMED}/tool_use.jinja": "tools"}))
+    assert tokenizer.apply_chat_template(USER, **tools) == "tools"
+    broken = ChatTemplate({"default": "x", "tool_use": "\n{%"}, {}, "place")
+    assert "tool_use of place, line 2" in broken.error
+
+
 @pytest.mark.parametrize(
     ("messages", "options"),
     [
@@ -143,6 +155,7 @@ CONFIG, JINJA, NAMED = "tokenizer_config.json", "chat_template.jinja", "addition
         ({JINJA: "Grüße\r\n\n"}, "Grüße\n"),
         ({JINJA: "jinja", f"{NAMED}/tool_use.jinja": "no"}, "jinja"),
         ({JINJA: "jinja", f"{NAMED}/default.jinja": "named"}, "named"),
+        ({JINJA: "jinja", f"{NAMED}/default.jinja": "named", f"{NAMED}/tool_use.jinja": "no"}, "named"),
         ({CONFIG: {"chat_template": "config"}, f"{NAMED}/tool_use.jinja": "no"}, "config"),  # transformers refuses it
         ({"chat_template.json": {"chat_template": "json"}}, "json"),  # transformers reads it for processors
         ({CONFIG: {"chat_template": "config"}, "chat_template.json": {"chat_template": "json"}}, "config"),

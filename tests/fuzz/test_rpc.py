@@ -49,7 +49,10 @@ def message_of(draw: st.DrawFn, descriptor) -> object:
         if not draw(st.booleans()):
             continue
         repeated = field.is_repeated if hasattr(field, "is_repeated") else field.label == FieldDescriptor.LABEL_REPEATED
-        if repeated:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            key, value = field.message_type.fields
+            getattr(message, field.name).update(draw(st.dictionaries(values(key), values(value), max_size=20)))
+        elif repeated:
             getattr(message, field.name).extend(draw(st.lists(values(field), max_size=20)))
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             getattr(message, field.name).CopyFrom(draw(values(field)))

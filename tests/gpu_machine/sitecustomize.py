@@ -18,6 +18,7 @@ from typing import Any
 
 MISSING = {
     "gguf": "gguf",
+    "llguidance": "llguidance",
     "fastapi": "fastapi",
     "starlette": "starlette",
     "uvicorn": "uvicorn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode
+from chameleon_jax.models.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, mask_words
 
 MIB = 1 << 20
 model = functools.cache(Model.of)
@@ -79,12 +80,22 @@ def test_the_largest_rank_fits_the_device(tiles, tile_tokens):
 
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
-def test_sampling_waits_for_nothing(mode):
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_sampling_waits_for_nothing(mode, adjusted):
     sampling_rows = jax.ShapeDtypeStruct((128, SAMPLING_COLUMNS), jnp.int32)
     head, hidden = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (32_000, 128))
     slots = jax.ShapeDtypeStruct((129,), jnp.int32)
-    sample_step = functools.partial(steps.sample_step, mode=mode, backend="triton")
-    launched = operations(compile_for_h100(sample_step, head, hidden, slots, sampling_rows, donate_argnums=2))
+    state: tuple[Any, ...] = (head, hidden, slots)
+    if adjusted:
+        counts = jax.ShapeDtypeStruct((129, 32_000), jnp.uint16)
+        adjustments = jax.ShapeDtypeStruct((128, ADJUSTMENT_COLUMNS + mask_words(32_000)), jnp.int32)
+        fn = functools.partial(steps.sample_adjusted_step, mode=mode, backend="triton")
+        compiled = compile_for_h100(fn, *state, counts, sampling_rows, adjustments, donate_argnums=(2, 3))
+        assert compiled.memory_analysis().alias_size_in_bytes >= counts.size * 2  # the counts are not copied
+    else:
+        fn = functools.partial(steps.sample_step, mode=mode, backend="triton")
+        compiled = compile_for_h100(fn, *state, sampling_rows, donate_argnums=2)
+    launched = operations(compiled)
     assert not {"while", "conditional"} & set(launched)
     assert launched["fusion"] < 100
 

@@ -171,7 +171,9 @@ def test_what_can_never_run_is_refused_at_once(llm, adapters, tmp_path):
     with pytest.raises(ValueError, match="no adapter_config.json"):
         llm.generate([reference.prompt(1)], GREEDY, lora_request=LoRARequest("broken", str(tmp_path)))
     with pytest.raises(ValueError, match="unknown setting 'max_loras'"):
-        LLM("tiny", max_loras=3)
+        LLM("tiny", max_loras=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="lora_request is False; allowed: LoRARequest, LoRAMix or None"):
+        llm.generate([[1], [2]], GREEDY, False)
     with pytest.raises(ValueError, match="lora_request has 1 entries"):
         llm.generate([[1], [2]], GREEDY, lora_request=[adapters[0]])
     assert not llm.engine.loop.has_unfinished
@@ -208,6 +210,52 @@ def test_logprobs(llm):
         assert next(iter(position)) == token and values[0] == max(values) and all(v <= 0 for v in values)
     [none] = llm.generate([reference.prompt(9)], GREEDY)
     assert none.outputs[0].logprobs is None and none.outputs[0].token_ids == output.outputs[0].token_ids
+    assert none.prompt_logprobs is None
+
+
+def scored(llm, adapters, **fields) -> None:
+    """Compare the log-probabilities of prompts that hold earlier outputs with those that the outputs had."""
+    prompts, loras = workload(adapters)
+    prompts, loras = prompts[::4], loras[::4]
+    outputs = llm.generate(prompts, dataclasses.replace(GREEDY, logprobs=3), lora_request=loras)
+    longer = [prompt + output.outputs[0].token_ids for prompt, output in zip(prompts, outputs)]
+    params = dataclasses.replace(GREEDY, max_tokens=6, prompt_logprobs=3)
+    for prompt, output, again in zip(prompts, outputs, llm.generate(longer, params, lora_request=loras)):
+        found = again.prompt_logprobs
+        assert len(found) == len(prompt) + 24 and found[0] is None
+        for token_id, position in zip([*prompt, *output.outputs[0].token_ids][1:], found[1:]):
+            assert next(iter(position)) == token_id and 3 <= len(position) <= 4
+        for now, then in zip(found[len(prompt) :], output.outputs[0].logprobs):
+            assert now.keys() == then.keys()
+            assert [p.decoded_token for p in now.values()] == [p.decoded_token for p in then.values()]
+            assert [p.logprob for p in now.values()] == pytest.approx([p.logprob for p in then.values()], abs=1e-4)
+
+
+def test_prompt_logprobs_are_those_that_the_tokens_had_as_output(llm, adapters):
+    scored(llm, adapters)
+
+
+def test_prompt_logprobs_of_prompts_in_chunks(make_llm, model, adapters):
+    with make_llm(model, max_num_seqs=8, max_num_batched_tokens=32) as llm:
+        scored(llm, adapters)
+
+
+def test_prompt_logprobs_of_preempted_requests(make_llm, model, adapters):
+    prompts = [reference.prompt(seed, 30) for seed in range(12)]
+    params = dataclasses.replace(GREEDY, prompt_logprobs=0)
+    with make_llm(model) as llm:
+        expected = [output.prompt_logprobs for output in llm.generate(prompts, params)]
+    with make_llm(model, num_pages=40, max_num_seqs=16, max_lora_rank=2, predicted_output_len=1) as llm:
+        outputs = llm.generate(prompts, params)
+        assert max(output.metrics.num_preemptions for output in outputs) > 0
+    for output, right in zip(outputs, expected):
+        for now, then in zip(output.prompt_logprobs[1:], right[1:]):
+            assert {t: p.logprob for t, p in now.items()} == pytest.approx({t: p.logprob for t, p in then.items()}, abs=1e-4)
+
+
+def test_a_prompt_of_one_token_has_no_log_probabilities(llm):
+    [output] = llm.generate([[65]], dataclasses.replace(GREEDY, max_tokens=1, prompt_logprobs=2))
+    assert output.prompt_logprobs == [None]
 
 
 def test_dummy_weights_of_a_quantised_model_are_refused(tmp_path):

@@ -53,10 +53,11 @@ def model(text_model, tmp_path_factory):
 
 def test_values_of_the_file(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    file = write(tmp_path, **GENERATION, repetition_penalty=1.0, max_length=20, pad_token_id=0)
-    assert SamplingDefaults.read(file).values == EXPECTED
+    file = write(tmp_path, **GENERATION, repetition_penalty=1.25, max_length=20, pad_token_id=0)
+    assert SamplingDefaults.read(file).values == EXPECTED | {"repetition_penalty": 1.25}
     assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert f"sampling defaults of {file}: temperature 0.25, top_p 0.75, top_k 7, min_p 0.125, max_tokens 5" in caplog.text
+    values = "temperature 0.25, top_p 0.75, top_k 7, min_p 0.125, repetition_penalty 1.25, max_tokens 5"
+    assert f"sampling defaults of {file}: {values}" in caplog.text
 
 
 @pytest.mark.parametrize("config", [{}, {"do_sample": True, "eos_token_id": 3}, {"temperature": None, "top_k": None}])
@@ -84,6 +85,9 @@ def test_a_file_without_any_says_nothing(config, tmp_path, caplog):
         ("top_k", False, "a number"),
         ("min_p", {}, "a number"),
         ("min_p", 2, "0 to 1"),
+        ("repetition_penalty", 0, "above 0, finite"),
+        ("repetition_penalty", "x", "a number"),
+        ("repetition_penalty", [1], "a number"),
         ("max_new_tokens", 0, "1 or more"),
         ("max_new_tokens", "many", "an integer"),
     ],
@@ -96,15 +100,6 @@ def test_a_value_that_cannot_be_served_is_one_warning_and_not_used(field, value,
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warning.startswith(f"{file}: {field} is {str(value)[:8] if not isinstance(value, str) else repr(value)}")
     assert warning.endswith(f"is not used; allowed: {allowed}") and len(warning) < 400
-
-
-@pytest.mark.parametrize("penalty", [1.1, "x", 0, [1]])
-def test_a_repetition_penalty_is_warned_of(penalty, tmp_path, caplog):
-    file = write(tmp_path, repetition_penalty=penalty)
-    assert SamplingDefaults.read(file).values == {}
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{file}: repetition_penalty is {penalty!r} and is not used: it is not supported"
-    ]
 
 
 @pytest.mark.parametrize("source", ["", "nowhere", "EMPTY", "FILE"])
@@ -249,7 +244,9 @@ def test_generate_from_the_command_line(model, tmp_path, monkeypatch):
     asked = []
     generate = llm.LLM.generate
     monkeypatch.setattr(
-        llm.LLM, "generate", lambda self, p, params, *a: (asked.append(params), generate(self, p, params, *a))[1]
+        llm.LLM,
+        "generate",
+        lambda self, p, params, *a, **named: (asked.append(params), generate(self, p, params, *a, **named))[1],
     )
     plain = {"temperature": 0.0, "max_tokens": 128}
     for options, expected in [

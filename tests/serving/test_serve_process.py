@@ -112,16 +112,11 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
     with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *small) as process:
         assert process._ready.wait(TIMEOUT)
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
-        assert done == programs == 5  # a decode row, a tile of a prompt, and three kinds of sampling
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
-        assert url is not None
-        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
-            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
-            assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
+        assert done == programs == 10  # a decode row, a tile of a prompt, six kinds of sampling, counting, and scoring
         for line in (
             r"weights of .* are read as float32, in \d+\.\d s",
-            r"compiling 5 programs on \d+ threads: about \d+ s",
-            r"5 programs are compiled, in \d+\.\d s",
+            r"compiling 10 programs on \d+ threads: about \d+ s",
+            r"10 programs are compiled, in \d+\.\d s",
             r"max_model_len is 128: as set",
             r"the pool has 1200 pages: \d+ tokens of KV without adapters, \d+ MiB",
             r"\d+ compilations so far, of which \d+ were found in the cache",
@@ -129,6 +124,15 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
             r"ready, in \d+\.\d s",
         ):
             assert re.search(line, process.log), line
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
+        assert url is not None
+        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
+            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
+            scored = body(8, model="gqa") | {"prompt_logprobs": 2}
+            assert http.post("/v1/completions", json=scored).status_code == 200
+            adjusted = body(8, model="gqa") | {"presence_penalty": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5, 6, 7]}
+            assert http.post("/v1/completions", json=adjusted).status_code == 200
+            assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
 
 
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):

@@ -136,7 +136,7 @@ def meanwhile(bench: Workbench, report: Report, rows: int) -> list[Row]:
         """Dispatch in serving's order: pieces go behind the step's inputs and ahead of its programs."""
         sent = engine.send(batch.chunks, batch.sampling_rows)
         loads.send_beside_step()
-        return engine.dispatch(sent).done
+        return engine.sample(engine.forward(sent)).done
 
     result = []
     for name, between in ((IDLE, lambda: None), (f"loading rank {rank}, all seven", load)):

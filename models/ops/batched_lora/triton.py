@@ -13,7 +13,7 @@ y read and written once.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,29 @@ if TYPE_CHECKING:
 SHRINK_PROGRAMS = 132
 """Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. Batches of
 fewer blocks have as many, so that batches of all sizes share a kernel."""
-SHRINK_ROWS = 16
-"""Rank rows that one program multiplies at a time, the fewest that a tensor core takes."""
-MAX_SPLITS = 4
-"""Parts of d_in; each costs `expand` a partial sum to read."""
 SPLIT_ELEMS = 1024
 """Elements of a part of d_in, at least."""
-EXPAND_COLUMNS = 128
-"""Columns of y that one program of `expand` writes."""
+
+
+class Division(NamedTuple):
+    """Division of the work among programs, chosen by measurement on an H200 (docs/experiments.md).
+
+    Attributes:
+        splits: Parts of d_in at most; each costs `expand` a partial sum to read.
+        rows: Rank rows that a program of `expand` multiplies at a time, whole blocks. It waits for their addresses first, so
+            that many rows at a time wait less often.
+        columns: Columns of y that it writes.
+        num_warps: Its warps.
+    """
+
+    splits: int
+    rows: int
+    columns: int
+    num_warps: int
+
+
+DECODE = Division(splits=2, rows=64, columns=128, num_warps=2)
+PROMPTS = Division(splits=4, rows=32, columns=256, num_warps=8)
 
 
 def batched_lora(
@@ -45,16 +60,17 @@ def batched_lora(
 ) -> Outputs:
     """Add the adapters' updates as in `api.batched_lora`. `interpret` runs the kernels without a GPU."""
     columns = targets.columns(names)
-    splits = max(1, min(MAX_SPLITS, x.shape[1] // SPLIT_ELEMS))
+    division = DECODE if _tile(targets.window_tokens) <= 32 else PROMPTS
+    splits = max(1, min(division.splits, x.shape[1] // SPLIT_ELEMS))
     low = _shrink(x, pages, targets, [t for t, _, _ in columns], splits, interpret)
-    return _expand(y, low, pages, targets, columns, interpret)
+    return _expand(y, low, pages, targets, columns, division, interpret)
 
 
 def _tile(window_tokens: int) -> int:
     """Round a window up to a tile, a power of two that a tensor core takes: as a rule 16 in decode, 128 in prefill.
 
     A prompt of fewer tokens fits a smaller tile. That would be another kernel to compile and save nothing, as rank rows are the
-    work.
+    division.
     """
     size = max(16, 1 << (window_tokens - 1).bit_length())
     return size if size <= 32 else max(TOKENS_ROUNDED_TO, size)
@@ -107,19 +123,17 @@ def _shrink_kernel(
     block_k = 128 if tile <= 32 else 64
     program, split = pt.program_id(0), pt.program_id(1)
     steps = pt.ceil_div(d_in, splits * block_k)
-    parts = BLOCK_ROWS // SHRINK_ROWS
     ends, total = [], jnp.int32(0)
     for t in numbers:
         total = total + pt.load(num_blocks, (t,))
         ends.append(total)
 
-    def one_task(turn, nothing):
-        task = program + turn * programs
-        number, part = lax.div(task, parts), lax.rem(task, parts)
+    def one_block(turn, nothing):
+        number = program + turn * programs
         place = sum((number >= end).astype(jnp.int32) for end in ends[:-1]) + jnp.int32(0)
         t = pt.pick(numbers, place)
         block = number - pt.pick([0, *ends[:-1]], place)
-        within = jnp.arange(SHRINK_ROWS) + part * SHRINK_ROWS
+        within = jnp.arange(BLOCK_ROWS)
         owner = pt.load(row_adapter, (block, t, within))
         page = pt.load(addresses, (block, t, 0, within, 0))
         offset = pt.multiple_of(pt.load(addresses, (block, t, 0, within, 1)), unit)
@@ -135,26 +149,31 @@ def _shrink_kernel(
             a = pt.load(pages, (page[:, None], offset[:, None] + k[None, :]), (owner >= 0)[:, None] & inside, 0.0)
             return total + pt.dot(tokens, a, transpose_b=True)
 
-        work = jnp.where(jnp.max(owner) >= 0, jnp.int32(steps), jnp.int32(0))  # the end of a block may be empty
-        product = lax.fori_loop(0, work, one_step, jnp.zeros((tile, SHRINK_ROWS), jnp.float32))
+        product = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, BLOCK_ROWS), jnp.float32))
         at = (block, split, place, jnp.arange(tile)[:, None], within[None, :])
         pt.store(low, at, jnp.where(mine, product, 0.0))
         return nothing
 
-    turns = lax.div(jnp.maximum(total * parts - program + programs - 1, 0), programs)
-    lax.fori_loop(0, turns, one_task, jnp.int32(0))
+    turns = lax.div(jnp.maximum(total - program + programs - 1, 0), programs)
+    lax.fori_loop(0, turns, one_block, jnp.int32(0))
 
 
 def _expand(
-    y: Outputs, low: Products, pages: Pool, targets: LoraTargets, columns: list[tuple[int, int, int]], interpret: bool
+    y: Outputs,
+    low: Products,
+    pages: Pool,
+    targets: LoraTargets,
+    columns: list[tuple[int, int, int]],
+    division: Division,
+    interpret: bool,
 ) -> Outputs:
     """Add `low @ B` to y, in place."""
-    num_warps = 4 if low.shape[3] <= 32 else 8
-    static = (("columns", tuple(columns)), ("window_tokens", _window_tokens(targets)), ("unit", targets.row_unit))
-    kernel = pt.Kernel(_expand_kernel, static, num_warps, num_stages=3, name="lora_expand", aliases=((0, 0),))
+    numbers = (("window_tokens", _window_tokens(targets)), ("unit", targets.row_unit))
+    static = (("columns", tuple(columns)), ("division", division), *numbers)
+    kernel = pt.Kernel(_expand_kernel, static, division.num_warps, num_stages=3, name="lora_expand", aliases=((0, 0),))
     plan = (targets.addresses, targets.row_adapter, targets.first_blocks, targets.token_adapter)
     windows = targets.first_blocks.shape[0] - 1
-    grid = (sum(pt.ceil_div(width, EXPAND_COLUMNS) for _, _, width in columns), windows)
+    grid = (sum(pt.ceil_div(width, division.columns) for _, _, width in columns), windows)
     out_shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
     return kernel.call(y, low, pages, *plan, out_shape=out_shape, grid=grid, interpret=interpret)
 
@@ -172,34 +191,40 @@ def _expand_kernel(
     columns: tuple[tuple[int, int, int], ...],
     window_tokens: int,
     unit: int,
+    division: Division,
 ) -> None:
     _, splits, _, tile, _ = low.shape
+    blocks = division.rows // BLOCK_ROWS
     number, window = pt.program_id(0), pt.program_id(1)
     ends, total = [], jnp.int32(0)
     for _, _, width in columns:
-        total += pt.ceil_div(width, EXPAND_COLUMNS)
+        total += pt.ceil_div(width, division.columns)
         ends.append(total)
     place = sum((number >= end).astype(jnp.int32) for end in ends[:-1]) + jnp.int32(0)
     t = pt.pick([t for t, _, _ in columns], place)
-    column = (number - pt.pick([0, *ends[:-1]], place)) * EXPAND_COLUMNS + jnp.arange(EXPAND_COLUMNS)
-    whole = all(width % EXPAND_COLUMNS == 0 for _, _, width in columns)
+    column = (number - pt.pick([0, *ends[:-1]], place)) * division.columns + jnp.arange(division.columns)
+    whole = all(width % division.columns == 0 for _, _, width in columns)
     inside = True if whole else (column < pt.pick([width for _, _, width in columns], place))[None, :]
     first, last = pt.load(first_blocks, (window, t)), pt.load(first_blocks, (window + 1, t))
 
     @pt.when(last > first)
     def add() -> None:
-        def one_block(block, total):
-            row = jnp.arange(BLOCK_ROWS)
-            owner = pt.load(row_adapter, (block, t, row))
-            page = pt.load(addresses, (block, t, 1, row, 0))
-            offset = pt.multiple_of(pt.load(addresses, (block, t, 1, row, 1)), unit)
+        def one_step(step, total):
+            row = jnp.arange(division.rows)
+            block, within = first + step * blocks + lax.div(row, BLOCK_ROWS), lax.rem(row, BLOCK_ROWS)
+            there = None if blocks == 1 else block < last
+            owner = pt.load(row_adapter, (block, t, within), there, -2)
+            page = pt.load(addresses, (block, t, 1, within, 0), there, 0)
+            offset = pt.multiple_of(pt.load(addresses, (block, t, 1, within, 1), there, 0), unit)
             # rows that pad a block lie on the trash page, which may hold NaN, and 0 * NaN is NaN
             b = pt.load(pages, (page[:, None], offset[:, None] + column[None, :]), (owner >= 0)[:, None] & inside, 0.0)
-            tokens, rows = jnp.arange(tile)[:, None], jnp.arange(BLOCK_ROWS)[None, :]
-            parts = [pt.load(low, (block, split, place, tokens, rows)) for split in range(splits)]
+            at = (place, jnp.arange(tile)[:, None], within[None, :])
+            across = None if there is None else there[None, :]
+            parts = [pt.load(low, (block[None, :], split, *at), across, 0.0) for split in range(splits)]
             return total + pt.dot(functools.reduce(jnp.add, parts).astype(b.dtype), b)
 
-        update = lax.fori_loop(first, last, one_block, jnp.zeros((tile, EXPAND_COLUMNS), jnp.float32))
+        steps = lax.div(last - first + (blocks - 1), blocks)
+        update = lax.fori_loop(0, steps, one_step, jnp.zeros((tile, division.columns), jnp.float32))
         token = window * window_tokens + jnp.arange(tile)
         live = (_adapter_of(token_adapter, token, window_tokens) != NO_TOKEN)[:, None] & inside
         at = (token[:, None], pt.pick([begin for _, begin, _ in columns], place) + column[None, :])

@@ -51,16 +51,17 @@ def compiled() -> tuple[Programs, list[tuple[int, int]]]:
 def test_everything_is_compiled_once(compiled):
     made, seen = compiled
     assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
-    assert set(made.sample) == {(n, mode) for n in (1, 2) for mode in SamplingMode}
+    assert set(made.sample) == {(n, mode, adjusted) for n in (1, 2) for mode in SamplingMode for adjusted in (False, True)}
     assert set(made.write) == set(PIECES.all)
-    total = len(made.forward) + len(made.sample) + len(made.write)
+    total = len(made.forward) + len(made.sample) + len(made.write) + len(made.count) + len(made.score)
+    assert set(made.score) == {32}
     assert seen == [(i, total) for i in range(1, total + 1)]
     assert made.forward[2, 1, 7] is made.forward[2, 1, 7]
 
 
 def test_no_adapters_no_lora_programs():
     made = programs(dataclasses.replace(BUCKETS, max_adapter_pages=0), PieceSizes.fit(LAYOUT.page_bytes(4), 0))
-    assert not any(programs is made.write or key[-1] == 7 for programs, key in made.listing())
+    assert not any(programs is made.write or (programs is made.forward and key[-1] == 7) for programs, key in made.listing())
 
 
 def test_a_7b_on_a_gpu_has_few_programs():
@@ -78,7 +79,7 @@ def test_a_7b_on_a_gpu_has_few_programs():
     head = jax.ShapeDtypeStruct((32_000, 4096), jnp.bfloat16)
     made = Programs(graph, params, head, layout, buckets, pieces, jnp.dtype("bfloat16"), "triton")
     counts = [sum(kind is programs for programs, _ in made.listing()) for kind in (made.forward, made.sample, made.write)]
-    assert counts == [40, 30, 2]
+    assert counts == [40, 60, 2]  # half of the sampling programs change logits first
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,9 @@ def test_scratch_is_the_need_of_two_of_the_largest_steps_whatever_the_pool(compi
         memory = compiled.memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    steps, samples = (max(map(needs, kind.values())) for kind in (made.forward, made.sample))
-    assert scratch == STEPS_IN_FLIGHT * (steps + samples) + PIECES.device_bytes
+    steps = max(map(needs, made.forward.values()))
+    others = max(map(needs, [*made.sample.values(), *made.score.values()]))
+    assert scratch == STEPS_IN_FLIGHT * (steps + others) + PIECES.device_bytes
 
 
 class Stats:
@@ -130,12 +132,12 @@ def test_using_every_program_changes_nothing():
     engine.reset()
 
     used: list[str] = []
-    for kind in ("forward", "sample", "write"):
+    for kind in ("forward", "sample", "write", "count"):
         programs = getattr(engine.programs, kind)
         for key, program in programs.items():
             programs[key] = lambda *arguments, program=program, kind=kind: (used.append(kind), program(*arguments))[1]
     engine.use_every_program()
-    counts = {kind: len(getattr(engine.programs, kind)) for kind in ("forward", "sample", "write")}
+    counts = {kind: len(getattr(engine.programs, kind)) for kind in ("forward", "sample", "write", "count")}
     assert {kind: used.count(kind) for kind in counts} == counts and all(counts.values())
     assert not any(np.any(engine.read_page(page)) for page in range(engine.num_pages))
     assert int(engine.run([prompt], sampling_rows).sampled.tokens[0]) == first

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import re
 import socket
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from chameleon_jax.errors import (
     Unauthenticated,
     Unavailable,
 )
-from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.client import AsyncClient, Client
 from chameleon_jax.serving.client.channel import Attempts
 from chameleon_jax.serving.service.server_config import ServerConfig
@@ -42,6 +44,48 @@ def client(server):
 def test_clients_import_no_engine():
     code = "import sys, chameleon_jax.serving.client; assert not {'jax', 'flax', 'fastapi', 'tokenizers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)
+
+
+def test_structured_outputs_and_adjusted_logits_by_both_clients(served):
+    """The text is that of the Python API."""
+    bias = {served.llm.tokenizer.backend.token_to_id("▁Paris"): 4.0}
+    asked = [
+        {"structured_outputs": StructuredOutputsParams(json={"enum": ["Paris", 7]})},
+        {"structured_outputs": StructuredOutputsParams(regex="[0-9]{3}-[a-c]{2}")},
+        {"structured_outputs": StructuredOutputsParams(choice=["red", "deep sea blue"])},
+        {"structured_outputs": StructuredOutputsParams(grammar='start: "(" start ")" | "x"')},
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.5, "logit_bias": bias},
+        {"allowed_token_ids": list(range(5, 30))},
+    ]
+    params = [SamplingParams(seed=1, max_tokens=20, **fields) for fields in asked]
+
+    async def main() -> tuple[list[str], list[str]]:
+        async with AsyncClient(served.target, timeout=TIMEOUT) as client:
+            texts = [(await client.generate("The capital of", one)).text for one in params]
+        own = [[output async for output in served.llm.generate("The capital of", one)][-1].outputs[0].text for one in params]
+        return texts, own
+
+    texts = [served.rpc.generate("The capital of", one).text for one in params]
+    assert (texts, texts) == asyncio.run(main())
+    assert texts[0] in ('"Paris"', "7") and texts[2] in ("red", "deep sea blue") and set(texts[3]) <= set("(x)")
+    assert re.fullmatch("[0-9]{3}-[a-c]{2}", texts[1]) and len(set(texts)) == len(texts)
+
+
+def test_a_language_that_cannot_be_compiled_is_an_invalid_argument(served):
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "objct"}))
+    with pytest.raises(ValueError, match="structured_outputs: json is .* it cannot be compiled: Invalid type: objct"):
+        served.rpc.generate("x", wrong)
+
+
+def test_prompt_logprobs(client):
+    asked = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    whole = client.generate("love is", asked, lora_name="a1")
+    *parts, last = client.stream("love is", asked, lora_name="a1")
+    assert whole.prompt_logprobs == last.prompt_logprobs and all(part.prompt_logprobs is None for part in parts)
+    first, *rest = whole.prompt_logprobs
+    assert first is None and [next(iter(p.values())).decoded_token for p in rest] == list("ove is")
+    assert all(2 <= len(position) <= 3 for position in rest)
+    assert client.generate("love is", GREEDY, lora_name="a1").prompt_logprobs is None
 
 
 def test_sync_and_async_clients_agree(server, client):

@@ -21,3 +21,12 @@ def http(server: Running) -> Iterator[httpx.Client]:
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT) as client:
         yield client
+
+
+@pytest.fixture
+def no_spaces(served) -> dict[str, int]:
+    """A bias against whitespace, which a random model would write without an end wherever JSON allows it."""
+    backend = served.llm.tokenizer.backend
+    return {
+        str(i): -100 for i in range(backend.get_vocab_size()) if not backend.decode([backend.token_to_id("a"), i])[1:].strip()
+    }

@@ -260,7 +260,7 @@ def test_keys_come_before_bodies(shared_llm):
     with running(shared_llm, config) as server:
         paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
         posts = [path for path, operations in paths.items() if "post" in operations]
-        assert len(posts) == 4
+        assert len(posts) == 6
         for path in posts:
             head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
             answer = raw(server, head.encode() + b"\r\n{")

@@ -39,6 +39,33 @@ def test_every_role_of_openais_clients_is_known():
         ({"role": "user", "content": "x", "name": "ann"}, {"role": "user", "content": "x", "name": "ann"}),
         ({"role": "tool", "content": "3", "tool_call_id": "c1"}, {"role": "tool", "content": "3", "tool_call_id": "c1"}),
         ({"role": "function", "content": "3", "name": "f"}, {"role": "function", "content": "3", "name": "f"}),
+        *[
+            (
+                {"role": "assistant", "content": None, "tool_calls": [{**call, "function": {"name": "f", **arguments}}]},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{**call, "type": "function", "function": {"name": "f", "arguments": seen}}],
+                },
+            )
+            for call in ({"id": "c1"}, {})
+            for arguments, seen in (
+                ({"arguments": '{"a": [1]}'}, {"a": [1]}),
+                ({"arguments": {"a": 1}}, {"a": 1}),
+                ({"arguments": ""}, {}),
+                ({}, {}),
+                ({"arguments": '{"a": '}, '{"a": '),  # as a model wrote it
+                ({"arguments": "[1]"}, "[1]"),
+            )
+        ],
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"index": 0, "type": "function", "function": {"name": "f"}}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+            },
+        ),
         (
             {"role": "assistant", "content": "x", "reasoning_content": "so", "reasoning": None},
             {"role": "assistant", "content": "x", "reasoning_content": "so"},
@@ -64,7 +91,8 @@ def test_messages_as_templates_know_them(message, given):
 @pytest.mark.parametrize(
     ("message", "place"),
     [
-        ({"tool_calls": [{"id": "c1"}]}, ("tool_calls",)),
+        ({"tool_calls": [{"id": "c1"}]}, ("tool_calls", 0, "function")),
+        ({"tool_calls": [{"type": "custom", "custom": {}}]}, ("tool_calls", 0)),
         ({"function_call": {"name": "f"}}, ("function_call",)),
         ({"audio": {"id": "a"}}, ("audio",)),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ("content", 0, "type")),

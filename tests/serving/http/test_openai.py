@@ -18,10 +18,14 @@ PROMPT = "love is"
 
 
 def offline(llm, prompt, tokens: int, lora: str | None = None, **params):
+    return offline_output(llm, prompt, tokens, lora, **params).outputs[0]
+
+
+def offline_output(llm, prompt, tokens: int, lora: str | None = None, **params):
     async def main():
         request = None if lora is None else LoRARequest(lora)
         asked = SamplingParams(temperature=0, max_tokens=tokens, **params)
-        return [output async for output in llm.generate(prompt, asked, request)][-1].outputs[0]
+        return [output async for output in llm.generate(prompt, asked, request)][-1]
 
     return asyncio.run(main())
 
@@ -147,6 +151,52 @@ def test_logprobs_of_completions(client, shared_llm, stream):
     assert [len(top) for part in parts for top in part.top_logprobs] == list(map(len, expected.logprobs))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_begins_with_the_prompts(client, shared_llm, stream):
+    asked = dict(model="a2", prompt=PROMPT, max_tokens=5, temperature=0, logprobs=2)
+    answer = client.completions.create(**asked).choices[0]
+    output = offline_output(shared_llm, PROMPT, 1, "a2", prompt_logprobs=2)
+    ids, expected = output.prompt_token_ids, output.prompt_logprobs
+    echoed = client.completions.create(**asked, echo=True, stream=stream)
+    choices = [chunk.choices[0] for chunk in echoed] if stream else echoed.choices
+    assert "".join(choice.text for choice in choices) == PROMPT + answer.text
+    tokens, values, tops, offsets = (
+        [value for choice in choices for value in getattr(choice.logprobs, name)]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    )
+    assert len(tokens) == len(ids) + 5 and (values[0], tops[0]) == (None, None)
+    assert values[1 : len(ids)] == pytest.approx([position[t].logprob for t, position in zip(ids[1:], expected[1:])])
+    assert tops[len(ids) :] == answer.logprobs.top_logprobs and values[len(ids) :] == answer.logprobs.token_logprobs
+    assert "".join(tokens[: len(ids)]) == PROMPT and offsets[: len(ids)] == list(range(len(PROMPT)))
+    assert offsets[len(ids) :] == [len(PROMPT) + offset for offset in answer.logprobs.text_offset]
+
+
+def test_a_prompt_alone_is_echoed_with_its_log_probabilities(client):
+    asked = dict(model="gqa", prompt=PROMPT, temperature=0, logprobs=1, echo=True)
+    whole = client.completions.create(**asked, max_tokens=1)
+    alone = client.completions.create(**asked, max_tokens=0)
+    assert alone.choices[0].text == PROMPT and alone.usage.completion_tokens == 0
+    assert alone.choices[0].logprobs.token_logprobs == whole.choices[0].logprobs.token_logprobs[:-1]
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="gqa", prompt=PROMPT, max_tokens=0)
+
+
+def test_prompt_logprobs_in_vllms_form(client, shared_llm):
+    expected = offline_output(shared_llm, PROMPT, 1, prompt_logprobs=1)
+    body = {"prompt_logprobs": 1}
+    [choice] = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=1, extra_body=body).choices
+    found = choice.model_extra["prompt_logprobs"]
+    assert found[0] is None and len(found) == len(expected.prompt_token_ids)
+    for now, then in zip(found[1:], expected.prompt_logprobs[1:]):
+        assert now.keys() == {str(i) for i in then}
+        assert [p["logprob"] for p in now.values()] == pytest.approx([p.logprob for p in then.values()])
+    messages = [{"role": "user", "content": "hello"}]
+    answer = client.chat.completions.create(model="gqa", messages=messages, max_tokens=1, extra_body=body)
+    assert len(answer.model_extra["prompt_logprobs"]) == answer.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs is set; allowed: not together with stream"):
+        client.completions.create(model="gqa", prompt=PROMPT, stream=True, extra_body=body)
+
+
 def test_chat(client, shared_llm):
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     text = "system: Be kind.\nuser: hello\nassistant:"
@@ -265,12 +315,20 @@ def test_logprobs_of_chat(client, stream, num_top):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}]),
         ("tool_choice", "auto"),
-        ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 10}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objct"}}}),
+        ("response_format", {"type": "xml"}),
+        ("structured_outputs", {"grammar": "start: x"}),
+        ("guided_json", "{"),
+        ("guided_regex", "("),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"100000": 1}),
+        ("allowed_token_ids", [100000]),
+        ("allowed_token_ids", [-1]),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3),
+        ("repetition_penalty", 0),
         ("modalities", ["text", "audio"]),
         ("store", True),
         ("n", 0),

@@ -76,6 +76,12 @@ def test_seeds(inference):
     [
         (messages.GenerateRequest(), Code.INVALID_ARGUMENT, "prompt is missing"),
         (messages.GenerateRequest(text=""), Code.INVALID_ARGUMENT, "prompt is empty"),
+        (asked(presence_penalty=2.5), Code.INVALID_ARGUMENT, "presence_penalty is 2.5; allowed: -2 to 2"),
+        (asked(repetition_penalty=0), Code.INVALID_ARGUMENT, "repetition_penalty is 0.0; allowed: above 0"),
+        (asked(logit_bias={5: 101}), Code.INVALID_ARGUMENT, "logit_bias is {5: 101.0}; allowed: amounts of -100 to 100"),
+        (asked(logit_bias={256: 1}), Code.INVALID_ARGUMENT, "logit_bias: token id 256 is out of range"),
+        (asked(allowed_token_ids=[256]), Code.INVALID_ARGUMENT, "allowed_token_ids: token id 256 is out of range"),
+        (asked(structured_outputs={}), Code.INVALID_ARGUMENT, "structured_outputs: nothing is set"),
         (messages.GenerateRequest(token_ids=messages.TokenIds()), Code.INVALID_ARGUMENT, "prompt is empty"),
         (messages.GenerateRequest(token_ids=messages.TokenIds(ids=[2**32 - 1])), Code.INVALID_ARGUMENT, "4294967295"),
         (asked(lora="nobody"), Code.NOT_FOUND, "nobody"),

@@ -31,11 +31,24 @@ from chameleon_jax.serving.service.server_config import ServerConfig
         ({"adapter_urls": ("s3://bucket/a::file:///etc",)}, "adapter_urls"),
         ({"adapter_urls": ("https://host/?a=",)}, "adapter_urls"),
         ({"allowed_origins": ("https://a/",)}, "allowed_origins is 'https://a/'; allowed: "),
+        ({"tool_call_parser": "xml"}, "tool_call_parser is 'xml'; allowed: hermes, mistral, llama3_json"),
+        ({"chat_template": "no/file.jinja"}, "chat_template is 'no/file.jinja'; allowed: a file, or the text of a template"),
+        ({"chat_template": "a\n{% for"}, "chat_template: the chat template cannot be compiled: .*line 2"),
     ],
 )
 def test_wrong_settings(settings, match):
     with pytest.raises(ValueError, match=match):
         ServerConfig(**settings)
+
+
+def test_a_chat_template_is_a_file_or_text(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages")
+    with pytest.raises(ValueError, match=r"chat\.jinja, line 1"):
+        ServerConfig(chat_template=str(file))
+    file.write_text("no expression")
+    ServerConfig(chat_template=str(file))
+    ServerConfig(chat_template="{{ messages }}")
 
 
 def test_keys_are_not_shown():

@@ -10,11 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import typer
+from huggingface_hub import errors as hub_errors
 from typer.testing import CliRunner
 
 import chameleon_jax
@@ -22,6 +25,7 @@ from chameleon_jax import SamplingParams
 from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.serving.cli import app
+from chameleon_jax.serving.cli.model_check import check_model
 from chameleon_jax.serving.cli.serve import _greet, _listed
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
@@ -38,19 +42,102 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def commands(group: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with its name, those of groups among them."""
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("generate", "finetune", "train-length-proxy", "convert", "bench"):
-        assert command in result.output
-        assert "Example: chameleon-jax" in run(command, "--help").output
+    for path, _ in commands():
+        assert path[0] in result.output
+        assert "Example: chameleon-jax " + " ".join(path) in " ".join(run(*path, "--help").output.split())
+
+
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_help_of_a_group_has_each_command_s_whole_line(monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run(*group, "--help").output.partition("Commands:")[2]
 
 
 def test_every_option_and_argument_has_a_help_text():
-    group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for path, command in commands():
         for option in command.params:
-            assert option.help and option.help.endswith("."), f"{option.opts} of {name} has no help text"
+            assert option.help and option.help.endswith("."), f"{option.opts} of {path} has no help text"
+
+
+def test_help_fits_80_columns_with_every_option_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, command in commands():
+        lines = run(*path, "--help").output.splitlines()
+        assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+        words = " ".join(lines).split()
+        assert [o for option in command.params for o in (*option.opts, *option.secondary_opts) if o not in words] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--help"], ""),
+        (["serve", "MODEL", "--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["serve", "MODEL", "--port", "-2"], "port is -2"),
+        (["serve", "MODEL", "--lora-modules", "a=/nowhere"], "adapter 'a', /nowhere: nowhere has no adapter_config.json"),
+        (["serve", "MODEL", "--adapter-dir", "/nowhere"], "adapter_dir is '/nowhere'; allowed: a directory"),
+        (["serve", "/nowhere"], "model is '/nowhere': no such file or directory; presets: smollm2-135m"),
+        (["serve", "tinny", "--load-format", "dummy"], "did you mean 'tiny'?"),
+        (["generate", "/nowhere.gguf", "--prompt", "x"], "model is '/nowhere.gguf': no such file or directory"),
+        (["generate", "MODEL"], "prompt is None; allowed: text, or --chat"),
+        (["generate", "MODEL", "--prompt", "x", "--lora", "a"], "lora is 'a'; allowed: an adapter of --lora-modules"),
+        (["bench", "throughput", "FOLDER"], "allowed: a GGUF file, or a directory with config.json"),
+        (["bench", "serve", "--base-url", "localhost"], "base_url is 'localhost'; allowed: http://host:port"),
+        (["convert", "/nowhere", "out"], "model is '/nowhere'"),
+        (["finetune", "/nowhere", "--text", "TEXT", "--output", "out"], "model is '/nowhere'"),
+        (["train-length-proxy", "MODEL", "--data", "/nowhere", "--output", "out"], "data is '/nowhere'"),
+    ],
+)
+def test_mistakes_are_found_before_jax_is_imported(model, tmp_path, arguments, message):
+    text = tmp_path / "text"
+    text.write_text("text")
+    places = {"MODEL": str(model), "FOLDER": str(tmp_path), "TEXT": str(text)}
+    code = "import sys; sys.modules['jax'] = None; from chameleon_jax.serving.cli import app; app()"
+    command = [sys.executable, "-c", code, *(places.get(a, a) for a in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert message in result.stdout + result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == (1 if message else 0)
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_and_then_on_the_hub(monkeypatch):
+    asked = []
+
+    def cached(name: str, local_files_only: bool) -> str:
+        if name == "cached/model":
+            return "folder"
+        raise hub_errors.LocalEntryNotFoundError("not cached")
+
+    def info(name: str, timeout: float) -> None:
+        asked.append(name)
+        if name == "no/such":
+            raise hub_errors.RepositoryNotFoundError.__new__(hub_errors.RepositoryNotFoundError)
+        if name == "un/reachable":
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    check_model("cached/model")
+    check_model("on-hub/model")
+    assert asked == ["on-hub/model"]
+    with pytest.raises(ValueError, match="'no/such': no such file or directory, and the hub has no such model"):
+        check_model("no/such")
+    with pytest.raises(ValueError, match=r"the hub cannot be reached \(Name or service not known\)"):
+        check_model("un/reachable")
+    with pytest.raises(ValueError, match=r"did you mean 'smollm2-135m'\?"):
+        monkeypatch.setattr(huggingface_hub, "model_info", lambda *args, **kwargs: info("no/such", 0))
+        check_model("smollm2-135mm")
 
 
 def test_convert_to_orbax_and_back(model, tmp_path):
@@ -60,11 +147,41 @@ def test_convert_to_orbax_and_back(model, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads((model / "config.json").read_text())
 
 
+def test_outputs_are_overwritten_with_force_only(model, tmp_path):
+    output = tmp_path / "out"
+    assert run("convert", model, output).exit_code == 0
+    (output / "notes").write_text("mine")
+    before = sorted(output.rglob("*"))
+    text = tmp_path / "text"
+    text.write_text("text")
+    for command in (
+        ("convert", model, output, "--to", "hf"),
+        ("finetune", model, "--text", text, "--output", output),
+        ("train-length-proxy", model, "--data", text, "--output", output),
+    ):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "; allowed: a new or empty directory; --force overwrites" in " ".join(result.output.split())
+    assert sorted(output.rglob("*")) == before
+    result = run("finetune", model, "--text", text, "--output", text, "--force")
+    assert result.exit_code == 1 and "allowed: a directory; it is a file" in " ".join(result.output.split())
+    assert run("convert", model, output, "--to", "hf", "--force").exit_code == 0
+    assert (output / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert not (output / "orbax_weights").exists() and (output / "notes").read_text() == "mine"
+
+
+def test_a_model_is_not_converted_over_itself(model):
+    before = (model / "model.safetensors").read_bytes()
+    result = run("convert", model, model, "--to", "hf", "--force")
+    assert result.exit_code == 1 and "allowed: another directory than the model's" in " ".join(result.output.split())
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_bench_reports_json(model, tmp_path):
     adapter = reference.save_adapter(tmp_path / "a", reference.CONFIGS["tied"], 4)
     options = ["--prompt-len", 20, "--output-len", 3, "--num-requests", 3, "--max-num-seqs", 2, "--json"]
     options += ["--max-num-batched-tokens", 32]
-    result = run("bench", model, "--lora-modules", f"a={adapter}", *options)
+    result = run("bench", "throughput", model, "--lora-modules", f"a={adapter}", *options)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["requests"] == 3 and report["adapters"] == 1 and report["output_tokens_per_s"] > 0
@@ -113,9 +230,9 @@ def test_train_length_proxy_names_the_line(model, tmp_path, line, message):
         (("finetune", "MODEL", "--text", "/nowhere", "--output", "out"), "No such file"),
         (("generate", "MODEL", "--prompt", "x", "--temperature", "-1"), "temperature is -1.0; allowed: 0 to 100"),
         (("generate", "MODEL", "--prompt", "x", "--max-tokens", "0"), "max_tokens is 0; allowed: 1 or more"),
-        (("bench", "MODEL", "--num-requests", "0"), "num_requests is 0; allowed: 1 or more"),
-        (("bench", "MODEL", "--prompt-len", "0"), "prompt_len is 0; allowed: 1 or more"),
-        (("bench", "MODEL", "--output-len", "0"), "output_len is 0; allowed: 1 or more"),
+        (("bench", "throughput", "MODEL", "--num-requests", "0"), "num_requests is 0; allowed: 1 or more"),
+        (("bench", "throughput", "MODEL", "--prompt-len", "0"), "prompt_len is 0; allowed: 1 or more"),
+        (("bench", "throughput", "MODEL", "--output-len", "0"), "output_len is 0; allowed: 1 or more"),
         (("serve", "MODEL", "--api-key", ""), "api_keys is '...'; allowed: printable ASCII without spaces, not empty"),
         (("serve", "MODEL", "--admin-key", "two words"), "admin_keys is '...'"),
         (("serve", "MODEL", "--max-choices", "0"), "max_choices is 0; allowed: 1 or more"),
@@ -167,6 +284,9 @@ FLAGS = {
     "load_on_request": False,
     "max_connections": 7,
     "max_choices": 3,
+    "tool_call_parser": "mistral",
+    "chat_template": "{{ messages }}",
+    "trust_request_chat_template": True,
     "dtype": "bfloat16",
     "load_format": "dummy",
     "generation_config": "none",
@@ -203,10 +323,8 @@ def test_serve_has_a_flag_for_every_setting(monkeypatch):
     arguments = []
     for field, value in FLAGS.items():
         flag = SINGULAR.get(field, field).replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", value[0] if isinstance(value, tuple) else value]
+        switch = f"--no-{flag}" if value is False else f"--{flag}"
+        arguments += [switch] if isinstance(value, bool) else [switch, value[0] if isinstance(value, tuple) else value]
     given = []
     module = sys.modules[_greet.__module__]  # the package's name `serve` is the command
     monkeypatch.setattr(module, "_serve", lambda *args: given.append(args))
