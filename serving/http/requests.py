@@ -94,6 +94,7 @@ class Sampling(Structured):
     skip_special_tokens: StrictBool = True
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: NumLogprobs | None = None
 
     # accepted and ignored: they change no answer
     user: Any = None
@@ -105,7 +106,6 @@ class Sampling(Structured):
     prompt_cache_retention: Any = None
     cache_salt: Any = None
     session_id: Any = None
-    prompt_logprobs: NumLogprobs | None = None
 
     # not supported: only values that change nothing are accepted
     best_of: Any = Field(default=None, description="Accepted only if equal to n.")

@@ -282,6 +282,15 @@ def test_parts_of_other_types_are_refused_by_name(client):
         )
 
 
+def test_max_completion_tokens_and_top_p(client):
+    asked = dict(model="gqa", messages=[{"role": "user", "content": "hi"}], max_completion_tokens=7)
+    greedy = client.chat.completions.create(**asked, temperature=0)
+    assert greedy.usage.completion_tokens == 7
+    narrow = client.chat.completions.create(**asked, temperature=2, seed=3, top_p=1e-9)
+    wide = client.chat.completions.create(**asked, temperature=2, seed=3)
+    assert narrow.choices[0].message.content == greedy.choices[0].message.content != wide.choices[0].message.content
+
+
 @pytest.mark.parametrize("obfuscation", [False, True])
 def test_obfuscation_is_accepted_and_ignored(client, obfuscation):
     options = {"include_usage": True, "include_obfuscation": obfuscation}
