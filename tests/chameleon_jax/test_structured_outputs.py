@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import random
+from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,6 +101,57 @@ def test_json_that_ends_satisfies_its_schema(seed):
     assert tokens is not None
     value = json.loads(TOKENIZER.decode(tokens))
     assert value["a"] in ("x", 5, None) and isinstance(value["b"], bool) and len(value) == 2
+
+
+def random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """Draw a JSON schema of the usual keywords, nested up to three times."""
+    nested = ["object", "array", "anyOf"] * 2 if depth < 3 else []
+    kind = rng.choice(["string", "integer", "number", "boolean", "null", "enum", "const", *nested])
+    if kind == "string":
+        least = rng.randrange(4)
+        lengths = {"minLength": least, "maxLength": least + rng.randrange(6)}
+        pattern = {"pattern": rng.choice(["^[a-c]{2,5}$", "^\\d+-[xyz]$", "^(a|bc)*$"])}
+        return {"type": kind} | rng.choice([{}, lengths, pattern, {"format": rng.choice(["date", "uuid", "ipv4"])}])
+    if kind in ("integer", "number"):
+        least = rng.randrange(-50, 50)
+        bounds = [{}, {"minimum": least}, {"maximum": least}, {"minimum": least, "maximum": least + rng.randrange(100)}]
+        return {"type": kind} | rng.choice([*bounds, {"type": "integer", "multipleOf": rng.choice([2, 5, 10])}])
+    if kind == "enum":
+        return {"enum": rng.sample(["a", "b", 1, 2.5, None, True, {"x": 1}, [1, 2]], rng.randrange(1, 4))}
+    if kind == "const":
+        return {"const": rng.choice(["a", 7, None, [1], {"k": "v"}])}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(rng, depth + 1) for _ in range(rng.randrange(1, 4))]}
+    if kind == "array":
+        least = rng.randrange(3)
+        items = {"items": random_schema(rng, depth + 1), "minItems": least, "maxItems": least + rng.randrange(3)}
+        pair = {"prefixItems": [random_schema(rng, depth + 1) for _ in range(2)], "items": False}
+        return {"type": kind} | rng.choice([items, items, pair])
+    if kind == "object":
+        names = rng.sample(["a", "b", "name", "ü", "x y"], rng.randrange(4))
+        required = rng.sample(names, rng.randrange(len(names) + 1))
+        closed = rng.choice([{}, {"additionalProperties": False}])
+        return {"type": kind, "properties": {n: random_schema(rng, depth + 1) for n in names}, "required": required} | closed
+    return {"type": kind}
+
+
+def test_answers_to_a_thousand_random_schemas_end_and_satisfy_them():
+    closing = {i for i in range(VOCAB) if TOKENIZER.token_bytes.inside(i) in (b'"', b"}", b"]")}
+    for seed in range(1000):
+        rng = random.Random(seed)
+        schema = random_schema(rng)
+        guide, tokens = grammars().guide(StructuredOutputsParams(json=schema, whitespace_pattern="[ ]?")), []
+        while not guide.complete and len(tokens) < 600:
+            ids = allowed(guide)
+            soon = [i for i in ids if i in closing or i == EOS]  # to end most texts early
+            token = rng.choice(soon if soon and rng.random() < 0.35 else ids)
+            if token == EOS:
+                break
+            guide.accept(token)
+            tokens.append(token)
+        value = json.loads(TOKENIZER.decode(tokens), parse_float=lambda text: max(-1e300, min(float(text), 1e300)))
+        validator = jsonschema_rs.validator_for(schema, validate_formats=True)
+        assert len(tokens) < 600 and not guide.error and validator.is_valid(value), (seed, schema, value)
 
 
 def test_guides_of_one_grammar_do_not_share_their_place():

@@ -13,7 +13,7 @@ from chameleon_jax.serving.http.errors import ApiError
 from chameleon_jax.serving.http.requests import ChatRequest, CompletionRequest, Sampling
 
 ROOT = Path(__file__).resolve().parents[3]
-KINDS = {"completions": CompletionRequest, "chat": ChatRequest}
+KINDS: dict[str, type[Sampling]] = {"completions": CompletionRequest, "chat": ChatRequest}
 BODIES: dict[type[Sampling], dict[str, Any]] = {
     CompletionRequest: {"prompt": "x"},
     ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
