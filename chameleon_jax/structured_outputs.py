@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.sampling_params import StructuredOutputsParams
 
+MAX_ITEMS = 500
+"""Readings of the text so far that a grammar may have open. With more, a mask and a token take milliseconds on the thread that
+runs every request."""
 MAX_COMPILED = 256
 """Grammars that stay compiled. The one that was used longest ago goes first."""
 
@@ -146,7 +149,7 @@ class Grammars:
         return Guide(matcher.deep_copy())
 
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+        matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0, limits=LLParserLimits(max_items_in_row=MAX_ITEMS))
         if matcher.is_error():
             kind = params.kind
             raise InvalidGrammar(f"{kind} is {getattr(params, kind)!r:.200}; it cannot be compiled: {_error_of(matcher)}")

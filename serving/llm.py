@@ -18,7 +18,7 @@ from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
 from chameleon_jax.serving.prompt_progress import PromptProgress, UseTqdm
 from chameleon_jax.serving.prompts import Prompt, tokens_of
-from chameleon_jax.serving.updates import logprobs_of, make_output
+from chameleon_jax.serving.updates import logprobs_of, make_output, prompt_logprobs_of
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages in OpenAI's form: each has a role, and content as text or as parts of text."""
@@ -153,9 +153,8 @@ class LLM:
 
     def _output(self, request: Request, prompt: Prompt, lora: LoRARequest | None) -> RequestOutput:
         logprobs = logprobs_of(request, 0, len(request.output_token_ids), self.engine.tokenizer)
-        return make_output(
-            OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs, self.engine.tokenizer
-        )
+        of_prompt = prompt_logprobs_of(request, self.engine.tokenizer)
+        return make_output(OutputSnapshot.of(request), prompt if isinstance(prompt, str) else None, lora, logprobs, of_prompt)
 
     def chat(
         self,

@@ -48,6 +48,7 @@ class RequestStream:
     _latest: OutputSnapshot | None = None
     _read: OutputSnapshot | None = None  # the last that was read
     _logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)  # of the output that was read
+    _prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     _error: ServingError | None = None
     _changed: asyncio.Future[None] | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -88,14 +89,17 @@ class RequestStream:
         assert self._read is not None, "nothing was read yet"
         found = logprobs_of(self._read.request, len(self._logprobs), self._read.num_tokens, self.tokenizer)
         self._logprobs += found or []
-        return make_output(self._read, self.prompt, self.lora, None if found is None else list(self._logprobs), self.tokenizer)
+        logprobs = None if found is None else list(self._logprobs)
+        return make_output(self._read, self.prompt, self.lora, logprobs, self.prompt_logprobs())
 
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
         """Log-probabilities of the prompt's tokens, None at the first one. None where they were not requested.
 
         All are known when the first token is.
         """
-        return None if self.request is None else prompt_logprobs_of(self.request, self.tokenizer)
+        if self._prompt_logprobs is None and self.request is not None:
+            self._prompt_logprobs = prompt_logprobs_of(self.request, self.tokenizer)
+        return self._prompt_logprobs
 
     def close(self) -> None:
         """Abort the request unless it has ended."""

@@ -91,7 +91,7 @@ def make_output(
     prompt: str | None,
     lora: LoRARequest | None,
     logprobs: list[dict[int, Logprob]] | None,
-    tokenizer: Tokenizer | None,
+    prompt_logprobs: list[dict[int, Logprob] | None] | None,
 ) -> RequestOutput:
     """Make the output of a request so far.
 
@@ -100,7 +100,7 @@ def make_output(
         prompt: Text of the prompt, where it came as text.
         lora: Adapter that it came with.
         logprobs: `logprobs_of` all its tokens.
-        tokenizer: Tokenizer of the model; None where it has none.
+        prompt_logprobs: `prompt_logprobs_of` it.
     """
     request = snapshot.request
     token_ids = request.output_token_ids[: snapshot.num_tokens]
@@ -113,5 +113,5 @@ def make_output(
         finished=snapshot.finished,
         lora_request=lora,
         metrics=request.metrics,
-        prompt_logprobs=prompt_logprobs_of(request, tokenizer),
+        prompt_logprobs=prompt_logprobs,
     )

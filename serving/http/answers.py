@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -137,11 +138,19 @@ class Answer:
             async for i, delta in merge(self.streams):
                 self._count(delta)
                 deltas[i].append(delta)
-        choices = [choice.whole(Delta.join(own)) for choice, own in zip(self.choices, deltas)]
+        choices = []
+        for choice, own in zip(self.choices, deltas):
+            output = Delta.join(own)
+            # a long prompt's log-probabilities take a tenth of a second, for which streams must not wait
+            choices.append(await asyncio.to_thread(choice.whole, output) if self._scores_prompts else choice.whole(output))
         rest = {}
         if self.body.prompt_logprobs is not None and isinstance(self.body, ChatRequest):
             rest["prompt_logprobs"] = prompt_logprobs(self.streams[0])
         return self.head.whole(choices, usage=self._final_usage(), **rest)
+
+    @property
+    def _scores_prompts(self) -> bool:
+        return any(stream.request is not None and bool(stream.request.prompt_logprobs) for stream in self.streams)
 
     def _count(self, delta: Delta) -> None:
         if not self.body.prompt_only:

@@ -60,7 +60,7 @@ class TextChoice(Choice):
 
     def __init__(self, index: int, body: CompletionRequest, stream: RequestStream, echo: str, pending: bytes):
         self._index, self._body, self._stream = index, body, stream
-        self._echo = echo
+        self._echo, self._prompt = echo, echo.encode(errors="replace")
         self._has_begun = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0  # characters of the tokens so far
@@ -87,8 +87,8 @@ class TextChoice(Choice):
             "index": self._index,
             "text": text,
             "logprobs": found,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "finish_reason": "length" if self._body.prompt_only and output.finish_reason == "stop" else output.finish_reason,
+            "stop_reason": None if self._body.prompt_only else output.stop_reason,
         }
         return choice if self._body.prompt_logprobs is None else choice | {"prompt_logprobs": prompt_logprobs(self._stream)}
 
@@ -116,13 +116,9 @@ class TextChoice(Choice):
         out["token_logprobs"].append(None)
         out["top_logprobs"].append(None)
         out["text_offset"].append(0)
-        self._offset(b"" if stream.tokenizer is None or first in self._left_out else data)
+        special = stream.tokenizer is not None and first in stream.tokenizer.token_bytes.special_ids
+        self._offset(b"" if special and not self._prompt.startswith(data) else data)  # the tokenizer adds it to a text
         return [position for position in stream.prompt_logprobs() or () if position is not None]
-
-    @property
-    def _left_out(self) -> frozenset[int]:
-        tokenizer = self._stream.tokenizer
-        return frozenset() if tokenizer is None else tokenizer.token_bytes.left_out(self._body.skip_special_tokens)
 
     def _offset(self, data: bytes) -> int:
         """Index of the character in which the next token begins. Args: data: the token's UTF-8 bytes."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from chameleon_jax.serving.tools.bracket_scanner import BracketScanner
 
 JSON_HEAD = (
-    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?P<quoted>"(?:[^"\\]|\\.)*")\s*,'
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?P<quoted>"(?:[^"\\]|\\["\\/bfnrtu]){0,256}")\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 """Usual start of a call, up to its arguments. Calls with other keys or in another order are read once they are complete."""
@@ -136,7 +136,10 @@ class CallParser(OutputParser):
         head = self._head.match(self._text, begin)
         if head is not None:
             wrapped = head["quoted"] is not None
-            self._begin_call(json.loads(head["quoted"], strict=False) if wrapped else head["plain"])
+            name = _name_of(head["quoted"]) if wrapped else head["plain"]
+            if name is None:
+                return self._reject(lead)
+            self._begin_call(name)
             self._text = self._text[head.end() :]
             self._after_arguments = self._read_wrapper if wrapped else self._read_between
             self._scanner = BracketScanner()
@@ -249,15 +252,35 @@ class CallParser(OutputParser):
             self._calls[piece.index] = piece
 
 
+def _name_of(quoted: str) -> str | None:
+    """Name in a JSON string; None where it is none that an answer can hold."""
+    try:
+        name: str = json.loads(quoted, strict=False)
+    except ValueError:
+        return None
+    return name if _is_text(name) else None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text without lone surrogates, which JSON can name and UTF-8 cannot encode."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _call_of(text: str) -> tuple[str, str] | None:
     """Name and arguments of a complete call; None where the text is no call."""
     try:
         call: Any = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call.get("name"), str) or not call.keys() & {"arguments", "parameters"}:
+    if not _is_text(call.get("name")) or not call.keys() & {"arguments", "parameters"}:
         return None
     arguments = call.get("arguments", call.get("parameters"))
     if arguments is None:
         arguments = {}
-    return call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        plain = json.dumps(arguments, ensure_ascii=False)
+        arguments = plain if _is_text(plain) else json.dumps(arguments)
+    return (call["name"], arguments) if _is_text(arguments) else None

@@ -154,6 +154,17 @@ def test_answers_to_a_thousand_random_schemas_end_and_satisfy_them():
         assert len(tokens) < 600 and not guide.error and validator.is_valid(value), (seed, schema, value)
 
 
+def test_a_grammar_with_ever_more_readings_ends_soon():
+    guide = grammars().guide(StructuredOutputsParams(grammar='start: a\na: "x" a | a "x" | a a | "x"'))
+    tokens = 0
+    while not guide.error and tokens < 300:
+        ids = [i for i in allowed(guide) if i != EOS]
+        if ids:
+            guide.accept(ids[0])
+            tokens += 1
+    assert "max is 500" in guide.error and 10 < tokens < 200
+
+
 def test_guides_of_one_grammar_do_not_share_their_place():
     params = StructuredOutputsParams(regex="ab")
     first, second = grammars().guide(params), grammars().guide(params)

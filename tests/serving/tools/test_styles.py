@@ -36,6 +36,16 @@ CASES: list[tuple[str, str, Read]] = [
     ("hermes", "a\n<tool_call>b</tool_call> c", ("a\n<tool_call>b</tool_call> c", [])),
     ("hermes", '<tool_call>{"name": 5, "arguments": {}}', ('<tool_call>{"name": 5, "arguments": {}}', [])),
     ("hermes", '<tool_call>{"name": "f"}', ('<tool_call>{"name": "f"}', [])),
+    # escapes that JSON does not have, and lone surrogates, which no answer can hold
+    *[
+        (style, text, (text, []))
+        for name in ("get\\_weather", "a\\ud83d", "a\\u12", "x" * 300 + "\\q")
+        for style, text in [
+            ("hermes", f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'),
+            ("llama3_json", f'{{"name": "{name}", "parameters": {{}}}}'),
+        ]
+    ],
+    ("hermes", '<tool_call>{"arguments": {"x": "\\ud83d"}, "name": "f"}</tool_call>', ("", [("f", '{"x": "\\ud83d"}')])),
     ("hermes", '<tool_call><tool_call>{"name": "f", "arguments": {}}', ("<tool_call>", [("f", "{}")])),
     ("hermes", '{"name": "f", "arguments": {}}', ('{"name": "f", "arguments": {}}', [])),
     # llama3_json
