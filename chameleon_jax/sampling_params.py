@@ -115,7 +115,7 @@ class SamplingParams:
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens that the prompt or the
             output has, above 0 (default 1).
         logit_bias: amounts, -100 to 100, that are added to the logits of tokens, by id; at most 300. None (default): none.
-        allowed_token_ids: ids that alone can be drawn. None (default): all.
+        allowed_token_ids: ids that alone can be drawn, not together with structured_outputs. None (default): all.
         structured_outputs: language of the output. None (default): any text.
         seed: seed of the draws. The same seed gives the same text in any batch. None (default): the engine draws one.
         max_tokens: most output tokens, 1 or more (default 16).
@@ -198,6 +198,8 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
             ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
             require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
+            if self.structured_outputs is not None:  # the two may leave no token
+                raise ValueError("allowed_token_ids is set; allowed: not together with structured_outputs")
 
     @property
     def penalises(self) -> bool:

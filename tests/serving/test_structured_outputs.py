@@ -260,3 +260,8 @@ def test_a_language_that_cannot_go_on_is_a_failed_request_over_both_protocols(se
     with pytest.raises(openai.APIStatusError, match="its structured output could not go on") as error:
         served.openai.completions.create(model="llama2", prompt="x", extra_body={"guided_json": schema})
     assert error.value.status_code == 503
+
+
+def test_allowed_ids_and_a_language_exclude_each_other():
+    with pytest.raises(ValueError, match="allowed_token_ids is set; allowed: not together with structured_outputs"):
+        SamplingParams(allowed_token_ids=[5], structured_outputs=StructuredOutputsParams(regex="a"))
