@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from chameleon_jax.checkpoints import length_proxy
-from chameleon_jax.checks import require
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
-from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.host_store import HostStore
-from chameleon_jax.models.config import TARGETS
-from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
-from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
-from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.request import Request, check_priority
-from chameleon_jax.sampling_params import MAX_STOP_IDS, LoRAMix, LoRARequest, SamplingParams
-from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
+from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
+from chameleon_jax.scheduler.length_predictor import LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
 from chameleon_jax.serving.adapters import AdapterPacker, MixJob, PackedAdapter
+from chameleon_jax.serving.compiled_model import CompiledModel
 from chameleon_jax.serving.loaded_model import load_model
-from chameleon_jax.serving.max_model_len import LengthLimits
-from chameleon_jax.serving.proxy_predictor import ProxyPredictor
-from chameleon_jax.serving.sampling_defaults import NO_DEFAULTS, SamplingDefaults, generation_file
+from chameleon_jax.serving.model_vocabulary import ModelVocabulary
+from chameleon_jax.serving.proxy_predictor import ProxyPredictor, make_predictor
+from chameleon_jax.serving.sampling_defaults import SamplingDefaults, generation_file
 from chameleon_jax.systems import get_system
 
 if TYPE_CHECKING:
     from chameleon_jax.structured_outputs import Grammars
-
-logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
@@ -66,6 +50,7 @@ class LLMEngine:
         packer: Reads adapters, from any thread.
         runner: Weights, pool and compiled programs.
         store: Packed adapters in host memory and on disk.
+        vocabulary: Token ids of the model.
 
     Raises:
         ValueError: The checkpoint or the configuration cannot be served; says why.
@@ -82,46 +67,18 @@ class LLMEngine:
         generation_file(config.generation_config)  # wrong settings are refused before minutes of reading and compiling
         enable_compilation_cache()
         take_device_memory(config.gpu_memory_utilization)
+        loaded = load_model(model, config)
+        parts = _make_parts(config, loaded.generation_config, None)
+        compiled = CompiledModel(loaded, config, progress)
         self.model_name = model
-        self.dtype = jnp.dtype(_dtype(config.dtype))
-        loaded = load_model(model, config, self.dtype)
         self.model_config, self.tokenizer = loaded.config, loaded.tokenizer
         self._generation_config = loaded.generation_config
-        self.layout = PageLayout.for_model(self.model_config, config.page_tokens)
-        parts = self._make_parts(config, None)
-        stats = jax.devices()[0].memory_stats()
-        # the pool's size depends on scratch, scratch on block tables, and these on the longest sequence: it is chosen for
-        # a pool that has no scratch beside it, and lowered once the pool is known
-        limits = LengthLimits(
-            config.max_model_len,
-            self.model_config.max_position_embeddings,
-            self.layout.page_tokens,
-            self._adapter_pages(config),
-            on_host=jax.default_backend() == "cpu",
-        )
-        most = limits.choose(config.num_pages or self._most_pages(stats))
-        self.runner = ModelRunner(
-            loaded.weights,
-            self.layout,
-            self._buckets(config, most.tokens),
-            config.num_pages,
-            self.dtype,
-            progress,
-            memory_limit=None if stats is None else stats["bytes_limit"],
-            ahead=config.compile_ahead,
-        )
-        chosen = min(most, limits.choose(self.runner.num_pages))
-        logger.info("max_model_len is %d: %s", *chosen)
-        self._log_pool()
-        self.built = dataclasses.replace(config, max_model_len=chosen.tokens, num_pages=self.runner.num_pages)
+        self.vocabulary = ModelVocabulary(loaded.config, loaded.tokenizer)
+        self.dtype, self.layout, self.runner, self.built = compiled.dtype, compiled.layout, compiled.runner, compiled.settings
         self.store = HostStore(config.lora_host_bytes, stage=self.runner.stage)
         self._executor = self._make_executor()
         self._ids = itertools.count()
         self._start(self.built, clock, *parts)
-
-    def _make_parts(self, config: EngineConfig, predictor: LengthPredictor | None) -> tuple[SamplingDefaults, LengthPredictor]:
-        """Read the files that settings name. Raises ValueError; nothing has changed then."""
-        return self._read_sampling_defaults(config), predictor or _make_predictor(config)
 
     def _start(
         self, config: EngineConfig, clock: Callable[[], float], defaults: SamplingDefaults, predictor: LengthPredictor
@@ -166,8 +123,9 @@ class LLMEngine:
             ValueError: A setting cannot be changed, or not to that. Nothing has changed then.
         """
         config = dataclasses.replace(self.built, **changes)  # type: ignore[arg-type]
-        self._check_restart(config)
-        parts = self._make_parts(config, predictor)
+        config.check_restart(self.built)
+        self.adapters.check_restart(config)
+        parts = _make_parts(config, self._generation_config, predictor)
         for request in self.loop.unfinished:
             self.loop.abort(request.request_id)
         self.loop.recover()
@@ -175,23 +133,6 @@ class LLMEngine:
         self._close_predictor()
         self._start(config, clock or self.clock, *parts)
         adapters.copy_to(self.adapters)
-
-    def _check_restart(self, config: EngineConfig) -> None:
-        config.check_restart(self.built)
-        generation_file(config.generation_config)
-        assert config.num_pages is not None
-        for name in self.list_loras():
-            info = self.adapters.named(name)
-            require(config.enable_lora, "enable_lora", False, f"True, as adapter {name!r} is registered")
-            allowed = f"at least {info.rank}, the rank of adapter {name!r}"
-            require(info.rank <= config.max_lora_rank, "max_lora_rank", config.max_lora_rank, allowed)
-            allowed = f"more than {info.num_pages + 1}, as adapter {name!r} takes {info.num_pages}"
-            require(info.num_pages < config.num_pages - 1, "num_pages", config.num_pages, allowed)
-        pinned = self.loop.cache.pinned_pages()
-        if pinned > (config.num_pages - 1) // 2:
-            raise ValueError(
-                f"num_pages is {config.num_pages}; allowed: more than {2 * pinned}, as pinned adapters take {pinned}"
-            )
 
     def close(self) -> None:
         """End background threads and remove temporary files."""
@@ -324,9 +265,12 @@ class LLMEngine:
             KeyError: No adapter of that name is registered.
             QueueFull: max_queue_len requests wait already.
         """
-        self._check_tokens(prompt_token_ids, params)
+        if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
+            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+        self.vocabulary.check("prompt", prompt_token_ids)
+        self.vocabulary.check_params(params)
         priority = check_priority(priority)
-        stop_ids = self._stop_ids(params)  # a refused request takes no id and no seed from the next one
+        stop_ids = self.vocabulary.stop_ids(params)  # a refused request takes no id and no seed from the next one
         guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
         adapter, allowed = None if lora is None else self._content_of(lora), params.allowed_token_ids
         request = Request(
@@ -340,48 +284,17 @@ class LLMEngine:
             priority=priority,
             adapter_name=lora.name if lora is not None else None,
             guide=guide,
-            allowed=None if allowed is None else mask_of(allowed, self.model_config.vocab_size),
+            allowed=None if allowed is None else mask_of(allowed, self.vocabulary.size),
             is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
         self.loop.submit(request)
         return request
 
-    @functools.cached_property
+    @property
     def grammars(self) -> Grammars:
-        """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
-        from chameleon_jax.structured_outputs import (
-            Grammars,
-            Vocabulary,
-        )  # here, since other requests are served without the package
-
-        if self.tokenizer is None:
-            raise InvalidGrammar("the model has no tokenizer (load_format='dummy')")
-        ids, tokens = range(self.model_config.vocab_size), self.tokenizer.token_bytes
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        special = [i for i in ids if i in tokens.special_ids]
-        vocabulary = Vocabulary([tokens.inside(i) for i in ids], special, encode)
-        return Grammars(vocabulary, sorted(self._stop_ids(SamplingParams())))
-
-    def _check_tokens(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
-            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
-        fields = {name: getattr(params, name) or () for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")}
-        vocab = self.model_config.vocab_size
-        for field, token_ids in {"prompt": prompt_token_ids, **fields}.items():
-            for t in token_ids:
-                if not isinstance(t, int | np.integer) or not 0 <= t < vocab:
-                    raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {vocab - 1}")
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        """Ids that end a request: its own, and the model's unless it ignores them."""
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        if self.tokenizer is not None and not params.ignore_eos:
-            eos = (*eos, *self.tokenizer.eos_token_ids)
-        stop_ids = frozenset((*eos, *params.stop_token_ids))
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
-        return stop_ids
+        """Grammars for the model's tokenizer. Raises InvalidGrammar without one."""
+        return self.vocabulary.grammars
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
@@ -391,36 +304,6 @@ class LLMEngine:
     def _close_predictor(self) -> None:
         if isinstance(self._predictor, ProxyPredictor):
             self._predictor.close()
-
-    def _read_sampling_defaults(self, config: EngineConfig) -> SamplingDefaults:
-        file = generation_file(config.generation_config)
-        if file is None and config.generation_config not in NO_DEFAULTS:
-            file = self._generation_config
-        return SamplingDefaults({}) if file is None else SamplingDefaults.read(file)
-
-    def _log_pool(self) -> None:
-        pages, page_bytes = self.runner.num_pages, self.layout.page_bytes(self.dtype.itemsize)
-        text = "the pool has %d pages: %d tokens of KV without adapters, %d MiB"
-        logger.info(text, pages, (pages - 1) * self.layout.page_tokens, pages * page_bytes >> 20)
-
-    def _most_pages(self, stats: Mapping[str, int] | None) -> int:
-        """Pages that the device's memory would hold beside the weights, were there no scratch. Args: stats: of its memory."""
-        free = HOST_POOL_BYTES if stats is None else stats["bytes_limit"] - stats["bytes_in_use"]
-        return free // self.layout.page_bytes(self.dtype.itemsize)
-
-    def _adapter_pages(self, config: EngineConfig) -> int:
-        """Pages of the largest adapter that is served."""
-        return self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages if config.enable_lora else 0
-
-    def _buckets(self, config: EngineConfig, max_model_len: int) -> StepBuckets:
-        return StepBuckets(
-            max_num_seqs=config.max_num_seqs,
-            max_prefill_tokens=config.max_num_batched_tokens,
-            table_width=self.layout.pages_for_tokens(max_model_len),
-            max_rank=config.max_lora_rank,
-            max_adapter_pages=self._adapter_pages(config),
-            **steps.shapes_for(ops.default_backend()),
-        )
 
 
 def compile_progress(done: int, total: int) -> None:
@@ -443,10 +326,14 @@ def open_engine(
     return LLMEngine(str(model), EngineConfig.of(settings), progress=progress), True
 
 
-def _make_predictor(config: EngineConfig) -> LengthPredictor:
-    history = HistoryPredictor(config.predicted_output_len)
-    return history if config.length_proxy is None else ProxyPredictor(length_proxy.load(config.length_proxy), history)
+def _make_parts(
+    config: EngineConfig, generation_config: Path | None, predictor: LengthPredictor | None
+) -> tuple[SamplingDefaults, LengthPredictor]:
+    """Read the files that settings name. Raises ValueError; nothing has changed then.
 
-
-def _dtype(name: str) -> str:
-    return name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    Args:
+        config: The settings.
+        generation_config: The model's own file of sampling defaults; None where it has none.
+        predictor: Predictor to use in the place of the one of the settings.
+    """
+    return SamplingDefaults.of(config.generation_config, generation_config), predictor or make_predictor(config)

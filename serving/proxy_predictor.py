@@ -7,10 +7,12 @@ import queue
 import threading
 from collections import deque
 
+from chameleon_jax.checkpoints import length_proxy
 from chameleon_jax.checks import require
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.models.length_proxy import ROW_BUCKETS, LengthProxy
 from chameleon_jax.request import Request
-from chameleon_jax.scheduler.length_predictor import LengthPredictor
+from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.stats import ProxyCounters
 
 logger = logging.getLogger(__name__)
@@ -93,3 +95,9 @@ class ProxyPredictor(LengthPredictor):
             return
         self.counters.predicted += len(batch)
         self._done.extend(found)
+
+
+def make_predictor(config: EngineConfig) -> LengthPredictor:
+    """Make the predictor that settings ask for. Raises ValueError where the length proxy cannot be read."""
+    history = HistoryPredictor(config.predicted_output_len)
+    return history if config.length_proxy is None else ProxyPredictor(length_proxy.load(config.length_proxy), history)

@@ -30,6 +30,19 @@ class SamplingDefaults:
     values: Mapping[str, Any]
 
     @classmethod
+    def of(cls, source: str, model_file: Path | None) -> SamplingDefaults:
+        """Read the defaults that the setting `generation_config` asks for. Raises ValueError.
+
+        Args:
+            source: The setting.
+            model_file: The model's own file; None where it has none.
+        """
+        file = generation_file(source)
+        if file is None and source not in NO_DEFAULTS:
+            file = model_file
+        return cls({}) if file is None else cls.read(file)
+
+    @classmethod
     def read(cls, file: Path) -> SamplingDefaults:
         """Read the fields that can be served, and log the others. Raises ValueError where the file is not JSON."""
         config = read_json(file)

@@ -6,6 +6,8 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 
+from chameleon_jax.checks import require
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterInfo, AdapterMix
 from chameleon_jax.sampling_params import LoRAMix
@@ -148,6 +150,26 @@ class AdapterRegistry:
         for name in self.names():
             by_hash.setdefault(self._names[name].info.content_hash, []).append(name)
         return by_hash
+
+    def check_restart(self, config: EngineConfig) -> None:
+        """Check that an engine of other settings can serve the same names. Raises ValueError.
+
+        Args:
+            config: The settings, every size filled in.
+        """
+        assert config.num_pages is not None
+        for name in self.names():
+            info = self.named(name)
+            require(config.enable_lora, "enable_lora", False, f"True, as adapter {name!r} is registered")
+            allowed = f"at least {info.rank}, the rank of adapter {name!r}"
+            require(info.rank <= config.max_lora_rank, "max_lora_rank", config.max_lora_rank, allowed)
+            allowed = f"more than {info.num_pages + 1}, as adapter {name!r} takes {info.num_pages}"
+            require(info.num_pages < config.num_pages - 1, "num_pages", config.num_pages, allowed)
+        pinned = self._cache.pinned_pages()
+        if pinned > (config.num_pages - 1) // 2:
+            raise ValueError(
+                f"num_pages is {config.num_pages}; allowed: more than {2 * pinned}, as pinned adapters take {pinned}"
+            )
 
     def copy_to(self, other: AdapterRegistry) -> None:
         """Give another registry the same names, and forget the mixes."""

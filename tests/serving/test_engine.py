@@ -16,6 +16,7 @@ from chameleon_jax.models.sampling import SamplingMode
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.model_vocabulary import ModelVocabulary
 from chameleon_jax.serving.telemetry.compilations import Compilations
 from tests import reference_models as reference
 from tests.engines import Engines
@@ -190,7 +191,8 @@ def test_spills_are_counted_from_the_restart(engine, adapters):
 
 
 def test_a_refused_request_takes_no_seed_from_the_next(engine, monkeypatch):
-    monkeypatch.setattr(engine, "model_config", dataclasses.replace(engine.model_config, eos_token_ids=(1,)))
+    config = dataclasses.replace(engine.model_config, eos_token_ids=(1,))
+    monkeypatch.setattr(engine, "vocabulary", ModelVocabulary(config, engine.tokenizer))
     drawn = SamplingParams(temperature=1.0, max_tokens=4)
     first = engine.submit([1], drawn)
     engine.restart()

@@ -10,7 +10,7 @@ import pytest
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.models.config import PRESETS
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.serving import engine as engine_module
+from chameleon_jax.serving import compiled_model
 from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.max_model_len import LengthLimits
 
@@ -58,10 +58,10 @@ def test_an_engine_says_what_it_chose(caplog, num_pages, adapted, expected):
 def test_the_choice_is_lowered_to_the_pool_that_scratch_leaves(monkeypatch):
     """A device whose memory holds 40 pages without scratch, and 30 with it."""
     page_bytes = PageLayout.for_model(PRESETS["tiny"]).page_bytes(4)
-    runner = engine_module.ModelRunner
-    monkeypatch.setattr(engine_module, "HOST_POOL_BYTES", 40 * page_bytes)
+    runner = compiled_model.ModelRunner
+    monkeypatch.setattr(compiled_model, "HOST_POOL_BYTES", 40 * page_bytes)
     monkeypatch.setattr(
-        engine_module, "ModelRunner", lambda w, layout, buckets, n, *a, **k: runner(w, layout, buckets, 30, *a, **k)
+        compiled_model, "ModelRunner", lambda w, layout, buckets, n, *a, **k: runner(w, layout, buckets, 30, *a, **k)
     )
     engine = LLMEngine("tiny", EngineConfig(enable_lora=False, **SIZES))
     engine.close()
