@@ -100,6 +100,12 @@ def _schema_text(schema: Any) -> str:
         raise ValueError(f"json is {schema!r:.80}; allowed: a JSON schema ({error})") from error
 
 
+class _CheckedIds(tuple[int, ...]):
+    """Integers, as was checked: copies of the parameters, one for each choice of a request, share them without a look."""
+
+    __slots__ = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """Sampling of tokens, and the end of the output. Names and defaults are vLLM's.
@@ -195,9 +201,10 @@ class SamplingParams:
             amounts = all(isinstance(bias, numbers.Real) and -100 <= bias <= 100 for bias in self.logit_bias.values())
             require_field(self, "logit_bias", amounts, "amounts of -100 to 100")
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-            ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
-            require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
+            if not isinstance(self.allowed_token_ids, _CheckedIds):
+                object.__setattr__(self, "allowed_token_ids", _CheckedIds(self.allowed_token_ids))
+                ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
+                require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
             if self.structured_outputs is not None:  # the two may leave no token
                 raise ValueError("allowed_token_ids is set; allowed: not together with structured_outputs")
 

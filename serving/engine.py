@@ -18,7 +18,6 @@ from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
 from chameleon_jax.models.runtime.programs import Progress
-from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
@@ -224,9 +223,9 @@ class LLMEngine:
         return MixJob(mix, lora.name, members)
 
     def add_mix(self, job: MixJob, packed: PackedAdapter) -> None:
-        """Keep a mix that is packed, for requests that ask for it. Quick, as nothing is copied."""
-        self.adapters.add_mix(job.mix, job.label, packed.info)
-        self._executor.add(packed.info.content_hash, packed.placement, packed.block)
+        """Keep a mix that is packed, unless a member was removed meanwhile. Quick, as nothing is copied."""
+        if self.adapters.add_mix(job.mix, job.label, packed.info):
+            self._executor.add(packed.info.content_hash, packed.placement, packed.block)
 
     def _content_of(self, lora: LoRARequest) -> str:
         """Content hash of a request's adapter, which is read or mixed first where it is not known."""
@@ -272,7 +271,8 @@ class LLMEngine:
         priority = check_priority(priority)
         stop_ids = self.vocabulary.stop_ids(params)  # a refused request takes no id and no seed from the next one
         guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
-        adapter, allowed = None if lora is None else self._content_of(lora), params.allowed_token_ids
+        allowed = self.vocabulary.mask(params.allowed_token_ids)
+        adapter = None if lora is None else self._content_of(lora)
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],
@@ -284,7 +284,7 @@ class LLMEngine:
             priority=priority,
             adapter_name=lora.name if lora is not None else None,
             guide=guide,
-            allowed=None if allowed is None else mask_of(allowed, self.vocabulary.size),
+            allowed=allowed,
             is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.errors import InvalidGrammar
 from chameleon_jax.models.config import LlamaConfig
+from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.sampling_params import MAX_STOP_IDS, SamplingParams
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ class ModelVocabulary:
     def __init__(self, config: LlamaConfig, tokenizer: Tokenizer | None):
         self.size = config.vocab_size
         self._tokenizer = tokenizer
+        self._last_mask: tuple[Sequence[int], np.ndarray | None] = ((), None)
+        self._making_grammars = threading.Lock()
+        self._grammars: Grammars | None = None
         self._eos = (*config.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids))
 
     def check(self, field: str, token_ids: Iterable[int]) -> None:
@@ -42,9 +47,23 @@ class ModelVocabulary:
                 raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {self.size - 1}")
 
     def check_params(self, params: SamplingParams) -> None:
-        """Check every token id of sampling parameters. Raises ValueError."""
-        for field in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        """Check the token ids of sampling parameters, except those that `mask` checks. Raises ValueError."""
+        for field in ("stop_token_ids", "logit_bias"):
             self.check(field, getattr(params, field) or ())
+
+    def mask(self, allowed_token_ids: Sequence[int] | None) -> np.ndarray | None:
+        """Bits of the ids that a request can draw; None where it can draw any. Raises ValueError for ids out of range.
+
+        The choices of a request share one tuple, which may name most of the vocabulary: it is read for the first of them only.
+        """
+        if allowed_token_ids is None:
+            return None
+        last_ids, mask = self._last_mask
+        if allowed_token_ids is not last_ids:
+            self.check("allowed_token_ids", allowed_token_ids)
+            mask = mask_of(allowed_token_ids, self.size)
+            self._last_mask = allowed_token_ids, mask
+        return mask
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that end a request: its own, and the model's unless it ignores them. Raises ValueError for too many."""
@@ -53,9 +72,15 @@ class ModelVocabulary:
             raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
         return stop_ids
 
-    @functools.cached_property
+    @property
     def grammars(self) -> Grammars:
         """Grammars for the model's tokenizer; made at the first use, in half a second. Raises InvalidGrammar without one."""
+        with self._making_grammars:
+            if self._grammars is None:
+                self._grammars = self._make_grammars()
+            return self._grammars
+
+    def _make_grammars(self) -> Grammars:
         # here, since other requests are served without the package
         from chameleon_jax.structured_outputs import Grammars, Vocabulary
 

@@ -170,18 +170,17 @@ class Sampling(Structured):
             fields["logit_bias"] = _by_token_id(self.logit_bias)
         language = self.language()
         given = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
-        return [
-            SamplingParams(
-                **given,
-                seed=None if self.seed is None else _choice_seed(self.seed, i),
-                logprobs=logprobs,
-                prompt_logprobs=self.prompt_logprobs,
-                structured_outputs=language,
-                ignore_eos=self.ignore_eos,
-                skip_special_tokens=self.skip_special_tokens,
-            )
-            for i in range(n)
-        ]
+        first = SamplingParams(
+            **given,
+            seed=self.seed,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            structured_outputs=language,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+        seeds = [None if self.seed is None else _choice_seed(self.seed, i) for i in range(n)]
+        return [dataclasses.replace(first, seed=seed) for seed in seeds]
 
 
 def _by_token_id(biases: Mapping[str, float]) -> dict[int, float]:
@@ -193,7 +192,7 @@ def _by_token_id(biases: Mapping[str, float]) -> dict[int, float]:
 
 
 def _choice_seed(seed: int, i: int) -> int:
-    """Seed of choice `i`, wrapped to 64 bits. A given seed outside of 64 bits is left for `SamplingParams` to refuse."""
+    """Seed of choice `i`, wrapped to 64 bits."""
     return seed + i if i == 0 or not -(2**63) <= seed < 2**63 else (seed + i + 2**63) % 2**64 - 2**63
 
 
