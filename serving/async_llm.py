@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import threading
@@ -270,10 +271,9 @@ class AsyncLLM:
             await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
 
     async def _mix(self, lora: LoRAMix) -> None:
-        job = await self.call(lambda engine: engine.mix_job(lora))
-        if job is not None:
-            packed = await self.reader.read(lora.name, lambda: self.engine.packer.mix(job))
-            await self.call(lambda engine: engine.add_mix(job, packed))
+        while (job := await self.call(lambda engine: engine.mix_job(lora))) is not None:  # again where a member was replaced
+            packed = await self.reader.read(lora.name, functools.partial(self.engine.packer.mix, job))
+            await self.call(functools.partial(LLMEngine.add_mix, job=job, packed=packed))
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""

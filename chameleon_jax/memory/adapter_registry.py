@@ -101,12 +101,20 @@ class AdapterRegistry:
         self._names[name].pinned = pinned
         self._settle(info)
 
-    def add_mix(self, mix: AdapterMix, label: str, info: AdapterInfo) -> None:
-        """Keep a mix, and forget those beyond MAX_MIXES. Args: label: its text for people."""
+    def add_mix(self, mix: AdapterMix, label: str, info: AdapterInfo) -> bool:
+        """Keep a mix, and forget those beyond MAX_MIXES. Args: label: its text for people.
+
+        Returns:
+            Whether it is kept: not where the last name of a member went while the mix was packed.
+        """
+        named = {named.info.content_hash for named in self._names.values()}
+        if not all(member in named for member, _ in mix.members):
+            return False
         self._cache.add(info, self._clock())
         self._mixes[mix.content_hash] = (mix, label)
         while len(self._mixes) > MAX_MIXES:
             self._forget_mix(next(iter(self._mixes)))
+        return True
 
     def use_mix(self, mix: AdapterMix) -> bool:
         """Return whether a mix, or the one adapter that it is, can be used; it is the last used then."""

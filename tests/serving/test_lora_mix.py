@@ -118,6 +118,42 @@ def test_a_mix_is_forgotten_with_the_last_name_of_a_member(llm, tmp_path):
     run(main())
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_mix_whose_member_goes_while_it_is_packed_leaves_nothing(llm, tmp_path, monkeypatch, change):
+    gate, packing = threading.Event(), threading.Event()
+    mix = llm.engine.packer.mix
+
+    def slow(job):
+        packing.set()
+        assert gate.wait(TIMEOUT)
+        return mix(job)
+
+    async def main():
+        await settled(llm)
+        before = await llm.stats(max_age=0)
+        await llm.add_lora("x", reference.save_adapter(tmp_path / "old", CONFIG, 4, seed=51))
+        monkeypatch.setattr(llm.engine.packer, "mix", slow)
+        asked = asyncio.create_task(last(llm, PROMPTS[0], GREEDY, LoRAMix([LoRARequest("x"), LoRARequest("a0")])))
+        while not packing.is_set():
+            await asyncio.sleep(0.001)
+        if change == "removed":
+            await llm.remove_lora("x")
+        else:
+            await llm.add_lora("x", reference.save_adapter(tmp_path / "new", CONFIG, 4, seed=52))
+        gate.set()
+        if change == "removed":
+            with pytest.raises(KeyError, match="no adapter is named 'x'"):
+                await asked
+        else:
+            assert (await asked).finished  # with the new content
+            await llm.remove_lora("x")
+        await settled(llm)
+        after = await llm.stats(max_age=0)
+        assert len(after.adapters) == len(before.adapters) and after.host_bytes == before.host_bytes
+
+    run(main())
+
+
 def test_the_least_recently_used_mixes_are_forgotten(llm, monkeypatch):
     monkeypatch.setattr(adapter_registry, "MAX_MIXES", 2)
 

@@ -32,6 +32,7 @@ class Names(RuleBasedStateMachine):
         self.names = self.loop.adapters
         self.content: dict[str, str] = {}
         self.pinning: set[str] = set()
+        self.mixes: dict[str, AdapterMix] = {}
         self.requests: list = []
 
     def pinned(self, content: dict[str, str], pinning: set[str]) -> set[str]:
@@ -84,6 +85,15 @@ class Names(RuleBasedStateMachine):
             self.names.pin(name, pinned)
             self.pinning = self.pinning | {name} if pinned else self.pinning - {name}
 
+    @rule(members=st.sets(CONTENTS, min_size=2, max_size=3), weight=st.sampled_from([0.5, 2.0]))
+    def add_mix(self, members, weight):
+        """A mix comes from another thread, its members named or no more."""
+        mix = AdapterMix.of((content, weight) for content in members)
+        kept = self.names.add_mix(mix, "mix", adapter(mix.content_hash, 2))
+        assert kept == self.names.use_mix(mix) == (members <= set(self.content.values()))
+        if kept:
+            self.mixes[mix.content_hash] = mix
+
     @rule(name=NAMES, prompt=st.integers(1, 12), output=st.integers(1, 12))
     def submit(self, name, prompt, output):
         if name in self.content:
@@ -105,7 +115,9 @@ class Names(RuleBasedStateMachine):
     @invariant()
     def the_loop_knows_what_names_and_requests_need(self):
         entries = {e.info.content_hash: e for e in self.loop.cache.entries()}
-        needed = {*self.content.values(), *(r.adapter for r in self.unfinished())}
+        gone = PAGES.keys() - set(self.content.values())
+        self.mixes = {key: mix for key, mix in self.mixes.items() if not any(map(mix.has, gone))}
+        needed = {*self.content.values(), *self.mixes, *(r.adapter for r in self.unfinished())}
         assert needed <= entries.keys()
         assert all(entries[c].tier is AdapterTier.LOADING and entries[c].removed for c in entries.keys() - needed)
         assert {c for c, e in entries.items() if e.pinned} == self.pinned(self.content, self.pinning)
