@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
-import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 from chameleon_jax.config import EngineSettings
 from chameleon_jax.errors import Draining, EngineDead
 from chameleon_jax.outputs import RequestOutput
-from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams, StructuredOutputsParams
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
@@ -25,8 +22,7 @@ from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
 from chameleon_jax.serving.stats import EngineStats, take_stats
 from chameleon_jax.serving.telemetry import trace_context
-
-logger = logging.getLogger(__name__)
+from chameleon_jax.serving.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -76,13 +72,11 @@ class AsyncLLM:
         self._ids = itertools.count()
         self.draining = False
         self.prompts = PromptReader(self.tokenizer, self.max_model_len)
-        self.reader = AdapterReader(max_lora_loads, max_lora_queue)
         self.last_stats: EngineStats | None = None
         self._stats_at = 0.0
         self._thread = EngineThread(self.engine, self._streams)
-        self._closed = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, args=(step_timeout,), name="watchdog", daemon=True)
-        self._watchdog.start()
+        self.reader = AdapterReader(self._thread, max_lora_loads, max_lora_queue)
+        self._watchdog = Watchdog(self._thread, step_timeout)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +173,7 @@ class AsyncLLM:
 
         async with deadline.kept():
             if lora_request is not None:
-                await self._prepare(lora_request)
+                await self.reader.prepare(lora_request)
             for language in {param.structured_outputs for param in params if param.structured_outputs is not None}:
                 await asyncio.to_thread(self._compile, language)
             several = len(prompts) * len(params) > 1
@@ -251,29 +245,7 @@ class AsyncLLM:
             QueueFull, EngineDead: See `chameleon_jax.errors`.
         """
         job = self.engine.packer.job(name, path, weights, peft_config)
-        async with self.reader.turns.of(name):
-            packed = await self.reader.read(name, job)
-            return await self.call(lambda engine: engine.name_lora(name, packed, path, pinned, load_inplace))
-
-    async def _prepare(self, lora: LoRARequest) -> None:
-        """Read or mix what a request's adapter lacks, once for all requests that wait for it."""
-        for member, _ in lora.members:
-            if self.engine.must_read(member):
-                async with self.reader.turns.of(member.name):
-                    await self._read_lora(member)
-        if isinstance(lora, LoRAMix):
-            async with self.reader.turns.of(lora.name):
-                await self._mix(lora)
-
-    async def _read_lora(self, lora: LoRARequest) -> None:
-        if self.engine.must_read(lora):
-            packed = await self.reader.read(lora.name, self.engine.packer.job(lora.name, lora.path))
-            await self.call(lambda engine: engine.name_lora(lora.name, packed, lora.path))
-
-    async def _mix(self, lora: LoRAMix) -> None:
-        while (job := await self.call(lambda engine: engine.mix_job(lora))) is not None:  # again where a member was replaced
-            packed = await self.reader.read(lora.name, functools.partial(self.engine.packer.mix, job))
-            await self.call(functools.partial(LLMEngine.add_mix, job=job, packed=packed))
+        return await self.reader.add(name, job, path, pinned, load_inplace)
 
     async def remove_lora(self, name: str) -> None:
         """Forget a name. Requests that came with it finish; then its memory is free. Raises KeyError."""
@@ -348,14 +320,13 @@ class AsyncLLM:
             Whether the engine's thread has ended. One that hangs in a step is left behind, with its engine.
         """
         self._thread.die(EngineDead("the engine is closed"))
-        self._closed.set()
         ended = self._thread.close()
         if ended and self._owns_engine:
             self.engine.close()
         elif ended:
             for request in self.engine.loop.unfinished:
                 self.engine.loop.abort(request.request_id)
-        self._watchdog.join()
+        self._watchdog.close()
         self.reader.close()
         self.prompts.close()
         return ended
@@ -365,9 +336,3 @@ class AsyncLLM:
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self.close)
-
-    def _watch(self, step_timeout: float) -> None:
-        while not self._closed.wait(min(1.0, step_timeout / 4)):
-            if self._thread.step_seconds > step_timeout:
-                logger.error("a step has taken more than %g s: the device hangs", step_timeout)
-                self._thread.die(EngineDead(f"the device hangs: a step has taken more than {step_timeout:g} s"))

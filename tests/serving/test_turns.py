@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from chameleon_jax.serving.adapter_reader import Turns
+from chameleon_jax.serving.turns import Turns
 
 
 def test_one_at_a_time_in_the_order_of_arrival():
