@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints import peft, remote_adapter
 from tests import reference_models as reference
 
 CONFIG = reference.CONFIGS["gqa"]
@@ -60,6 +62,62 @@ def test_missing_files_and_unknown_schemes_are_named(store):
         peft.load("memory://bucket/a", CONFIG)
     with pytest.raises(peft.AdapterError, match="nostore://bucket/a cannot be fetched: ValueError.*Protocol not known"):
         peft.load("nostore://bucket/a", CONFIG)
+
+
+class HungStore(MemoryFileSystem):
+    """Store of which each call hangs until the test ends."""
+
+    protocol = "hung"
+    ends = threading.Event()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("hung://", "memory://"))
+
+    def open(self, *args, **kwargs):
+        assert self.ends.wait(30)
+        return super().open(*args, **kwargs)
+
+
+@pytest.fixture
+def hung(store, monkeypatch):
+    fsspec.register_implementation("hung", HungStore)
+    HungStore.ends.clear()
+    yield
+    HungStore.ends.set()
+    for thread in threading.enumerate():
+        if thread.name == "adapter-fetch":
+            thread.join(30)
+
+
+def test_a_store_that_hangs_is_left_at_the_deadline(hung, monkeypatch):
+    monkeypatch.setattr(remote_adapter, "FETCH_TIMEOUT_S", 0.05)
+    with pytest.raises(peft.AdapterError, match=r"hung://bucket/a cannot be fetched: its store took longer than 0\.05 s"):
+        peft.load("hung://bucket/a", CONFIG)
+
+
+def test_fetches_that_hang_are_bounded(hung, monkeypatch):
+    monkeypatch.setattr(remote_adapter, "FETCH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(remote_adapter, "_slots", threading.BoundedSemaphore(2))
+    for end in ("its store took", "its store took", ".* fetches of others have not ended", ".* fetches of others"):
+        with pytest.raises(remote_adapter.StoreError, match=f"cannot be fetched: {end}"):
+            peft.load("hung://bucket/a", CONFIG)
+    HungStore.ends.set()
+    monkeypatch.setattr(remote_adapter, "FETCH_TIMEOUT_S", 30.0)
+    assert peft.load("hung://bucket/a", CONFIG).ranks  # the slots are free again
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_an_adapter_that_is_not_there_differs_from_a_store_that_fails(store, monkeypatch, error):
+    """S3 refuses a name that is not there, where it may not be listed."""
+    found = {}
+    for kind in (error, ConnectionResetError):
+        monkeypatch.setattr(type(store), "open", lambda *args, kind=kind, **kwargs: (_ for _ in ()).throw(kind("secret")))
+        with pytest.raises(peft.AdapterError) as raised:
+            peft.load("memory://bucket/a", CONFIG)
+        found[kind] = raised.type
+    monkeypatch.undo()
+    assert found == {error: remote_adapter.MissingAdapter, ConnectionResetError: remote_adapter.StoreError}
 
 
 @pytest.mark.parametrize("file, limit", [(peft.CONFIG_FILE, 1 << 20), (peft.WEIGHTS_FILE, 7 << 20)])
