@@ -65,7 +65,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """Turn a prompt, or a conversation formatted by the chat template, into token ids."""
     service = service_of(request)
     with translate_errors():
-        service.lora_named(body.model)
+        await service.check_model(body.model)
         tokens = await body.token_ids(service)
     strings = [_tokenizer(service).token(i) for i in tokens] if body.return_token_strs else None
     return TokenizeResponse(count=len(tokens), max_model_len=service.llm.max_model_len, tokens=tokens, token_strs=strings)
@@ -76,7 +76,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     """Turn token ids into the text that they stand for, special tokens included."""
     service = service_of(request)
     with translate_errors():
-        service.lora_named(body.model)
+        await service.check_model(body.model)
         tokenizer, vocab = _tokenizer(service), service.llm.model_config.vocab_size
         for i, token in enumerate(body.tokens):
             if not 0 <= token < vocab:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from chameleon_jax.checkpoints.peft import WEIGHTS_FILE
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterError, read_config
-from chameleon_jax.checkpoints.remote_adapter import local_directory
+from chameleon_jax.checkpoints.remote_adapter import StoreError, local_directory
 from chameleon_jax.checks import require
 
 MAX_SOURCE_LEN = 4096
@@ -70,10 +70,15 @@ class AdapterSources:
         """Find the directory or URL of an adapter that a request names; None where there is none. May download it.
 
         A name is a hub id, a URL, or a path relative to one of the directories. A path has one spelling, without ".." for
-        example, as each name is an adapter of its own. Raises ValueError where the download fails.
+        example, as each name is an adapter of its own. Raises StoreError where the download fails.
         """
-        if name in self._hub_ids:
-            return download(name)
+        return download(name) if name in self._hub_ids else self._find(name)
+
+    def allows(self, name: str) -> bool:
+        """Whether a request may name an adapter. Asks no hub and no store, so they may have none of that name."""
+        return name in self._hub_ids or self._find(name) is not None
+
+    def _find(self, name: str) -> Path | str | None:
         if self._allows_url(name):
             return name
         path = PurePosixPath(name)
@@ -131,7 +136,7 @@ def _may_be_adapter(directory: Path) -> bool:
 
 
 def download(hub_id: str) -> Path:
-    """Download the two files of an adapter, or take them from the cache, and return their directory. Raises ValueError.
+    """Download the two files of an adapter, or take them from the cache, and return their directory. Raises StoreError.
 
     Args:
         hub_id: `owner/repository`, or `owner/repository/subfolder` for one of a repository's adapters.
@@ -145,4 +150,4 @@ def download(hub_id: str) -> Path:
         root = huggingface_hub.snapshot_download("/".join(filter(None, (owner, repository))), allow_patterns=files)
         return Path(root, subfolder)
     except Exception as error:  # the library documents no narrower type
-        raise ValueError(f"adapter {hub_id!r} cannot be downloaded: {error}") from error
+        raise StoreError(f"adapter {hub_id!r} cannot be downloaded: {error}") from error

@@ -18,6 +18,7 @@ from chameleon_jax.sampling_params import LoRAMix, LoRARequest
 from chameleon_jax.serving.async_llm import AsyncLLM
 from chameleon_jax.serving.deadline import Deadline
 from chameleon_jax.serving.service.adapter_sources import AdapterSources
+from chameleon_jax.serving.service.load_on_request import LoadOnRequest
 from chameleon_jax.serving.service.server_config import MAX_NAME_LEN, ServerConfig
 from chameleon_jax.serving.tools.call_parser import CallParser
 from chameleon_jax.serving.tools.styles import STYLES, guess_style
@@ -54,7 +55,7 @@ class Service:
         self._template: ChatTemplate | None = None
         if config.chat_template is not None and llm.tokenizer is not None:
             self._template = llm.tokenizer.make_chat_template(*operators_template(config.chat_template))
-        self._loads: dict[str, asyncio.Task[None]] = {}  # of adapters that requests named
+        self._requested = LoadOnRequest(llm, self.sources)
 
     # -- access ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +96,11 @@ class Service:
             raise KeyError(f"the model {reprlib.repr(model)} does not exist; see the list of models")
         return LoRARequest(model)
 
+    async def check_model(self, model: str | None) -> None:
+        """Raise KeyError for a model that no request may name. Loads nothing."""
+        if model is None or not self._may_load(model) or not await self._requested.can_load(model):
+            self.lora_named(model)
+
     def is_lora(self, name: str) -> bool:
         """Whether an adapter has that name."""
         return self.llm.engine.adapters.get(name) is not None
@@ -125,7 +131,8 @@ class Service:
                 raise ValueError(f"lora has {name!r}; allowed: adapters, not the base model")
         async with deadline.kept():
             for name in names:
-                await self._load_if_missing(name)
+                if self._may_load(name):
+                    await self._requested.load(name)
         for name in names:
             self.lora_named(name)
         return lora
@@ -226,38 +233,6 @@ class Service:
         logger.info("loaded adapter %r", name)
         return loaded
 
-    async def _load_if_missing(self, name: str) -> None:
-        """Load an adapter that a request names, where it is none yet but one of the server's sources.
-
-        It is read once for all requests that wait for it, and also if they leave.
-        """
-        if not self.config.load_on_request or not self._may_name(name) or self.is_lora(name):
-            return
-        load = self._loads.get(name)
-        if load is None:
-            load = self._loads[name] = asyncio.create_task(self._load_on_request(name))
-            load.add_done_callback(lambda load: self._end_load(name, load))
-        await asyncio.shield(load)
-
-    def _end_load(self, name: str, load: asyncio.Task[None]) -> None:
-        del self._loads[name]
-        if not load.cancelled():
-            load.exception()  # which asyncio would log where every request has left
-
-    async def _load_on_request(self, name: str) -> None:
-        if self.llm.draining:
-            raise Draining("the server is about to stop")
-        try:
-            path = await asyncio.to_thread(self.sources.find, name)
-            if path is None:
-                return
-            await self.llm.add_lora(name, path, load_inplace=False)
-        except ValueError as error:
-            if self.is_lora(name):  # by an operator meanwhile, with other content
-                return
-            raise ValueError(f"model {name!r} cannot be served: {error}") from error
-        logger.info("loaded adapter %r for a request", name)
-
     async def unload_lora(self, name: str) -> None:
         """Unload an adapter. Requests that use it finish; then its memory is freed. Raises KeyError.
 
@@ -265,6 +240,10 @@ class Service:
         """
         await self.llm.remove_lora(name)
         logger.info("unloaded adapter %r", name)
+
+    def _may_load(self, name: str) -> bool:
+        """Whether a request that names an adapter may load it: it is none yet."""
+        return self.config.load_on_request and self._may_name(name) and not self.is_lora(name)
 
     def _may_name(self, name: str) -> bool:
         """Whether an adapter may have the name."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
+import huggingface_hub
 import pytest
 
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.serving.service.server_config import ServerConfig
+from tests import reference_models as reference
+from tests.serving.conftest import CONFIG
 from tests.serving.http.plain import error_of
 from tests.serving.running import TIMEOUT, running
 
@@ -20,6 +25,27 @@ def test_a_prompt_and_back(http, shared_llm):
     names = [shared_llm.tokenizer.token(i) for i in ids]
     assert answer == {"count": 6, "max_model_len": 128, "tokens": ids, "token_strs": names}
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "héllo"}
+
+
+def test_an_adapter_that_a_request_would_load_is_not_loaded(shared_llm, tmp_path, monkeypatch):
+    """Its tokens are the base model's. Neither a hub nor a store is asked."""
+    reference.save_adapter(tmp_path / "team" / "late", CONFIG, 4, seed=90)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: 1 / 0)
+    allowed = dict(adapter_dirs=(str(tmp_path),), hub_adapters=("org/bard",), adapter_urls=("nostore://bucket",))
+    config = ServerConfig(port=0, grpc_port=None, **allowed)
+    with running(shared_llm, config) as server, httpx.Client(base_url=server.url, timeout=TIMEOUT) as http:
+
+        def ask(model: str) -> list[int]:
+            tokens = http.post("/tokenize", json={"model": model, "prompt": "hi"})
+            text = http.post("/detokenize", json={"model": model, "tokens": [104, 105]})
+            return [tokens.status_code, text.status_code]
+
+        before = asyncio.run(shared_llm.list_loras())
+        for model in ("team/late", "org/bard", "nostore://bucket/x"):
+            assert ask(model) == [200, 200]
+        for model in ("team/none", "org/other", "nostore://other/x", "../late"):
+            assert ask(model) == [404, 404]
+        assert asyncio.run(shared_llm.list_loras()) == before
 
 
 def test_a_conversation(http, shared_llm):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+from types import SimpleNamespace
 
 import fsspec
 import httpx
+import huggingface_hub
 import pytest
 
 from chameleon_jax.checkpoints import peft
-from chameleon_jax.errors import DeadlineExceeded, Draining
+from chameleon_jax.errors import DeadlineExceeded, Draining, RequestFailed
 from chameleon_jax.sampling_params import LoRARequest
 from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.service import adapter_sources
+from chameleon_jax.serving.service import adapter_sources, load_on_request
 from chameleon_jax.serving.service.server_config import ServerConfig
 from tests import reference_models as reference
 from tests.serving.async_calls import GREEDY, TIMEOUT, last
@@ -67,7 +69,7 @@ def test_requests_that_name_an_adapter_at_once_read_it_once(service, reads):
             await named(service, "broken")
         failed = await asyncio.gather(*(named(service, "broken") for _ in range(4)), return_exceptions=True)
         assert all(isinstance(error, ValueError) for error in failed) and reads.count("broken") == 2
-        assert service._loads == {}
+        assert len(service._requested) == 0
 
     run(main())
 
@@ -194,8 +196,6 @@ def test_a_url_that_is_allowed_is_a_model(shared_llm, folder):
         assert await service.load_lora("late", url)  # the same content
         adapters = shared_llm.engine.adapters
         assert adapters.get(url) == adapters.get("other") == adapters.get("late") and adapters.path("other") == url
-        with pytest.raises(ValueError, match="model 'memory://bucket/none' cannot be served: .*FileNotFoundError"):
-            await named(service, "memory://bucket/none")
         with pytest.raises(KeyError, match="does not exist"):
             await named(service, "memory://other/late")
         for name in (url, "other", "late"):
@@ -203,6 +203,83 @@ def test_a_url_that_is_allowed_is_a_model(shared_llm, folder):
 
     run(main())
     memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths that were asked of the store in memory, which has an empty folder `bucket`; `fails` is raised in its place."""
+    paths = SimpleNamespace(asked=[], fails=None)
+
+    def open_it(store, path, *args, **kwargs):
+        paths.asked.append(path)
+        raise FileNotFoundError("secret of the store") if paths.fails is None else paths.fails
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", open_it)
+    return paths
+
+
+def test_a_name_that_no_store_has_costs_one_look_for_all_its_requests(shared_llm, folder, opened, monkeypatch):
+    service, now = make_service(shared_llm, folder, adapter_urls=("memory://bucket",)), [0.0]
+    monkeypatch.setattr(service._requested, "_clock", lambda: now[0])
+
+    async def refused(name):
+        with pytest.raises(KeyError, match=f"the model '{name}' does not exist; see the list of models") as error:
+            await named(service, name)
+        assert "secret" not in str(error.value)
+
+    async def main():
+        await asyncio.gather(*(refused("memory://bucket/none") for _ in range(8)))
+        await refused("memory://bucket/none")
+        assert len(opened.asked) == 1
+        now[0] = load_on_request.MISSING_S
+        await refused("memory://bucket/none")
+        assert len(opened.asked) == 2
+
+    run(main())
+
+
+def test_names_that_no_store_has_are_remembered_up_to_a_number(shared_llm, folder, opened, monkeypatch):
+    monkeypatch.setattr(load_on_request, "MAX_MISSING", 2)
+    service = make_service(shared_llm, folder, adapter_urls=("memory://bucket",))
+
+    async def main():
+        for name, looks in (("a", 1), ("b", 2), ("c", 3), ("c", 3), ("b", 3), ("a", 4)):
+            with pytest.raises(KeyError):
+                await named(service, f"memory://bucket/{name}")
+            assert len(opened.asked) == looks and len(service._requested._missing) <= 2
+
+    run(main())
+
+
+def test_a_store_that_fails_is_no_fault_of_the_request_and_its_words_stay_in_the_log(shared_llm, folder, opened, caplog):
+    service = make_service(shared_llm, folder, adapter_urls=("memory://bucket",))
+    opened.fails = ConnectionError("secret of the network")
+    for looks in (1, 2):  # not remembered
+        with pytest.raises(RequestFailed) as error:
+            run(named(service, "memory://bucket/late"))
+        assert str(error.value) == "model 'memory://bucket/late' cannot be loaded: its source cannot be read now"
+        assert len(opened.asked) == looks
+    assert "secret of the network" in caplog.text
+
+
+def test_a_hub_that_fails_is_no_fault_of_the_request(shared_llm, folder, monkeypatch):
+    def snapshot_download(repo_id, allow_patterns):
+        raise OSError("secret of the network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(RequestFailed, match="^model 'org/bard' cannot be loaded: its source cannot be read now$"):
+        run(named(make_service(shared_llm, folder, hub_adapters=("org/bard",)), "org/bard"))
+
+
+@pytest.mark.parametrize("first", ["with a path", "by name"])
+def test_requests_that_give_the_path_and_requests_that_do_not_read_it_once(service, shared_llm, folder, reads, first):
+    async def main():
+        given = [last(shared_llm, "love is", GREEDY, LoRARequest("late", str(folder / "late"))) for _ in range(2)]
+        by_name = [named(service, "late") for _ in range(2)]
+        await asyncio.gather(*(given + by_name if first == "with a path" else by_name + given))
+        assert reads == ["late"]
+
+    run(main())
 
 
 def test_both_protocols_load_and_mix(shared_llm, tmp_path):
