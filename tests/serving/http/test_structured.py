@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.http.test_openai import offline
+from tests.serving.http.offline import offline
 
 PROMPT = "The capital of"
 SCHEMA = {
