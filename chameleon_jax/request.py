@@ -42,6 +42,7 @@ class Request:
         adapter: Content hash of its adapter, fixed when it was submitted; None for the base model.
         adapter_name: Adapter's name in the request; the sum as text for a mix.
         is_mix: Whether it asked for a mix of adapters.
+        prompt_only: Whether its answer is the prompt alone: the one token that it draws takes no room in the sequence.
         stop_ids: Token ids that end it.
         stream: Incremental detokeniser of its output; None where the model has no tokenizer, or its text is complete.
         prompt_logprobs: Log-probabilities of the prompt's tokens by position, each token first; None at the first position and
@@ -73,6 +74,7 @@ class Request:
     adapter: str | None = None
     adapter_name: str | None = None
     is_mix: bool = False
+    prompt_only: bool = False
     stream: TokenStream | None = None
     guide: Guide | None = None
     allowed: np.ndarray | None = None
@@ -115,7 +117,7 @@ class Request:
 
     @property
     def max_total_tokens(self) -> int:
-        return len(self.prompt_token_ids) + self.params.max_tokens
+        return len(self.prompt_token_ids) + (0 if self.prompt_only else self.params.max_tokens)
 
     def token(self, position: int) -> int:
         prompt = len(self.prompt_token_ids)

@@ -136,6 +136,7 @@ class AsyncLLM:
         *,
         fit: bool = False,
         priority: int = 0,
+        prompt_only: bool = False,
     ) -> list[RequestStream]:
         """Open every prompt with each of `params`, prompt by prompt.
 
@@ -149,6 +150,7 @@ class AsyncLLM:
             request_id: Id of the only request. Several append their number to it.
             fit: Cut max_tokens to the room behind each prompt, for callers that left max_tokens out.
             priority: Class of all.
+            prompt_only: Whether the callers drop the output, of one token each, and a prompt may take the whole context.
         """
         arrival = self.engine.clock()
         deadline = deadline or Deadline(None)
@@ -163,7 +165,7 @@ class AsyncLLM:
             try:
                 for stream, param in zip(streams, wanted):
                     own_id, token_ids = stream.request_id, stream.prompt_token_ids
-                    stream.request = engine.submit(token_ids, param, lora, own_id, arrival, priority)
+                    stream.request = engine.submit(token_ids, param, lora, own_id, arrival, priority, prompt_only)
                     stream.request.trace_context = trace
                     taken.append(stream.request_id)
             except BaseException:

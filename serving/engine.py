@@ -249,6 +249,7 @@ class LLMEngine:
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> Request:
+        prompt_only: bool = False,
         """Take a request in; `loop.step()` advances it.
 
         Args:
@@ -259,6 +260,7 @@ class LLMEngine:
             arrival_time: Seconds of the engine's clock; None is now.
             priority: Class of the request, a signed 64-bit integer. Lower ones start first.
 
+            prompt_only: See `Request`; with max_tokens of 1.
         Raises:
             ValueError: The request can never run; says why.
             KeyError: No adapter of that name is registered.
@@ -288,6 +290,7 @@ class LLMEngine:
             is_mix=isinstance(lora, LoRAMix),
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
+            prompt_only=prompt_only,
         self.loop.submit(request)
         return request
 

@@ -27,7 +27,7 @@ class PageNeeds:
         output = request.params.max_tokens
         if not self._reserve_max_tokens:
             output = min(output, max(request.predicted_output_len, len(request.output_token_ids) + 1))
-        return -(-(len(request.prompt_token_ids) + output) // self._page_tokens)
+        return -(-min(len(request.prompt_token_ids) + output, request.max_total_tokens) // self._page_tokens)
 
     def adapter(self, request: Request) -> int:
         """Pages of the request's adapter; 0 without one."""

@@ -41,7 +41,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
         lora = await service.adapter_of(body.model, body.mixed_loras(), deadline)
         fit = body.max_tokens is None
-        streams = await service.llm.open_all(inputs, params, lora, head.id, deadline, fit=fit, priority=body.priority)
+        streams = await service.llm.open_all(
+            inputs, params, lora, head.id, deadline, fit=fit, priority=body.priority, prompt_only=body.prompt_only
+        )
     beginnings = [_beginning(service.llm.tokenizer, body, prompt) for prompt in prompts]
     choices = [TextChoice(i, body, stream, *beginnings[i // len(params)]) for i, stream in enumerate(streams)]
     prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams[:: len(params)])

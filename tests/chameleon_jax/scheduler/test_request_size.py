@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chameleon_jax.memory.adapter_cache import AdapterCache
+from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler.request_size import RequestSizer
+from chameleon_jax.scheduler.request_size import PageNeeds, RequestSizer
 from tests.properties import examples
 
 
@@ -14,6 +16,13 @@ def request(prompt: int, predicted: int) -> Request:
     made = Request("r", [1] * prompt, SamplingParams(max_tokens=10_000), arrival_time=0.0, seed=0)
     made.predicted_output_len = predicted
     return made
+
+
+def test_a_prompt_whose_output_is_dropped_takes_no_page_for_it():
+    needs, made = PageNeeds(AdapterCache(PagePool(9), "lru", lambda _: None), page_tokens=16), request(32, 1)
+    assert needs.kv(made) == 3
+    made.prompt_only = True
+    assert needs.kv(made) == 2
 
 
 def test_weighted_sizes_by_hand():

@@ -163,6 +163,21 @@ def test_a_prompt_alone_is_echoed_with_its_log_probabilities(client):
 
 
 def test_prompt_logprobs_in_vllms_form(client, shared_llm):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_alone_may_take_the_whole_context(client, shared_llm, stream):
+    prompt = [40 + i % 60 for i in range(shared_llm.max_model_len)]
+    asked = dict(model="a1", max_tokens=0, echo=True, logprobs=0, temperature=0)
+    answer = client.completions.create(prompt=prompt, stream=stream, **asked)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    values = [value for choice in choices for value in choice.logprobs.token_logprobs]
+    shorter = client.completions.create(prompt=prompt[:-1], **asked).choices[0].logprobs.token_logprobs
+    assert len(values) == 128 and values[:-1] == [None, *map(pytest.approx, shorter[1:])]
+    assert choices[-1].finish_reason == "length"
+    for wrong in (dict(prompt=[*prompt, 40]), dict(prompt=prompt, max_tokens=1)):
+        with pytest.raises(openai.BadRequestError, match="allowed: 128"):
+            client.completions.create(**(asked | wrong))
+
+
     expected = offline_output(shared_llm, PROMPT, 1, prompt_logprobs=1)
     body = {"prompt_logprobs": 1}
     [choice] = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=1, extra_body=body).choices
