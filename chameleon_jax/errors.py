@@ -41,6 +41,18 @@ class DuplicateRequest(ValueError):
     """A request with the same id is running."""
 
 
+class InvalidValue(ValueError):
+    """A setting or a field of a request has a value that is not allowed.
+
+    Attributes:
+        field: Its name.
+    """
+
+    def __init__(self, field: str, text: str):
+        super().__init__(text)
+        self.field = field
+
+
 class InvalidGrammar(ValueError):
     """The structured output that a request asks for is wrong or not supported.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from chameleon_jax import output_processor
 from chameleon_jax.config import EngineConfig
-from chameleon_jax.errors import DuplicateRequest, QueueFull
+from chameleon_jax.errors import DuplicateRequest, InvalidValue, QueueFull
 from chameleon_jax.executor import Executor, LoadResult
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
@@ -126,12 +126,11 @@ class ServingLoop:
         if request.request_id in self._requests:
             raise DuplicateRequest(f"request_id is {request.request_id!r}; a request of that id is running")
         if not request.prompt_token_ids:
-            raise ValueError("prompt is empty; allowed: at least one token")
+            raise InvalidValue("prompt", "prompt is empty; allowed: at least one token")
         if request.max_total_tokens > self.max_model_len:
-            raise ValueError(
-                f"prompt and max_tokens are {len(request.prompt_token_ids)} + {request.params.max_tokens} tokens; "
-                f"allowed: {self.max_model_len} together (max_model_len)"
-            )
+            prompt, output, most = len(request.prompt_token_ids), request.params.max_tokens, self.max_model_len
+            text = f"prompt and max_tokens are {prompt} + {output} tokens; allowed: {most} together (max_model_len)"
+            raise InvalidValue("max_tokens" if prompt < most else "prompt", text)
         pages = self._most_pages(request)
         if pages > self.pool.capacity - self.cache.pinned_pages(request.adapter):
             raise ValueError(

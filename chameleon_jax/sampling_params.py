@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chameleon_jax.checks import require, require_field
-from chameleon_jax.errors import InvalidGrammar
+from chameleon_jax.errors import InvalidGrammar, InvalidValue
 
 MAX_STOP_IDS = 8
 """Most stop ids of a request."""
@@ -206,7 +206,8 @@ class SamplingParams:
                 ids = all(isinstance(token, numbers.Integral) for token in self.allowed_token_ids)
                 require_field(self, "allowed_token_ids", ids and len(self.allowed_token_ids) > 0, "token ids, at least one")
             if self.structured_outputs is not None:  # the two may leave no token
-                raise ValueError("allowed_token_ids is set; allowed: not together with structured_outputs")
+                text = "allowed_token_ids is set; allowed: not together with structured_outputs"
+                raise InvalidValue("allowed_token_ids", text)
 
     @property
     def penalises(self) -> bool:

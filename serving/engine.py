@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chameleon_jax.config import EngineConfig
+from chameleon_jax.errors import InvalidValue
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
@@ -248,8 +249,8 @@ class LLMEngine:
         request_id: str | None = None,
         arrival_time: float | None = None,
         priority: int = 0,
-    ) -> Request:
         prompt_only: bool = False,
+    ) -> Request:
         """Take a request in; `loop.step()` advances it.
 
         Args:
@@ -259,15 +260,16 @@ class LLMEngine:
             request_id: An id that no unfinished request has; None makes one.
             arrival_time: Seconds of the engine's clock; None is now.
             priority: Class of the request, a signed 64-bit integer. Lower ones start first.
-
             prompt_only: See `Request`; with max_tokens of 1.
+
         Raises:
             ValueError: The request can never run; says why.
             KeyError: No adapter of that name is registered.
             QueueFull: max_queue_len requests wait already.
         """
         if len(prompt_token_ids) > self.max_model_len:  # before a look at each of them
-            raise ValueError(f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)")
+            text = f"prompt has {len(prompt_token_ids)} tokens; allowed: {self.max_model_len} (max_model_len)"
+            raise InvalidValue("prompt", text)
         self.vocabulary.check("prompt", prompt_token_ids)
         self.vocabulary.check_params(params)
         priority = check_priority(priority)
@@ -288,9 +290,9 @@ class LLMEngine:
             guide=guide,
             allowed=allowed,
             is_mix=isinstance(lora, LoRAMix),
+            prompt_only=prompt_only,
             stream=None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, prompt_token_ids),
         )
-            prompt_only=prompt_only,
         self.loop.submit(request)
         return request
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
-from chameleon_jax.errors import InvalidGrammar
+from chameleon_jax.errors import InvalidGrammar, InvalidValue
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.sampling import mask_of
 from chameleon_jax.sampling_params import MAX_STOP_IDS, SamplingParams
@@ -44,7 +44,7 @@ class ModelVocabulary:
         """
         for t in token_ids:
             if not isinstance(t, int | np.integer) or not 0 <= t < self.size:
-                raise ValueError(f"{field}: token id {t!r} is out of range; allowed: 0 to {self.size - 1}")
+                raise InvalidValue(field, f"{field}: token id {t!r} is out of range; allowed: 0 to {self.size - 1}")
 
     def check_params(self, params: SamplingParams) -> None:
         """Check the token ids of sampling parameters, except those that `mask` checks. Raises ValueError."""
@@ -69,7 +69,8 @@ class ModelVocabulary:
         """Ids that end a request: its own, and the model's unless it ignores them. Raises ValueError for too many."""
         stop_ids = frozenset((*(() if params.ignore_eos else self._eos), *params.stop_token_ids))
         if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together")
+            text = f"stop_token_ids and the model's own are {len(stop_ids)} ids; allowed: {MAX_STOP_IDS} together"
+            raise InvalidValue("stop_token_ids", text)
         return stop_ids
 
     @property

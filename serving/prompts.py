@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
+from chameleon_jax.errors import InvalidValue
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or `{"prompt_token_ids": [...]}`."""
@@ -30,7 +31,8 @@ def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: b
     try:
         return tokenizer.encode(prompt, add_special_tokens)
     except TypeError as error:  # from tokenizers, for text that cannot be UTF-8
-        raise ValueError("prompt has a lone surrogate; allowed: text that can be encoded as UTF-8") from error
+        text = "prompt has a lone surrogate; allowed: text that can be encoded as UTF-8"
+        raise InvalidValue("prompt", text) from error
 
 
 class PromptReader:
@@ -51,7 +53,8 @@ class PromptReader:
         if not isinstance(prompt, str) or len(prompt) < LONG_PROMPT:
             return list(job())
         if self._tokenizer is not None and len(prompt) > (most := self._max_len * self._tokenizer.longest_token):
-            raise ValueError(f"prompt has {len(prompt)} characters; allowed: {most}, as max_model_len is {self._max_len}")
+            text = f"prompt has {len(prompt)} characters; allowed: {most}, as max_model_len is {self._max_len}"
+            raise InvalidValue("prompt", text)
         return list(await asyncio.get_running_loop().run_in_executor(self._thread, job))
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, formatted by the model's chat template."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
-    with translate_errors(), body.name_language():
+    with translate_errors(body.own_names()), body.name_language():
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         defaults = {"max_tokens": service.llm.max_model_len, **service.sampling_defaults}

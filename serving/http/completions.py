@@ -31,7 +31,7 @@ KIND = Kind("cmpl", "text_completion", "text_completion")
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Complete a text, token ids, or several of either."""
     service, head = service_of(request), Head.of(request, body.model, KIND)
-    with translate_errors(), body.name_language():
+    with translate_errors(body.own_names()), body.name_language():
         most = service.config.max_choices
         params = body.sampling_params(body.max_tokens, body.logprobs, most, service.sampling_defaults)
         deadline = service.deadline(timeout_of(request))

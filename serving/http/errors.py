@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from chameleon_jax.errors import ServingError
+from chameleon_jax.errors import InvalidValue, ServingError
 from chameleon_jax.serving.service.statuses import REPORTED_ERRORS, RETRY_AFTER_S, message_of, status_of
 
 MAX_MESSAGE_LEN = 1000
@@ -49,21 +49,26 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message[:MAX_MESSAGE_LEN], "type": kind, "param": param, "code": code}}
 
 
-def api_error(error: Exception) -> ApiError:
-    """Answer for an error of one of `REPORTED_ERRORS`."""
+def api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
+    """Answer for an error of one of `REPORTED_ERRORS`. Args: names: see `translate_errors`."""
     if isinstance(error, KeyError):
         return ApiError(404, message_of(error), param="model", code="model_not_found")
     code = type(error).__name__ if isinstance(error, ServingError) else None
-    return ApiError(status_of(error).http, message_of(error), code=code)
+    param = (names or {}).get(error.field) if isinstance(error, InvalidValue) else None
+    return ApiError(status_of(error).http, message_of(error), param, code)
 
 
 @contextlib.contextmanager
-def translate_errors() -> Iterator[None]:
-    """Raise errors of the service as `ApiError`."""
+def translate_errors(names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Raise errors of the service as `ApiError`.
+
+    Args:
+        names: Names that the request has for the engine's fields.
+    """
     try:
         yield
     except REPORTED_ERRORS as error:
-        raise api_error(error) from error
+        raise api_error(error, names) from error
 
 
 def error_response(status: int, body: dict[str, Any]) -> Response:

@@ -133,6 +133,10 @@ class Sampling(Structured):
         """Whether the answer is the prompt alone."""
         return False
 
+    def own_names(self) -> dict[str, str]:
+        """Names that the request has for the engine's fields."""
+        return {name: name for name in type(self).model_fields} | {"loras": "lora", "weights": "lora"}
+
     def mixed_loras(self) -> list[tuple[str, float]]:
         """Names and weights of `lora`; empty without."""
         return [(lora.name, lora.weight) for lora in self.lora or ()]
@@ -273,6 +277,10 @@ class ChatRequest(TemplateFields, Sampling):
             raise ApiError(400, f"tool_choice is {self.tool_choice!r:.200}; allowed: only together with tools", "tool_choice")
         if isinstance(self.tool_choice, dict) and (name := self.tool_choice["function"]["name"]) not in names:
             raise ApiError(400, f"tool_choice is {name!r:.200}; allowed: a tool of tools: {', '.join(names)}", "tool_choice")
+
+    def own_names(self) -> dict[str, str]:
+        most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return super().own_names() | {"prompt": "messages", "max_tokens": most}
 
     def template_variables(self) -> dict[str, Any]:
         variables = super().template_variables()

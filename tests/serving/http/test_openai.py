@@ -9,6 +9,7 @@ import pytest
 
 from chameleon_jax.checkpoints.detokenizer import shown
 from tests.serving.http.offline import PROMPT, offline, offline_output
+from tests.serving.http.plain import error_of
 
 
 def test_models(client):
@@ -162,7 +163,6 @@ def test_a_prompt_alone_is_echoed_with_its_log_probabilities(client):
         client.completions.create(model="gqa", prompt=PROMPT, max_tokens=0)
 
 
-def test_prompt_logprobs_in_vllms_form(client, shared_llm):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_alone_may_take_the_whole_context(client, shared_llm, stream):
     prompt = [40 + i % 60 for i in range(shared_llm.max_model_len)]
@@ -178,6 +178,7 @@ def test_a_prompt_alone_may_take_the_whole_context(client, shared_llm, stream):
             client.completions.create(**(asked | wrong))
 
 
+def test_prompt_logprobs_in_vllms_form(client, shared_llm):
     expected = offline_output(shared_llm, PROMPT, 1, prompt_logprobs=1)
     body = {"prompt_logprobs": 1}
     [choice] = client.completions.create(model="gqa", prompt=PROMPT, max_tokens=1, extra_body=body).choices
@@ -235,6 +236,44 @@ def test_unsupported_and_invalid_fields_are_named(client, field, value):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="gqa", messages=[{"role": "user", "content": "hi"}], extra_body={field: value})
     assert field in str(error.value) and error.value.type == "invalid_request_error"
+    assert error.value.param is not None and error.value.param.split(".")[0] == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"stop_token_ids": [256]}, "stop_token_ids"),
+        ({"prompt": [256]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 10_000}, "prompt"),
+        ({"prompt": [1] * 129}, "prompt"),
+        ({"prompt": [1] * 128, "max_tokens": 1}, "prompt"),
+        ({"prompt": [1] * 127, "max_tokens": 2}, "max_tokens"),
+        ({"lora": [{"name": "a0"}, {"name": "a0"}]}, "lora"),
+    ],
+)
+def test_values_out_of_range_are_named_as_param(http, fields, param):
+    response = http.post("/v1/completions", json={"prompt": PROMPT} | fields)
+    assert response.status_code == 400 and error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 500}, "max_completion_tokens"),
+        ({"max_tokens": 500}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 128}]}, "messages"),
+    ],
+)
+def test_params_of_a_chat_have_the_names_of_its_fields(http, fields, param):
+    response = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]} | fields)
+    assert response.status_code == 400 and error_of(response)["param"] == param
 
 
 @pytest.mark.parametrize(
