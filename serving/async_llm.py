@@ -15,8 +15,9 @@ from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams, StructuredOutputsParams
 from chameleon_jax.serving.adapter_reader import AdapterReader
 from chameleon_jax.serving.deadline import Deadline
-from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
+from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.engine_thread import EngineThread
+from chameleon_jax.serving.open_engine import compile_progress, open_engine
 from chameleon_jax.serving.open_streams import OpenStreams
 from chameleon_jax.serving.prompts import Prompt, PromptReader
 from chameleon_jax.serving.request_stream import RequestStream
@@ -322,13 +323,13 @@ class AsyncLLM:
             Whether the engine's thread has ended. One that hangs in a step is left behind, with its engine.
         """
         self._thread.die(EngineDead("the engine is closed"))
+        self._watchdog.close()
         ended = self._thread.close()
         if ended and self._owns_engine:
             self.engine.close()
         elif ended:
             for request in self.engine.loop.unfinished:
                 self.engine.loop.abort(request.request_id)
-        self._watchdog.close()
         self.reader.close()
         self.prompts.close()
         return ended

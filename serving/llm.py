@@ -15,7 +15,8 @@ from chameleon_jax.output_processor import OutputSnapshot
 from chameleon_jax.outputs import RequestOutput
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import LLMEngine, compile_progress, open_engine
+from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.serving.open_engine import compile_progress, open_engine
 from chameleon_jax.serving.prompt_progress import PromptProgress, UseTqdm
 from chameleon_jax.serving.prompts import Prompt, tokens_of
 from chameleon_jax.serving.updates import logprobs_of, make_output, prompt_logprobs_of
