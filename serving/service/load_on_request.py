@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -88,7 +89,7 @@ class LoadOnRequest:
             raise ValueError(f"model {name!r} cannot be served: {error}") from error
 
     def _is_missing(self, name: str) -> bool:
-        if self._clock() - self._missing.get(name, -MISSING_S) < MISSING_S:
+        if self._clock() - self._missing.get(name, -math.inf) < MISSING_S:
             return True
         self._missing.pop(name, None)
         return False
