@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,12 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.ve
 
 load_profiles()
 shape_checks.switch_on()
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the modules and the collected tests, which live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
