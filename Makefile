@@ -49,7 +49,7 @@ paper: $(VENV)/installed-bench ## the paper's figures, simulated with two seeds;
 	$(BIN)/python -m benchmarks paper --quick --out .cache/paper $(FIGURES)
 
 h100: $(VENV)/h100-plugin ## compile the GPU programs for an H100, on a machine without one; JAX=0.11.2 for the GPU machine's jax
-	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/h100 --override-ini addopts="-q --import-mode=importlib"
+	PYTHONPATH=$(VENV)/h100-plugin $(BIN)/python -m pytest --numprocesses $(WORKERS) $(or $(TESTS),tests/h100) --override-ini addopts="-q --import-mode=importlib"
 
 device-plan: $(VENV)/installed ## the three calls of the GPU benchmark with a tiny model, with only the packages that the GPU machine has
 	mkdir -p .cache/device-plan

@@ -36,9 +36,10 @@ class Engines:
         """Lend an engine with no adapters, no requests, an empty pool and nothing learnt."""
         wanted = SETTINGS | settings
         fixed = {field: wanted[field] for field in (*COMPILED, "enable_lora") if field in wanted}
+        if wanted["compile_ahead"]:
+            fixed["max_num_seqs"] = wanted["max_num_seqs"]  # each size has programs of its own
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
-        sizes = {} if wanted["compile_ahead"] else SIZES
-        engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | sizes | fixed))
+        engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | SIZES | fixed))
         try:
             engine.restart()  # first with the executor that it was built with: an earlier test may have replaced it
             for name in engine.list_loras():

@@ -100,7 +100,7 @@ def test_array_that_claims_to_be_longer_than_the_file(tmp_path):
     content = bytearray(path.read_bytes())
     place = content.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
     content[place : place + 8] = (1 << 60).to_bytes(8, "little")
-    path.write_bytes(content)
+    path.write_bytes(content[: place + 4096])  # the library reads up to the end, value by value
     with pytest.raises(ValueError, match=r"behind the field tokenizer.ggml.tokens: the file ends too early"):
         GgufFile(path)
 

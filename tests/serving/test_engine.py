@@ -34,7 +34,7 @@ def engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
 @pytest.fixture
 def compiled_engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
     """An engine as a user starts it: every program is compiled."""
-    with engines.borrow(text_model, compile_ahead=True) as engine:
+    with engines.borrow(text_model, compile_ahead=True, max_num_seqs=4) as engine:
         yield engine
 
 

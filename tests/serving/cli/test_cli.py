@@ -179,7 +179,7 @@ def test_a_model_is_not_converted_over_itself(model):
 
 def test_bench_reports_json(model, tmp_path):
     adapter = reference.save_adapter(tmp_path / "a", reference.CONFIGS["tied"], 4)
-    options = ["--prompt-len", 20, "--output-len", 3, "--num-requests", 3, "--max-num-seqs", 2, "--json"]
+    options = ["--prompt-len", 20, "--output-len", 3, "--num-requests", 3, "--max-num-seqs", 1, "--json"]
     options += ["--max-num-batched-tokens", 32]
     result = run("bench", "throughput", model, "--lora-modules", f"a={adapter}", *options)
     assert result.exit_code == 0, result.output
