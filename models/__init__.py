@@ -4,7 +4,7 @@ Signatures carry shapes. `Float[Array, "rows hidden"]` is an array of floats wit
 for one size, in arguments and results alike, and `*batch` stands for any number of leading dimensions. The names of
 jaxtyping are imported for type checkers alone, so that a server needs no such package: annotations are never evaluated. The
 tests evaluate and check them at run time (`tests/conftest.py`). Shapes that several signatures share have names in
-`models/shapes.py`. The dimensions:
+`models/ops/shapes.py`. The dimensions:
 
     rows, columns                 sequences of a batch that get one token each, and their packed sampling parameters
     prompts, length, classes      prompts of the length proxy, tokens that it reads of each, and classes of output length

@@ -29,7 +29,6 @@ from chameleon_jax.scheduler.length_predictor import CLASS_CUTS
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-    from chameleon_jax.models.shapes import RowInts
 
 ROW_BUCKETS = (1, 8)
 """Rows that a batch is padded to; more prompts are several batches. On CPU 32 rows at once take twice as long as 4 times 8."""
@@ -145,7 +144,7 @@ class LengthClassifier(nnx.Module):
         self.mix = nnx.Linear(d + 1, d, rngs=rngs)
         self.head = nnx.Linear(d, config.num_classes, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "rows length"], prompt_lens: RowInts) -> Float[Array, "rows classes"]:
+    def __call__(self, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]) -> Float[Array, "rows classes"]:
         """Compute the classes' logits from hashed tokens and from the lengths of the whole prompts, both int32."""
         places = jnp.arange(tokens.shape[1])
         valid = places < jnp.maximum(prompt_lens, 1)[:, None]  # a row that pads the batch reads one token
@@ -160,7 +159,9 @@ class LengthClassifier(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _classify(graph: Any, params: Any, tokens: Int[Array, "rows length"], prompt_lens: RowInts) -> RowInts:
+def _classify(
+    graph: Any, params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
     model: LengthClassifier = nnx.merge(graph, params)
     return jnp.argmax(model(tokens, prompt_lens), -1)
 
@@ -254,7 +255,7 @@ def train(
     state = jax.jit(optimizer.init)(params)
 
     def loss(
-        params: Any, tokens: Int[Array, "rows length"], prompt_lens: RowInts, labels: RowInts, key: Any
+        params: Any, tokens: Int[Array, "rows length"], prompt_lens: Int[Array, " rows"], labels: Int[Array, " rows"], key: Any
     ) -> Float[Array, ""]:
         hidden = jax.random.bernoulli(key, config.token_dropout, tokens.shape)
         logits = nnx.merge(graph, params)(jnp.where(hidden, config.vocab_buckets, tokens), prompt_lens)

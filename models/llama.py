@@ -26,7 +26,7 @@ from chameleon_jax.models.ops.linear import linear
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from chameleon_jax.models.shapes import Hidden
+    from chameleon_jax.models.ops.shapes import Hidden
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("float16", "bfloat16", "float32", "float64")

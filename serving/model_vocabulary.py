@@ -12,7 +12,7 @@ import numpy as np
 from chameleon_jax.checkpoints.tokenizer import Tokenizer
 from chameleon_jax.errors import InvalidGrammar, InvalidValue
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.sampling import mask_of
+from chameleon_jax.models.ops.sampling import mask_of
 from chameleon_jax.sampling_params import MAX_STOP_IDS, SamplingParams
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 NAMES = ("Array", "Bool", "Float", "Int", "Shaped")
-"""Names of jaxtyping in signatures. The modules import them for type checkers alone, and so the names of `models.shapes`."""
-DEVICE_MODULES = ("ops", "llama", "sampling", "length_proxy", "adapters.transfers", "runtime.steps", "runtime.step_inputs")
+"""Names of jaxtyping in signatures. The modules import them, and those of `models.ops.shapes`, for type checkers alone."""
+DEVICE_MODULES = ("ops", "llama", "length_proxy", "adapters.transfers", "runtime.steps", "runtime.step_inputs")
 """Modules of `chameleon_jax.models` that are checked. Others call small functions so often that wrapping them would be slow."""
 INSTALLED = all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype"))
 """False on the GPU machine, which has neither package and checks no shapes."""
@@ -23,7 +23,7 @@ def switch_on() -> None:
     import beartype  # noqa: F401 (before the builtins grow: it takes the classes that it finds there for Python's own)
     import jaxtyping
 
-    from chameleon_jax.models import shapes
+    from chameleon_jax.models.ops import shapes
 
     shared = {name: value for name, value in vars(shapes).items() if name[0].isupper()}
     for name, value in {**shared, **{name: getattr(jaxtyping, name) for name in NAMES}}.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from chameleon_jax.models.ops import pallas_triton as pt
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import Block, PageIds, Pools
+    from chameleon_jax.models.ops.shapes import Block, PageIds, Pools
 
 CHUNK = 1024
 """Elements of a page that one program copies, in every layer: 16 bytes a thread in bfloat16."""

@@ -12,11 +12,11 @@ import numpy as np
 from chameleon_jax.executor import LoadResult, SampledToken
 from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.adapters.transfers import PinnedBlock
+from chameleon_jax.models.ops.sampling import Sampled
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
 from chameleon_jax.models.runtime.step_inputs import Adjustment, PackedStep, SamplingRow, SequenceChunk
-from chameleon_jax.models.sampling import Sampled
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan

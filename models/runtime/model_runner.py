@@ -19,6 +19,7 @@ from flax import nnx
 from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, mask_words
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.programs import COUNT_TOKENS, Programs, Progress
 from chameleon_jax.models.runtime.step_inputs import (
@@ -32,7 +33,6 @@ from chameleon_jax.models.runtime.step_inputs import (
     pack_step,
 )
 from chameleon_jax.models.runtime.steps import StepBuckets
-from chameleon_jax.models.sampling import Sampled, SamplingMode, mask_words
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from chameleon_jax.models.ops.batched_lora.plan import fill_plan
-from chameleon_jax.models.page_layout import PlacedAdapter
-from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
-from chameleon_jax.models.sampling import (
+from chameleon_jax.models.ops.sampling import (
     ADJUSTMENT_COLUMNS,
     LEAST_TEMPERATURE,
     SAMPLING_COLUMNS,
     SamplingMode,
 )
+from chameleon_jax.models.page_layout import PlacedAdapter
+from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
 from chameleon_jax.sampling_params import MAX_LOGIT_BIAS
 
 if TYPE_CHECKING:

@@ -23,15 +23,15 @@ from chameleon_jax.models.ops import INSIDE
 from chameleon_jax.models.ops.batched_lora import batched_lora
 from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, plan_shapes, resolve, window_tiles
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
+from chameleon_jax.models.ops.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample, sample_adjusted, score
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample, sample_adjusted, score
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from chameleon_jax.models.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens, TokenCounts
+    from chameleon_jax.models.ops.shapes import Block, Inputs, KeyValues, Outputs, PageIds, Pool, Pools, SlotTokens, TokenCounts
 
 DECODE_TILE = 1
 """Tokens of a tile in decode."""

@@ -14,8 +14,8 @@ from benchmarks.kernels.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compil
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS
+from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, mask_words
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, mask_words
 
 MIB = 1 << 20
 model = functools.cache(Model.of)

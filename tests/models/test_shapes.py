@@ -18,7 +18,7 @@ from tests import shape_checks
 MODELS = Path(__file__).parents[2] / "models"
 SHARED = {
     target.id
-    for node in ast.parse((MODELS / "shapes.py").read_text()).body
+    for node in ast.parse((MODELS / "ops" / "shapes.py").read_text()).body
     if isinstance(node, ast.Assign)
     for target in node.targets
     if isinstance(target, ast.Name)

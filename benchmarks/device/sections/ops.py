@@ -28,8 +28,8 @@ from chameleon_jax.models.ops.batched_lora import batched_lora
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
+from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows, pack_step
-from chameleon_jax.models.sampling import SamplingMode
 
 RESULT_BYTES = 1 << 30
 Programs = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]

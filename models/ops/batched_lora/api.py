@@ -12,7 +12,7 @@ from chameleon_jax.models.ops.batched_lora import blocked, reference, triton
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import Inputs, Outputs, Pool
+    from chameleon_jax.models.ops.shapes import Inputs, Outputs, Pool
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.batched_lora,

@@ -14,7 +14,7 @@ from jax import lax
 from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, gather_rows
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import Inputs, Outputs, Pool
+    from chameleon_jax.models.ops.shapes import Inputs, Outputs, Pool
 
 
 def batched_lora(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names: tuple[str, ...]) -> Outputs:

@@ -27,7 +27,7 @@ from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapt
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped
 
-    from chameleon_jax.models.shapes import Pool
+    from chameleon_jax.models.ops.shapes import Pool
 
 BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has the cost of other sizes)."""

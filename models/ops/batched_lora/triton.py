@@ -25,7 +25,7 @@ from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, TOK
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
-    from chameleon_jax.models.shapes import Inputs, Outputs, Pool, Products
+    from chameleon_jax.models.ops.shapes import Inputs, Outputs, Pool, Products
 
 SHRINK_PROGRAMS = 132
 """Programs, for each part of d_in, that take turns at the blocks: one for each multiprocessor of an H100. Batches of

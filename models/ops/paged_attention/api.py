@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from chameleon_jax.models.ops.paged_attention import blocked, reference, triton
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import KeyValues, Pool, Queries, Tables, Tiles, Tokens
+    from chameleon_jax.models.ops.shapes import KeyValues, Pool, Queries, Tables, Tiles, Tokens
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.paged_attention,

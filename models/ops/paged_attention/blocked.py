@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
+    from chameleon_jax.models.ops.shapes import Pool, Queries, Tables, Tiles
 
 BLOCK_TOKENS = 64
 """Tokens of a sequence handled in one iteration."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
+    from chameleon_jax.models.ops.shapes import Pool, Queries, Tables, Tiles
 
 
 def paged_attention(

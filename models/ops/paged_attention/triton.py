@@ -31,7 +31,7 @@ from chameleon_jax.models.ops import pallas_triton as pt
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
-    from chameleon_jax.models.shapes import Pool, Queries, Tables, Tiles
+    from chameleon_jax.models.ops.shapes import Pool, Queries, Tables, Tiles
 
 BLOCK_BYTES = 128
 """Bytes of one lane of a head in a block of keys: 64 keys of 2 bytes. Float32 is multiplied without tensor cores, and larger

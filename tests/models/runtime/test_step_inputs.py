@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
+from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
 from chameleon_jax.models.runtime.steps import FROM_SLOT, Program, StepBuckets
-from chameleon_jax.models.sampling import SamplingMode
 
 LAYOUT = PageLayout.for_model(PRESETS["tiny"])
 BUCKETS = StepBuckets(

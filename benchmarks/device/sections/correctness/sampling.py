@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.device.report import Case, Row
 from benchmarks.device.scale import Scale, on_gpu
-from chameleon_jax.models.sampling import SAMPLING_COLUMNS, SamplingMode, sample
+from chameleon_jax.models.ops.sampling import SAMPLING_COLUMNS, SamplingMode, sample
 
 
 def cases(scale: Scale) -> list[Case]:

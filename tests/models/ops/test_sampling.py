@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chameleon_jax.models.ops.sampling import SamplingMode, sample
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows
-from chameleon_jax.models.sampling import SamplingMode, sample
 
 VOCAB = 64
 compiled = jax.jit(sample, static_argnums=(2, 3))

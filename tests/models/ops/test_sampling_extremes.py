@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, sample
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows
-from chameleon_jax.models.sampling import Sampled, SamplingMode, sample
 
 INF, NAN, HUGE = float("inf"), float("nan"), 3e38
 TINY = float(np.finfo(np.float32).tiny)

@@ -27,7 +27,7 @@ from chameleon_jax.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt16
 
-    from chameleon_jax.models.shapes import Logits, RowFloats, RowInts, TokenCounts
+    from chameleon_jax.models.ops.shapes import Logits, RowFloats, RowInts, TokenCounts
 
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Smallest temperature that is not greedy: float32 cannot divide by a smaller one."""

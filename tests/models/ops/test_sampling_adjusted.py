@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, pack_adjustments, pack_counts, pack_sampling_rows
-from chameleon_jax.models.sampling import (
+from chameleon_jax.models.ops.sampling import (
     OUTPUT_COUNT,
     Sampled,
     SamplingMode,
@@ -20,6 +19,7 @@ from chameleon_jax.models.sampling import (
     sample,
     sample_adjusted,
 )
+from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, pack_adjustments, pack_counts, pack_sampling_rows
 
 RNG = np.random.default_rng(0)
 SLOTS = 4
