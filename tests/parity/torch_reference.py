@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import transformers
 
+torch.set_num_threads(1)  # the models are small, and threads of several test processes would wait for one another
+
 
 def load(directory: Path) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
