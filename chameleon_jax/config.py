@@ -13,7 +13,7 @@ from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
 
-COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization", "compile_ahead")
+COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization", "compile_ahead", "enable_lora_extras")
 """Settings that a restart of the engine cannot change."""
 LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
 """Settings that a restart can lower: programs are compiled for their first values."""
@@ -42,6 +42,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory for weights, pool and scratch, in (0, 1] (default 0.9).
         page_tokens: least tokens of a page (default 16).
         enable_lora: False compiles no adapter programs and refuses adapters (default True).
+        enable_lora_extras: True serves adapters with more than LoRA on the layers' matrices: LoRA on embed_tokens and lm_head,
+            DoRA, and biases of LoRA. It compiles a further program for each size of a step (default False).
         compile_ahead: True (default) compiles every program before the first request. False compiles a program when a step
             first needs it: the engine starts in seconds, and all requests wait while a program compiles. No GPU has run
             this; without num_pages a GPU's largest programs are compiled at the start even so, to measure memory.
@@ -68,6 +70,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     page_tokens: int = 16
     enable_lora: bool = True
+    enable_lora_extras: bool = False
     compile_ahead: bool = True
     system: str | System = "chameleon-plus"
     ttft_slo: float = 5.0
@@ -154,6 +157,7 @@ class EngineSettings(TypedDict, total=False):
     gpu_memory_utilization: float
     page_tokens: int
     enable_lora: bool
+    enable_lora_extras: bool
     compile_ahead: bool
     system: str | System
     ttft_slo: float

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,15 @@ import safetensors.numpy
 
 from chameleon_jax.checkpoints import safetensors_file
 from chameleon_jax.checkpoints.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterError, PeftConfig, read_config
+from chameleon_jax.checkpoints.peft_names import AdaptedModule, modules_of, tensor_name
 from chameleon_jax.checkpoints.remote_adapter import local_directory
 from chameleon_jax.memory.adapters import MAX_RANK
-from chameleon_jax.models.adapters.weights import AdapterWeights
-from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS, LlamaConfig
+from chameleon_jax.models.adapters.weights import AdapterWeights, ReplacedRows, cut_vocabulary
+from chameleon_jax.models.config import TARGETS, LlamaConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
 """Bytes allowed beside the weights in their file, for safetensors' header with names and metadata."""
-
-_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(model\.layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight$"
-)
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.(.*)")
-_PARENT = {t: "self_attn" if t in ATTENTION_TARGETS else "mlp" for t in TARGETS}
-
-Pair = dict[str, Any]
-"""A and B of one matrix, keyed "A" and "B": arrays of NumPy or JAX."""
 
 
 def load(path: str | Path, config: LlamaConfig) -> AdapterWeights:
@@ -65,8 +56,31 @@ def assemble(settings: PeftConfig, tensors: Mapping[str, Any], config: LlamaConf
 
     Raises AdapterError where a tensor does not belong to a LoRA of the model, or the settings tell otherwise of it.
     """
-    _check_embeddings(tensors, config)
-    return AdapterWeights(_scale(settings, *_group_by_module(tensors)))
+    modules = modules_of(tensors)
+    _check_vocabulary(settings, modules, config)
+    low_rank = [module for module in modules if module.parts.keys() - {"whole", "tokens"}]
+    names = [module.name for module in low_rank]
+    ranks, targeted = settings.ranks(names), settings.targeted(names)
+    scales = settings.scales(ranks)
+    found = AdapterWeights({}, replaced=_replaced_rows(settings, modules, config))
+    for module in low_rank:
+        _check_targeted(settings, module, targeted)
+        with np.errstate(over="ignore"):
+            scale = np.float32(scales[module.name])
+        a, b = _matrices(module, ranks[module.name], scale)
+        _check_part(module, "magnitude", "use_dora", settings.use_dora)
+        if module.layer is None:
+            found.tensors.update(_cut(module, a, b, config))
+            continue
+        where = module.layer, module.target
+        found.tensors[where] = a, b
+        if settings.use_dora:
+            found.magnitudes[where] = _vector(module.parts["magnitude"])
+        _check_part(module, "bias", "lora_bias", settings.lora_bias)
+        if settings.lora_bias:
+            with np.errstate(over="ignore", invalid="ignore"):
+                found.shifts[where] = _vector(module.parts["bias"]) * scale
+    return found
 
 
 def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
@@ -82,76 +96,88 @@ def _read_tensors(directory: Path, config: LlamaConfig) -> dict[str, np.ndarray]
 
 
 def _max_file_bytes(config: LlamaConfig) -> int:
-    """Bytes of the largest adapter that fits, in float64."""
+    """Bytes of the largest adapter that fits, in float64, with the base model's embeddings in float32 beside it."""
     widths = sum(sum(config.target_shape(target)) for target in TARGETS)
-    return config.num_layers * widths * MAX_RANK * 8 + MAX_HEADER_BYTES
+    vocabulary = 2 * MAX_RANK * (config.vocab_size + config.hidden_size)
+    low_rank = (config.num_layers * widths * MAX_RANK + vocabulary) * 8
+    return low_rank + 2 * config.vocab_size * config.hidden_size * 4 + MAX_HEADER_BYTES
 
 
-def _check_embeddings(tensors: Mapping[str, Any], config: LlamaConfig) -> None:
-    """Refuse an adapter that has embeddings of its own or adapts them, as one for a resized vocabulary does."""
-    found = [(name, match[1], tensor.shape) for name, tensor in tensors.items() if (match := _EMBEDDING.search(name))]
-    if not found:
-        return
-    whole = [(name, shape) for name, part, shape in found if "lora_" not in part]
-    sizes = [s[1] for _, part, s in found if "lora_embedding_A" in part and len(s) == 2]
-    sizes += [s[0] for _, part, s in found if part in ("weight", "lora_B.weight", "base_layer.weight") and len(s) == 2]
-    vocab = f"for a vocabulary of {sizes[0]}; the base model has {config.vocab_size}" if sizes else "which are not served"
-    name, does = (whole[0][0], "has embeddings of its own") if whole else (found[0][0], "adapts embeddings")
-    hint = ""
-    if whole and sizes and sizes[0] == config.vocab_size:
-        hint = ", or save the adapter without them if they were not trained (peft's save_embedding_layers=False)"
-    raise AdapterError(
-        f"tensor {name}: the adapter {does}, {vocab}. Requests share the base model's embeddings: "
-        f"merge the adapter into its base model and serve that{hint}"
-    )
+def _check_vocabulary(settings: PeftConfig, modules: Sequence[AdaptedModule], config: LlamaConfig) -> None:
+    """Refuse an adapter for a resized vocabulary, whose tokens the base model's tokenizer does not have."""
+    for module in modules:
+        if module.layer is not None:
+            continue
+        if settings.ensure_weight_tying and module.parts.keys() - {"tokens"}:
+            raise AdapterError(f"ensure_weight_tying is True: {module.name} shares no adapter with another; allowed: false")
+        sides = {"whole": 0, "A" if module.target == "embed_tokens" else "B": int(module.target == "embed_tokens")}
+        for part, axis in sides.items():
+            tensor = module.parts.get(part)
+            if tensor is not None and tensor.ndim == 2 and tensor.shape[axis] != config.vocab_size:
+                raise AdapterError(
+                    f"{module.name} is for a vocabulary of {tensor.shape[axis]}; the base model has {config.vocab_size}. "
+                    "Requests share its tokenizer: merge the adapter into its base model and serve that"
+                )
 
 
-def _group_by_module(tensors: Mapping[str, Any]) -> tuple[dict[tuple[int, str], Pair], dict[tuple[int, str], str]]:
-    """Collect A and B, and the module's name, of each layer and target; refuse a tensor that is neither A nor B."""
-    pairs: dict[tuple[int, str], Pair] = {}
-    modules: dict[tuple[int, str], str] = {}
-    for name, tensor in tensors.items():
-        match = _KEY.match(name)
-        if match is None or match[3] not in TARGETS:
-            raise AdapterError(f"tensor {name} is not a LoRA matrix of a layer; allowed targets: {', '.join(TARGETS)}")
-        where = (int(match[2]), match[3])
-        if f".{_PARENT[match[3]]}." not in match[1] or match[4] in pairs.get(where, {}):
-            raise AdapterError(f"tensor {name} is in the wrong place, or there twice")
-        pairs.setdefault(where, {})[match[4]] = tensor
-        modules[where] = match[1]
-    return pairs, modules
+def _replaced_rows(settings: PeftConfig, modules: Sequence[AdaptedModule], config: LlamaConfig) -> dict[str, ReplacedRows]:
+    """Collect rows that stand in the place of the base model's: of whole matrices, and of trained tokens."""
+    found: dict[str, ReplacedRows] = {}
+    wanted = {"modules_to_save": settings.saved_modules, "trainable_token_indices": settings.trainable_tokens}
+    for (field, targets), part in zip(wanted.items(), ("whole", "tokens")):
+        for target in targets:
+            if not any(module.target == target and part in module.parts for module in modules):
+                raise AdapterError(f"{field} names {target}, and the adapter has no weights of it")
+    for module in modules:
+        parts, tokens = module.parts, settings.trainable_tokens.get(module.target)
+        if "whole" in parts and "tokens" in parts:
+            raise AdapterError(f"{module.name} has a whole matrix and rows of trained tokens; allowed: one of them")
+        if "whole" in parts:
+            found[module.target] = ReplacedRows(None, np.asarray(parts["whole"]))
+        if "tokens" in parts:
+            if tokens is None:
+                raise AdapterError(f"{module.name} has rows of trained tokens, and trainable_token_indices does not name them")
+            found[module.target] = ReplacedRows(tuple(tokens), np.asarray(parts["tokens"]))
+    if config.tie_word_embeddings and (rows := found.get("embed_tokens")) is not None and rows.tokens is not None:
+        found.setdefault("lm_head", rows)  # as peft does
+    return found
 
 
-def _scale(
-    settings: PeftConfig, pairs: Mapping[tuple[int, str], Pair], modules: Mapping[tuple[int, str], str]
-) -> dict[tuple[int, str], tuple[Any, Any]]:
-    """Convert the matrices to float32 with the config's scale in B; refuse matrices that do not fit the config."""
-    names = list(modules.values())
-    ranks, targeted = settings.ranks(names), settings.targeted(names)
-    scales = settings.scales(ranks)
-    weights: dict[tuple[int, str], tuple[Any, Any]] = {}
-    for where, pair in pairs.items():
-        module = modules[where]
-        if missing := {"A", "B"} - pair.keys():
-            raise AdapterError(f"{module} has no lora_{missing.pop()}")
-        layers = settings.layers_to_transform
-        if module not in targeted or (layers and where[0] not in layers):
-            fields = ("target_modules", "exclude_modules", "layers_to_transform")
-            given = ", ".join(f"{f} ({reprlib.repr(v)})" for f in fields if (v := getattr(settings, f)))
-            raise AdapterError(f"{module} has weights, but by {given} it is not adapted")
-        with np.errstate(over="ignore"):  # `AdapterWeights.check` finds values that are not finite
-            a, b = pair["A"].astype(np.float32), pair["B"].astype(np.float32)
-        rank = ranks[module]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            raise AdapterError(f"{module}: A is {list(a.shape)}, B {list(b.shape)}; the config says rank {rank}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            weights[where] = (a, b * np.float32(scales[module]))
-    return weights
+def _check_targeted(settings: PeftConfig, module: AdaptedModule, targeted: Collection[str]) -> None:
+    layers = settings.layers_to_transform
+    if module.name not in targeted or (layers and module.layer is not None and module.layer not in layers):
+        fields = ("target_modules", "exclude_modules", "layers_to_transform")
+        given = ", ".join(f"{f} ({reprlib.repr(v)})" for f in fields if (v := getattr(settings, f)))
+        raise AdapterError(f"{module.name} has weights, but by {given} it is not adapted")
 
 
-def tensor_name(layer: int, target: str, side: str) -> str:
-    """Name in PEFT's state dict of one matrix. Args: side: "A" or "B"."""
-    return f"base_model.model.model.layers.{layer}.{_PARENT[target]}.{target}.lora_{side}.weight"
+def _check_part(module: AdaptedModule, part: str, field: str, wanted: bool) -> None:
+    if (part in module.parts) != wanted:
+        raise AdapterError(f"{module.name} has {'no' if wanted else 'a'} {part}, but {field} is {wanted}")
+
+
+def _matrices(module: AdaptedModule, rank: int, scale: np.float32) -> tuple[Any, Any]:
+    """Convert A and B to float32, the scale folded into B; refuse matrices that do not fit the config."""
+    if missing := {"A", "B"} - module.parts.keys():
+        raise AdapterError(f"{module.name} has no lora_{missing.pop()}")
+    with np.errstate(over="ignore"):  # `AdapterWeights.check` finds values that are not finite
+        a, b = (module.parts[side].astype(np.float32) for side in "AB")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(f"{module.name}: A is {list(a.shape)}, B {list(b.shape)}; the config says rank {rank}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return a, b * scale
+
+
+def _cut(module: AdaptedModule, a: Any, b: Any, config: LlamaConfig) -> dict[tuple[int, str], tuple[Any, Any]]:
+    try:
+        return cut_vocabulary(module.target, a, b, config)
+    except ValueError as error:
+        raise AdapterError(f"{module.name} does not fit the base model: {error}") from error
+
+
+def _vector(tensor: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(tensor).astype(np.float32)
 
 
 def save(

@@ -13,6 +13,7 @@ from typing import Any
 
 from chameleon_jax.checkpoints import patterns
 from chameleon_jax.memory.adapters import MAX_RANK
+from chameleon_jax.models.config import VOCABULARY_TARGETS
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -27,12 +28,7 @@ class AdapterError(ValueError):
         super().__init__(text if len(text) <= MAX_ERROR_LEN else text[:MAX_ERROR_LEN] + "…")
 
 
-_MERGE = "merge the adapter into its base model and serve that"
 _REFUSED = {
-    "use_dora": "DoRA rescales the base weights, which requests share",
-    "lora_bias": "biases are not served",
-    "modules_to_save": f"it replaces whole modules, which requests share; {_MERGE}",
-    "trainable_token_indices": f"it replaces embeddings, which requests share; {_MERGE}",
     "fan_in_fan_out": "the base model's matrices are not transposed",
     "layer_replication": "it changes the base model's layers",
     "target_parameters": "only linear layers are adapted",
@@ -58,6 +54,13 @@ class PeftConfig:
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: Sequence[int] = ()
+    use_dora: bool = False
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+    saved_modules: Sequence[str] = ()
+    """Whole matrices of modules_to_save: "embed_tokens", "lm_head"."""
+    trainable_tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    """Trained tokens of "embed_tokens" and "lm_head"."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PeftConfig:
@@ -67,23 +70,35 @@ class PeftConfig:
         for field, why in _REFUSED.items():
             if data.get(field):
                 raise AdapterError(f"{field} is {reprlib.repr(data[field])}: {why}")
-        _require(data.get("bias") in (None, "none"), "bias", data.get("bias"), "'none'")
+        # the matrices of a Llama have no biases of their own, which all the others would train
+        _require(data.get("bias") in (None, "none", "all", "lora_only"), "bias", data.get("bias"), "'none', 'all', 'lora_only'")
+        saved = [name.rpartition(".")[2] for name in _modules(data, "modules_to_save") or []]
+        if not set(saved) <= set(VOCABULARY_TARGETS):
+            raise AdapterError(
+                f"modules_to_save is {reprlib.repr(data['modules_to_save'])}; allowed: {', '.join(VOCABULARY_TARGETS)}. Others "
+                "are shared by requests: merge the adapter into its base model and serve that"
+            )
+        if _flag(data, "use_dora") and _flag(data, "lora_bias"):
+            raise AdapterError("use_dora and lora_bias are True; allowed: one of them, as in peft")
         if str(initial := data.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
             raise AdapterError(
                 f"init_lora_weights is {reprlib.repr(initial)}: it changes the base weights, which requests share; "
                 "peft's save_pretrained(path_initial_model_for_weight_conversion=...) writes a plain LoRA"
             )
-        rslora = data.get("use_rslora")
-        _require(rslora is None or type(rslora) is bool, "use_rslora", rslora, "true or false")
         return cls(
             r=_rank("r", data.get("r")),
             lora_alpha=_alpha("lora_alpha", data.get("lora_alpha", 8)),
-            use_rslora=bool(rslora),
+            use_rslora=_flag(data, "use_rslora"),
             rank_pattern={p: _rank(f"rank_pattern of {p!r}", r) for p, r in _patterns(data, "rank_pattern")},
             alpha_pattern={p: _alpha(f"alpha_pattern of {p!r}", a) for p, a in _patterns(data, "alpha_pattern")},
             target_modules=_modules(data, "target_modules", ", or 'all-linear'"),
             exclude_modules=_modules(data, "exclude_modules"),
             layers_to_transform=_layers(data),
+            use_dora=_flag(data, "use_dora"),
+            lora_bias=_flag(data, "lora_bias"),
+            ensure_weight_tying=_flag(data, "ensure_weight_tying"),
+            saved_modules=saved,
+            trainable_tokens=_trainable_tokens(data),
         )
 
     def ranks(self, modules: Sequence[str]) -> dict[str, int]:
@@ -134,6 +149,22 @@ def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
 def _rank(field: str, value: Any) -> int:
     _require(type(value) is int and 1 <= value <= MAX_RANK, field, value, f"1 to {MAX_RANK}")
     return int(value)
+
+
+def _flag(data: dict[str, Any], field: str) -> bool:
+    value = data.get(field)
+    _require(value is None or type(value) is bool, field, value, "true or false")
+    return bool(value)
+
+
+def _trainable_tokens(data: dict[str, Any]) -> dict[str, list[int]]:
+    field = "trainable_token_indices"
+    value = data.get(field) or {}
+    found = value if isinstance(value, dict) else {"embed_tokens": value}
+    named = {name.rpartition(".")[2]: tokens for name, tokens in found.items()}
+    listed = all(isinstance(tokens, list) and all(type(token) is int for token in tokens) for tokens in named.values())
+    _require(listed and named.keys() <= set(VOCABULARY_TARGETS), field, value, f"token ids, or those of {VOCABULARY_TARGETS}")
+    return named
 
 
 def _alpha(field: str, value: Any) -> float:

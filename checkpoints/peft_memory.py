@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chameleon_jax.checkpoints import peft
+from chameleon_jax.checkpoints import peft, peft_names
 from chameleon_jax.checkpoints.peft_config import AdapterError, PeftConfig
 from chameleon_jax.models.adapters.weights import AdapterWeights
 from chameleon_jax.models.config import TARGETS, LlamaConfig
@@ -51,14 +51,17 @@ def _settings(peft_config: Any, tensors: Mapping[str, Any]) -> PeftConfig:
     fields = peft_config.to_dict() if hasattr(peft_config, "to_dict") else dict(peft_config or {})
     if fields.get("lora_alpha") is None:
         raise AdapterError(f"peft_config has {', '.join(map(str, fields)) or 'no fields'}; allowed: lora_alpha at least")
-    ranks = [array.shape[0] for name, array in tensors.items() if ".lora_A." in name and array.ndim]
-    return PeftConfig.from_json({"r": next(iter(ranks), None)} | {name: _plain(value) for name, value in fields.items()})
+    first_a = next((array for name, array in tensors.items() if ".lora_A." in name or "lora_embedding_A" in name), None)
+    rank = 1 if first_a is None or not first_a.ndim else first_a.shape[0]  # no other than A has a rank
+    return PeftConfig.from_json({"r": rank} | {name: _plain(value) for name, value in fields.items()})
 
 
 def _plain(value: Any) -> Any:
     """Value as JSON would have it: LoraConfig has sets of names and enumerations."""
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
     return sorted(value) if isinstance(value, set | frozenset) else list(value) if isinstance(value, tuple) else value
 
 
@@ -72,7 +75,7 @@ def _state_dict(weights: Any) -> Mapping[str, Any]:
             raise AdapterError(f"weights of layer {layer}: target is {reprlib.repr(target)}; allowed: {', '.join(TARGETS)}")
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise AdapterError(f"weights of layer {layer}, {target}: a {type(pair).__name__}; allowed: a pair (A, B)")
-        named.update({peft.tensor_name(layer, target, side): matrix for side, matrix in zip("AB", pair)})
+        named.update({peft_names.tensor_name(layer, target, side): matrix for side, matrix in zip("AB", pair)})
     return named
 
 

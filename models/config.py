@@ -13,6 +13,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """Matrices of a layer that a LoRA adapter may change, in the order in which their rows are packed."""
 ATTENTION_TARGETS = TARGETS[:4]
 """Matrices of attention, to which most adapters keep."""
+VOCABULARY_TARGETS = ("embed_tokens", "lm_head")
+"""Matrices outside the layers that a LoRA adapter may change. Their side of the vocabulary is cut into as many parts as the
+model has layers (`LlamaConfig.vocab_cut`), so that a page holds rows of them in every layer, as it does of other targets."""
+ALL_TARGETS = TARGETS + VOCABULARY_TARGETS
+"""Targets in the order in which their rows are packed."""
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -71,8 +76,13 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
 
+    @property
+    def vocab_cut(self) -> int:
+        """Tokens in one layer's part of VOCABULARY_TARGETS: a multiple of 16, so that the last part may be padded."""
+        return -(-self.vocab_size // (16 * self.num_layers)) * 16
+
     def target_shape(self, target: str) -> tuple[int, int]:
-        """Look up `(d_in, d_out)` of a target matrix, in elements."""
+        """Look up `(d_in, d_out)` of a target matrix, or of a layer's part of one, in elements."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         d, f = self.hidden_size, self.intermediate_size
         shapes = {
@@ -83,6 +93,8 @@ class LlamaConfig:
             "gate_proj": (d, f),
             "up_proj": (d, f),
             "down_proj": (f, d),
+            "embed_tokens": (self.vocab_cut, d),
+            "lm_head": (d, self.vocab_cut),
         }
         return shapes[target]
 

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
     from chameleon_jax.models.ops.shapes import Hidden
 
+STORED_TOGETHER = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""Matrices of a layer by the module that has them, in the order of their rows."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Dtypes that a checkpoint's tensors may have."""
@@ -41,6 +48,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """`(q [..., heads, head_dim], k, v [..., kv_heads, head_dim], extra) -> ([..., heads, head_dim], extra)`."""
 Adapt = Callable[[tuple[str, ...], jax.Array, jax.Array, Any], jax.Array]
 """`(targets, y [..., sum of their d_out], x [..., d_in], extra) -> y` with the adapters' updates added."""
+Embed = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(x [..., hidden], tokens) -> x` with the adapters' updates of the embedding added."""
 
 
 def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
@@ -117,16 +126,16 @@ class LlamaLayer(nnx.Module):
         with jax.named_scope("attention"):
             h = self.attention_norm(x)
             q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            qkv = add(("q_proj", "k_proj", "v_proj"), self.qkv(h), h)
+            qkv = add(STORED_TOGETHER["qkv"], self.qkv(h), h)
             q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in jnp.split(qkv, (q_size, q_size + kv_size), axis=-1))
             attended, extra = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, extra)
             attended = attended.reshape(*x.shape[:-1], q_size)
-            x = x + add(("o_proj",), self.o(attended), attended)
+            x = x + add(STORED_TOGETHER["o"], self.o(attended), attended)
         with jax.named_scope("mlp"):
             h = self.mlp_norm(x)
-            gate, up = jnp.split(add(("gate_proj", "up_proj"), self.gate_up(h), h), 2, axis=-1)
+            gate, up = jnp.split(add(STORED_TOGETHER["gate_up"], self.gate_up(h), h), 2, axis=-1)
             h = jax.nn.silu(gate) * up
-            return x + add(("down_proj",), self.down(h), h), extra
+            return x + add(STORED_TOGETHER["down"], self.down(h), h), extra
 
 
 class Llama(nnx.Module):
@@ -148,6 +157,7 @@ class Llama(nnx.Module):
         extras: Sequence[Any],
         attend: Attend,
         adapt: Adapt | None = None,
+        adapt_embedding: Embed | None = None,
     ) -> tuple[Hidden, list[Any]]:
         """Run the layers.
 
@@ -156,12 +166,15 @@ class Llama(nnx.Module):
             positions: Position of each token in its sequence, int32.
             extras: Value for each layer that `attend` and `adapt` get beside activations: its pool, or its adapter.
             attend: Attention.
-            adapt: Updates of adapters. None: the base model.
+            adapt: Updates of adapters to the layers' matrices. None: the base model's.
+            adapt_embedding: Updates of adapters to the embedding. None: the base model's.
 
         Returns:
             Hidden states after the final norm, and the layers' extras as `attend` left them.
         """
         x = self.embed[...].at[tokens].get(**INSIDE)
+        if adapt_embedding is not None:
+            x = adapt_embedding(x, tokens)
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
@@ -296,10 +309,9 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
         prefix = f"model.layers.{i}"
         layer.attention_norm.scale.set_value(one(f"{prefix}.input_layernorm.weight"))
         layer.mlp_norm.scale.set_value(one(f"{prefix}.post_attention_layernorm.weight"))
-        layer.qkv.weight.set_value(matrix(f"{prefix}.self_attn", "q_proj", "k_proj", "v_proj"))
-        layer.o.weight.set_value(matrix(f"{prefix}.self_attn", "o_proj"))
-        layer.gate_up.weight.set_value(matrix(f"{prefix}.mlp", "gate_proj", "up_proj"))
-        layer.down.weight.set_value(matrix(f"{prefix}.mlp", "down_proj"))
+        for module, targets in STORED_TOGETHER.items():
+            parent = "self_attn" if targets[0] in ATTENTION_TARGETS else "mlp"
+            getattr(layer, module).weight.set_value(matrix(f"{prefix}.{parent}", *targets))
     return model
 
 

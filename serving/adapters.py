@@ -62,6 +62,7 @@ class AdapterPacker:
         layout: Geometry of a page.
         dtype: Type of a page's elements.
         num_pages: Pages of the pool, the trash page included.
+        resolve: Resolves the parts of an adapter that mean something beside the base model alone (`against_base`).
         stage: Makes of a packed array `[layers, pages, page_elems]` the block that is held in host memory.
     """
 
@@ -69,6 +70,7 @@ class AdapterPacker:
     layout: PageLayout
     dtype: jnp.dtype
     num_pages: int
+    resolve: Callable[[AdapterWeights, int], AdapterWeights]
     stage: Callable[[np.ndarray], PinnedBlock]
 
     def job(
@@ -94,9 +96,13 @@ class AdapterPacker:
 
     def pack(self, name: str, weights: AdapterWeights) -> PackedAdapter:
         """Pack an adapter that fits the model. Raises ValueError where it cannot be served."""
+        self._check_kind(name, weights)  # here, and again with what is made of the rows of embeddings
+        weights = self.resolve(weights, self.config.max_lora_rank)
+        if not weights.tensors:
+            raise ValueError(f"adapter {name!r} equals the base model; allowed: one that changes it")
+        self._check_kind(name, weights)
         rank = max(weights.ranks.values())
-        self._check_rank(name, rank)
-        placement = self.layout.place(weights.ranks)
+        placement = self.layout.place(weights.ranks, weights.vectors)
         if placement.num_pages >= self.num_pages - 1:
             raise ValueError(f"adapter {name!r} takes {placement.num_pages} pages; the pool has {self.num_pages - 1}")
         block = packing.pack(weights, self.layout, self.dtype)
@@ -104,7 +110,7 @@ class AdapterPacker:
             weights.to_host().check(self.layout.config)
             raise ValueError(f"adapter {name!r}: weights overflow {self.dtype.name}")
         num_bytes = placement.num_pages * self.layout.page_bytes(self.dtype.itemsize)
-        content_hash = packing.content_hash(weights.ranks, block)
+        content_hash = packing.content_hash(placement, block)
         info = AdapterInfo(content_hash, rank, placement.num_pages, num_bytes)
         return PackedAdapter(info, placement, self.stage(block))
 
@@ -113,6 +119,8 @@ class AdapterPacker:
         ranks: Counter[str] = Counter()
         for _, placement in job.members:
             ranks.update(placement.ranks)
+            if placement.vectors:
+                raise ValueError(f"adapter {job.label!r}: one of its members has DoRA or biases; allowed: LoRA alone")
         self._check_rank(job.label, max(ranks.values()))
         blocks = [(np.asarray(block.result()), placement) for block, placement in job.members]
         members = [packing.unpack(block, placement, self.layout) for block, placement in blocks]
@@ -122,6 +130,12 @@ class AdapterPacker:
     def _check_rank(self, name: str, rank: int) -> None:
         allowed = f"1 to {self.config.max_lora_rank} (max_lora_rank; the server's --max-lora-rank, at most {MAX_RANK})"
         require(rank <= self.config.max_lora_rank, f"adapter {name!r}: rank", rank, allowed)
+
+    def _check_kind(self, name: str, weights: AdapterWeights) -> None:
+        self._check_rank(name, max(weights.ranks.values(), default=1))
+        if weights.extras and not self.config.enable_lora_extras:
+            allowed = "LoRA on the layers' matrices, or all of that with enable_lora_extras (the server's --enable-lora-extras)"
+            raise ValueError(f"adapter {name!r} has {weights.extras}; allowed: {allowed}")
 
     def _check_name(self, name: str) -> None:
         if not self.config.enable_lora:

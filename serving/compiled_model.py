@@ -10,7 +10,7 @@ import jax
 
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.models import ops
-from chameleon_jax.models.config import TARGETS
+from chameleon_jax.models.config import ALL_TARGETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
@@ -41,7 +41,7 @@ class CompiledModel:
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, progress: Progress):
-        self.layout = PageLayout.for_model(loaded.config, config.page_tokens)
+        self.layout = PageLayout.for_model(loaded.config, config.page_tokens, config.enable_lora_extras)
         self.dtype = loaded.dtype
         stats = jax.devices()[0].memory_stats()
         # the pool's size depends on scratch, scratch on block tables, and these on the longest sequence: it is chosen for
@@ -81,7 +81,10 @@ class CompiledModel:
 
     def _adapter_pages(self, config: EngineConfig) -> int:
         """Pages of the largest adapter that is served."""
-        return self.layout.place({t: config.max_lora_rank for t in TARGETS}).num_pages if config.enable_lora else 0
+        if not config.enable_lora:
+            return 0
+        targets, vectors = (ALL_TARGETS, TARGETS) if config.enable_lora_extras else (TARGETS, ())
+        return self.layout.place(dict.fromkeys(targets, config.max_lora_rank), vectors).num_pages
 
     def _buckets(self, config: EngineConfig, max_model_len: int) -> StepBuckets:
         return StepBuckets(
@@ -90,5 +93,6 @@ class CompiledModel:
             table_width=self.layout.pages_for_tokens(max_model_len),
             max_rank=config.max_lora_rank,
             max_adapter_pages=self._adapter_pages(config),
+            extras=config.enable_lora and config.enable_lora_extras,
             **steps.shapes_for(ops.default_backend()),
         )

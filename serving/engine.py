@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 import time
@@ -15,6 +16,7 @@ from chameleon_jax.errors import InvalidValue
 from chameleon_jax.loop import ServingLoop
 from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
+from chameleon_jax.models.adapters.against_base import resolve_against
 from chameleon_jax.models.adapters.host_store import HostStore
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
@@ -71,6 +73,7 @@ class LLMEngine:
         parts = _make_parts(config, loaded.generation_config, None)
         compiled = CompiledModel(loaded, config, progress)
         self.model_name = model
+        self._resolve = functools.partial(resolve_against, model=loaded.weights)
         self.model_config, self.tokenizer = loaded.config, loaded.tokenizer
         self._generation_config = loaded.generation_config
         self.vocabulary = ModelVocabulary(loaded.config, loaded.tokenizer)
@@ -92,7 +95,7 @@ class LLMEngine:
         self.store.restart(config.lora_host_bytes)
         self._executor.restart(get_system(config.system).transfers_per_load)
         self.sampling_defaults = defaults
-        self.packer = AdapterPacker(config, self.layout, self.dtype, self.num_pages, self.runner.stage)
+        self.packer = AdapterPacker(config, self.layout, self.dtype, self.num_pages, self._resolve, self.runner.stage)
         self._predictor = predictor
         self._seeds = random.Random(config.seed)
         self.loop = ServingLoop(
@@ -277,6 +280,8 @@ class LLMEngine:
         guide = None if params.structured_outputs is None else self.grammars.guide(params.structured_outputs)
         allowed = self.vocabulary.mask(params.allowed_token_ids)
         adapter = None if lora is None else self._content_of(lora)
+        if adapter is not None and params.prompt_logprobs is not None:
+            self._check_scores(adapter)
         request = Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_token_ids=[int(t) for t in prompt_token_ids],
@@ -295,6 +300,10 @@ class LLMEngine:
         )
         self.loop.submit(request)
         return request
+
+    def _check_scores(self, content_hash: str) -> None:
+        if "lm_head" in self._executor.placement(content_hash).ranks:
+            raise ValueError("prompt_logprobs is set; allowed: with the base model, and adapters that do not adapt lm_head")
 
     @property
     def grammars(self) -> Grammars:

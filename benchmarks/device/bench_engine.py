@@ -77,12 +77,13 @@ class BenchEngine(ModelRunner):
         packed, program, _, mode = pack_step(batch.chunks, batch.sampling_rows, self.buckets)
         if mode is None:
             raise ValueError("a step to measure draws tokens")
-        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode, False]
+        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode, False, False]
         inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:
-            hidden, sampling_rows, self._pages, _ = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-            sampled, self._slot_tokens = sample(self._head, hidden, self._slot_tokens, sampling_rows)
+            found = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+            self._pages = found.pages
+            sampled, self._slot_tokens = sample(self._head, found.hidden, self._slot_tokens, found.sampling_rows)
             return sampled.tokens
 
         return step

@@ -1,7 +1,7 @@
 """The device to the executor: weights, pool and compiled programs, behind a few calls that never wait.
 
 Every program is compiled when the runner is built, and none afterwards, unless it is told to compile programs when steps need
-them. From then on only a step's small outputs and the pieces of adapters on their way are allocated.
+them. From then on only a step's small outputs, the pieces of adapters on their way and the norms of DoRA are allocated.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class RunningStep(NamedTuple):
         sampling_rows: Packed sampling parameters of each tile.
         adjusted: Whether any row's logits change before its token is drawn.
         states: Hidden states of all tokens of prompts; None of decodes.
+        logit_updates: Updates of adapters to each tile's logits; None where the program has none.
     """
 
     step: PackedStep
@@ -75,6 +76,7 @@ class RunningStep(NamedTuple):
     sampling_rows: jax.Array
     adjusted: bool
     states: jax.Array | None = None
+    logit_updates: jax.Array | None = None
 
 
 class DispatchedStep(NamedTuple):
@@ -198,12 +200,13 @@ class ModelRunner:
         config, padding_slot = self.layout.config, self.buckets.max_num_seqs
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
-            _, _, self._pages, _ = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
-        for rows, mode, adjusted in self.programs.sample:
+            self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs).pages
+        for rows, mode, adjusted, adapted in self.programs.sample:
             sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
             hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
             if adjusted:
-                self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)))
+                updates = jnp.zeros((rows, config.vocab_size), jnp.float32) if adapted else None
+                self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)), updates)
             else:
                 self._sample(mode, hidden, sampling_rows)
         for tokens, score in self.programs.score.items():
@@ -232,9 +235,11 @@ class ModelRunner:
         """Dispatch the forward program of a step whose inputs were sent."""
         step, inputs, rows = sent
         forward = self.programs.forward[step.program]
-        hidden, sampling_rows, self._pages, states = forward(self.programs.weights, self._pages, self._slot_tokens, inputs)
+        hidden, sampling_rows, self._pages, states, updates = forward(
+            self.programs.weights, self._pages, self._slot_tokens, inputs
+        )
         adjusted = any([row.adjustment is not None for row in rows.values()])
-        return RunningStep(step, rows, hidden, sampling_rows, adjusted, states)
+        return RunningStep(step, rows, hidden, sampling_rows, adjusted, states, updates)
 
     def score(self, running: RunningStep, following: Int[np.ndarray, " tokens"]) -> Sampled:
         """Dispatch the program that computes the log-probabilities of prompts' own tokens.
@@ -263,28 +268,33 @@ class ModelRunner:
             running: Return of `forward`.
             masks: Tokens that each tile's row can draw, as `no_masks` lays them out; None masks none.
         """
-        step, rows, hidden, sampling_rows, adjusted, _ = running
+        step, rows, hidden, sampling_rows, adjusted, _, updates = running
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
-        if not adjusted:
+        if not adjusted and updates is None:
             sampled = self._sample(step.mode, hidden, sampling_rows)
         else:
             masks = self.no_masks(step.program.tiles) if masks is None else masks
-            sampled = self._sample_adjusted(step.mode, hidden, sampling_rows, pack_adjustments(rows, masks))
+            sampled = self._sample_adjusted(step.mode, hidden, sampling_rows, pack_adjustments(rows, masks), updates)
         return DispatchedStep(sampled, step.last, sampled.tokens)
 
     def _sample(self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any) -> Sampled:
-        program = self.programs.sample[len(hidden), mode, False]
+        program = self.programs.sample[len(hidden), mode, False, False]
         sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
         return sampled
 
     def _sample_adjusted(
-        self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any, adjustments: Int[np.ndarray, "rows columns"]
+        self,
+        mode: SamplingMode,
+        hidden: jax.Array,
+        sampling_rows: Any,
+        adjustments: Int[np.ndarray, "rows columns"],
+        updates: jax.Array | None,
     ) -> Sampled:
-        program = self.programs.sample[len(hidden), mode, True]
-        inputs = jax.device_put(adjustments, self._memory)
+        program = self.programs.sample[len(hidden), mode, True, updates is not None]
+        inputs = [jax.device_put(adjustments, self._memory), *([] if updates is None else [updates])]
         state = (self._slot_tokens, self._counts)
-        sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, inputs)
+        sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, *inputs)
         return sampled
 
     def no_masks(self, rows: int) -> Int[np.ndarray, "rows words"]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from chameleon_jax.models.adapters.against_base import norm_bytes
 from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 from chameleon_jax.models.page_layout import PageLayout
@@ -53,7 +54,8 @@ class Programs:
         weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
             host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
-        sample: `(rows, mode, adjusted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true.
+        sample: `(rows, mode, adjusted, adapted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true,
+            with `logit_updates` where adapted is true too.
         write: `pages of a piece -> steps.write_adapter`.
         count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
         score: `tokens -> steps.score_prompts`, of the largest step of prompts.
@@ -99,10 +101,15 @@ class Programs:
             for tiles in reversed(buckets.sizes(tile_tokens))
             for adapted in reversed(buckets.adapted(tile_tokens))
         ]
-        kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), (True, False))
-        samples = [(self.sample, kind) for kind in kinds]
+        kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), self._sampling_kinds())
+        samples = [(self.sample, (rows, mode, *kind)) for rows, mode, kind in kinds]
         others = [(self.count, COUNT_TOKENS), (self.score, buckets.most_prefill_tokens)]
         return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), *others]
+
+    def _sampling_kinds(self) -> list[tuple[bool, bool]]:
+        """List the values of `adjusted` and `adapted` that sampling programs have."""
+        plain = [(True, False), (False, False)]
+        return [(True, True), *plain] if self._buckets.extras else plain
 
     def compile_all(self, progress: Progress = lambda done, total: None) -> None:
         """Compile every program, on a few threads (XLA releases the GIL)."""
@@ -132,7 +139,8 @@ class Programs:
     def scratch_bytes(self) -> int:
         """Measure the memory that running takes besides weights and pool, in bytes.
 
-        It is the largest step's temporaries and results, once for each step in flight, and the adapters on their way. The
+        It is the largest step's temporaries and results, once for each step in flight, the adapters on their way, and with
+        extras the norms of one that is read. The
         programs measured are compiled for a pool of two pages: none copies the pool, so its size does not matter.
         """
         buckets = self._buckets
@@ -142,14 +150,15 @@ class Programs:
             for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
         samples = [
-            functools.partial(self._compile_sample, max(buckets.sample_rows), mode, adjusted)
+            functools.partial(self._compile_sample, max(buckets.sample_rows), mode, *kind)
             for mode in SamplingMode
-            for adjusted in (False, True)
+            for kind in self._sampling_kinds()
         ]
         samples.append(functools.partial(self._compile_score, buckets.most_prefill_tokens))
         needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
-        return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes
+        norms = norm_bytes(self._layout.config, buckets.max_rank) if buckets.extras else 0
+        return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes + norms
 
     def _pool(self, num_pages: int) -> list[jax.ShapeDtypeStruct]:
         shape = (num_pages, self._layout.page_elems)
@@ -164,7 +173,7 @@ class Programs:
         packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
         return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
-    def _compile_sample(self, rows: int, mode: SamplingMode, adjusted: bool) -> Any:
+    def _compile_sample(self, rows: int, mode: SamplingMode, adjusted: bool, adapted: bool) -> Any:
         config = self._layout.config
         hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
         sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
@@ -174,7 +183,8 @@ class Programs:
             return self._compile(functools.partial(steps.sample_step, **options), *state, sampling_rows, donated=2)
         adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
         fn = functools.partial(steps.sample_adjusted_step, **options)
-        return self._compile(fn, *state, self._counts, sampling_rows, adjustments, donated=(2, 3))
+        updates = [jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32)] if adapted else []
+        return self._compile(fn, *state, self._counts, sampling_rows, adjustments, *updates, donated=(2, 3))
 
     def _compile_write(self, num_pages: int, size: int) -> Any:
         piece = jax.ShapeDtypeStruct((self._layout.config.num_layers, size, self._layout.page_elems), self._dtype)

@@ -8,6 +8,7 @@ so that their variants add up instead of multiplying. Sampled tokens stay on the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chameleon_jax.models.config import ATTENTION_TARGETS, TARGETS
+from chameleon_jax.models.config import ALL_TARGETS, ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.llama import Llama, logits
 from chameleon_jax.models.ops import INSIDE
+from chameleon_jax.models.ops.adapter_vectors import resolve_vectors, scale_and_shift
 from chameleon_jax.models.ops.batched_lora import batched_lora
-from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, plan_shapes, resolve, window_tiles
+from chameleon_jax.models.ops.batched_lora.plan import (
+    DECODE_WINDOW,
+    LoraPlan,
+    LoraTargets,
+    plan_shapes,
+    resolve,
+    window_tiles,
+)
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.sampling import SAMPLING_COLUMNS, Sampled, SamplingMode, sample, sample_adjusted, score
 from chameleon_jax.models.ops.write_pages import write_pages
@@ -47,12 +56,17 @@ class Program(NamedTuple):
     Attributes:
         tiles: Tiles of the step, padding included.
         tile_tokens: Tokens of a tile.
-        adapted: Targets, from the first of TARGETS on, that are adapted. 0: a program without LoRA work.
+        adapted: Targets, from the first of ALL_TARGETS on, that are adapted. 0: a program without LoRA work.
     """
 
     tiles: int
     tile_tokens: int
     adapted: int
+
+    @property
+    def extras(self) -> bool:
+        """Whether adapters may change embeddings, the output matrix, and the outputs of the layers' matrices themselves."""
+        return self.adapted > len(TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,25 @@ class StepInputs:
     lora: LoraPlan | None = None
 
 
+class Forwarded(NamedTuple):
+    """Results of a step's forward program.
+
+    Attributes:
+        hidden: Hidden state of each tile's last token.
+        sampling_rows: Sampling rows that came with the step.
+        pages: The pool with the tokens' KV in it.
+        states: Of prompts, the hidden states of all tokens for `score_prompts`, as many rows as the largest step has tokens, so
+            that one program scores steps of every size.
+        logit_updates: Updates of adapters to the logits, float32, where the program has extras.
+    """
+
+    hidden: Float[Array, "tiles hidden"]
+    sampling_rows: Int[Array, "tiles columns"]
+    pages: Pools
+    states: Float[Array, "most_tokens hidden"] | None
+    logit_updates: Float[Array, "tiles vocab"] | None
+
+
 def forward(
     graph: Any,
     params: Any,
@@ -86,7 +119,7 @@ def forward(
     buckets: StepBuckets,
     layout: PageLayout,
     backend: str,
-) -> tuple[Float[Array, "tiles hidden"], Int[Array, "tiles columns"], Pools, Float[Array, "most_tokens hidden"] | None]:
+) -> Forwarded:
     """Run a step's tiles through the model.
 
     Args:
@@ -99,11 +132,6 @@ def forward(
         buckets: Shapes that are compiled.
         layout: Geometry of a page.
         backend: Backend of the device ops, one of `ops.BACKENDS`.
-
-    Returns:
-        Hidden state of each tile's last token and the sampling rows that came with the step, both for `sample_step`; the pool
-        with the tokens' KV in it; and, of prompts, the hidden states of all tokens for `score_prompts`, as many rows as the
-        largest step has tokens, so that one program scores steps of every size.
     """
     model: Llama = nnx.merge(graph, params)
     inputs = buckets.view(packed, program)
@@ -129,22 +157,64 @@ def forward(
         attended = paged_attention(tiled, pages, tables, starts, counts, num_kv_heads=kv_heads, backend=backend)
         return attended.reshape(q.shape), pages
 
-    adapt = None
+    adapt = adapt_embedding = None
     if inputs.lora is not None:
         targets = resolve(inputs.lora, layout, tile_tokens)
+        vectors = resolve_vectors(inputs.lora, layout) if program.extras else None
 
         def adapt(names: tuple[str, ...], y: Outputs, x: Inputs, pages: Pool) -> Outputs:
             if not targets.adapts(names):
                 return y
             with jax.named_scope("lora"):
+                if vectors is not None:
+                    y = scale_and_shift(y, pages, vectors, names)
                 return batched_lora(y, x, pages, targets, names, backend=backend)
 
-    hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt)
+        if program.extras:
+            adapt_embedding = functools.partial(_adapt_embedding, pages=pages, targets=targets, layout=layout, backend=backend)
+
+    hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt, adapt_embedding)
     last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
-    states = None
+    states = updates = None
     if tile_tokens > 1:
         states = jnp.pad(hidden, ((0, buckets.most_prefill_tokens - len(hidden)), (0, 0)))
-    return hidden.at[last].get(**INSIDE), inputs.sampling_rows, pages, states
+    hidden = hidden.at[last].get(**INSIDE)
+    if inputs.lora is not None and program.extras:
+        by_tile = resolve(inputs.lora, layout, 1)
+        updates = _logit_updates(hidden, pages, by_tile, layout, backend)
+    return Forwarded(hidden, inputs.sampling_rows, pages, states, updates)
+
+
+def _adapt_embedding(
+    x: Float[Array, "tokens hidden"],
+    tokens: Int[Array, " tokens"],
+    *,
+    pages: Pools,
+    targets: LoraTargets,
+    layout: PageLayout,
+    backend: str,
+) -> Float[Array, "tokens hidden"]:
+    """Add the adapters' updates of the embedding, a layer's part of the vocabulary after the other.
+
+    A part's input is a one where it has the token. In a product with A that reads a column, and the other parts add zero.
+    """
+    cut = layout.config.vocab_cut
+    with jax.named_scope("lora_embedding"):
+        for layer, pool in enumerate(pages):
+            one_hot = jax.nn.one_hot(tokens - layer * cut, cut, dtype=x.dtype)
+            x = batched_lora(x, one_hot, pool, targets, ("embed_tokens",), backend=backend)
+    return x
+
+
+def _logit_updates(
+    hidden: Float[Array, "tiles hidden"], pages: Pools, targets: LoraTargets, layout: PageLayout, backend: str
+) -> Float[Array, "tiles vocab"]:
+    """Compute the adapters' updates to the logits, by their updates of the output matrix: a part for each layer."""
+    config = layout.config
+    nothing = jnp.zeros((len(hidden), config.vocab_cut), jnp.float32)
+    with jax.named_scope("lora_head"):
+        parts = [batched_lora(nothing, hidden, pool, targets, ("lm_head",), backend=backend) for pool in pages]
+    return jnp.concatenate(parts, axis=1)[:, : config.vocab_size]
 
 
 def sample_step(
@@ -177,13 +247,20 @@ def sample_adjusted_step(
     counts: TokenCounts,
     sampling_rows: Int[Array, "rows columns"],
     adjustments: Int[Array, "rows _"],
+    logit_updates: Float[Array, "rows vocab"] | None = None,
     *,
     mode: SamplingMode,
     backend: str,
 ) -> tuple[Sampled, SlotTokens, TokenCounts]:
-    """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how."""
+    """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how.
+
+    `logit_updates` are added to the logits first; `forward` returns them.
+    """
     guesses = 7 if backend == "triton" else 1
-    sampled, counts = sample_adjusted(logits(hidden, head), sampling_rows, adjustments, counts, mode, guesses)
+    found = logits(hidden, head)
+    if logit_updates is not None:
+        found = found + logit_updates
+    sampled, counts = sample_adjusted(found, sampling_rows, adjustments, counts, mode, guesses)
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens), counts
 
 
@@ -257,6 +334,7 @@ class StepBuckets:
         attention_alone: Whether batches whose adapters keep to ATTENTION_TARGETS decode with programs of their own. On a GPU a
             launch costs time even where it finds nothing to do.
         decode_window: Rows that are multiplied with the same adapters in decode.
+        extras: Whether there are programs for adapters with more than LoRA on the layers' matrices.
     """
 
     max_num_seqs: int
@@ -267,6 +345,7 @@ class StepBuckets:
     prefill_tile: int = PREFILL_TILE
     attention_alone: bool = False
     decode_window: int = DECODE_WINDOW
+    extras: bool = False
 
     @property
     def decode(self) -> tuple[int, ...]:
@@ -302,11 +381,12 @@ class StepBuckets:
         return next(n for n in self.sizes(tile_tokens) if n >= needed)
 
     def adapted(self, tile_tokens: int) -> tuple[int, ...]:
-        """List the numbers of TARGETS that programs for such tiles adapt, a program for each number."""
+        """List the numbers of ALL_TARGETS that programs for such tiles adapt, a program for each number."""
         if not self.max_adapter_pages:
             return (0,)
         alone = self.attention_alone and tile_tokens == DECODE_TILE
-        return (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
+        some = (0, len(ATTENTION_TARGETS), len(TARGETS)) if alone else (0, len(TARGETS))
+        return (*some, len(ALL_TARGETS)) if self.extras else some
 
     def _parts(self, program: Program) -> dict[str, tuple[int, ...]]:
         """Compute the shapes of a packed step's parts by name, in order."""

@@ -87,6 +87,10 @@ def serve(
     enable_lora: Annotated[
         bool, Option(help="Serve adapters. Without, they are refused and nothing is compiled for them.")
     ] = True,
+    enable_lora_extras: Annotated[
+        bool,
+        Option(help="Serve adapters with LoRA on embed_tokens or lm_head, DoRA or biases too. Compiles more programs."),
+    ] = ENGINE.enable_lora_extras,
     compile_ahead: Annotated[
         bool,
         Option(

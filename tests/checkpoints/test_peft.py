@@ -52,8 +52,14 @@ TENSOR_REFUSALS = {
     "embedding": (_set("base_model.model.model.embed_tokens.lora_embedding_A", ZEROS), "embed_tokens"),
     "lm_head": (_set("base_model.model.lm_head.lora_A.weight", ZEROS), "lm_head"),
     "whole module": (_set("base_model.model.lm_head.weight", ZEROS), "lm_head"),
-    "dora": (_set(f"{Q0}.lora_magnitude_vector", ZEROS), "lora_magnitude_vector"),
-    "bias": (_set(f"{Q0}.lora_B.bias", ZEROS), "lora_B.bias"),
+    "dora": (_set(f"{Q0}.lora_magnitude_vector", ZEROS[0]), "q_proj has a magnitude, but use_dora is False"),
+    "bias": (_set(f"{Q0}.lora_B.bias", ZEROS[0]), "q_proj has a bias, but lora_bias is False"),
+    "bias of the base model": (_set(f"{Q0}.base_layer.bias", ZEROS[0]), "base_layer.bias is not served; allowed of q_proj"),
+    "dora of lm_head": (_set("base_model.model.lm_head.lora_magnitude_vector", ZEROS[0]), "is not served; allowed of lm_head"),
+    "tokens without ids": (
+        _set("base_model.model.lm_head.token_adapter.trainable_tokens_delta", ZEROS),
+        "lm_head has rows of trained tokens, and trainable_token_indices does not name them",
+    ),
     "other target": (_set(f"{PREFIX}.0.self_attn.qkv_proj.lora_A.weight", ZEROS), "qkv_proj"),
     "wrong parent": (_set(f"{PREFIX}.0.mlp.v_proj.lora_A.weight", ZEROS), "wrong place"),
     "twice": (_set(f"{Q0}.lora_A.default.weight", ZEROS), "twice"),
@@ -76,15 +82,19 @@ TENSOR_REFUSALS = {
     ),
     "resized embedding": (
         _set("base_model.model.model.embed_tokens.base_layer.weight", np.zeros((300, 64), np.float16)),
-        "embed_tokens.*of its own, for a vocabulary of 300; the base model has 256.*merge the adapter",
+        "embed_tokens is for a vocabulary of 300; the base model has 256.*merge the adapter",
     ),
     "resized vocabulary, adapted": (
         _set("base_model.model.model.embed_tokens.lora_embedding_A", np.zeros((4, 300), np.float32)),
-        "adapts embeddings, for a vocabulary of 300; the base model has 256",
+        "embed_tokens is for a vocabulary of 300; the base model has 256",
     ),
-    "embedding of the base model's size": (
-        _set("base_model.model.model.embed_tokens.weight", np.zeros((256, 64), np.float32)),
-        "for a vocabulary of 256; .*save_embedding_layers=False",
+    "embedding of another width": (
+        _set("base_model.model.model.embed_tokens.weight", np.zeros((256, 32), np.float32)),
+        r"embed_tokens: the shape of its rows is \[256, 32\]; allowed: \[256, 64\]",
+    ),
+    "embedding without numbers": (
+        _set("base_model.model.model.embed_tokens.weight", np.full((256, 64), np.nan, np.float32)),
+        "embed_tokens: its rows hold NaN",
     ),
     "layer": (
         lambda tensors: [tensors.__setitem__(n.replace("layers.2", "layers.3"), tensors.pop(n)) for n in list(tensors)],
@@ -117,7 +127,7 @@ def test_dtypes_that_numpy_may_not_know_are_refused(dtype, tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError("none left"), TypeError("odd"), KeyError("F9"), OverflowError("large"), PermissionError(13, "denied")]
 )
-@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "_group_by_module"])
+@pytest.mark.parametrize("step", ["read_config", "_read_tensors", "modules_of"])
 def test_any_failure_is_an_adapter_error(step, error, tmp_path, monkeypatch):
     write(tmp_path)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from chameleon_jax.checkpoints import peft, peft_memory
+from chameleon_jax.checkpoints import peft, peft_memory, peft_names
 from chameleon_jax.checkpoints.peft_config import AdapterError
 from tests import reference_models as reference
 
@@ -58,7 +58,7 @@ def stacked(tensors):
 
 
 def state_dict(tensors):
-    return {peft.tensor_name(i, t, side): m for (i, t), pair in tensors.items() for side, m in zip("AB", pair)}
+    return {peft_names.tensor_name(i, t, side): m for (i, t), pair in tensors.items() for side, m in zip("AB", pair)}
 
 
 FORMS = {
@@ -124,7 +124,7 @@ def deleted():
         (by_layer(pairs()) * 2, SETTINGS, "layer is 3; the base model has layers 0 to 2"),
         (jax.tree.map(lambda m: m[:, :-1], pairs()), {"lora_alpha": 8}, "A is|rank"),
         (jax.tree.map(lambda m: m * np.nan, pairs()), SETTINGS, "NaN or infinity"),
-        ({"lm_head.lora_A.weight": np.zeros((4, 64))}, SETTINGS, "adapts embeddings"),
+        ({"lm_head.lora_A.weight": np.zeros((4, 64))}, SETTINGS, "lm_head has no lora_B"),
         ({"q_proj": (np.zeros((3, 4, 64)), np.zeros((2, 64, 4)))}, SETTINGS, "weights cannot be served"),
         (7, SETTINGS, "weights is a int; allowed: a state dict of PEFT"),
         ([], SETTINGS, "adapts no matrix|r is None"),

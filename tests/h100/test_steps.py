@@ -50,6 +50,8 @@ def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
         pytest.param("llama-7b", 32, 32, 64, 7, id="7b-prefill"),
         pytest.param("llama-3-8b", 4, 32, 1, 7, id="8b-32-rows"),
         pytest.param("llama-3-8b", 4, 32, 64, 7, id="8b-prefill"),
+        pytest.param("llama-7b", 4, 32, 1, 9, id="7b-32-rows-extras"),
+        pytest.param("llama-7b", 4, 32, 64, 9, id="7b-prefill-extras"),
     ],
 )
 def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, tiles, tile_tokens, adapted):
@@ -68,7 +70,8 @@ def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, til
     assert not [line for line in compiled.as_text().splitlines() if " copy(" in line and pool in line]
     found = kernels(compiled)
     assert sum(n for name, n in found.items() if "attention" in name) >= num_layers
-    assert [found["lora_shrink"], found["lora_expand"]] == [{0: 0, 4: 2, 7: 4}[adapted] * num_layers] * 2
+    a_layer = {0: 0, 4: 2, 7: 4, 9: 4 + 2}[adapted]  # with extras, a part of the embedding and one of the head too
+    assert [found["lora_shrink"], found["lora_expand"]] == [a_layer * num_layers] * 2
 
 
 @pytest.mark.parametrize("tiles,tile_tokens", [(4, 1), (4, 64), (128, 1)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 
@@ -81,3 +84,67 @@ def test_peft_loads_an_adapter_that_finetune_wrote(tmp_path):
         [output] = llm.generate([reference.prompt(4)], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True), lora)
     assert output.outputs[0].token_ids == expected
     assert peft.load(tmp_path / "adapter", config).ranks == {"q_proj": 4, "down_proj": 4}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Models that serve adapters of all kinds, by name, each with its directory."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def serve(name):
+            directory = reference.save_model(tmp_path_factory.mktemp(name), name)
+            sizes = dict(max_num_seqs=2, max_model_len=128, num_pages=500)
+            return directory, stack.enter_context(LLM(str(directory), enable_lora_extras=True, **sizes, **SETTINGS))
+
+        yield serve
+
+
+VOCABULARY = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 3}},
+        {"lora_bias": True},
+        {"bias": "all"},
+        VOCABULARY,
+        VOCABULARY | {"rank_pattern": {"lm_head": 20}, "alpha_pattern": {"embed_tokens": 5}},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"trainable_token_indices": [3, 5, 250]},
+        {"trainable_token_indices": {"embed_tokens": [3, 5, 7]}, "use_dora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_more_than_lora_on_the_layers_gives_peft_s_logits(options, name, served, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    directory, llm = served(name)
+    settings = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]} | options
+    model = get_peft_model(torch_reference.load(directory), LoraConfig(init_lora_weights=False, **settings))
+    prompt = reference.prompt(3)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "magnitude" in parameter_name or ".bias" in parameter_name or "trainable_tokens_delta" in parameter_name:
+                parameter += torch.randn_like(parameter) * 0.2
+            if "modules_to_save.default" in parameter_name:
+                parameter[prompt[:9]] += torch.randn(9, parameter.shape[1])
+    model.save_pretrained(tmp_path / "adapter")
+    model.eval()
+    expected = torch_reference.greedy(model, prompt, 12)
+    assert (
+        np.abs(torch_reference.logits(model, prompt) - torch_reference.logits(torch_reference.load(directory), prompt)).max()
+        > 0.5
+    )
+    logprobs = torch.from_numpy(torch_reference.logits(model, prompt)[-1]).log_softmax(-1)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
+    [output] = llm.generate([prompt], params, LoRARequest("it", str(tmp_path / "adapter")))
+    assert output.outputs[0].token_ids == expected
+    best = output.outputs[0].logprobs[0]
+    np.testing.assert_allclose([best[token].logprob for token in best], [logprobs[token] for token in best], atol=2e-3)

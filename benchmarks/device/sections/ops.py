@@ -115,7 +115,7 @@ class Alone:
             sampling_rows = {i: SamplingRow(i, 5, i, temperature, 50, 0.9, 0.0, (), False) for i in range(rows)}
             packed, _ = pack_sampling_rows(sampling_rows, rows, engine.buckets.max_num_seqs)
             packed = jax.device_put(packed, engine.head.sharding)
-            program = engine.programs.sample[rows, mode, False]
+            program = engine.programs.sample[rows, mode, False, False]
             slots = jnp.zeros(engine.buckets.max_num_seqs + 1, jnp.int32)
 
             def run(program: Any = program, packed: Any = packed) -> jax.Array:

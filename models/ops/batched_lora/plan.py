@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 
 from chameleon_jax.memory.adapters import MAX_RANK
-from chameleon_jax.models.config import TARGETS
+from chameleon_jax.models.config import ALL_TARGETS, TARGETS
 from chameleon_jax.models.ops import INSIDE
-from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout, PlacedAdapter
+from chameleon_jax.models.page_layout import RUNS, TRASH_PAGE, PageLayout, PlacedAdapter
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped
@@ -42,12 +42,12 @@ TOKENS_ROUNDED_TO = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraPlan:
-    """Adapters of a batch, as the host packs them, for the first targets of TARGETS. All arrays are int32.
+    """Adapters of a batch, as the host packs them, for the first targets of ALL_TARGETS. All arrays are int32.
 
     The program that takes the plan adapts no other targets.
 
     Attributes:
-        adapters: For each adapter of the batch the starts of its A and B runs (`PageLayout.place`), then its pages.
+        adapters: For each adapter of the batch the starts of its runs (`AdapterPlacement.start_of_runs`), then its pages.
         rank_rows: Codes, adapter * MAX_RANK + row; -1 where a block is not full.
         first_blocks: Blocks of all windows before each one; the last entry is the number of blocks.
         tile_adapter: Number of each tile's adapter in the batch; -1 for the base model.
@@ -96,7 +96,7 @@ class LoraTargets:
 
     def columns(self, names: Sequence[str]) -> list[tuple[int, int, int]]:
         """Locate each matrix of `names` where their outputs stand side by side: `(target, first column, columns)`."""
-        numbers = [TARGETS.index(name) for name in names]
+        numbers = [ALL_TARGETS.index(name) for name in names]
         ends = itertools.accumulate(self.d_out[t] for t in numbers)
         return [(t, end - self.d_out[t], self.d_out[t]) for t, end in zip(numbers, ends)]
 
@@ -107,7 +107,7 @@ class LoraTargets:
 
     def adapts(self, names: Sequence[str]) -> bool:
         """Tell whether the program may find rows for any matrix of `names`."""
-        return TARGETS.index(names[0]) < self.first_blocks.shape[1]
+        return ALL_TARGETS.index(names[0]) < self.first_blocks.shape[1]
 
 
 def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
@@ -131,14 +131,14 @@ def plan_shapes(
         tile_tokens: Tokens of a tile.
         max_rank: Rank for which there is room if every tile has another adapter.
         max_pages: Pages of the largest adapter that is served.
-        num_targets: Targets from the first of TARGETS on. No adapter of the batch has others.
+        num_targets: Targets from the first of ALL_TARGETS on. No adapter of the batch has others.
         decode_window: Rows of a window in decode.
     """
     # only a tile whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
     capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
     windows = -(-tiles // window_tiles(tiles, tile_tokens, decode_window))
     return {
-        "adapters": (tiles, 2 * len(TARGETS) + max_pages),
+        "adapters": (tiles, RUNS * len(ALL_TARGETS) + max_pages),
         "rank_rows": (num_targets, capacity),
         "first_blocks": (num_targets, windows + 1),
         "tile_adapter": (tiles,),
@@ -191,7 +191,7 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
     with_adapter = np.flatnonzero(tile_adapter >= 0)
     entries = np.unique(with_adapter // plan.window_tiles * tiles + tile_adapter[with_adapter])
     window, owner = np.divmod(entries, tiles)
-    ranks_of = np.array([a.placement.rank_of_targets for a in numbers], np.int32).reshape(-1, len(TARGETS))
+    ranks_of = np.array([a.placement.rank_of_targets for a in numbers], np.int32).reshape(-1, len(ALL_TARGETS))
     ranks = ranks_of[owner].T
     for t in range(plan.num_targets):
         if t and (ranks[t] == ranks[t - 1]).all():  # most adapters have one rank, so that most targets are alike
@@ -207,21 +207,17 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
 
 
 def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
-    """Turn codes into addresses (device; the arithmetic of `PageLayout.row_address`)."""
+    """Turn codes into addresses (device)."""
     adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
     rank_rows, first_blocks = rank_rows.T, first_blocks.T
     valid = rank_rows >= 0
     owner, row = lax.div(rank_rows, MAX_RANK), lax.rem(rank_rows, MAX_RANK)
     owner, row = (jnp.where(valid, x, 0)[:, :, None] for x in (owner, row))  # [capacity, targets, 1]
-    widths = np.array([layout.config.target_shape(t) for t in TARGETS[: plan.num_targets]], np.int32)
-    shape = (rank_rows.shape[0], *widths.shape)
-    width, per_page = (jnp.broadcast_to(x, shape) for x in (widths, layout.page_elems // widths))
-    start = adapters.at[owner, np.arange(widths.size, dtype=np.int32).reshape(widths.shape)].get(**INSIDE)
-    page, offset = lax.div(start, layout.page_elems), lax.rem(start, layout.page_elems)
-    beyond = row - lax.div(layout.page_elems - offset, width)
-    page = jnp.where(beyond < 0, page, page + 1 + lax.div(beyond, per_page))
-    offset = jnp.where(beyond < 0, offset + row * width, lax.rem(beyond, per_page) * width)
-    page = jnp.where(valid[:, :, None], adapters.at[owner, 2 * len(TARGETS) + page].get(**INSIDE), TRASH_PAGE)
+    widths = np.array([layout.config.target_shape(t) for t in ALL_TARGETS[: plan.num_targets]], np.int32)
+    runs = (RUNS * np.arange(plan.num_targets)[:, None] + np.arange(2)).astype(np.int32)
+    start = adapters.at[owner, runs].get(**INSIDE)
+    page, offset = locate_rows(adapters, owner, start, row, widths, layout)
+    page = jnp.where(valid[:, :, None], page, TRASH_PAGE)
     blocks = rank_rows.shape[0] // BLOCK_ROWS
     block = jnp.arange(blocks)[:, None, None]
 
@@ -242,9 +238,36 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
         block_window=jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32),
         token_adapter=jnp.pad(jnp.repeat(plan.tile_adapter, tile_tokens), (0, padding), constant_values=NO_TOKEN),
         window_tokens=window_tokens,
-        d_out=tuple(layout.config.target_shape(t)[1] for t in TARGETS),
+        d_out=tuple(layout.config.target_shape(t)[1] for t in ALL_TARGETS),
         row_unit=layout.row_unit,
     )
+
+
+def locate_rows(
+    adapters: Int[Array, "tiles starts_and_pages"],
+    owner: Int[Array, "*#rows"],
+    start: Int[Array, "*rows"],
+    row: Int[Array, "*#rows"],
+    width: Int[np.ndarray, "*#rows"],
+    layout: PageLayout,
+) -> tuple[Int[Array, "*rows"], Int[Array, "*rows"]]:
+    """Compute the pages and offsets of rows (device; the arithmetic of `PageLayout.row_address`).
+
+    Args:
+        adapters: Table of a plan.
+        owner: Line of the row's adapter in it. This and all further arrays are broadcast to the shape of `start`.
+        start: Start of the row's run.
+        row: Number of the row in its run.
+        width: Elements of a row.
+        layout: Geometry of a page.
+    """
+    per_page = jnp.asarray(layout.page_elems // width)
+    owner, row, widths, per_page = (jnp.broadcast_to(x, start.shape) for x in (owner, row, width, per_page))
+    page, offset = lax.div(start, layout.page_elems), lax.rem(start, layout.page_elems)
+    beyond = row - lax.div(layout.page_elems - offset, widths)
+    page = jnp.where(beyond < 0, page, page + 1 + lax.div(beyond, per_page))
+    offset = jnp.where(beyond < 0, offset + row * widths, lax.rem(beyond, per_page) * widths)
+    return adapters.at[owner, RUNS * len(ALL_TARGETS) + page].get(**INSIDE), offset
 
 
 def gather_rows(pages: Pool, addresses: Int[Array, "rank_rows 2"], width: int) -> Float[Array, "rank_rows _"]:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from benchmarks.kernels.cases import GROUPS, adapter_ranks
 from chameleon_jax.memory.adapters import MAX_RANK
+from chameleon_jax.models.adapters import packing
 from chameleon_jax.models.adapters.weights import AdapterWeights
-from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.config import ALL_TARGETS, PRESETS, TARGETS, VOCABULARY_TARGETS
 from chameleon_jax.models.ops.batched_lora import BACKENDS, triton
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, NO_TOKEN, plan_batch, resolve
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
@@ -47,7 +48,7 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
                 rng.standard_normal((d_out, rank)).astype(np.float32) / 8,
             )
         weights = AdapterWeights(tensors)
-        blocks.append(LAYOUT.pack(weights, np.dtype(np.float32))[0])
+        blocks.append(packing.pack_on_host(weights, LAYOUT, np.dtype(np.float32))[0])
         adapters.append(Adapter(LAYOUT.place(weights.ranks), [], weights))
     free = rng.permutation(np.arange(1, num_pages or 1 + sum(map(len, blocks)))).tolist()
     pool = np.full((len(free) + 1, LAYOUT.page_elems), np.nan, np.float32)
@@ -73,19 +74,22 @@ def compiled(backend: str):
 compiled_resolve = jax.jit(resolve, static_argnums=(1, 2))  # op by op it would be some 30 programs a shape
 
 
-def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8, max_rank: int = 256) -> None:
+def check(
+    backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8, max_rank: int = 256, groups=GROUPS
+) -> None:
     plan = plan_batch(
         tile_adapters,
         tiles=tiles,
         tile_tokens=tile_tokens,
         max_rank=max_rank,
-        max_pages=LAYOUT.place({t: max_rank for t in TARGETS}).num_pages,
+        max_pages=LAYOUT.place({t: max_rank for t in ALL_TARGETS}).num_pages,
+        num_targets=len(TARGETS if groups is GROUPS else ALL_TARGETS),
         decode_window=window,
     )
     targets = compiled_resolve(plan, LAYOUT, tile_tokens)
     rng = np.random.default_rng(1)
     xs, ys, expectations = [], [], []
-    for names in GROUPS:
+    for names in groups:
         x = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(names[0])[0])).astype(np.float32)
         outputs = []
         for target in names:
@@ -101,7 +105,7 @@ def check(backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, windo
         xs.append(x)
         ys.append(y)
         expectations.append(expected)
-    for names, got, expected in zip(GROUPS, compiled(backend)(ys, xs, pool, targets, GROUPS), expectations, strict=True):
+    for names, got, expected in zip(groups, compiled(backend)(ys, xs, pool, targets, groups), expectations, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=str(names))
 
 
@@ -124,6 +128,17 @@ def test_the_largest_ranks(backend, tile_tokens):
     if backend == "reference":
         pool = jnp.nan_to_num(pool)
     check(backend, pool, [adapters[0], None, *adapters], 5, tile_tokens, max_rank=MAX_RANK)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tile_tokens", [1, 32])
+def test_matrices_of_the_vocabulary(backend, tile_tokens):
+    ranks: list[dict[str, int]] = [{"q_proj": 9, "lm_head": 40}, {"embed_tokens": 5, "lm_head": 3}, {"embed_tokens": 64}]
+    pool, adapters = make_pool(ranks)
+    if backend == "reference":
+        pool = jnp.nan_to_num(pool)
+    groups = tuple((target,) for target in VOCABULARY_TARGETS)
+    check(backend, pool, [adapters[0], None, *adapters], 6, tile_tokens, groups=groups)
 
 
 @pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])

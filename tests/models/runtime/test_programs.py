@@ -51,7 +51,8 @@ def compiled() -> tuple[Programs, list[tuple[int, int]]]:
 def test_everything_is_compiled_once(compiled):
     made, seen = compiled
     assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
-    assert set(made.sample) == {(n, mode, adjusted) for n in (1, 2) for mode in SamplingMode for adjusted in (False, True)}
+    kinds = ((False, False), (True, False))  # adjusted or not, and none that adapters change
+    assert set(made.sample) == {(n, mode, *kind) for n in (1, 2) for mode in SamplingMode for kind in kinds}
     assert set(made.write) == set(PIECES.all)
     total = len(made.forward) + len(made.sample) + len(made.write) + len(made.count) + len(made.score)
     assert set(made.score) == {32}
@@ -64,7 +65,8 @@ def test_no_adapters_no_lora_programs():
     assert not any(programs is made.write or (programs is made.forward and key[-1] == 7) for programs, key in made.listing())
 
 
-def test_a_7b_on_a_gpu_has_few_programs():
+@pytest.mark.parametrize(("extras", "expected"), [(False, [40, 60, 2]), (True, [56, 90, 2])])
+def test_a_7b_on_a_gpu_has_few_programs(extras, expected):
     layout = PageLayout.for_model(PRESETS["llama-7b"])
     buckets = StepBuckets(
         max_num_seqs=128,
@@ -72,6 +74,7 @@ def test_a_7b_on_a_gpu_has_few_programs():
         table_width=128,
         max_rank=128,
         max_adapter_pages=layout.place({t: 128 for t in TARGETS}).num_pages,
+        extras=extras,
         **shapes_for("triton"),
     )
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(PRESETS["llama-7b"], jnp.dtype("bfloat16"), nnx.Rngs(0))))
@@ -79,7 +82,7 @@ def test_a_7b_on_a_gpu_has_few_programs():
     head = jax.ShapeDtypeStruct((32_000, 4096), jnp.bfloat16)
     made = Programs(graph, params, head, layout, buckets, pieces, jnp.dtype("bfloat16"), "triton")
     counts = [sum(kind is programs for programs, _ in made.listing()) for kind in (made.forward, made.sample, made.write)]
-    assert counts == [40, 60, 2]  # half of the sampling programs change logits first
+    assert counts == expected  # without extras half of the sampling programs change logits first
 
 
 @pytest.fixture(scope="module")

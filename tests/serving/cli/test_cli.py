@@ -299,6 +299,7 @@ FLAGS = {
     "gpu_memory_utilization": 0.5,
     "page_tokens": 8,
     "enable_lora": False,
+    "enable_lora_extras": True,
     "compile_ahead": False,
     "system": "fifo",
     "ttft_slo": 3.5,

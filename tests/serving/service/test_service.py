@@ -15,7 +15,7 @@ import safetensors.numpy
 from chameleon_jax.checkpoints import peft
 from chameleon_jax.checkpoints.chat_template import ChatTemplate
 from chameleon_jax.errors import Draining, Forbidden, RequestFailed, Unauthenticated
-from chameleon_jax.models.adapters import host_store
+from chameleon_jax.models.adapters import host_store, packing
 from chameleon_jax.sampling_params import LoRARequest, SamplingParams
 from chameleon_jax.serving.client import Client
 from chameleon_jax.serving.service.server_config import ServerConfig
@@ -137,7 +137,7 @@ def test_one_failing_adapter_leaves_the_others(shared_llm, tmp_path, caplog, mon
     for i in range(3):
         reference.save_adapter(tmp_path / f"e{i}", CONFIG, 2, seed=i)
     service = make_service(shared_llm, tmp_path)
-    pack = shared_llm.engine.layout.pack
+    pack = packing.pack
     packed = []
 
     def fail_second(*args):
@@ -146,7 +146,7 @@ def test_one_failing_adapter_leaves_the_others(shared_llm, tmp_path, caplog, mon
             raise error
         return pack(*args)
 
-    monkeypatch.setattr(type(shared_llm.engine.layout), "pack", lambda layout, *args: fail_second(*args))
+    monkeypatch.setattr(packing, "pack", fail_second)
 
     async def main():
         await service.load_named({})
