@@ -17,9 +17,9 @@ import numpy as np
 import typer
 
 from benchmarks.machine import Out, describe, publish, read_bandwidth
-from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.config import ALL_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.llama import random_model
-from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
+from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
@@ -30,14 +30,19 @@ from chameleon_jax.models.runtime.steps import StepBuckets
 class Case:
     """Batch with `adapters` adapters of `rank`, given to the rows in turn.
 
-    `enable_lora` says whether the engine has programs for adapters.
+    `vectors` says whether they have DoRA or biases, `enable_lora` whether the engine has programs for adapters.
     """
 
     name: str
     adapters: int = 0
     rank: int = 0
     targets: tuple[str, ...] = TARGETS
+    vectors: bool = False
     enable_lora: bool = True
+
+    def place(self, layout: PageLayout) -> AdapterPlacement:
+        """Place one of the adapters."""
+        return layout.place(dict.fromkeys(self.targets, self.rank), self.targets if self.vectors else ())
 
 
 def cases() -> list[Case]:
@@ -51,6 +56,8 @@ def cases() -> list[Case]:
         Case("16 x rank 64, all seven", 16, 64),
         Case("4 x rank 64, all seven", 4, 64),
         Case("32 x rank 8, all seven", 32, 8),
+        Case("16 x rank 8 with DoRA, all seven", 16, 8, vectors=True),
+        Case("16 x rank 8, all seven, embedding, head", 16, 8, ALL_TARGETS),
     ]
 
 
@@ -58,13 +65,20 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     config = PRESETS["smollm2-135m"]
     layout = PageLayout.for_model(config)
     width = layout.pages_for_tokens(context + steps + 1)
-    widest = layout.place({t: 64 for t in TARGETS}).num_pages
-    buckets = StepBuckets(max_num_seqs=rows, max_prefill_tokens=32, table_width=width, max_rank=64, max_adapter_pages=widest)
-    held = max(c.adapters * layout.place({t: c.rank for t in c.targets}).num_pages for c in cases() if c.adapters)
+    placements = {case.name: case.place(layout) for case in cases() if case.adapters}
+    buckets = StepBuckets(
+        max_num_seqs=rows,
+        max_prefill_tokens=32,
+        table_width=width,
+        max_rank=64,
+        max_adapter_pages=max(placement.num_pages for placement in placements.values()),
+        extras=True,
+    )
+    held = max(case.adapters * placements[case.name].num_pages for case in cases() if case.adapters)
     num_pages = 1 + rows * width + held
     model = random_model(config, jnp.dtype("float32"))
     engines = {
-        enabled: ModelRunner(model, layout, shapes, num_pages, jnp.dtype("float32"))
+        enabled: ModelRunner(model, layout, shapes, num_pages, jnp.dtype("float32"), ahead=False)
         for enabled, shapes in ((True, buckets), (False, dataclasses.replace(buckets, max_adapter_pages=0)))
     }
     bandwidth = read_bandwidth()
@@ -74,7 +88,7 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
         engine = engines[case.enable_lora]
         placed: list[PlacedAdapter | None] = [None]
         if case.adapters:
-            placement = layout.place({t: case.rank for t in case.targets})
+            placement = placements[case.name]
             first = 1 + rows * width
             n = placement.num_pages
             placed = [PlacedAdapter(placement, tuple(range(first + i * n, first + i * n + n))) for i in range(case.adapters)]
