@@ -105,8 +105,8 @@ class Sequences:
         tokens: list[np.ndarray] = []
         for i, step in enumerate(which):
             packed, _, last, _ = pack_step(self._chunks(step), {}, self.buckets)
-            hidden, _, pages, _ = programs[step > 0](params, pages, slots, packed)
-            hidden = hidden[np.array(last)]
+            found = programs[step > 0](params, pages, slots, packed)
+            pages, hidden = found.pages, found.hidden[np.array(last)]
             hiddens.append(np.asarray(hidden, np.float32))
             tokens.append(np.asarray(logits(hidden, head).argmax(-1)))
             fed = (given.tokens if given else tokens)[i]
