@@ -12,10 +12,9 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.models import ops
 from chameleon_jax.models.config import ALL_TARGETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
 from chameleon_jax.models.runtime.programs import Progress
-from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.serving.loaded_model import LoadedModel
 from chameleon_jax.serving.max_model_len import LengthLimits
 
@@ -94,5 +93,5 @@ class CompiledModel:
             max_rank=config.max_lora_rank,
             max_adapter_pages=self._adapter_pages(config),
             extras=config.enable_lora and config.enable_lora_extras,
-            **steps.shapes_for(ops.default_backend()),
+            **shapes_for(ops.default_backend()),
         )

@@ -10,7 +10,15 @@ from typing import Any
 
 NAMES = ("Array", "Bool", "Float", "Int", "Shaped")
 """Names of jaxtyping in signatures. The modules import them, and those of `models.ops.shapes`, for type checkers alone."""
-DEVICE_MODULES = ("ops", "llama", "length_proxy", "adapters.transfers", "runtime.steps", "runtime.step_inputs")
+DEVICE_MODULES = (
+    "ops",
+    "llama",
+    "length_proxy",
+    "adapters.transfers",
+    "runtime.buckets",
+    "runtime.steps",
+    "runtime.step_inputs",
+)
 """Modules of `chameleon_jax.models` that are checked. Others call small functions so often that wrapping them would be slow."""
 INSTALLED = all(importlib.util.find_spec(package) for package in ("jaxtyping", "beartype"))
 """False on the GPU machine, which has neither package and checks no shapes."""

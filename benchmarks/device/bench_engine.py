@@ -14,10 +14,10 @@ from flax import nnx
 from benchmarks.device.compilation import threads
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Programs
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
-from chameleon_jax.models.runtime.steps import StepBuckets
 
 SCALE_OF_ROWS = 0.02
 """Standard deviation of the numbers in the pool, KV and LoRA rows; adapters then change a layer's output by as much as the

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from chameleon_jax.models import ops
 from chameleon_jax.models.config import TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import shapes_for
 from chameleon_jax.models.runtime.programs import Programs
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
 
@@ -69,7 +69,7 @@ class Workbench:
             table_width=self.layout.pages_for_tokens(max_tokens or scale.max_tokens),
             max_rank=scale.max_rank,
             max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
-            **steps.shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also without a GPU
+            **shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also without a GPU
             rows=scale.rows,
             prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # shorter steps are padded
         )

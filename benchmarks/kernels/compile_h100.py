@@ -30,6 +30,7 @@ from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import Program, StepBuckets, shapes_for
 from chameleon_jax.models.runtime.programs import Programs
 
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -51,7 +52,7 @@ class Model:
 
     config: LlamaConfig
     layout: PageLayout
-    buckets: steps.StepBuckets
+    buckets: StepBuckets
     graph: nnx.GraphDef
     params: nnx.State
     pages: list[jax.ShapeDtypeStruct]
@@ -61,13 +62,13 @@ class Model:
         config = PRESETS[preset]
         config = dataclasses.replace(config, num_layers=num_layers or config.num_layers, head_dim=head_dim or config.head_dim)
         layout = PageLayout.for_model(config)
-        buckets = steps.StepBuckets(
+        buckets = StepBuckets(
             max_num_seqs=128,
             max_prefill_tokens=2048,
             table_width=layout.pages_for_tokens(2048),
             max_rank=max_rank,
             max_adapter_pages=layout.place({t: max_rank for t in TARGETS}).num_pages,
-            **steps.shapes_for("triton"),
+            **shapes_for("triton"),
         )
         graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype("bfloat16"), nnx.Rngs(0))))
         page = jax.ShapeDtypeStruct((LAYER_BYTES // 2 // layout.page_elems, layout.page_elems), jnp.bfloat16)
@@ -75,9 +76,9 @@ class Model:
 
     def compile_step(self, tiles: int, tile_tokens: int, adapted: int) -> Any:
         with for_gpu():
-            return self.lower_step(steps.Program(tiles, tile_tokens, adapted)).compile()
+            return self.lower_step(Program(tiles, tile_tokens, adapted)).compile()
 
-    def lower_step(self, program: steps.Program) -> Any:
+    def lower_step(self, program: Program) -> Any:
         options: dict[str, Any] = {"program": program, "buckets": self.buckets, "layout": self.layout, "backend": "triton"}
         forward = functools.partial(steps.forward, self.graph, **options)
         slots = jax.ShapeDtypeStruct((self.buckets.max_num_seqs + 1,), jnp.int32)

@@ -20,10 +20,10 @@ from benchmarks.machine import Out, describe, publish, read_bandwidth
 from chameleon_jax.models.config import ALL_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.llama import random_model
 from chameleon_jax.models.page_layout import AdapterPlacement, PageLayout, PlacedAdapter
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
-from chameleon_jax.models.runtime.steps import StepBuckets
 
 
 @dataclasses.dataclass(frozen=True)

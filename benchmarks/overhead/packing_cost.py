@@ -17,10 +17,10 @@ from benchmarks.machine import Out, describe, publish, seconds_of
 from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, RunningStep
 from chameleon_jax.models.runtime.step_inputs import PackedStep, pack_step
-from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import StepPlan

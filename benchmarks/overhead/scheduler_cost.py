@@ -15,7 +15,7 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory.adapter_cache import AdapterCache
 from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.memory.page_pool import PagePool
-from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams

@@ -7,7 +7,7 @@ import dataclasses
 from benchmarks.simulator.cost_model import CostModel, Profile
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, window_tiles
-from chameleon_jax.models.runtime.steps import DECODE_TILE, StepBuckets
+from chameleon_jax.models.runtime.buckets import DECODE_TILE, StepBuckets
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler import StepPlan
 

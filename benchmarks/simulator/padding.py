@@ -16,7 +16,7 @@ from benchmarks.simulator.cost_model import Profile
 from benchmarks.simulator.simulate import simulate, step_tokens
 from benchmarks.workload import WorkloadSpec, generate
 from chameleon_jax.models.config import PRESETS
-from chameleon_jax.models.runtime.steps import StepBuckets
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 

@@ -21,6 +21,7 @@ from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, mea
 from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, mask_words
 from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.models.runtime.programs import COUNT_TOKENS, Programs, Progress
 from chameleon_jax.models.runtime.step_inputs import (
     PackedStep,
@@ -32,7 +33,6 @@ from chameleon_jax.models.runtime.step_inputs import (
     pack_sampling_rows,
     pack_step,
 )
-from chameleon_jax.models.runtime.steps import StepBuckets
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -21,7 +21,7 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.runtime.steps import DECODE_TILE, Program, StepBuckets
+from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, StepBuckets
 
 logger = logging.getLogger(__name__)
 

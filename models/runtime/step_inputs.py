@@ -18,7 +18,7 @@ from chameleon_jax.models.ops.sampling import (
     SamplingMode,
 )
 from chameleon_jax.models.page_layout import PlacedAdapter
-from chameleon_jax.models.runtime.steps import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
+from chameleon_jax.models.runtime.buckets import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
 from chameleon_jax.sampling_params import MAX_LOGIT_BIAS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from jaxlib.triton import dialect
 from benchmarks.kernels.compile_h100 import Model, for_gpu, kernels, lower_for_h100
 from chameleon_jax.models.ops import pallas_triton as pt
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.runtime.steps import Program
+from chameleon_jax.models.runtime.buckets import Program
 
 PROGRAMS = (Program(1, 1, 7), Program(4, 1, 4), Program(128, 1, 7), Program(1, 64, 7), Program(3, 64, 7), Program(32, 64, 7))
 

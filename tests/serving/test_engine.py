@@ -12,7 +12,7 @@ import pytest
 from chameleon_jax import LLM, AsyncLLM, LoRARequest, SamplingParams
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.models.ops.sampling import SamplingMode
-from chameleon_jax.models.runtime.steps import Program
+from chameleon_jax.models.runtime.buckets import Program
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine

@@ -118,29 +118,44 @@ def test_a_mix_is_forgotten_with_the_last_name_of_a_member(llm, tmp_path):
     run(main())
 
 
+class Held:
+    """Packing of mixes, which waits for a gate."""
+
+    def __init__(self, pack):
+        self.gate = threading.Event()
+        self._pack, self._begun = pack, threading.Event()
+
+    def __call__(self, job):
+        self._begun.set()
+        assert self.gate.wait(TIMEOUT)
+        return self._pack(job)
+
+    async def packing(self) -> None:
+        """Wait until a mix is at the gate."""
+        while not self._begun.is_set():
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def held(llm, monkeypatch):
+    held = Held(llm.engine.packer.mix)
+    monkeypatch.setattr(llm.engine.packer, "mix", held)
+    return held
+
+
 @pytest.mark.parametrize("change", ["removed", "replaced"])
-def test_a_mix_whose_member_goes_while_it_is_packed_leaves_nothing(llm, tmp_path, monkeypatch, change):
-    gate, packing = threading.Event(), threading.Event()
-    mix = llm.engine.packer.mix
-
-    def slow(job):
-        packing.set()
-        assert gate.wait(TIMEOUT)
-        return mix(job)
-
+def test_a_mix_whose_member_goes_while_it_is_packed_leaves_nothing(llm, held, tmp_path, change):
     async def main():
         await settled(llm)
         before = await llm.stats(max_age=0)
         await llm.add_lora("x", reference.save_adapter(tmp_path / "old", CONFIG, 4, seed=51))
-        monkeypatch.setattr(llm.engine.packer, "mix", slow)
         asked = asyncio.create_task(last(llm, PROMPTS[0], GREEDY, LoRAMix([LoRARequest("x"), LoRARequest("a0")])))
-        while not packing.is_set():
-            await asyncio.sleep(0.001)
+        await held.packing()
         if change == "removed":
             await llm.remove_lora("x")
         else:
             await llm.add_lora("x", reference.save_adapter(tmp_path / "new", CONFIG, 4, seed=52))
-        gate.set()
+        held.gate.set()
         if change == "removed":
             with pytest.raises(KeyError, match="no adapter is named 'x'"):
                 await asked
@@ -170,23 +185,13 @@ def test_the_least_recently_used_mixes_are_forgotten(llm, monkeypatch):
     run(main())
 
 
-def test_steps_go_on_while_a_mix_is_packed(llm, monkeypatch):
-    gate, packing = threading.Event(), threading.Event()
-    mix = llm.engine.packer.mix
-
-    def slow(job):
-        packing.set()
-        assert gate.wait(TIMEOUT)
-        return mix(job)
-
+def test_steps_go_on_while_a_mix_is_packed(llm, held):
     async def main():
-        monkeypatch.setattr(llm.engine.packer, "mix", slow)
         ask = LoRAMix(MIX.loras, [0.11, 0.12, 0.13])
         mixed = asyncio.create_task(last(llm, PROMPTS[0], GREEDY, ask))
-        while not packing.is_set():
-            await asyncio.sleep(0.001)
+        await held.packing()
         assert (await last(llm, PROMPTS[0], LONG, LoRARequest("a1"))).finished and not mixed.done()
-        gate.set()
+        held.gate.set()
         assert (await mixed).finished
 
     run(main())

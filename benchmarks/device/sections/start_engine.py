@@ -14,10 +14,9 @@ from chameleon_jax.config import EngineConfig
 from chameleon_jax.models import llama
 from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
-from chameleon_jax.models.runtime.steps import StepBuckets
 
 
 def buckets(scale: Scale, layout: PageLayout) -> StepBuckets:
@@ -31,7 +30,7 @@ def buckets(scale: Scale, layout: PageLayout) -> StepBuckets:
         table_width=layout.pages_for_tokens(scale.max_tokens),
         max_rank=rank,
         max_adapter_pages=layout.place(dict.fromkeys(TARGETS, rank)).num_pages,
-        **(steps.shapes_for("triton") if not small else {}) | {"prefill_tile": scale.prefill_tile},
+        **(shapes_for("triton") if not small else {}) | {"prefill_tile": scale.prefill_tile},
     )
 
 

@@ -19,8 +19,8 @@ from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, mea
 from chameleon_jax.models.config import PRESETS
 from chameleon_jax.models.page_layout import TRASH_PAGE, PageLayout
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
+from chameleon_jax.models.runtime.buckets import StepBuckets
 from chameleon_jax.models.runtime.model_runner import ModelRunner
-from chameleon_jax.models.runtime.steps import StepBuckets
 from chameleon_jax.serving.telemetry.compilations import Compilations
 
 LAYOUT = PageLayout.for_model(dataclasses.replace(PRESETS["tiny"], num_layers=2))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, mask_of
+from chameleon_jax.models.runtime.buckets import Program
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.model_runner import DispatchedStep, RunningStep
 from chameleon_jax.models.runtime.step_inputs import PackedStep, SamplingRow
-from chameleon_jax.models.runtime.steps import Program
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams

@@ -15,10 +15,10 @@ from chameleon_jax.models.config import PRESETS, TARGETS
 from chameleon_jax.models.llama import Llama, random_model
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 from chameleon_jax.models.runtime.model_runner import PAGES_ROUNDED_TO, ModelRunner
 from chameleon_jax.models.runtime.programs import STEPS_IN_FLIGHT, Programs
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
-from chameleon_jax.models.runtime.steps import StepBuckets, shapes_for
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
 LAYOUT = PageLayout.for_model(CONFIG)

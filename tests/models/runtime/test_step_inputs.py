@@ -9,8 +9,8 @@ import pytest
 from chameleon_jax.models.config import ATTENTION_TARGETS, PRESETS, TARGETS
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
+from chameleon_jax.models.runtime.buckets import FROM_SLOT, Program, StepBuckets
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
-from chameleon_jax.models.runtime.steps import FROM_SLOT, Program, StepBuckets
 
 LAYOUT = PageLayout.for_model(PRESETS["tiny"])
 BUCKETS = StepBuckets(

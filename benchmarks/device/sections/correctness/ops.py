@@ -25,7 +25,7 @@ from chameleon_jax.models.ops.paged_attention import BACKENDS as ATTENTION
 from chameleon_jax.models.ops.paged_attention import triton as attention_triton
 from chameleon_jax.models.ops.paged_attention import write_kv
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
-from chameleon_jax.models.runtime.steps import shapes_for
+from chameleon_jax.models.runtime.buckets import shapes_for
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
 

@@ -26,6 +26,7 @@ from chameleon_jax.models.config import TARGETS
 from chameleon_jax.models.llama import logits
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
 from chameleon_jax.models.runtime.step_inputs import SequenceChunk, pack_step
 
 DECODE_STEPS = 4
@@ -63,13 +64,13 @@ class Sequences:
         placed = [PlacedAdapter(p, tuple(itertools.islice(deal, p.num_pages))) for p in placements]
         self.adapters: list[PlacedAdapter | None] = [*placed, None] if adapted else [None] * len(lengths)
         tiles = sum(-(-n // tile) for n in lengths) + 1  # and padding
-        self.buckets = steps.StepBuckets(
+        self.buckets = StepBuckets(
             max_num_seqs=len(lengths) + 2,
             max_prefill_tokens=tiles * tile,
             table_width=width,
             max_rank=max(scale.ranks),
             max_adapter_pages=max(p.num_pages for p in placements),
-            **steps.shapes_for("triton") | {"prefill_tile": tile},
+            **shapes_for("triton") | {"prefill_tile": tile},
         )
 
     def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:
