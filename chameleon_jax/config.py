@@ -13,7 +13,7 @@ from chameleon_jax.checks import require, require_field
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.systems import System, get_system
 
-COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization", "compile_ahead", "enable_lora_extras")
+COMPILED = ("dtype", "load_format", "page_tokens", "gpu_memory_utilization", "compile_programs", "enable_lora_extras")
 """Settings that a restart of the engine cannot change."""
 LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "num_pages", "enable_lora")
 """Settings that a restart can lower: programs are compiled for their first values."""
@@ -44,9 +44,11 @@ class EngineConfig:
         enable_lora: False compiles no adapter programs and refuses adapters (default True).
         enable_lora_extras: True serves adapters with more than LoRA on the layers' matrices: LoRA on embed_tokens and lm_head,
             DoRA, and biases of LoRA. It compiles a further program for each size of a step (default False).
-        compile_ahead: True (default) compiles every program before the first request. False compiles a program when a step
-            first needs it: the engine starts in seconds, and all requests wait while a program compiles. No GPU has run
-            this; without num_pages a GPU's largest programs are compiled at the start even so, to measure memory.
+        compile_programs: "ahead" compiles every program before the first request. "background" compiles a few large ones, which
+            serve requests while the others are compiled; no request waits for them. "lazy" compiles a program when a step first
+            needs it: the engine starts in seconds, and all requests wait while a program compiles. "auto" (default) is
+            "background" on CPU and "ahead" on other devices. No GPU has run "background" or "lazy"; without num_pages a GPU's
+            largest programs are compiled at the start even so, to measure memory.
         system: policies that serve: a name in `systems.SYSTEMS` (default "chameleon-plus"), or a `systems.System`.
         ttft_slo: target for the time to first token, in seconds (default 5).
         tbt_slo: target for the time between tokens, in seconds (default 0.15).
@@ -71,7 +73,7 @@ class EngineConfig:
     page_tokens: int = 16
     enable_lora: bool = True
     enable_lora_extras: bool = False
-    compile_ahead: bool = True
+    compile_programs: str = "auto"
     system: str | System = "chameleon-plus"
     ttft_slo: float = 5.0
     tbt_slo: float = 0.15
@@ -81,7 +83,12 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, names in (("dtype", ("auto", "float32", "bfloat16")), ("load_format", ("auto", "dummy"))):
+        named = {
+            "dtype": ("auto", "float32", "bfloat16"),
+            "load_format": ("auto", "dummy"),
+            "compile_programs": ("auto", "ahead", "background", "lazy"),
+        }
+        for field, names in named.items():
             require_field(self, field, getattr(self, field) in names, ", ".join(names))
         for field in ("max_model_len", "max_queue_len"):
             require_field(self, field, getattr(self, field) is None or getattr(self, field) >= 1, "1 or more")
@@ -158,7 +165,7 @@ class EngineSettings(TypedDict, total=False):
     page_tokens: int
     enable_lora: bool
     enable_lora_extras: bool
-    compile_ahead: bool
+    compile_programs: str
     system: str | System
     ttft_slo: float
     tbt_slo: float

@@ -39,11 +39,12 @@ class Executor(Protocol):
     So a page or slot may go to a new owner right after a dispatch: the new owner's work runs later.
 
     Attributes:
-        num_compiled: Programs compiled so far. The host waits for each, so a step in flight meanwhile ends unseen.
+        num_compiled: Programs compiled so far. The host waits for each, so a step in flight meanwhile ends unseen. None while
+            programs are compiled in the background: steps run slower ones in their place, and share the processors.
     """
 
     @property
-    def num_compiled(self) -> int: ...
+    def num_compiled(self) -> int | None: ...
 
     def dispatch(self, plan: StepPlan) -> Any:
         """Start a step without waiting for it; return its handle."""

@@ -97,7 +97,7 @@ class ServingLoop:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._orders = 0
-        self._in_flight: deque[tuple[Any, StepPlan, float, int]] = deque()  # dispatched steps whose tokens were not read
+        self._in_flight: deque[tuple[Any, StepPlan, float, int | None]] = deque()  # dispatched steps whose tokens were not read
         self._collected_at = 0.0
         self._undrawn: Any = None  # the last dispatched step, until its tokens are drawn
         self._pending: StepPlan | None = None  # planned and not dispatched: an interrupt came while it waited
@@ -280,7 +280,7 @@ class ServingLoop:
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            if num_compiled == self.executor.num_compiled:  # else a compilation took the seconds
+            if num_compiled is not None and num_compiled == self.executor.num_compiled:  # else compilations took seconds of it
                 self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
             self._collected_at = now
             for request in output_processor.process(tokens, now):

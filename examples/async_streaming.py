@@ -28,7 +28,7 @@ async def read(llm: AsyncLLM, prompt: str, adapter: str | None, limit: int) -> N
 
 async def serve(model: str, adapters: Path) -> None:
     """Load one adapter, then answer three requests at once."""
-    async with AsyncLLM(model, max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_ahead=False) as llm:
+    async with AsyncLLM(model, max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_programs="lazy") as llm:
         await llm.add_lora("shakespeare", adapters / "shakespeare")
         await asyncio.gather(
             read(llm, "The heart of man is", None, 16),

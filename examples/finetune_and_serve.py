@@ -29,7 +29,7 @@ def main(model: str = "smollm2-135m") -> None:
         if step % 10 == 0:
             print(f"step {step}/{CONFIG.steps}  loss {statistics.mean(losses[-10:]):.3f} nats a token")
 
-    settings: dict[str, Any] = dict(max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_ahead=False)
+    settings: dict[str, Any] = dict(max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_programs="lazy")
     with LLM(model, **settings) as llm, tempfile.TemporaryDirectory() as directory:
         adapter = finetune(load_checkpoint(model), TEXT.read_text(encoding="utf-8"), CONFIG, report)
         save(adapter, directory, CONFIG, model, "float32")

@@ -43,7 +43,12 @@ async def wave(llm: AsyncLLM, names: list[str]) -> None:
 async def serve(folder: Path) -> None:
     """Load 16 adapters into host memory and use them in waves."""
     settings: dict[str, Any] = dict(
-        load_format="dummy", max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32, max_lora_rank=8, compile_ahead=False
+        load_format="dummy",
+        max_num_seqs=4,
+        max_model_len=64,
+        max_num_batched_tokens=32,
+        max_lora_rank=8,
+        compile_programs="lazy",
     )
     async with AsyncLLM("tiny", num_pages=120, **settings) as llm:
         names = [f"tenant-{i:02d}" for i in range(16)]

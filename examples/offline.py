@@ -20,9 +20,9 @@ def main(model: str = "smollm2-135m", adapters: Path = ADAPTERS) -> None:
     bard = LoRARequest("bard", str(adapters / "shakespeare"))
     bible = LoRARequest("bible", str(adapters / "king-james"))
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=24)
-    # compile_ahead=False suits a short run: it compiles only the programs that these steps need
+    # compile_programs="lazy" suits a short run: it compiles only the programs that these steps need
     settings: dict[str, Any] = dict(
-        max_num_seqs=4, max_model_len=128, max_num_batched_tokens=32, max_lora_rank=16, compile_ahead=False
+        max_num_seqs=4, max_model_len=128, max_num_batched_tokens=32, max_lora_rank=16, compile_programs="lazy"
     )
     with LLM(model, **settings) as llm:
         for output in llm.generate([PROMPT] * 3, params, lora_request=[None, bard, bible]):

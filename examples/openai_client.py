@@ -19,7 +19,7 @@ from pathlib import Path
 from openai import OpenAI
 
 ADAPTERS = Path(__file__).parents[1] / "benchmarks" / "demo_adapters"
-SETTINGS = "--grpc-port -1 --max-num-seqs 4 --max-model-len 128 --max-lora-rank 16 --no-compile-ahead"
+SETTINGS = "--grpc-port -1 --max-num-seqs 4 --max-model-len 128 --max-lora-rank 16 --compile-programs lazy"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ async def complete(llm: AsyncLLM, prompt: str) -> str:
 
 async def train_and_serve(model: str) -> None:
     """Train with Optax, give "policy" the weights of each step, and sample from it after every fifth."""
-    settings: dict[str, Any] = dict(max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_ahead=False)
+    settings: dict[str, Any] = dict(max_num_seqs=4, max_model_len=128, max_lora_rank=16, compile_programs="lazy")
     async with AsyncLLM(model, **settings) as llm:
         for step in training_steps(load_checkpoint(model), TEXT.read_text(encoding="utf-8"), CONFIG):
             await llm.add_lora("policy", weights=step.adapter, peft_config={"lora_alpha": CONFIG.alpha})

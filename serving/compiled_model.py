@@ -13,8 +13,8 @@ from chameleon_jax.models import ops
 from chameleon_jax.models.config import ALL_TARGETS, TARGETS
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
+from chameleon_jax.models.runtime.compilation import Progress
 from chameleon_jax.models.runtime.model_runner import HOST_POOL_BYTES, ModelRunner
-from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.serving.loaded_model import LoadedModel
 from chameleon_jax.serving.max_model_len import LengthLimits
 
@@ -61,7 +61,7 @@ class CompiledModel:
             self.dtype,
             progress,
             memory_limit=None if stats is None else stats["bytes_limit"],
-            ahead=config.compile_ahead,
+            compile_programs=_when(config),
         )
         chosen = min(most, limits.choose(self.runner.num_pages))
         logger.info("max_model_len is %d: %s", *chosen)
@@ -95,3 +95,10 @@ class CompiledModel:
             extras=config.enable_lora and config.enable_lora_extras,
             **shapes_for(ops.default_backend()),
         )
+
+
+def _when(config: EngineConfig) -> str:
+    """When programs are compiled. On a GPU the compiler tries kernels on the device, whose memory the pool has by then."""
+    if config.compile_programs != "auto":
+        return config.compile_programs
+    return "background" if jax.default_backend() == "cpu" else "ahead"

@@ -18,9 +18,9 @@ from chameleon_jax.memory.adapter_registry import AdapterRegistry
 from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.models.adapters.against_base import resolve_against
 from chameleon_jax.models.adapters.host_store import HostStore
+from chameleon_jax.models.runtime.compilation import Progress
 from chameleon_jax.models.runtime.executor import JaxExecutor
 from chameleon_jax.models.runtime.jax_setup import enable_compilation_cache, take_device_memory
-from chameleon_jax.models.runtime.programs import Progress
 from chameleon_jax.request import Request, check_priority
 from chameleon_jax.sampling_params import LoRAMix, LoRARequest, SamplingParams
 from chameleon_jax.scheduler.length_predictor import LengthPredictor
@@ -139,6 +139,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End background threads and remove temporary files."""
+        self.runner.compilation.close()
         self.store.close()
         self._close_predictor()
 

@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = dict(
     max_num_batched_tokens=64,
     num_pages=1200,
     max_queue_len=64,
-    compile_ahead=False,
+    compile_programs="lazy",
 )
 """Settings of an engine that a test borrows, where the test gives no others."""
 
@@ -36,7 +36,7 @@ class Engines:
         """Lend an engine with no adapters, no requests, an empty pool and nothing learnt."""
         wanted = SETTINGS | settings
         fixed = {field: wanted[field] for field in (*COMPILED, "enable_lora") if field in wanted}
-        if wanted["compile_ahead"]:
+        if wanted["compile_programs"] == "ahead":
             fixed["max_num_seqs"] = wanted["max_num_seqs"]  # each size has programs of its own
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
         engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | SIZES | fixed))

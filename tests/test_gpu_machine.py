@@ -59,7 +59,7 @@ def test_a_dummy_model_generates():
     program = """
 from chameleon_jax import LLM, AsyncLLM, SamplingParams
 
-settings = dict(enable_lora=False, max_model_len=64, max_num_seqs=1, max_num_batched_tokens=32, compile_ahead=False)
+settings = dict(enable_lora=False, max_model_len=64, max_num_seqs=1, max_num_batched_tokens=32, compile_programs="lazy")
 with LLM("tiny", load_format="dummy", **settings) as llm:
     [output] = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
 print(len(output.outputs[0].token_ids))

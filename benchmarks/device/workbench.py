@@ -56,7 +56,7 @@ class Workbench:
             self._engine = None
             gc.collect()
             model = self.model
-            self._engine = BenchEngine(model, self.layout, self.buckets(), self.num_pages, self.dtype, ahead=False)
+            self._engine = BenchEngine(model, self.layout, self.buckets(), self.num_pages, self.dtype, compile_programs="lazy")
             self._engine.fill()
         return self._engine
 

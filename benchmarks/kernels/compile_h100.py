@@ -31,6 +31,7 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.buckets import Program, StepBuckets, shapes_for
+from chameleon_jax.models.runtime.compilation import Compilation
 from chameleon_jax.models.runtime.programs import Programs
 
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -145,7 +146,7 @@ def start_up_row(model: Model) -> dict[str, Any]:
     made = LoweredPrograms(model.graph, model.params, head, model.layout, model.buckets, pieces, dtype, "triton")
     made.num_pages = model.pages[0].shape[0]
     processor, wall = time.process_time(), time.perf_counter()
-    made.compile_all()
+    Compilation(made, model.config.num_layers).compile_all()
     processor, wall = time.process_time() - processor, time.perf_counter() - wall
     return {"programs": len(made.listing()), "processor s to trace and lower": round(processor, 2), "wall s": round(wall, 2)}
 

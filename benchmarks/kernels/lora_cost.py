@@ -78,7 +78,7 @@ def measure(rows: int, context: int, rounds: int, steps: int) -> dict[str, objec
     num_pages = 1 + rows * width + held
     model = random_model(config, jnp.dtype("float32"))
     engines = {
-        enabled: ModelRunner(model, layout, shapes, num_pages, jnp.dtype("float32"), ahead=False)
+        enabled: ModelRunner(model, layout, shapes, num_pages, jnp.dtype("float32"), compile_programs="lazy")
         for enabled, shapes in ((True, buckets), (False, dataclasses.replace(buckets, max_adapter_pages=0)))
     }
     bandwidth = read_bandwidth()

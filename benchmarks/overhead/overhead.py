@@ -175,6 +175,7 @@ def main(
     llm = AsyncLLM(
         model,
         load_format=load_format,
+        compile_programs="ahead",
         max_model_len=64 + output_len,
         max_num_batched_tokens=128,
         max_num_seqs=concurrency,

@@ -40,7 +40,9 @@ def serve(engine: LLMEngine, work: Path, requests: list[dict], concurrency: int)
 def main() -> None:
     work, out = Path(sys.argv[1]), Path(sys.argv[2])
     workloads = json.loads((work / "workloads.json").read_text())
-    config = EngineConfig(dtype="float32", max_model_len=320, max_num_seqs=32, max_lora_rank=8, system="fifo")
+    config = EngineConfig(
+        dtype="float32", max_model_len=320, max_num_seqs=32, max_lora_rank=8, system="fifo", compile_programs="ahead"
+    )
     engine = LLMEngine(str(work / "model"), config)
     results = {}
     for workload in workloads:

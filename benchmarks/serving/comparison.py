@@ -64,13 +64,14 @@ def build_engine(
     """
     longest = max(int(w.input_tokens.max() + max(v.output_tokens.max() for v in workloads)) for w in workloads)
     ranks = workloads[0].ranks.tolist()
+    settled: dict[str, Any] = {"max_model_len": -(-longest // LENGTH_STEP) * LENGTH_STEP, "compile_programs": "ahead"}
     engine = TimedEngine(
         model,
         EngineConfig(
             max_lora_rank=max(ranks),
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=max(step_tokens(system, settings.batched_tokens) for system in systems),
-            **{"max_model_len": -(-longest // LENGTH_STEP) * LENGTH_STEP} | config,
+            **settled | config,
         ),
         progress=lambda done, total: print(f"\rprograms {done}/{total}", end="" if done < total else "\n", flush=True),
     )

@@ -146,6 +146,7 @@ def main(
     """
     logging.basicConfig(level=logging.WARNING)
     settings: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 128, "num_pages": POOL_PAGES}
+    settings["compile_programs"] = "ahead"  # threads and memory are counted
     prompts = [(prompt, 16 + 16 * (i % 4)) for i, prompt in enumerate(PROMPTS)]
     plan = Soak(clients=clients, seconds=60 * minutes)
     with tempfile.TemporaryDirectory() as folder:

@@ -42,12 +42,12 @@ _SHARE = 1 - 2e-6
 margin it would decide where a token ends exactly the mass asked for: the same row would be cut differently in another batch."""
 
 
-class SamplingMode(enum.Enum):
-    """Kind of sampling that a batch of rows needs. Each mode is a program of its own."""
+class SamplingMode(enum.IntEnum):
+    """Kind of sampling that a batch of rows needs, each a program of its own. A mode can stand in for those before it."""
 
-    GREEDY = "greedy"
-    RANDOM = "random"
-    LOGPROBS = "logprobs"
+    GREEDY = 0
+    RANDOM = 1
+    LOGPROBS = 2
 
 
 SAMPLING_COLUMNS = 8 + MAX_STOP_IDS

@@ -12,7 +12,7 @@ import numpy as np
 
 from chameleon_jax.models.config import ALL_TARGETS, ATTENTION_TARGETS, TARGETS
 from chameleon_jax.models.ops.batched_lora.plan import DECODE_WINDOW, LoraPlan, plan_shapes, window_tiles
-from chameleon_jax.models.ops.sampling import SAMPLING_COLUMNS
+from chameleon_jax.models.ops.sampling import SAMPLING_COLUMNS, SamplingMode
 from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 
 if TYPE_CHECKING:
@@ -43,6 +43,22 @@ class Program(NamedTuple):
     def extras(self) -> bool:
         """Whether adapters may change embeddings, the output matrix, and the outputs of the layers' matrices themselves."""
         return self.adapted > len(TARGETS)
+
+
+class Sampling(NamedTuple):
+    """Key of a sampling program.
+
+    Attributes:
+        rows: Rows that it samples, padding included.
+        mode: Kind of sampling that the rows need together.
+        adjusted: Whether logits may change before tokens are drawn.
+        adapted: Whether adapters' updates of the logits are added first.
+    """
+
+    rows: int
+    mode: SamplingMode
+    adjusted: bool
+    adapted: bool
 
 
 @dataclasses.dataclass(frozen=True)

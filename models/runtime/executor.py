@@ -74,8 +74,8 @@ class JaxExecutor:
         self._counted: dict[int, tuple[Request, int]] = {}  # by slot: request whose tokens the device counts, its preemptions
 
     @property
-    def num_compiled(self) -> int:
-        return self._runner.programs.num_compiled
+    def num_compiled(self) -> int | None:
+        return None if self._runner.compilation.runs_beside else self._runner.programs.num_compiled
 
     def restart(self, transfers_per_load: int) -> None:
         """Send each adapter so many times a load from now on, and forget the pace of steps. No load may be under way."""

@@ -1,7 +1,7 @@
 """The device to the executor: weights, pool and compiled programs, behind a few calls that never wait.
 
-Every program is compiled when the runner is built, and none afterwards, unless it is told to compile programs when steps need
-them. From then on only a step's small outputs, the pieces of adapters on their way and the norms of DoRA are allocated.
+No step waits for a program, unless the runner is told to compile programs when steps need them. Once the runner is built, only
+a step's small outputs, the pieces of adapters on their way and the norms of DoRA are allocated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from flax import nnx
 from chameleon_jax.models import ops
 from chameleon_jax.models.adapters.transfers import PieceSizes, PinnedBlock, measure_link, pinned_memory
 from chameleon_jax.models.llama import Llama
-from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, mask_words
+from chameleon_jax.models.ops.sampling import Sampled, mask_words
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime.buckets import StepBuckets
-from chameleon_jax.models.runtime.programs import COUNT_TOKENS, Programs, Progress
+from chameleon_jax.models.runtime.buckets import Sampling, StepBuckets
+from chameleon_jax.models.runtime.compilation import Compilation, Progress
+from chameleon_jax.models.runtime.programs import COUNT_TOKENS, Programs
 from chameleon_jax.models.runtime.step_inputs import (
     PackedStep,
     SamplingRow,
@@ -102,7 +103,8 @@ class ModelRunner:
             know its memory; the pool then has room for every sequence, and for adapters half as much again.
         backend: Backend of the device ops, one of `ops.BACKENDS`; None is the platform's.
         compiler_options: Options for XLA beside its defaults.
-        ahead: Compile every program here. False compiles a program when it first runs.
+        compile_programs: "ahead" compiles every program here; "background" a few here, and the others in the background; "lazy"
+            each when it first runs.
 
     Attributes:
         link_rate: Bytes a second at which pieces of adapters reach the idle device, measured once.
@@ -123,7 +125,7 @@ class ModelRunner:
         memory_limit: int | None = None,
         backend: str | None = None,
         compiler_options: Mapping[str, Any] | None = None,
-        ahead: bool = True,
+        compile_programs: str = "ahead",
     ):
         self.layout = layout
         self.buckets = buckets
@@ -144,20 +146,24 @@ class ModelRunner:
             backend or ops.default_backend(),
             compiler_options,
         )
+        self.compilation = Compilation(self.programs, layout.config.num_layers)
         self._counts = jnp.zeros((buckets.max_num_seqs + 1, layout.config.vocab_size), jnp.uint16)
         if num_pages is None:
             num_pages = self._pages_on_host() if memory_limit is None else self._pages_that_fit(memory_limit)
         self.num_pages = num_pages
         self.programs.num_pages = self.num_pages
-        if ahead:
-            self.programs.compile_all(progress)
+        if compile_programs == "ahead":
+            self.compilation.compile_all(progress)
+        elif compile_programs == "background":
+            self.compilation.compile_first(progress)
         self._pages: list[jax.Array] = []
         self.reset()
         self._memory = self._pages[0].sharding
         self._host_memory = pinned_memory(self._memory)
         self.link_rate = self._measure_link()
-        if ahead and device.platform != "cpu":
+        if compile_programs == "ahead" and device.platform != "cpu":
             self.use_every_program()
+        self.compilation.start()
 
     def reset(self) -> None:
         """Start from an empty pool, also where an error has left the old one in any state."""
@@ -201,14 +207,11 @@ class ModelRunner:
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
             self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs).pages
-        for rows, mode, adjusted, adapted in self.programs.sample:
-            sampling_rows, _ = pack_sampling_rows({}, rows, padding_slot)
-            hidden = jnp.zeros((rows, config.hidden_size), self.dtype)
-            if adjusted:
-                updates = jnp.zeros((rows, config.vocab_size), jnp.float32) if adapted else None
-                self._sample_adjusted(mode, hidden, sampling_rows, pack_adjustments({}, self.no_masks(rows)), updates)
-            else:
-                self._sample(mode, hidden, sampling_rows)
+        for sampling in self.programs.sample:
+            sampling_rows, _ = pack_sampling_rows({}, sampling.rows, padding_slot)
+            hidden = jnp.zeros((sampling.rows, config.hidden_size), self.dtype)
+            updates = jnp.zeros((sampling.rows, config.vocab_size), jnp.float32) if sampling.adapted else None
+            self._sample(sampling, hidden, sampling_rows, {}, None, updates)
         for tokens, score in self.programs.score.items():
             states = jnp.zeros((tokens, config.hidden_size), self.dtype)
             score(self._head, states, np.zeros(1 + tokens // self.buckets.prefill_tile + tokens, np.int32))
@@ -227,7 +230,7 @@ class ModelRunner:
             chunks: Sequences of the step, decodes or chunks of prompts.
             sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample.
         """
-        step = pack_step(chunks, sampling_rows, self.buckets)
+        step = pack_step(chunks, sampling_rows, self.buckets, self.compilation.choose)
         rows = {step.last[i]: row for i, row in sampling_rows.items()}
         return SentStep(step, jax.device_put(step.packed, self._memory), rows)
 
@@ -271,27 +274,25 @@ class ModelRunner:
         step, rows, hidden, sampling_rows, adjusted, _, updates = running
         if step.mode is None:
             return DispatchedStep(None, step.last, hidden)
-        if not adjusted and updates is None:
-            sampled = self._sample(step.mode, hidden, sampling_rows)
-        else:
-            masks = self.no_masks(step.program.tiles) if masks is None else masks
-            sampled = self._sample_adjusted(step.mode, hidden, sampling_rows, pack_adjustments(rows, masks), updates)
+        changed = adjusted or updates is not None
+        sampling = self.compilation.choose_sampling(Sampling(len(hidden), step.mode, changed, updates is not None))
+        sampled = self._sample(sampling, hidden, sampling_rows, rows, masks, updates)
         return DispatchedStep(sampled, step.last, sampled.tokens)
 
-    def _sample(self, mode: SamplingMode, hidden: jax.Array, sampling_rows: Any) -> Sampled:
-        program = self.programs.sample[len(hidden), mode, False, False]
-        sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
-        return sampled
-
-    def _sample_adjusted(
+    def _sample(
         self,
-        mode: SamplingMode,
+        sampling: Sampling,
         hidden: jax.Array,
         sampling_rows: Any,
-        adjustments: Int[np.ndarray, "rows columns"],
+        rows: Mapping[int, SamplingRow],
+        masks: Int[np.ndarray, "rows words"] | None,
         updates: jax.Array | None,
     ) -> Sampled:
-        program = self.programs.sample[len(hidden), mode, True, updates is not None]
+        program = self.programs.sample[sampling]
+        if not sampling.adjusted:
+            sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
+            return sampled
+        adjustments = pack_adjustments(rows, self.no_masks(sampling.rows) if masks is None else masks)
         inputs = [jax.device_put(adjustments, self._memory), *([] if updates is None else [updates])]
         state = (self._slot_tokens, self._counts)
         sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, *inputs)

@@ -1,17 +1,11 @@
-"""Programs of an engine, compiled before the first request or at their first use, and the memory they need beside the pool."""
+"""Programs of an engine, how each is compiled, and the memory they need beside the pool."""
 
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
-import logging
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +15,42 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, StepBuckets
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""`(programs compiled, programs in all)`."""
+from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, Sampling, StepBuckets
+from chameleon_jax.models.runtime.compile_threads import on_threads
 
 COUNT_TOKENS = 1024
 """Tokens that one run of the counting program takes."""
 STEPS_IN_FLIGHT = 2
 """Steps that the device holds at a time: the host dispatches one while the device computes the one before."""
 
-FORWARD_S, LAYER_S, OTHER_S = 0.5, 0.15, 0.4
-"""Processor's seconds to compile a forward program without layers, a layer of it, and a sampling or writing program.
 
-Measured on a CPU with models of 2 and 30 layers, where a layer took 0.22 s with adapters and 0.08 s without."""
+class ProgramCache(dict[Any, Any]):
+    """Programs of one kind by key. A program that is missing is compiled."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # type: ignore[assignment]  # programs are equal where they are the same
+
+    def __init__(self, compile_key: Callable[[Any], Any]):
+        super().__init__()
+        self._compile = compile_key
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = compiled = self._compile(key)
+        return compiled
+
+
+class Job(NamedTuple):
+    """Program to compile: its kind, and its key there."""
+
+    programs: ProgramCache
+    key: Any
+
+    def run(self) -> None:
+        """Compile it, unless it is compiled."""
+        self.programs[self.key]
 
 
 class Programs:
-    """Programs for a pool of `num_pages`, each compiled once: by `compile_all` before the first request, else at its first use.
+    """Programs for a pool of `num_pages`, each compiled once: when `Compilation` says so, else at its first use.
 
     Args:
         graph: Structure of the model, from `nnx.split`.
@@ -50,12 +60,13 @@ class Programs:
         compiler_options: Options for XLA beside its defaults.
 
     Attributes:
+        buckets: Shapes of the programs.
         num_pages: Pages of the pool. Set it before the first program is compiled.
         weights: Weights as `forward` takes them: a flat list. To take the model's tree apart at every dispatch would cost the
             host several times the rest of a dispatch.
         forward: `Program -> steps.forward`.
-        sample: `(rows, mode, adjusted, adapted) -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true,
-            with `logit_updates` where adapted is true too.
+        sample: `Sampling -> steps.sample_step`, or `steps.sample_adjusted_step` where adjusted is true, with `logit_updates`
+            where adapted is true too.
         write: `pages of a piece -> steps.write_adapter`.
         count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
         score: `tokens -> steps.score_prompts`, of the largest step of prompts.
@@ -75,13 +86,13 @@ class Programs:
     ):
         self.num_pages = 0
         self.forward = ProgramCache(lambda program: self._compile_forward(self.num_pages, program))
-        self.sample = ProgramCache(lambda key: self._compile_sample(*key))
+        self.sample = ProgramCache(self._compile_sample)
         self.write = ProgramCache(lambda size: self._compile_write(self.num_pages, size))
         self.count = ProgramCache(self._compile_count)
         self.score = ProgramCache(self._compile_score)
         self._graph, self._head = graph, head
         self.weights, self._tree = jax.tree.flatten(params)
-        self._layout, self._buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
+        self._layout, self.buckets, self._pieces, self._dtype = layout, buckets, pieces, dtype
         self._backend = backend
         self._options = dict(compiler_options or {})
         self._slot_tokens = jax.ShapeDtypeStruct((buckets.max_num_seqs + 1,), jnp.int32)
@@ -92,49 +103,33 @@ class Programs:
         """Number of programs compiled so far."""
         return sum(map(len, (self.forward, self.sample, self.write, self.count, self.score)))
 
-    def listing(self) -> list[tuple[ProgramCache, Any]]:
-        """Every program to compile, as its cache and its key there; the slowest to compile first."""
-        buckets = self._buckets
+    @functools.cached_property
+    def num_programs(self) -> int:
+        """Number of programs that there can be."""
+        return len(self.listing())
+
+    def listing(self) -> list[Job]:
+        """Every program, the slowest to compile first."""
+        buckets = self.buckets
         forwards = [
-            (self.forward, Program(tiles, tile_tokens, adapted))
+            Job(self.forward, Program(tiles, tile_tokens, adapted))
             for tile_tokens in (buckets.prefill_tile, DECODE_TILE)
             for tiles in reversed(buckets.sizes(tile_tokens))
             for adapted in reversed(buckets.adapted(tile_tokens))
         ]
         kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), self._sampling_kinds())
-        samples = [(self.sample, (rows, mode, *kind)) for rows, mode, kind in kinds]
-        others = [(self.count, COUNT_TOKENS), (self.score, buckets.most_prefill_tokens)]
-        return [*forwards, *samples, *((self.write, size) for size in self._pieces.all), *others]
+        samples = [Job(self.sample, Sampling(rows, mode, *kind)) for rows, mode, kind in kinds]
+        return [*forwards, *samples, *self.others()]
+
+    def others(self) -> list[Job]:
+        """List the programs that no other can stand in for."""
+        writes = [Job(self.write, size) for size in self._pieces.all]
+        return [*writes, Job(self.count, COUNT_TOKENS), Job(self.score, self.buckets.most_prefill_tokens)]
 
     def _sampling_kinds(self) -> list[tuple[bool, bool]]:
         """List the values of `adjusted` and `adapted` that sampling programs have."""
         plain = [(True, False), (False, False)]
-        return [(True, True), *plain] if self._buckets.extras else plain
-
-    def compile_all(self, progress: Progress = lambda done, total: None) -> None:
-        """Compile every program, on a few threads (XLA releases the GIL)."""
-        keys, begin = self.listing(), time.perf_counter()
-        threads = _num_threads()
-        text = "compiling %d programs on %d threads: about %.0f s, or a few where they are in the compilation cache"
-        logger.info(text, len(keys), threads, self._compile_s(keys) / threads)
-        lock, done = threading.Lock(), 0
-
-        def run(program: tuple[ProgramCache, Any]) -> None:
-            nonlocal done
-            programs, key = program
-            programs[key]
-            with lock:
-                done += 1
-                progress(done, len(keys))
-
-        _on_threads(run, keys)
-        logger.info("%d programs are compiled, in %.1f s", len(keys), time.perf_counter() - begin)
-
-    def _compile_s(self, keys: Sequence[tuple[ProgramCache, Any]]) -> float:
-        """Estimate the processor's seconds to compile programs, from counts."""
-        forwards = sum(programs is self.forward for programs, _ in keys)
-        layers = self._layout.config.num_layers
-        return forwards * (FORWARD_S + LAYER_S * layers) + (len(keys) - forwards) * OTHER_S
+        return [(True, True), *plain] if self.buckets.extras else plain
 
     def scratch_bytes(self) -> int:
         """Measure the memory that running takes besides weights and pool, in bytes.
@@ -143,19 +138,19 @@ class Programs:
         extras the norms of one that is read. The
         programs measured are compiled for a pool of two pages: none copies the pool, so its size does not matter.
         """
-        buckets = self._buckets
+        buckets = self.buckets
         forwards = [
             functools.partial(self._compile_forward, 2, Program(buckets.sizes(size)[-1], size, adapted))
             for size in (DECODE_TILE, buckets.prefill_tile)
             for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
         ]
         samples = [
-            functools.partial(self._compile_sample, max(buckets.sample_rows), mode, *kind)
+            functools.partial(self._compile_sample, Sampling(max(buckets.sample_rows), mode, *kind))
             for mode in SamplingMode
             for kind in self._sampling_kinds()
         ]
         samples.append(functools.partial(self._compile_score, buckets.most_prefill_tokens))
-        needs = _on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
+        needs = on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
         norms = norm_bytes(self._layout.config, buckets.max_rank) if buckets.extras else 0
         return STEPS_IN_FLIGHT * largest + self._pieces.device_bytes + norms
@@ -167,13 +162,14 @@ class Programs:
     def _compile_forward(self, num_pages: int, program: Program) -> Any:
         def fn(weights: list[jax.Array], *rest: Any) -> Any:
             params = jax.tree.unflatten(self._tree, weights)
-            options: dict[str, Any] = {"buckets": self._buckets, "layout": self._layout, "backend": self._backend}
+            options: dict[str, Any] = {"buckets": self.buckets, "layout": self._layout, "backend": self._backend}
             return steps.forward(self._graph, params, *rest, program=program, **options)
 
-        packed = jax.ShapeDtypeStruct((self._buckets.packed_size(program),), jnp.int32)
+        packed = jax.ShapeDtypeStruct((self.buckets.packed_size(program),), jnp.int32)
         return self._compile(fn, self.weights, self._pool(num_pages), self._slot_tokens, packed, donated=1)
 
-    def _compile_sample(self, rows: int, mode: SamplingMode, adjusted: bool, adapted: bool) -> Any:
+    def _compile_sample(self, sampling: Sampling) -> Any:
+        rows, mode, adjusted, adapted = sampling
         config = self._layout.config
         hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
         sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
@@ -196,7 +192,7 @@ class Programs:
         return self._compile(count_tokens, self._counts, jax.ShapeDtypeStruct((2 + tokens,), jnp.int32), donated=0)
 
     def _compile_score(self, tokens: int) -> Any:
-        tile = self._buckets.prefill_tile
+        tile = self.buckets.prefill_tile
         states = jax.ShapeDtypeStruct((tokens, self._layout.config.hidden_size), self._dtype)
         packed = jax.ShapeDtypeStruct((1 + tokens // tile + tokens,), jnp.int32)
         return self._compile(functools.partial(steps.score_prompts, tile=tile), self._head, states, packed, donated=())
@@ -205,38 +201,7 @@ class Programs:
         return jax.jit(fn, donate_argnums=donated).lower(*arguments).compile(self._options)
 
 
-class ProgramCache(dict[Any, Any]):
-    """Programs by key. A program that is missing is compiled."""
-
-    def __init__(self, compile_key: Callable[[Any], Any]):
-        super().__init__()
-        self._compile = compile_key
-
-    def __missing__(self, key: Any) -> Any:
-        self[key] = compiled = self._compile(key)
-        return compiled
-
-
 def _needs(compiled: Any) -> int:
     """Bytes of a program's temporaries, and of its results outside its arguments' memory."""
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def _num_threads() -> int:
-    return min(16, os.cpu_count() or 1)
-
-
-def _on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    """Run compile jobs and return their results, with the garbage collector off.
-
-    It would visit all that tracing keeps again and again, a fifth of the time (docs/experiments.md).
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(_num_threads()) as threads:
-            return list(threads.map(run, jobs))
-    finally:
-        if collects:
-            gc.enable()

@@ -5,7 +5,7 @@ The array is fresh for each step on purpose: a dispatched step may still be read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -103,13 +103,19 @@ class PackedStep(NamedTuple):
     mode: SamplingMode | None
 
 
-def pack_step(chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, SamplingRow], buckets: StepBuckets) -> PackedStep:
+def pack_step(
+    chunks: Sequence[SequenceChunk],
+    sampling_rows: Mapping[int, SamplingRow],
+    buckets: StepBuckets,
+    choose: Callable[[Program], Program] = lambda program: program,
+) -> PackedStep:
     """Pack one step of decode rows (all `tokens` None) or of prefill chunks.
 
     Args:
         chunks: Chunks of the step, at least one.
         sampling_rows: `index of a chunk -> parameters of the token behind the chunk's last one`.
         buckets: Shapes that are compiled.
+        choose: Chooses the program that runs in place of the smallest one that can.
     """
     decode = chunks[0].tokens is None
     size = DECODE_TILE if decode else buckets.prefill_tile
@@ -122,6 +128,7 @@ def pack_step(chunks: Sequence[SequenceChunk], sampling_rows: Mapping[int, Sampl
         tile_tokens=size,
         adapted=min(n for n in buckets.adapted(size) if n >= needed) if needed else 0,
     )
+    program = choose(program)
     packed, inputs = _empty_step(program, buckets)
     if decode:
         rows = len(chunks)

@@ -43,7 +43,7 @@ def throughput(
     """
     adapters = named_adapters(lora_modules)
     settings: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-    settings["max_model_len"] = prompt_len + output_len
+    settings |= {"max_model_len": prompt_len + output_len, "compile_programs": "ahead"}
     settings |= {"system": system, "dtype": dtype, "load_format": load_format, "enable_lora": bool(adapters)}
     with errors():
         for field, value in (("num_requests", num_requests), ("prompt_len", prompt_len), ("output_len", output_len)):

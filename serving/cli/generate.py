@@ -55,7 +55,7 @@ def generate(
     given: dict[str, Any] = {name: value for name, value in (fields | {"seed": seed}).items() if value is not None}
     adapters = named_adapters(lora_modules)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "enable_lora": bool(adapters)}
-    settings |= {"system": system, "generation_config": generation_config, "compile_ahead": False}
+    settings |= {"system": system, "generation_config": generation_config, "compile_programs": "lazy"}
     settings |= {"dtype": dtype, "max_model_len": max_model_len, "enable_lora_extras": bool(adapters)}
     with errors():
         require(prompt is not None or chat, "prompt", prompt, "text, or --chat without a prompt for a conversation")

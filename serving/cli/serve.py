@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import os
 import shlex
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,12 +93,13 @@ def serve(
         bool,
         Option(help="Serve adapters with LoRA on embed_tokens or lm_head, DoRA or biases too. Compiles more programs."),
     ] = ENGINE.enable_lora_extras,
-    compile_ahead: Annotated[
-        bool,
+    compile_programs: Annotated[
+        str,
         Option(
-            help="Compile every program before the first request. Without, all requests wait whenever a new one is compiled."
+            help="When programs are compiled. ahead: before the first request. background: a few large ones before, the others "
+            "while these serve. lazy: when a step first needs one, and all requests wait. auto: background on CPU, else ahead."
         ),
-    ] = True,
+    ] = ENGINE.compile_programs,
     dtype: options.Dtype = ENGINE.dtype,
     load_format: options.LoadFormat = ENGINE.load_format,
     generation_config: options.GenerationConfig = ENGINE.generation_config,
@@ -202,6 +205,7 @@ def _serve(
 
     import uvloop
 
+    from chameleon_jax.models.runtime.compile_threads import is_compiling
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
     from chameleon_jax.serving.service.service import Service
@@ -214,8 +218,9 @@ def _serve(
         server = Server(service, listener, metrics)
         await server.start()
         logger.info("ready, in %.1f s", time.perf_counter() - begin)
+        running = asyncio.create_task(server.run())  # signals are handled before the user is told how to send one
         await _greet(service, server)
-        await server.run()
+        await running
 
     with contextlib.ExitStack() as at_end:
         exporter = None if otlp_traces_endpoint is None else otlp_exporter(otlp_traces_endpoint)
@@ -232,6 +237,10 @@ def _serve(
             tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))
             llm.observers.append(tracer)
         uvloop.run(run())
+    if is_compiling():  # a compilation cannot be interrupted, and everything is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _greet(service: Service, server: Server) -> None:

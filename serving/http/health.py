@@ -24,13 +24,18 @@ async def live(request: Request) -> dict[str, str]:
 
 @router.get("/health")
 @router.get("/health/ready")
-async def ready(request: Request) -> dict[str, str]:
-    """Answer 200 while the server takes requests."""
+async def ready(request: Request) -> dict[str, object]:
+    """Answer 200 while the server takes requests, with the number of programs that are compiled.
+
+    While some are missing, larger ones stand in for them, or, with --compile-programs lazy, requests wait for them.
+    """
     await live(request)
+    llm = service_of(request).llm
     with translate_errors():
-        if service_of(request).llm.draining:
+        if llm.draining:
             raise Draining("the server is about to stop")
-    return {"status": "ready"}
+    programs = llm.engine.runner.programs
+    return {"status": "ready", "programs": {"compiled": programs.num_compiled, "total": programs.num_programs}}
 
 
 @router.get("/version")

@@ -1,4 +1,4 @@
-"""Counts of the programs that JAX compiled, at the start and while serving. The latter are none with `compile_ahead`."""
+"""Counts of the programs that JAX compiled: at the start, in the background, and while requests wait for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import threading
 
 import jax.monitoring
+
+from chameleon_jax.models.runtime.compile_threads import THREAD_NAME
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 """Event that JAX records for each program compiled, or read from the compilation cache."""
@@ -19,19 +21,20 @@ class Compilations:
 
     Attributes:
         at_start: Compilations before `serve` was called.
-        while_serving: Compilations since.
-        cache_hits: Programs, of both kinds, that were read from the compilation cache.
+        in_background: Compilations since, on threads that no request waits for.
+        while_serving: Other compilations since: of steps with `compile_programs="lazy"`, else of nothing that is known.
+        cache_hits: Programs, of all kinds, that were read from the compilation cache.
     """
 
     def __init__(self) -> None:
-        self.at_start = self.while_serving = self.cache_hits = 0
+        self.at_start = self.in_background = self.while_serving = self.cache_hits = 0
         self._serving = False
         self._lock = threading.Lock()  # programs are compiled on several threads
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
         jax.monitoring.register_event_listener(self._on_cache_event)
 
     def serve(self) -> None:
-        """Count compilations as `while_serving` from now on: they delay requests."""
+        """Count compilations as `in_background` or `while_serving` from now on. The latter delay requests."""
         self._serving = True
 
     def close(self) -> None:
@@ -43,10 +46,12 @@ class Compilations:
         if event != COMPILE_EVENT:
             return
         with self._lock:
-            if self._serving:
-                self.while_serving += 1
-            else:
+            if not self._serving:
                 self.at_start += 1
+            elif threading.current_thread().name.startswith(THREAD_NAME):
+                self.in_background += 1
+            else:
+                self.while_serving += 1
 
     def _on_cache_event(self, event: str, **_: str | int) -> None:
         if event == CACHE_EVENT:

@@ -165,8 +165,9 @@ class Metrics(Observer):
         yield engine_metrics.gauge("engine_up", "1 while the engine lives, 0 once it is dead and must be restarted.", up)
         if stats is not None:
             yield from engine_metrics.families(stats)
-        compiled = {"start": self.compilations.at_start, "serving": self.compilations.while_serving}
-        text = "Programs compiled or read from the cache, at the start and while serving."
+        made = self.compilations
+        compiled = {"start": made.at_start, "background": made.in_background, "serving": made.while_serving}
+        text = "Programs compiled or read from the cache: at the start, in the background, and while requests wait."
         yield engine_metrics.counter("compilations", text, compiled, "phase")
         for metric in (*self._observed, self.by_adapter):
             for family in metric.collect():

@@ -27,7 +27,7 @@ def engine():
     """27 pages; its six adapters take four each."""
     request = Workload(np.zeros(1), np.array([100]), np.array([24]), np.zeros(1, int), np.full(NUM_ADAPTERS, RANK))
     engine = build_engine(
-        "tiny", [request], ["chameleon"], SETTINGS, {"num_pages": NUM_PAGES, "load_format": "dummy", "compile_ahead": False}
+        "tiny", [request], ["chameleon"], SETTINGS, {"num_pages": NUM_PAGES, "load_format": "dummy", "compile_programs": "lazy"}
     )
     assert engine.max_model_len == LONGEST
     yield engine

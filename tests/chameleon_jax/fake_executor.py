@@ -58,7 +58,7 @@ class FakeExecutor:
         self.failing: set[str] = set()
         self.cache: AdapterCache | None = None
 
-    num_compiled = 0
+    num_compiled: int | None = 0
 
     def next_token(self, tokens: list[int], adapter: str | None) -> int:
         return zlib.crc32(repr((tokens, adapter)).encode()) % self.vocab

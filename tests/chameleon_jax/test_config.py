@@ -18,7 +18,7 @@ def test_typed_settings_are_the_fields_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("max_num_seq", 8, "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'? allowed: compile_ahead, dtype"),
+        ("max_num_seq", 8, "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'? allowed: compile_programs, dtype"),
         ("gpu_memory_utilisation", 0.5, "did you mean 'gpu_memory_utilization'?"),
         ("xyz", 2, "unknown setting 'xyz'; allowed: "),
         ("max_num_seqs", "8", "max_num_seqs is '8'; allowed: int"),

@@ -238,6 +238,23 @@ def test_others_start_where_a_decode_step_alone_takes_longer_than_the_target():
     assert late.output_token_ids == expected(executor, late)
 
 
+def test_steps_teach_nothing_while_programs_are_compiled_in_the_background():
+    loop, executor, _ = make_loop(60, 0)
+    seen, dispatched = [], []
+    dispatch, observe = executor.dispatch, loop.scheduler.observe_step
+
+    def compile_the_last_in_third(plan):
+        dispatched.append(plan)
+        executor.num_compiled = None if len(dispatched) < 3 else 7
+        return dispatch(plan)
+
+    executor.dispatch = compile_the_last_in_third  # type: ignore[method-assign]
+    loop.scheduler.observe_step = lambda plan, seconds: (seen.append(plan), observe(plan, seconds))  # type: ignore[method-assign]
+    loop.submit(make_request(0, 4, 6, None))
+    run(loop)
+    assert len(dispatched) > 4 and seen == dispatched[2:]
+
+
 def test_steps_that_ran_while_a_program_was_compiled_teach_nothing():
     loop, executor, _ = make_loop(60, 0)
     seen, dispatched = [], []

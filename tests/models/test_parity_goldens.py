@@ -14,7 +14,7 @@ from tests import reference_models as reference
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "parity.npz")
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-SMALL = dict(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=2000, compile_ahead=False)
+SMALL = dict(dtype="float32", max_model_len=128, max_num_batched_tokens=64, num_pages=2000, compile_programs="lazy")
 
 
 @pytest.mark.parametrize("name", reference.CONFIGS)

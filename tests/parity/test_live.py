@@ -15,7 +15,7 @@ from tests import reference_models as reference
 from tests.parity import torch_reference
 from tests.parity.write_goldens import GOLDEN, TOKENS
 
-SETTINGS = dict(dtype="float32", max_num_batched_tokens=64, compile_ahead=False)
+SETTINGS = dict(dtype="float32", max_num_batched_tokens=64, compile_programs="lazy")
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 

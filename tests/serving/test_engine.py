@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -12,14 +13,16 @@ import pytest
 from chameleon_jax import LLM, AsyncLLM, LoRARequest, SamplingParams
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.models.ops.sampling import SamplingMode
+from chameleon_jax.models.runtime import compilation
 from chameleon_jax.models.runtime.buckets import Program
+from chameleon_jax.models.runtime.programs import Job
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request
 from chameleon_jax.serving.engine import LLMEngine
 from chameleon_jax.serving.model_vocabulary import ModelVocabulary
 from chameleon_jax.serving.telemetry.compilations import Compilations
 from tests import reference_models as reference
-from tests.engines import Engines
+from tests.engines import SETTINGS, Engines
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 RANKS = (2, 8, 40)
@@ -34,7 +37,7 @@ def engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
 @pytest.fixture
 def compiled_engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
     """An engine as a user starts it: every program is compiled."""
-    with engines.borrow(text_model, compile_ahead=True, max_num_seqs=4) as engine:
+    with engines.borrow(text_model, compile_programs="ahead", max_num_seqs=4) as engine:
         yield engine
 
 
@@ -81,7 +84,7 @@ def test_nothing_is_compiled_after_the_start(compiled_engine, adapters):
 
 def test_programs_are_compiled_when_steps_need_them():
     sizes = dict(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_pages=28, max_lora_rank=8)
-    engine = LLMEngine("tiny", EngineConfig(load_format="dummy", compile_ahead=False, **sizes))
+    engine = LLMEngine("tiny", EngineConfig(load_format="dummy", compile_programs="lazy", **sizes))
     programs = engine.runner.programs
     assert not any((programs.forward, programs.sample, programs.write))
     [output] = LLM(engine).generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
@@ -89,6 +92,66 @@ def test_programs_are_compiled_when_steps_need_them():
     assert set(programs.forward) == {Program(1, 32, 0), Program(1, 1, 0)}
     assert set(programs.sample) == {(1, SamplingMode.GREEDY, False, False)} and not programs.write and not programs.count
     engine.close()
+
+
+class HeldQueue:
+    """Queue of programs that are compiled when the test says so."""
+
+    def __init__(self, jobs: list[Job], run: Callable[[Job], None], threads: int):
+        self._left = jobs
+
+    def start(self) -> None: ...
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._left
+
+    def want(self, jobs: Iterable[Job]) -> None:
+        """A wanted one is not compiled either."""
+
+    def close(self) -> None: ...
+
+    def compile(self, count: int) -> None:
+        for job in self._left[:count]:
+            job.run()
+        del self._left[:count]
+
+
+def test_programs_that_stand_in_for_others_give_the_same_text(compiled_engine, adapters, monkeypatch, text_model):
+    """None, some and all of the programs are compiled in the background."""
+    params = [
+        SamplingParams(max_tokens=6, temperature=0.8, seed=3, top_k=9),
+        SamplingParams(max_tokens=7, temperature=0, logprobs=2),
+        SamplingParams(max_tokens=5, temperature=0, presence_penalty=1.5, logit_bias={7: 2.0}),
+        GREEDY,
+    ]
+    prompts = [reference.prompt(seed, length=5 + 11 * seed) for seed in range(4)]
+
+    def answers(engine: LLMEngine) -> list[object]:
+        found: list[object] = []
+        for some in (slice(1), slice(4)):
+            loras = [None, *adapters][some]
+            for output in LLM(engine).generate(prompts[some], params[some], lora_request=loras):
+                logprobs = output.outputs[0].logprobs
+                found += [output.outputs[0].token_ids, None if logprobs is None else [sorted(row) for row in logprobs]]
+        return found
+
+    expected = answers(compiled_engine)
+    monkeypatch.setattr(compilation, "CompileQueue", HeldQueue)
+    config = EngineConfig(**SETTINGS | {"max_num_seqs": 4, "compile_programs": "background"})
+    with contextlib.closing(LLMEngine(str(text_model), config)) as engine:
+        queue = engine.runner.compilation._queue
+        assert isinstance(queue, HeldQueue) and len(engine.runner.programs.forward) == 2
+        with contextlib.closing(Compilations()) as compilations:
+            assert answers(engine) == expected
+            assert compilations.at_start == 0 and engine.loop.scheduler._budget._cost.num_steps == 0
+        while not queue.is_empty:
+            queue.compile(10)
+            assert answers(engine) == expected
+        with contextlib.closing(Compilations()) as compilations:
+            assert answers(engine) == expected
+            assert compilations.at_start == 0 and engine.loop.scheduler._budget._cost.num_steps > 0
+        assert engine.runner.programs.num_compiled == engine.runner.programs.num_programs
 
 
 def test_every_setting_gives_the_same_text_over_the_same_programs(compiled_engine, adapters):

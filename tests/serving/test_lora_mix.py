@@ -44,7 +44,7 @@ def test_a_mix_is_the_model_with_the_sum_of_the_dense_updates(make_llm, text_mod
         base = llm.generate(prompts, PARAMS)
         assert mixed[0].lora_request is mix and mix.name == "0.6*a1+-0.4*a2+1.5*a0"
     members = [(lora.path, weight) for lora, weight in mix.members]
-    with LLM(str(merge(members, tmp_path / "merged")), max_num_seqs=4, max_model_len=64, compile_ahead=False) as merged:
+    with LLM(str(merge(members, tmp_path / "merged")), max_num_seqs=4, max_model_len=64, compile_programs="lazy") as merged:
         expected = merged.generate(prompts, PARAMS)
     assert [o.outputs[0].token_ids for o in mixed] == [o.outputs[0].token_ids for o in expected]
     assert [o.outputs[0].token_ids for o in mixed] != [o.outputs[0].token_ids for o in base]

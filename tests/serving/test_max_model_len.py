@@ -42,7 +42,7 @@ def test_a_setting_above_the_models_limit_is_refused():
         dataclasses.replace(LIMITS, wanted=8193)
 
 
-SIZES = dict(max_num_seqs=2, max_num_batched_tokens=64, max_lora_rank=8, load_format="dummy", compile_ahead=False)
+SIZES = dict(max_num_seqs=2, max_num_batched_tokens=64, max_lora_rank=8, load_format="dummy", compile_programs="lazy")
 
 
 @pytest.mark.parametrize(("num_pages", "adapted", "expected"), [(31, False, 30 * 16), (31, True, 22 * 16), (None, True, 2048)])

@@ -30,7 +30,7 @@ from tests.serving.conftest import make_service
 
 TIMEOUT = 120
 ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
-ENGINE += ["--num-pages", "1200", "--no-compile-ahead"]
+ENGINE += ["--num-pages", "1200", "--compile-programs", "lazy"]
 
 
 class Process:
@@ -108,7 +108,7 @@ def test_sigterm_under_load(text_model, adapter_dir):
 
 
 def test_every_program_is_compiled_before_the_first_request(text_model, adapter_dir):
-    small = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--no-enable-lora", "--compile-ahead")
+    small = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--no-enable-lora", "--compile-programs", "ahead")
     with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *small) as process:
         assert process._ready.wait(TIMEOUT)
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
@@ -133,6 +133,35 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
             adjusted = body(8, model="gqa") | {"presence_penalty": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5, 6, 7]}
             assert http.post("/v1/completions", json=adjusted).status_code == 200
             assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
+
+
+def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir):
+    few = ("--max-num-seqs", "2", "--compile-programs", "background")
+    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "-1", *few) as process:
+        assert process._ready.wait(TIMEOUT)
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
+        assert url is not None, process.log
+        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
+            while True:
+                assert http.post("/v1/completions", json=body(8)).status_code == 200
+                ready = http.get("/health/ready").json()
+                assert ready["status"] == "ready" and 0 < ready["programs"]["compiled"] <= ready["programs"]["total"]
+                if ready["programs"]["compiled"] == ready["programs"]["total"]:
+                    break
+            metrics = http.get("/metrics").text
+        assert 'compilations_total{phase="background"} ' in metrics and 'compilations_total{phase="serving"} 0.0' in metrics
+        process.process.send_signal(signal.SIGTERM)
+        assert process.ended() == 0
+        numbers = [re.search(text, process.log) for text in (r"(\d+) programs are compiled, in", r"(\d+) programs are left")]
+        assert sum(int(found[1]) for found in numbers if found) == ready["programs"]["total"] > 20, process.log
+        assert re.search(r"all programs are compiled, after \d", process.log)
+
+
+def test_a_server_stops_while_programs_are_compiled(text_model, adapter_dir):
+    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "-1", "--compile-programs", "background") as process:
+        assert process._ready.wait(TIMEOUT)
+        process.process.send_signal(signal.SIGTERM)
+        assert process.ended() == 0 and "all programs" not in process.log
 
 
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):

@@ -123,7 +123,7 @@ class Alone:
                 sampled, slots = program(engine.head, hidden, slots, packed)
                 return sampled.tokens
 
-            label = f"head and sampling, {mode.value}, {rows} rows"
+            label = f"head and sampling, {mode.name.lower()}, {rows} rows"
             flops = 2 * rows * self._config.vocab_size * self._config.hidden_size
             result.append(self._row(label, time_calls(run), 1, self._size(engine.head.size), flops))
         return result

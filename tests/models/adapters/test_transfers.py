@@ -41,7 +41,7 @@ def make_engine(monkeypatch, load_pages: int) -> ModelRunner:
     shapes = StepBuckets(
         max_num_seqs=1, max_prefill_tokens=32, table_width=4, max_rank=4, max_adapter_pages=32, prefill_tile=32
     )
-    return ModelRunner(model, LAYOUT, shapes, NUM_PAGES, dtype, ahead=False)
+    return ModelRunner(model, LAYOUT, shapes, NUM_PAGES, dtype, compile_programs="lazy")
 
 
 @pytest.mark.parametrize("load_pages", [1, 2, 8, 64])

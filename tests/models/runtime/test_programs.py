@@ -16,6 +16,7 @@ from chameleon_jax.models.llama import Llama, random_model
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
+from chameleon_jax.models.runtime.compilation import Compilation
 from chameleon_jax.models.runtime.model_runner import PAGES_ROUNDED_TO, ModelRunner
 from chameleon_jax.models.runtime.programs import STEPS_IN_FLIGHT, Programs
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk
@@ -44,7 +45,7 @@ def compiled() -> tuple[Programs, list[tuple[int, int]]]:
     """Every program for a pool of 40 pages, and the progress that was reported."""
     made, seen = programs(), []
     made.num_pages = 40
-    made.compile_all(lambda done, total: seen.append((done, total)))
+    Compilation(made, 1).compile_all(lambda done, total: seen.append((done, total)))
     return made, seen
 
 
@@ -117,14 +118,20 @@ def test_the_pool_takes_the_memory_that_is_left(monkeypatch, scratch):
     page_bytes = LAYOUT.page_bytes(4)
     for room, pages in ((100 * page_bytes, 96), (32 * page_bytes, 32), (32 * page_bytes - 1, 16)):
         engine = ModelRunner(
-            random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=1_000_000 + scratch + room, ahead=False
+            random_model(CONFIG, DTYPE),
+            LAYOUT,
+            BUCKETS,
+            None,
+            DTYPE,
+            memory_limit=1_000_000 + scratch + room,
+            compile_programs="lazy",
         )
         assert engine.num_pages == pages and pages % PAGES_ROUNDED_TO == 0
         monkeypatch.setattr(
             Programs, "scratch_bytes", lambda self: scratch
         )  # measured by the first engine alone, as it is slow
     with pytest.raises(ValueError, match=f"of {scratch} bytes weights take 1000000 and scratch {scratch}"):
-        ModelRunner(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=scratch, ahead=False)
+        ModelRunner(random_model(CONFIG, DTYPE), LAYOUT, BUCKETS, None, DTYPE, memory_limit=scratch, compile_programs="lazy")
 
 
 def test_using_every_program_changes_nothing():

@@ -300,7 +300,7 @@ FLAGS = {
     "page_tokens": 8,
     "enable_lora": False,
     "enable_lora_extras": True,
-    "compile_ahead": False,
+    "compile_programs": "lazy",
     "system": "fifo",
     "ttft_slo": 3.5,
     "tbt_slo": 0.25,

@@ -1,0 +1,124 @@
+"""Programs that stand in for others which are not compiled yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chameleon_jax.models.adapters.transfers import PieceSizes
+from chameleon_jax.models.config import PRESETS, TARGETS
+from chameleon_jax.models.llama import random_model
+from chameleon_jax.models.ops.sampling import SamplingMode
+from chameleon_jax.models.page_layout import PageLayout
+from chameleon_jax.models.runtime import compilation
+from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, Sampling, StepBuckets, shapes_for
+from chameleon_jax.models.runtime.compilation import Compilation
+from chameleon_jax.models.runtime.programs import Job, Programs
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
+LAYOUT = PageLayout.for_model(CONFIG)
+DTYPE = jnp.dtype("float32")
+
+
+class HeldQueue:
+    """Queue whose programs a test compiles itself, in any order."""
+
+    def __init__(self, jobs: list[Job], run: object, threads: int):
+        self.left = list(jobs)
+        self.wanted: list[Job] = []
+
+    def start(self) -> None: ...
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.left
+
+    def want(self, jobs: tuple[Job, ...] | list[Job]) -> None:
+        self.wanted += jobs
+
+    def compile(self, index: int) -> None:
+        self.left.pop(index % len(self.left)).run()
+
+
+def begin(backend: str, extras: bool, adapters: bool) -> tuple[Compilation, HeldQueue, Programs]:
+    """Begin to compile programs in the background, each in no time: none is run."""
+    pages = LAYOUT.place({t: 8 for t in TARGETS}).num_pages if adapters else 0
+    buckets = StepBuckets(6, 288, 4, 8, pages, extras=extras and adapters, **shapes_for(backend))
+    model = random_model(CONFIG, DTYPE)
+    graph, params = nnx.split(model)
+    pieces = PieceSizes.fit(LAYOUT.page_bytes(4), pages)
+    made = Programs(graph, params, model.output_matrix, LAYOUT, buckets, pieces, DTYPE, "blocked")
+    for programs in (made.forward, made.sample, made.write, made.count, made.score):
+        programs._compile = lambda key: key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "CompileQueue", HeldQueue)
+        compiled = Compilation(made, 1)
+        compiled.compile_first()
+    assert isinstance(compiled._queue, HeldQueue)
+    return compiled, compiled._queue, made
+
+
+def check(compiled: Compilation, made: Programs) -> None:
+    """Check that every step that buckets allow has programs, and the smallest that can run it."""
+    buckets = made.buckets
+    for size in (DECODE_TILE, buckets.prefill_tile):
+        for tiles, adapted in itertools.product(buckets.sizes(size), buckets.adapted(size)):
+            own = Program(tiles, size, adapted)
+            chosen = compiled.choose(own)
+            assert chosen in made.forward and chosen.tile_tokens == size and chosen.tiles >= tiles and chosen.adapted >= adapted
+            better = [
+                p for p in made.forward if p.tile_tokens == size and p.tiles >= tiles and p.adapted >= adapted and p < chosen
+            ]
+            assert not any(Sampling(p.tiles, SamplingMode.LOGPROBS, True, p.extras) in made.sample for p in better)
+            for mode, adjusted in itertools.product(SamplingMode, (False, True)):
+                wanted = Sampling(chosen.tiles, mode, adjusted or chosen.extras, chosen.extras)
+                sampling = compiled.choose_sampling(wanted)
+                assert sampling in made.sample
+                assert (sampling.rows, sampling.adapted) == (chosen.tiles, chosen.extras)
+                assert sampling.mode >= mode and sampling.adjusted >= wanted.adjusted
+                if wanted in made.sample:
+                    assert sampling == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "extras", "adapters"), [("blocked", 0, 1), ("triton", 0, 1), ("triton", 1, 1), ("blocked", 0, 0)]
+)
+@given(order=st.lists(st.integers(0, 200), min_size=200, max_size=200))
+def test_every_step_has_programs_in_whatever_order_they_come(backend, extras, adapters, order):
+    compiled, queue, made = begin(backend, bool(extras), bool(adapters))
+    check(compiled, made)
+    for i, index in enumerate(order):
+        if queue.is_empty:
+            break
+        queue.compile(index)
+        if i % 7 == 0:
+            check(compiled, made)
+    while not queue.is_empty:
+        queue.compile(0)
+    check(compiled, made)
+    assert not compiled.runs_beside and made.num_compiled == made.num_programs
+    queue.wanted.clear()
+    check(compiled, made)
+    assert not queue.wanted  # each step runs its own programs
+
+
+def test_few_programs_are_compiled_first_and_a_step_wants_its_own():
+    compiled, queue, made = begin("blocked", False, True)
+    assert set(made.forward) == {Program(9, 32, 7), Program(6, 1, 7)}
+    assert set(made.sample) == {Sampling(rows, SamplingMode.LOGPROBS, True, False) for rows in (6, 9)}
+    assert compiled.choose(Program(2, 1, 0)) == Program(6, 1, 7)
+    assert [job.key for job in queue.wanted] == [Sampling(2, SamplingMode.LOGPROBS, True, False), Program(2, 1, 0)]
+    assert [job.key for job in queue.left[:2]] == [Sampling(1, SamplingMode.LOGPROBS, True, False), Program(1, 1, 0)]
+
+
+def test_without_a_background_a_step_runs_its_own_programs():
+    _, _, made = begin("blocked", False, True)
+    lazy = Compilation(made, 1)
+    assert lazy.choose(Program(1, 1, 0)) == Program(1, 1, 0) and not lazy.runs_beside
+    assert lazy.choose_sampling(Sampling(1, SamplingMode.GREEDY, False, False)).rows == 1
