@@ -19,7 +19,7 @@ USER chameleon
 ENV PATH=/venv/bin:$PATH HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache PYTHONUNBUFFERED=1
 VOLUME /cache
 EXPOSE 8000 8001
-# minutes for the first start, which compiles every program
+# minutes for the first start on a GPU, which compiles every program
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
 ENTRYPOINT ["chameleon-jax", "serve", "--host", "0.0.0.0"]

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "paper": ("paper.reproduce", "Reproduce the figures of the Chameleon paper in simulation."),
     "serve": ("serving.serve", "Serve a workload on the engine with several systems, and compare them."),
     "serve-curve": ("serving.serve_curve", "Measure time to first token against load on the engine."),
+    "start": ("serving.start", "Measure a server's start with an empty compilation cache and with a full one."),
     "overhead": ("overhead.overhead", "Measure the cost of HTTP and gRPC beside the bare serving loop."),
     "load-generator": ("overhead.load_generator", "Put a public load generator, guidellm, on the HTTP server."),
     "packing-cost": ("overhead.packing_cost", "Measure the host time to pack a decode step of Llama-7B."),

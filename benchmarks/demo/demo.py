@@ -139,7 +139,9 @@ def main(
             "smollm2-135m", config, progress=lambda done, total: status.update(f"compiling programs {done}/{total}")
         )
     seconds = time.perf_counter() - begin
-    console.print(f"SmolLM2-135M-Instruct is up after {seconds:.1f} s (compiled programs are kept for the next start)")
+    console.print(f"SmolLM2-135M-Instruct is up after {seconds:.1f} s")
+    programs = engine.runner.programs
+    begun = programs.num_compiled
     for directory in sorted(d for d in ADAPTERS.iterdir() if d.is_dir()):
         info = engine.add_lora(directory.name, directory)
         console.print(f"adapter {directory.name}: rank {info.rank}, {info.num_bytes / 2**20:.1f} MiB in the pool")
@@ -151,4 +153,10 @@ def main(
         f"{done.generation_tokens} tokens in {done.steps} steps, {rows:.1f} rows decoded a step, "
         f"{done.prefill_tokens} prompt tokens; {engine.loop.cache.counters.evictions} evictions"
     )
+    total, now = programs.num_programs, programs.num_compiled
+    if begun < total:
+        console.print(
+            f"{begun} of {total} programs were compiled at the first request, {now} at the last. Until all are, steps take "
+            "longer; the next start finds these in the cache."
+        )
     engine.close()

@@ -201,7 +201,7 @@ class ModelRunner:
         """Run each program on padding, which changes nothing that a request reads.
 
         A GPU loads a program's code and makes its graph at the first use. That takes 5 to 30 ms, which the first requests would
-        wait for. A CPU does nothing of the kind.
+        wait for. On a CPU first uses take longer, and so would all of them at the start.
         """
         config, padding_slot = self.layout.config, self.buckets.max_num_seqs
         for program, forward in self.programs.forward.items():
