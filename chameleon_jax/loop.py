@@ -280,8 +280,11 @@ class ServingLoop:
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            if num_compiled is not None and num_compiled == self.executor.num_compiled:  # else compilations took seconds of it
+            compiled = self.executor.num_compiled
+            if num_compiled == compiled:  # else a compilation took the seconds
                 self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
+            elif num_compiled is None:
+                self.scheduler.forget_steps()  # slower ones than those to come
             self._collected_at = now
             for request in output_processor.process(tokens, now):
                 self.counters.generation_tokens += 1

@@ -82,6 +82,7 @@ class LLMEngine:
         self._executor = self._make_executor()
         self._ids = itertools.count()
         self._start(self.built, clock, *parts)
+        self.runner.compilation.start()
 
     def _start(
         self, config: EngineConfig, clock: Callable[[], float], defaults: SamplingDefaults, predictor: LengthPredictor

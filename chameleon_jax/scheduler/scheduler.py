@@ -118,6 +118,10 @@ class Scheduler:
         """Learn from a planned step that took so many seconds."""
         self._budget.observe_step(plan, seconds)
 
+    def forget_steps(self) -> None:
+        """Forget what steps took so far, as the device has changed."""
+        self._budget.forget_steps()
+
     def _apply_length_updates(self, now: float) -> None:
         """Queue waiting requests anew by later predictions of their output lengths."""
         for request, tokens in self._predictor.updates():

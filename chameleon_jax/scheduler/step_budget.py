@@ -95,6 +95,10 @@ class StepBudget:
         if plan.features is not None:
             self._cost.observe(plan.features, seconds)
 
+    def forget_steps(self) -> None:
+        """Forget all steps that were observed."""
+        self._cost = StepCost()
+
 
 def prompt_share(fixed: float, target: float, hurry: float = 0.0) -> float:
     """Seconds that prompts may take in a step; see `StepBudget`.

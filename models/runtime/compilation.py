@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from chameleon_jax.models.ops.sampling import SamplingMode
@@ -62,6 +63,7 @@ class Compilation:
         left = [job for job in rest if job not in first]
         logger.info("%d programs are left to compile, while requests are served by larger ones", len(left))
         self._queue = CompileQueue(left, Job.run, max(1, num_threads() // 2))
+        weakref.finalize(self, self._queue.close)  # threads do not compile for an engine that is gone
 
     def start(self) -> None:
         """Begin to compile the programs that `compile_first` left, in the background."""
@@ -74,7 +76,8 @@ class Compilation:
             return program
         self._queue.want(self._step(program))
         tiles, tile_tokens, adapted = program
-        there = [p for p in tuple(self._programs.forward) if p.tile_tokens == tile_tokens and self._can_run(p)]
+        # a list, as threads add programs: it is made at once, and nothing else made of a dictionary is
+        there = [p for p in list(self._programs.forward) if p.tile_tokens == tile_tokens and self._can_run(p)]
         return min(p for p in there if p.tiles >= tiles and p.adapted >= adapted)
 
     def choose_sampling(self, sampling: Sampling) -> Sampling:
@@ -83,7 +86,7 @@ class Compilation:
             return sampling
         self._queue.want([Job(self._programs.sample, sampling)])
         rows, mode, adjusted, adapted = sampling
-        there = [s for s in tuple(self._programs.sample) if (s.rows, s.adapted) == (rows, adapted)]
+        there = [s for s in list(self._programs.sample) if (s.rows, s.adapted) == (rows, adapted)]
         return min(s for s in there if s.mode >= mode and s.adjusted >= adjusted)
 
     def _step(self, program: Program) -> tuple[Job, Job]:

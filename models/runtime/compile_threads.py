@@ -21,7 +21,7 @@ Job = TypeVar("Job")
 
 def num_threads() -> int:
     """Choose the number of threads that compile at once. XLA uses further ones."""
-    return min(16, os.cpu_count() or 1)
+    return min(16, len(os.sched_getaffinity(0)))
 
 
 def on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
@@ -102,7 +102,7 @@ class CompileQueue(Generic[Job]):
             try:
                 self._run(job)
             except Exception:  # the steps that want it run a larger one
-                logger.exception("a program could not be compiled, and larger ones are used in its place: %s", job)
+                logger.exception("%s could not be compiled; larger programs serve in its place", job)
                 failed = True
             with self._lock:
                 self._left -= 1

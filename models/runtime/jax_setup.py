@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+WRITE_S = 1.0
+"""Seconds within which a compiled program is written to the compilation cache."""
 
 
 def enable_compilation_cache() -> None:
@@ -17,6 +22,16 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "chameleon_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def close_compilation_cache() -> None:
+    """Keep no further program, and wait for those that are being written: a process that ends meanwhile would tear them.
+
+    Nothing mends a torn entry. Each start that reads it compiles the program anew.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    time.sleep(WRITE_S)
 
 
 def take_device_memory(share: float) -> None:

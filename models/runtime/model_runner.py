@@ -163,7 +163,6 @@ class ModelRunner:
         self.link_rate = self._measure_link()
         if compile_programs == "ahead" and device.platform != "cpu":
             self.use_every_program()
-        self.compilation.start()
 
     def reset(self) -> None:
         """Start from an empty pool, also where an error has left the old one in any state."""

@@ -29,6 +29,8 @@ class ProgramCache(dict[Any, Any]):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # type: ignore[assignment]  # programs are equal where they are the same
 
+    __repr__ = object.__repr__  # not every program
+
     def __init__(self, compile_key: Callable[[Any], Any]):
         super().__init__()
         self._compile = compile_key

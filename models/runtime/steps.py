@@ -1,4 +1,4 @@
-"""Programs that run on the device, one for each shape bucket, compiled before the first request.
+"""Programs that run on the device, one for each shape bucket.
 
 `forward` runs a batch of tiles through the model, and `sample_step` chooses tokens from its last hidden states. They are apart
 so that their variants add up instead of multiplying. Sampled tokens stay on the device, one place for each running request

@@ -10,8 +10,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer import Option
 
 from chameleon_jax.checks import require
@@ -157,7 +159,7 @@ def serve(
     server_settings |= {"adapter_dirs": tuple(adapter_dir or ()), "hub_adapters": tuple(hub_adapter or ())}
     server_settings["adapter_urls"] = tuple(adapter_url or ())
     server_settings["served_model_name"] = tuple(served_model_name or ())
-    with errors():
+    with _compilations_left(), errors():
         for field in ("allowed_origins", "allowed_methods", "allowed_headers"):
             server_settings[field] = _listed(field, flags[field])
         server_settings |= {"api_keys": _keys(api_key, API_KEY), "admin_keys": _keys(admin_key, ADMIN_KEY)}
@@ -205,7 +207,6 @@ def _serve(
 
     import uvloop
 
-    from chameleon_jax.models.runtime.compile_threads import is_compiling
     from chameleon_jax.serving.async_llm import AsyncLLM
     from chameleon_jax.serving.server import Server, listen
     from chameleon_jax.serving.service.service import Service
@@ -237,10 +238,27 @@ def _serve(
             tracer = at_end.enter_context(contextlib.closing(RequestTracer(exporter, service.model_name, llm.engine.clock)))
             llm.observers.append(tracer)
         uvloop.run(run())
-    if is_compiling():  # a compilation cannot be interrupted, and everything is closed
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+
+
+@contextlib.contextmanager
+def _compilations_left() -> Iterator[None]:
+    """End the process with the body, by its exit code, even while programs are compiled: nothing can interrupt that."""
+    code = 0
+    try:
+        yield
+    except typer.Exit as error:
+        code = error.exit_code
+        raise
+    finally:
+        if "chameleon_jax.serving.async_llm" in sys.modules:  # else nothing was compiled, and JAX takes seconds to import
+            from chameleon_jax.models.runtime.compile_threads import is_compiling
+            from chameleon_jax.models.runtime.jax_setup import close_compilation_cache
+
+            if is_compiling():
+                close_compilation_cache()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
 
 
 async def _greet(service: Service, server: Server) -> None:

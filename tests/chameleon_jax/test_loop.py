@@ -238,21 +238,35 @@ def test_others_start_where_a_decode_step_alone_takes_longer_than_the_target():
     assert late.output_token_ids == expected(executor, late)
 
 
-def test_steps_teach_nothing_while_programs_are_compiled_in_the_background():
+def test_steps_beside_background_compilations_are_forgotten_after_the_last():
     loop, executor, _ = make_loop(60, 0)
-    seen, dispatched = [], []
+    dispatched: list[object] = []
+    events: list[object] = []
     dispatch, observe = executor.dispatch, loop.scheduler.observe_step
+    executor.num_compiled = None
 
-    def compile_the_last_in_third(plan):
+    def compile_the_last_in_fourth(plan):
         dispatched.append(plan)
-        executor.num_compiled = None if len(dispatched) < 3 else 7
+        if len(dispatched) == 4:
+            executor.num_compiled = 7
         return dispatch(plan)
 
-    executor.dispatch = compile_the_last_in_third  # type: ignore[method-assign]
-    loop.scheduler.observe_step = lambda plan, seconds: (seen.append(plan), observe(plan, seconds))  # type: ignore[method-assign]
-    loop.submit(make_request(0, 4, 6, None))
+    executor.dispatch = compile_the_last_in_fourth  # type: ignore[method-assign]
+    loop.scheduler.observe_step = lambda plan, seconds: (events.append(plan), observe(plan, seconds))  # type: ignore[method-assign]
+    loop.scheduler.forget_steps = lambda: events.append("forget")  # type: ignore[method-assign]
+    loop.submit(make_request(0, 4, 7, None))
     run(loop)
-    assert len(dispatched) > 4 and seen == dispatched[2:]
+    assert len(dispatched) > 5 and events == [*dispatched[:2], "forget", *dispatched[3:]]
+
+
+def test_forgotten_steps_leave_prompts_unbounded():
+    loop, _, _ = make_loop(60, system="chameleon-plus")
+    loop.submit(make_request(0, 4, 60, None))
+    run(loop)
+    budget = loop.scheduler._budget
+    assert budget._cost.known
+    loop.scheduler.forget_steps()
+    assert not budget._cost.known and budget.pass_tokens == 0
 
 
 def test_steps_that_ran_while_a_program_was_compiled_teach_nothing():

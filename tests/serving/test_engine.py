@@ -144,13 +144,14 @@ def test_programs_that_stand_in_for_others_give_the_same_text(compiled_engine, a
         assert isinstance(queue, HeldQueue) and len(engine.runner.programs.forward) == 2
         with contextlib.closing(Compilations()) as compilations:
             assert answers(engine) == expected
-            assert compilations.at_start == 0 and engine.loop.scheduler._budget._cost.num_steps == 0
+            assert compilations.at_start == 0
         while not queue.is_empty:
             queue.compile(10)
             assert answers(engine) == expected
         with contextlib.closing(Compilations()) as compilations:
             assert answers(engine) == expected
-            assert compilations.at_start == 0 and engine.loop.scheduler._budget._cost.num_steps > 0
+            assert compilations.at_start == 0
+        assert 0 < engine.loop.scheduler._budget._cost.num_steps < engine.loop.counters.steps / 2
         assert engine.runner.programs.num_compiled == engine.runner.programs.num_programs
 
 

@@ -36,8 +36,9 @@ ENGINE += ["--num-pages", "1200", "--compile-programs", "lazy"]
 class Process:
     """Server process, and its output so far."""
 
-    def __init__(self, model: Path, adapter_dir: Path, *options: str):
-        command = [sys.executable, "-m", "chameleon_jax.serving.cli", "serve", str(model), "--adapter-dir", str(adapter_dir)]
+    def __init__(self, model: Path, adapter_dir: Path, *options: str, code: str | None = None):
+        program = ["-m", "chameleon_jax.serving.cli"] if code is None else ["-c", code]
+        command = [sys.executable, *program, "serve", str(model), "--adapter-dir", str(adapter_dir)]
         self.process = subprocess.Popen(
             [*command, *ENGINE, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -71,8 +72,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def served(*args: object) -> Iterator[Process]:
-    process = Process(*args)  # type: ignore[arg-type]
+def served(*args: object, code: str | None = None) -> Iterator[Process]:
+    process = Process(*args, code=code)  # type: ignore[arg-type]
     try:
         yield process
     finally:
@@ -149,7 +150,8 @@ def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir
                 if ready["programs"]["compiled"] == ready["programs"]["total"]:
                     break
             metrics = http.get("/metrics").text
-        assert 'compilations_total{phase="background"} ' in metrics and 'compilations_total{phase="serving"} 0.0' in metrics
+        assert re.search(r'compilations_total{phase="background"} [1-9]', metrics)
+        assert 'compilations_total{phase="serving"} 0.0' in metrics
         process.process.send_signal(signal.SIGTERM)
         assert process.ended() == 0
         numbers = [re.search(text, process.log) for text in (r"(\d+) programs are compiled, in", r"(\d+) programs are left")]
@@ -157,11 +159,28 @@ def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir
         assert re.search(r"all programs are compiled, after \d", process.log)
 
 
-def test_a_server_stops_while_programs_are_compiled(text_model, adapter_dir):
-    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "-1", "--compile-programs", "background") as process:
+SLOW_COMPILATION = """
+import threading, time
+from chameleon_jax.models.runtime import programs
+from chameleon_jax.serving.cli import app
+run = programs.Job.run
+programs.Job.run = lambda job: time.sleep(600) if threading.current_thread().name.startswith("compile-") else run(job)
+app()
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_server_ends_while_a_program_is_compiled(text_model, adapter_dir, wrong):
+    """Told to stop, or by an adapter that it cannot read."""
+    options = ["--port", "0", "--grpc-port", "-1", "--compile-programs", "background", "--max-num-seqs", "2"]
+    if wrong:
+        (adapter_dir / "a1" / "adapter_config.json").write_text("{}")
+        options += ["--lora-modules", f"wrong={adapter_dir / 'a1'}"]
+    with served(text_model, adapter_dir, *options, code=SLOW_COMPILATION) as process:
         assert process._ready.wait(TIMEOUT)
-        process.process.send_signal(signal.SIGTERM)
-        assert process.ended() == 0 and "all programs" not in process.log
+        if not wrong:
+            process.process.send_signal(signal.SIGTERM)
+        assert process.ended() == wrong, process.log
 
 
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):

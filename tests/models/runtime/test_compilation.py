@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class HeldQueue:
     @property
     def is_empty(self) -> bool:
         return not self.left
+
+    def close(self) -> None: ...
 
     def want(self, jobs: tuple[Job, ...] | list[Job]) -> None:
         self.wanted += jobs
@@ -122,3 +125,23 @@ def test_without_a_background_a_step_runs_its_own_programs():
     lazy = Compilation(made, 1)
     assert lazy.choose(Program(1, 1, 0)) == Program(1, 1, 0) and not lazy.runs_beside
     assert lazy.choose_sampling(Sampling(1, SamplingMode.GREEDY, False, False)).rows == 1
+
+
+def test_threads_end_with_the_engine(monkeypatch):
+    _, _, made = begin("blocked", False, True)
+    closed = []
+    monkeypatch.setattr(compilation.CompileQueue, "close", lambda queue: closed.append(queue))
+    for programs in (made.forward, made.sample):
+        programs.clear()
+    compiled = Compilation(made, 1)
+    compiled.compile_first()
+    assert not closed
+    del compiled
+    gc.collect()
+    assert len(closed) == 1
+
+
+def test_a_job_is_short_in_a_log():
+    _, _, made = begin("blocked", False, True)
+    assert "Program(tiles=1, tile_tokens=1, adapted=0)" in str(Job(made.forward, Program(1, 1, 0)))
+    assert len(str(Job(made.forward, Program(1, 1, 0)))) < 200
