@@ -99,6 +99,7 @@ class ServingLoop:
         self._orders = 0
         self._in_flight: deque[tuple[Any, StepPlan, float, int | None]] = deque()  # dispatched steps whose tokens were not read
         self._collected_at = 0.0
+        self._learnt_beside = False  # the last step that was learnt from ran beside compilations
         self._undrawn: Any = None  # the last dispatched step, until its tokens are drawn
         self._pending: StepPlan | None = None  # planned and not dispatched: an interrupt came while it waited
         self._updated: list[Request] = []  # for the next return of `step`
@@ -280,17 +281,21 @@ class ServingLoop:
             tokens = self.executor.collect(handle)
             self._in_flight.popleft()
             now = self._clock()
-            compiled = self.executor.num_compiled
-            if num_compiled == compiled:  # else a compilation took the seconds
-                self.scheduler.observe_step(plan, now - max(dispatched_at, self._collected_at))
-            elif num_compiled is None:
-                self.scheduler.forget_steps()  # slower ones than those to come
+            if num_compiled == self.executor.num_compiled:  # else a compilation took the seconds
+                self._learn(plan, now - max(dispatched_at, self._collected_at), beside=num_compiled is None)
             self._collected_at = now
             for request in output_processor.process(tokens, now):
                 self.counters.generation_tokens += 1
                 self._updated.append(request)
                 if request.finish_reason is not None:
                     self._remove(request)
+
+    def _learn(self, plan: StepPlan, seconds: float, beside: bool) -> None:
+        """Let the scheduler learn from a step. Steps beside compilations take longer than the steps to come."""
+        if self._learnt_beside and not beside:
+            self.scheduler.forget_steps()
+        self._learnt_beside = beside
+        self.scheduler.observe_step(plan, seconds)
 
     def _finish_loads(self, wait: bool = False) -> None:
         for result in self.executor.poll_loads(wait):

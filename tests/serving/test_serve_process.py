@@ -170,13 +170,13 @@ app()
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_server_ends_while_a_program_is_compiled(text_model, adapter_dir, wrong):
+def test_a_server_ends_while_a_program_is_compiled(text_model, tmp_path, wrong):
     """Told to stop, or by an adapter that it cannot read."""
     options = ["--port", "0", "--grpc-port", "-1", "--compile-programs", "background", "--max-num-seqs", "2"]
     if wrong:
-        (adapter_dir / "a1" / "adapter_config.json").write_text("{}")
-        options += ["--lora-modules", f"wrong={adapter_dir / 'a1'}"]
-    with served(text_model, adapter_dir, *options, code=SLOW_COMPILATION) as process:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        options += ["--lora-modules", f"wrong={tmp_path}"]
+    with served(text_model, tmp_path, *options, code=SLOW_COMPILATION) as process:
         assert process._ready.wait(TIMEOUT)
         if not wrong:
             process.process.send_signal(signal.SIGTERM)
