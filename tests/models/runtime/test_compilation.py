@@ -58,7 +58,8 @@ def begin(backend: str, extras: bool, adapters: bool) -> tuple[Compilation, Held
     pages = LAYOUT.place({t: 8 for t in TARGETS}).num_pages if adapters else 0
     buckets = StepBuckets(6, 288, 4, 8, pages, extras=extras and adapters, **shapes_for(backend))
     pieces = PieceSizes.fit(LAYOUT.page_bytes(4), pages)
-    made = Programs(*nnx.split(MODEL), HEAD, LAYOUT, buckets, pieces, DTYPE, "blocked")
+    graph, params = nnx.split(MODEL)
+    made = Programs(graph, params, HEAD, LAYOUT, buckets, pieces, DTYPE, "blocked")
     for programs in (made.forward, made.sample, made.write, made.count, made.score):
         programs._compile = lambda key: key
     with pytest.MonkeyPatch.context() as patch:
