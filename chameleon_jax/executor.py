@@ -40,7 +40,7 @@ class Executor(Protocol):
 
     Attributes:
         num_compiled: Programs compiled so far. The host waits for each, so a step in flight meanwhile ends unseen. None while
-            programs are compiled in the background: steps run slower ones in their place, and share the processors.
+            programs are compiled in the background: steps run larger ones in their place, and share the processors.
     """
 
     @property

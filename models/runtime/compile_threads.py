@@ -21,7 +21,8 @@ Job = TypeVar("Job")
 
 def num_threads() -> int:
     """Choose the number of threads that compile at once. XLA uses further ones."""
-    return min(16, len(os.sched_getaffinity(0)))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return min(16, processors)
 
 
 def on_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
