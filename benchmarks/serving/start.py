@@ -35,24 +35,14 @@ class Start:
     """Server process, and the seconds since it was started."""
 
     def __init__(self, mode: str, cache: str, log: Path):
-        command = [
-            sys.executable,
-            "-m",
-            "chameleon_jax.serving.cli",
-            "serve",
-            "smollm2-135m",
-            "--port",
-            "0",
-            "--grpc-port",
-            "-1",
-        ]
-        options = ["--adapter-dir", str(ADAPTERS), "--compile-programs", mode]
+        serve = ["serve", "smollm2-135m", "--port", "0", "--grpc-port", "-1", "--adapter-dir", str(ADAPTERS)]
+        command = [sys.executable, "-m", "chameleon_jax.serving.cli", *serve, "--compile-programs", mode]
         self._log = log
         self._begin = time.perf_counter()
         with log.open("wb") as output:
             places = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
             places["XDG_CACHE_HOME"] = cache
-            self.process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=places)
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=places)
 
     @property
     def seconds(self) -> float:

@@ -137,8 +137,8 @@ class Programs:
         """Measure the memory that running takes besides weights and pool, in bytes.
 
         It is the largest step's temporaries and results, once for each step in flight, the adapters on their way, and with
-        extras the norms of one that is read. The
-        programs measured are compiled for a pool of two pages: none copies the pool, so its size does not matter.
+        extras the norms of one that is read. The programs measured are compiled for a pool of two pages: none copies the pool,
+        so its size does not matter.
         """
         buckets = self.buckets
         forwards = [

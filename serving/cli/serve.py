@@ -242,23 +242,29 @@ def _serve(
 
 @contextlib.contextmanager
 def _compilations_left() -> Iterator[None]:
-    """End the process with the body, by its exit code, even while programs are compiled: nothing can interrupt that."""
-    code = 0
+    """End the process with the body, even while programs are compiled: nothing can interrupt that.
+
+    An error that the body does not report is raised as ever, and the process ends after the programs at hand.
+    """
     try:
         yield
     except typer.Exit as error:
-        code = error.exit_code
+        _end_if_compiling(error.exit_code)
         raise
-    finally:
-        if "chameleon_jax.serving.async_llm" in sys.modules:  # else nothing was compiled, and JAX takes seconds to import
-            from chameleon_jax.models.runtime.compile_threads import is_compiling
-            from chameleon_jax.models.runtime.jax_setup import close_compilation_cache
+    _end_if_compiling(0)
 
-            if is_compiling():
-                close_compilation_cache()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+
+def _end_if_compiling(code: int) -> None:
+    if "chameleon_jax.serving.async_llm" not in sys.modules:  # nothing was compiled, and JAX takes seconds to import
+        return
+    from chameleon_jax.models.runtime.compile_threads import is_compiling
+    from chameleon_jax.models.runtime.jax_setup import close_compilation_cache
+
+    if is_compiling():
+        close_compilation_cache()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 async def _greet(service: Service, server: Server) -> None:

@@ -22,7 +22,7 @@ class Compilations:
     Attributes:
         at_start: Compilations before `serve` was called.
         in_background: Compilations since, on threads that no request waits for.
-        while_serving: Other compilations since: of steps with `compile_programs="lazy"`, else of nothing that is known.
+        while_serving: Other compilations since: of steps, with `compile_programs="lazy"`.
         cache_hits: Programs, of all kinds, that were read from the compilation cache.
     """
 

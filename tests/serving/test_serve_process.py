@@ -20,8 +20,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import typer
 
+from chameleon_jax.models.runtime import compile_threads, jax_setup
 from chameleon_jax.sampling_params import SamplingParams
+from chameleon_jax.serving import async_llm  # noqa: F401  # as in a server
+from chameleon_jax.serving.cli.serve import _compilations_left
 from chameleon_jax.serving.client import AsyncClient, Client
 from chameleon_jax.serving.server import CLOSE_TIMEOUT_S, Server, listen
 from chameleon_jax.serving.service.server_config import ServerConfig
@@ -181,6 +185,21 @@ def test_a_server_ends_while_a_program_is_compiled(text_model, tmp_path, wrong):
         if not wrong:
             process.process.send_signal(signal.SIGTERM)
         assert process.ended() == wrong, process.log
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (typer.Exit(1), 1), (RuntimeError("a bug"), None), (KeyboardInterrupt(), None)]
+)
+def test_an_error_that_is_not_reported_is_never_an_exit_code(monkeypatch, error, code):
+    """A process that ended early with code 0 would hide it."""
+    codes: list[int] = []
+    monkeypatch.setattr(compile_threads, "is_compiling", lambda: True)
+    monkeypatch.setattr(jax_setup, "close_compilation_cache", lambda: None)
+    monkeypatch.setattr("os._exit", codes.append)
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)), _compilations_left():
+        if error is not None:
+            raise error
+    assert codes == ([] if code is None else [code])
 
 
 def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
