@@ -27,6 +27,10 @@ BENCHMARKS = {
     "paper": ("paper.reproduce", "Reproduce the figures of the Chameleon paper in simulation."),
     "serve": ("serving.serve", "Serve a workload on the engine with several systems, and compare them."),
     "serve-curve": ("serving.serve_curve", "Measure time to first token against load on the engine."),
+    "mixed": (
+        "serving.mixed",
+        "Measure throughput while prompts arrive among decoding rows, also beside another checkout.",
+    ),
     "start": ("serving.start", "Measure a server's start with an empty compilation cache and with a full one."),
     "overhead": ("overhead.overhead", "Measure the cost of HTTP and gRPC beside the bare serving loop."),
     "load-generator": ("overhead.load_generator", "Put a public load generator, guidellm, on the HTTP server."),
