@@ -32,8 +32,8 @@ class EngineConfig:
         max_model_len: longest sequence, prompt and output together, in tokens. None (default): the model's limit, or as much as
             the pool holds beside the largest adapter; on CPU at most 2048.
         max_num_seqs: most requests that run at once, 1 to 1024 (default 32).
-        max_num_batched_tokens: most prompt tokens of one step, a multiple of 32 (default 512). Longer prompts are computed in
-            chunks.
+        max_num_batched_tokens: most prompt tokens of one step, a multiple of 32 (default 512). The step's decode rows do not
+            count. Longer prompts are computed in chunks.
         max_lora_rank: largest adapter rank that is served, 1 to 512 (default 256).
         lora_host_bytes: bytes of host memory for adapters in the pool's format (default 4 GiB). Adapters beyond it are kept on
             disk.

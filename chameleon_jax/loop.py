@@ -25,7 +25,7 @@ from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
+from chameleon_jax.scheduler.step_shapes import ANY_SIZE, StepShapes
 from chameleon_jax.systems import get_system
 
 
@@ -59,7 +59,7 @@ class ServingLoop:
         num_pages: Pages of the pool, the trash page included. The device's may be larger.
         page_tokens: Tokens of a page.
         max_model_len: Longest sequence, prompt and output, in tokens.
-        shapes: Sizes in which the device prefills.
+        shapes: Sizes of the steps for which the device has programs.
         clock: Seconds, monotonic; the simulator passes its own.
         predictor: Predictor of output lengths; None takes each adapter's own history.
 
@@ -78,7 +78,7 @@ class ServingLoop:
         *,
         page_tokens: int,
         max_model_len: int,
-        shapes: PrefillShapes = ANY_SIZE,
+        shapes: StepShapes = ANY_SIZE,
         clock: Callable[[], float] = time.monotonic,
         predictor: LengthPredictor | None = None,
     ):

@@ -7,10 +7,14 @@ tests evaluate and check them at run time (`tests/conftest.py`). Shapes that sev
 `models/ops/shapes.py`. The dimensions:
 
     rows, columns                 sequences of a batch that get one token each, and their packed sampling parameters
+    masks                         rows whose masks are given
     prompts, length, classes      prompts of the length proxy, tokens that it reads of each, and classes of output length
-    tokens, most_tokens           tokens of a step, padding included, and of the largest step of prompts
+    tokens, most_tokens           tokens of a step, padding included, and of the largest step
+    planned_tokens                tokens that an adapters' plan covers, the first of a step
     tiles, tile_tokens            runs of consecutive tokens of one sequence, and the tokens in each
+    rows_and_tiles                sequences that decode, then the tiles of prompts
     width                         pages in a block table
+    sequences                     sequences that may run at once
     slots                         places for running sequences, and one more for padding
     packed                        elements of a step's one input array
     units                         groups of elements that an adapter's rows consist of
@@ -21,6 +25,7 @@ tests evaluate and check them at run time (`tests/conftest.py`). Shapes that sev
     hidden, d_in, d_out           size of a hidden state, inputs and outputs of a matrix or of several side by side
     heads, kv_heads               query heads, key and value heads
     head_dim, half                elements of a head, and half of them
+    adapters                      adapters of a batch
     targets, windows              matrices that a step adapts, and windows of tokens in its plan
     starts_and_pages              starts of an adapter's runs of rows, then its pages
     rank_rows, capacity           rank rows, and the number that a plan has room for

@@ -105,7 +105,7 @@ class LLMEngine:
             self.num_pages,
             page_tokens=self.layout.page_tokens,
             max_model_len=self.max_model_len,
-            shapes=self.runner.buckets.prefill_shapes,
+            shapes=self.runner.buckets.step_shapes,
             clock=clock,
             predictor=self._predictor,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
-from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
+from chameleon_jax.scheduler.step_shapes import StepShapes
 
 
 def _row_key(request: Request) -> tuple[str, int]:
@@ -21,30 +21,26 @@ class RunningSet:
 
     Attributes:
         by_age: all of them, in order of arrival.
+        step_tokens: most prompt tokens of a step.
 
     Args:
         page_tokens: tokens of a page.
-        step_tokens: most prompt tokens of a step, rounded down to whole tiles, but at least one tile.
-        shapes: sizes in which the device prefills. Chunks start at multiples of its tile from the first uncomputed token.
+        step_tokens: most prompt tokens of a step; its decode rows do not count.
+        shapes: sizes of the steps for which the device has programs.
         whole_prompts: never cut a prompt that fits a step.
     """
 
-    def __init__(self, page_tokens: int, step_tokens: int, shapes: PrefillShapes, whole_prompts: bool):
+    def __init__(self, page_tokens: int, step_tokens: int, shapes: StepShapes, whole_prompts: bool):
         self.by_age: list[Request] = []
+        self.step_tokens = step_tokens
         self._page_tokens = page_tokens
         self._shapes = shapes
-        self._step_tiles = max(1, step_tokens // shapes.tile)
         self._whole_prompts = whole_prompts
         self._prefilling: list[Request] = []  # in order of admission
         self._decoding: list[Request] = []  # in the order of their rows
 
     def __len__(self) -> int:
         return len(self.by_age)
-
-    @property
-    def step_tokens(self) -> int:
-        """Most prompt tokens of a step."""
-        return self._step_tiles * self._shapes.tile
 
     def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
         """Cost of the uncomputed prompt tokens, the sum of `cost_of(request, tokens)`."""
@@ -97,17 +93,18 @@ class RunningSet:
         """Cut prompts into chunks, the prompts that started first before others, until the step is full.
 
         Args:
-            plan: the step, whose prefills are set.
-            seconds: time that the chunks may take. The step has at least one tile, and padding is not counted.
-            seconds_of: seconds that so many tokens of a request take, whole tiles where the device computes those.
-            pass_tokens: fixed cost of a step's prefill, in prompt tokens.
+            plan: the step, its decodes already planned, whose prefills are set.
+            seconds: time that the chunks may take. The step has at least one token, and padding is not counted.
+            seconds_of: seconds that so many tokens of a request take.
+            pass_tokens: fixed cost of a further step's prompts, in prompt tokens.
         """
-        plan.prefills = self._cut(self._step_tiles, seconds, seconds_of)
-        if not self._whole_prompts:
-            tiles = sum(self._shapes.tiles(chunk.num_tokens) for chunk in plan.prefills)
-            size = min(self._shapes.size(tiles, pass_tokens), self._step_tiles)
-            if size != tiles:
-                plan.prefills = self._cut(size, math.inf, lambda request, tokens: 0.0)
+        plan.prefills = self._cut(self.step_tokens, self._shapes.most_tiles, seconds, seconds_of)
+        if plan.prefills and not self._whole_prompts:
+            counts, rows = [chunk.num_tokens for chunk in plan.prefills], len(plan.decodes)
+            size = self._shapes.size(sum(counts), sum(map(self._shapes.tiles, counts)), rows, pass_tokens)
+            if size != rows + sum(counts):  # a larger one has room for prompts that time left out
+                tokens = min(size - rows, self.step_tokens)
+                plan.prefills = self._cut(tokens, self._shapes.room(size), math.inf, lambda request, tokens: 0.0)
         for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.num_tokens
@@ -118,23 +115,27 @@ class RunningSet:
                 bisect.insort(self._decoding, request, key=_row_key)
         plan.prefills.sort(key=lambda chunk: _row_key(chunk.request))
 
-    def _cut(self, tiles: int, seconds: float, seconds_of: Callable[[Request, int], float]) -> list[PrefillChunk]:
+    def _cut(
+        self, tokens: int, tiles: float, seconds: float, seconds_of: Callable[[Request, int], float]
+    ) -> list[PrefillChunk]:
+        """Cut chunks of so many tokens and tiles in all; `seconds` and `seconds_of` as in `plan_prefills`."""
         chunks: list[PrefillChunk] = []
-        tile = self._shapes.tile
         for request in self._prefilling:
             left = request.num_to_prefill - request.num_computed
-            if tiles <= 0 or (self._whole_prompts and tiles < self._shapes.tiles(left) <= self._step_tiles):
+            fits = left <= tokens and self._shapes.tiles(left) <= tiles
+            if not tokens or not tiles or (self._whole_prompts and not fits and left <= self.step_tokens):
                 break
-            tokens = min(left, tiles * tile)
-            needed = seconds_of(request, tokens)
+            taken = min(left, tokens) if fits else int(min(left, tokens, tiles * self._shapes.tile))
+            needed = seconds_of(request, taken)
             if needed > seconds:
-                tokens = min(tokens, int(self._shapes.padded(tokens) * max(seconds, 0.0) / needed) // tile * tile)
-                if not tokens and chunks:
+                taken = int(taken * max(seconds, 0.0) / needed)
+                if not taken and chunks:
                     break
-                tokens = max(tokens, min(left, tile))
+                taken = max(taken, 1)
             seconds -= needed
-            tiles -= self._shapes.tiles(tokens)
-            chunks.append(PrefillChunk(request, request.num_computed, tokens, samples=tokens == left))
+            tokens -= taken
+            tiles -= self._shapes.tiles(taken)
+            chunks.append(PrefillChunk(request, request.num_computed, taken, samples=taken == left))
             if seconds <= 0:
                 break
         return chunks

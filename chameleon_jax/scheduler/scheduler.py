@@ -20,13 +20,13 @@ from chameleon_jax.scheduler.level_planner import LevelPlanner
 from chameleon_jax.scheduler.multilevel import MultiLevelQueue
 from chameleon_jax.scheduler.plan import StepPlan
 from chameleon_jax.scheduler.prefetch import PREFETCH_DEPTH, Prefetcher
-from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.queue_policy import QueuePolicy
 from chameleon_jax.scheduler.request_size import PageNeeds, RequestSizer
 from chameleon_jax.scheduler.running import RunningSet
 from chameleon_jax.scheduler.single_queue import boosted, fifo, shortest_first
 from chameleon_jax.scheduler.stats import SchedulerCounters
 from chameleon_jax.scheduler.step_budget import StepBudget
+from chameleon_jax.scheduler.step_shapes import StepShapes
 from chameleon_jax.scheduler.waiting import WaitingSet
 from chameleon_jax.systems import System, get_system
 
@@ -44,11 +44,11 @@ class Scheduler:
         page_tokens: tokens of a page.
         cache: the adapters, and the pool that they share with KV.
         predictor: predictor of output lengths.
-        shapes: sizes in which the device prefills.
+        shapes: sizes of the steps for which the device has programs.
     """
 
     def __init__(
-        self, config: EngineConfig, page_tokens: int, cache: AdapterCache, predictor: LengthPredictor, shapes: PrefillShapes
+        self, config: EngineConfig, page_tokens: int, cache: AdapterCache, predictor: LengthPredictor, shapes: StepShapes
     ):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
@@ -110,7 +110,8 @@ class Scheduler:
         if self._admit(plan, budget, now):
             upcoming = self.policy.upcoming(PREFETCH_DEPTH) if self._waiting.adapters else ()
             self._prefetcher.load_ahead(plan, upcoming, len(self._running), now)
-        self._running.plan_prefills(plan, budget, self._budget.prefill_seconds, self._budget.pass_tokens)
+        pass_tokens = self._budget.pass_tokens(decodes=bool(plan.decodes))
+        self._running.plan_prefills(plan, budget, self._budget.prefill_seconds, pass_tokens)
         self._budget.note_prefills(plan)
         return plan
 
@@ -119,7 +120,7 @@ class Scheduler:
         self._budget.observe_step(plan, seconds)
 
     def forget_steps(self) -> None:
-        """Forget what steps took so far, as the device has changed."""
+        """Forget the seconds of all steps so far, as the device has changed."""
         self._budget.forget_steps()
 
     def _apply_length_updates(self, now: float) -> None:

@@ -6,12 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from chameleon_jax.request import Request
 from chameleon_jax.scheduler.plan import StepPlan
-from chameleon_jax.scheduler.prefill_shapes import PrefillShapes
 from chameleon_jax.scheduler.step_cost import PREFILL, StepCost
+from chameleon_jax.scheduler.step_shapes import StepShapes
 
 GUESSED_TOKEN_S = 1e-3
 """Assumed seconds of a prompt token until enough steps were timed."""
@@ -34,7 +32,7 @@ class StepBudget:
         learns: whether steps are timed.
         slots: most requests that run at once.
         rank_of: rank of a request's adapter, 0 without one.
-        shapes: sizes in which the device prefills.
+        shapes: sizes of the steps for which the device has programs.
     """
 
     target: float | None
@@ -42,14 +40,13 @@ class StepBudget:
     learns: bool
     slots: int
     rank_of: Callable[[Request], int]
-    shapes: PrefillShapes
+    shapes: StepShapes
     _cost: StepCost = dataclasses.field(default_factory=StepCost)
 
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def prefill_seconds(self, request: Request, tokens: int) -> float:
         """Estimate the seconds of so many prompt tokens of a request; a guess until enough steps were timed."""
-        tokens = self.shapes.padded(tokens)
         if not self._cost.known:
             return tokens * GUESSED_TOKEN_S
         return self._cost.prefill_seconds(tokens, self.rank_of(request))
@@ -65,10 +62,13 @@ class StepBudget:
 
     # -- steps ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def pass_tokens(self) -> float:
-        """Fixed cost of a step's prefill, in prompt tokens; 0 until enough steps were timed."""
-        return self._cost.pass_tokens if self._cost.known else 0.0
+    def pass_tokens(self, decodes: bool) -> float:
+        """Estimate the fixed cost of a further step's prompts, in prompt tokens; 0 until enough steps were timed.
+
+        Args:
+            decodes: whether this step decodes. The next one then runs anyway, and is charged for its prompts alone.
+        """
+        return self._cost.pass_tokens(decodes) if self._cost.known else 0.0
 
     def bound_prefills(self, plan: StepPlan, waited: float) -> float:
         """Seconds that prompts may take beside the plan's decodes.
@@ -78,17 +78,17 @@ class StepBudget:
             waited: seconds for which the oldest waiting request has waited.
         """
         if self.learns:
-            plan.features = self._cost.features((), plan.decodes, self.rank_of, self.shapes)
+            plan.features = self._cost.decode_features(plan.decodes)
         if self.target is None or not plan.decodes or plan.features is None or not self._cost.known:
             return math.inf
-        prefill = np.zeros_like(plan.features)
-        prefill[PREFILL] = 1.0
-        return prompt_share(self._cost.seconds(plan.features + prefill), self.target, waited / self.patience)
+        fixed = plan.features.copy()
+        fixed[PREFILL] = 1.0
+        return prompt_share(self._cost.seconds(fixed), self.target, waited / self.patience)
 
     def note_prefills(self, plan: StepPlan) -> None:
         """Add the plan's prompts to its features, for `observe_step`."""
         if plan.features is not None:
-            plan.features += self._cost.features(plan.prefills, (), self.rank_of, self.shapes)
+            self._cost.add_prompts(plan.features, plan.prefills, self.rank_of, self.shapes)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a step that took so many seconds."""

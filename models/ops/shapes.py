@@ -16,8 +16,8 @@ Block = Float[Array, "layers pages page_elems"]
 PageIds = Int[Array, " pages"]
 """Pages of the pool that a block goes to."""
 
-Queries = Float[Array, "tiles tile_tokens heads head_dim"]
-"""Queries of a step, by tiles, or the values that they attend to."""
+Queries = Float[Array, "tokens heads head_dim"]
+"""Queries of a step's tokens, or the values that they attend to."""
 Tables = Int[Array, "tiles width"]
 """Block table of each tile's sequence."""
 Tiles = Int[Array, " tiles"]

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from chameleon_jax.models.ops.sampling import SamplingMode
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, Sampling
+from chameleon_jax.models.runtime.buckets import Program, Sampling
 from chameleon_jax.models.runtime.compile_threads import CompileQueue, num_threads, on_threads
 from chameleon_jax.models.runtime.programs import Job, Programs
 
@@ -54,12 +54,14 @@ class Compilation:
         The smallest are compiled first, unless steps want others: `choose` and `choose_sampling` tell which are wanted.
         """
         buckets, listing = self._programs.buckets, self._programs.listing()
-        kinds = [(size, buckets.sizes(size)[-1], buckets.adapted(size)[-1]) for size in (buckets.prefill_tile, DECODE_TILE)]
-        largest = [self._step(Program(tiles, size, adapted)) for size, tiles, adapted in kinds]
-        first = dict.fromkeys([*(job for _, job in largest), *(job for job, _ in largest), *self._programs.others()])
+        most = [program for program in buckets.programs if program.adapted == buckets.programs[-1].adapted]
+        decodes, mixed = ([p for p in most if p.rows and bool(p.tiles) == prompts] for prompts in (False, True))
+        largest = [self._step(programs[-1]) for programs in (mixed, decodes)]
+        first = dict.fromkeys(
+            [*(job for *_, job in largest), *(job for jobs in largest for job in jobs), *self._programs.others()]
+        )
         self._compile_now(list(first), progress)
-        forwards = sorted(job.key for job in listing if job.programs is self._programs.forward)
-        rest = dict.fromkeys([*(job for program in forwards for job in self._step(program)), *reversed(listing)])
+        rest = dict.fromkeys([*(job for program in buckets.programs for job in self._step(program)), *reversed(listing)])
         left = [job for job in rest if job not in first]
         logger.info("%d programs are left to compile, while requests are served by larger ones", len(left))
         self._queue = CompileQueue(left, Job.run, max(1, num_threads() // 2))
@@ -70,29 +72,32 @@ class Compilation:
         if self._queue is not None:
             self._queue.start()
 
-    def choose(self, program: Program) -> Program:
-        """Choose the forward program of a step: its own, or the smallest that is there and can stand in for it."""
-        if self._queue is None or self._can_run(program):
-            return program
-        self._queue.want(self._step(program))
-        tiles, tile_tokens, adapted = program
+    def choose(self, step: Program) -> Program:
+        """Choose the forward program of a step of these sizes: the smallest one, or the smallest that is there."""
+        own = self._programs.buckets.choose(step)
+        if self._queue is None or self._can_run(own):
+            return own
+        self._queue.want(self._step(own))
         # a list, as threads add programs: it is made at once, and nothing else made of a dictionary is
-        there = [p for p in list(self._programs.forward) if p.tile_tokens == tile_tokens and self._can_run(p)]
-        return min(p for p in there if p.tiles >= tiles and p.adapted >= adapted)
+        return min(p for p in list(self._programs.forward) if p.can_run(step) and self._can_run(p))
 
     def choose_sampling(self, sampling: Sampling) -> Sampling:
-        """Choose the sampling program of a step: its own, or the quickest that is there and draws the same tokens."""
+        """Choose the sampling program of a step: its own, or the quickest that is there and draws the same tokens.
+
+        Updates of logits come in as many rows as the step's program has, so that no other number of rows can stand in.
+        """
         if self._queue is None or sampling in self._programs.sample:
             return sampling
         self._queue.want([Job(self._programs.sample, sampling)])
         rows, mode, adjusted, adapted = sampling
-        there = [s for s in list(self._programs.sample) if (s.rows, s.adapted) == (rows, adapted)]
-        return min(s for s in there if s.mode >= mode and s.adjusted >= adjusted)
+        there = [s for s in list(self._programs.sample) if s.adapted == adapted and (s.rows == rows or not adapted)]
+        return min(s for s in there if s.rows >= rows and s.mode >= mode and s.adjusted >= adjusted)
 
-    def _step(self, program: Program) -> tuple[Job, Job]:
-        """Name the programs of a step: one that samples whatever its rows need, and its forward program."""
-        sampling = Sampling(program.tiles, SamplingMode.LOGPROBS, True, program.extras)
-        return Job(self._programs.sample, sampling), Job(self._programs.forward, program)
+    def _step(self, program: Program) -> tuple[Job, ...]:
+        """Name the programs of a step: those that sample whatever its rows need, and its forward program."""
+        rows = self._programs.buckets.sampled_rows(program)
+        kinds = [Sampling(rows, SamplingMode.LOGPROBS, True, adapted) for adapted in (False, True)[: 1 + program.extras]]
+        return (*(Job(self._programs.sample, kind) for kind in kinds), Job(self._programs.forward, program))
 
     def _can_run(self, program: Program) -> bool:
         return all(job.key in job.programs for job in self._step(program))

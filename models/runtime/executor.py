@@ -15,27 +15,27 @@ from chameleon_jax.models.adapters.transfers import PinnedBlock
 from chameleon_jax.models.ops.sampling import Sampled
 from chameleon_jax.models.page_layout import AdapterPlacement, PlacedAdapter
 from chameleon_jax.models.runtime.adapter_loads import AdapterLoads
-from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep, SentStep
-from chameleon_jax.models.runtime.step_inputs import Adjustment, PackedStep, SamplingRow, SequenceChunk
+from chameleon_jax.models.runtime.model_runner import DispatchedStep, ModelRunner, RunningStep
+from chameleon_jax.models.runtime.step_inputs import Adjustment, SamplingRow, SequenceChunk
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import PrefillChunk, StepPlan
 
 
 @dataclasses.dataclass
-class Part:
-    """Prompts or decodes of a step.
+class Step:
+    """A step that was dispatched.
 
     Attributes:
         running: The dispatched forward program.
-        owners: Owner of each row that samples.
+        owners: Owner of each sampling row.
         drawn: The dispatched sampling program; None while guided rows wait for their masks.
         scores: Log-probabilities of prompts' own tokens; None where none are wanted.
         scored: Runs of tokens that `scores` has.
     """
 
     running: RunningStep
-    owners: list[tuple[int, Request]]
+    owners: list[Request]
     drawn: DispatchedStep | None = None
     scores: Sampled | None = None
     scored: Sequence[ScoredRun] = ()
@@ -70,7 +70,7 @@ class JaxExecutor:
         self._placements: dict[str, AdapterPlacement] = {}  # of every adapter that was added
         self._loading: dict[str, PlacedAdapter] = {}
         self._resident: dict[str, PlacedAdapter] = {}
-        self._in_flight: list[list[Part]] = []  # dispatched and not collected
+        self._in_flight: list[Step] = []  # dispatched and not collected
         self._counted: dict[int, tuple[Request, int]] = {}  # by slot: request whose tokens the device counts, its preemptions
 
     @property
@@ -96,40 +96,34 @@ class JaxExecutor:
         """Return the places of an adapter's rows in its pages. Raises KeyError for one that was not added."""
         return self._placements[content_hash]
 
-    def dispatch(self, plan: StepPlan) -> list[Part]:
-        sent = []
-        if plan.prefills:
-            chunks = plan.prefills
-            sampling_rows = {i: _sampling_row(c.request, c.start + c.num_tokens) for i, c in enumerate(chunks) if c.samples}
-            inputs = self._runner.send([self._chunk(c) for c in chunks], sampling_rows)
-            sent.append((inputs, [(i, chunks[i].request) for i in sampling_rows], _scored_runs(chunks, inputs.step)))
-        if plan.decodes:
-            rows = plan.decodes
-            sampling_rows = {i: _sampling_row(r, r.num_computed) for i, r in enumerate(rows)}
-            inputs = self._runner.send([self._row(r) for r in rows], sampling_rows)
-            sent.append((inputs, list(enumerate(rows)), []))
+    def dispatch(self, plan: StepPlan) -> Step:
+        decodes, prompts = plan.decodes, plan.prefills
+        rows = [(i, request, request.num_computed) for i, request in enumerate(decodes)]
+        rows += [(i, c.request, c.start + c.num_tokens) for i, c in enumerate(prompts, len(decodes)) if c.samples]
+        sampling_rows = {i: _sampling_row(request, position) for i, request, position in rows}
+        sent = self._runner.send([*map(self._row, decodes), *map(self._chunk, prompts)], sampling_rows)
         self._loads.send_beside_step()  # behind the step's inputs and ahead of its programs: see `link_pace`
-        handle = [self._dispatch(*step) for step in sent]
-        self._in_flight.append(handle)
-        return handle
+        step = Step(self._runner.forward(sent), [request for _, request, _ in rows])
+        self._score(step, prompts, step.running.step.first[len(decodes) :])
+        if not step.running.adjusted or all(request.guide is None for request in step.owners):
+            self._draw(step)
+        self._in_flight.append(step)
+        return step
 
-    def draw(self, handle: list[Part]) -> None:
-        for part in handle:
-            if part.drawn is None:
-                self._draw(part)
+    def draw(self, handle: Step) -> None:
+        if handle.drawn is None:
+            self._draw(handle)
 
-    def collect(self, handle: list[Part]) -> list[SampledToken]:
+    def collect(self, handle: Step) -> list[SampledToken]:
+        assert handle.drawn is not None
+        _keep_scores(handle)
         tokens = []
-        for part in handle:
-            assert part.drawn is not None
-            _keep_scores(part)
-            if part.drawn.sampled is None:
-                jax.block_until_ready(part.drawn.done)
-                continue
-            host = jax.tree.map(np.asarray, part.drawn.sampled)
-            ids = host.tokens.tolist()
-            for row, request in part.owners:
-                tokens.append(SampledToken(request, ids[row], _logprobs(host, row, request.params.logprobs)))
+        if handle.drawn.sampled is None:
+            jax.block_until_ready(handle.drawn.done)
+        else:
+            host = jax.tree.map(np.asarray, handle.drawn.sampled)
+            for row, (request, token) in enumerate(zip(handle.owners, host.tokens.tolist())):
+                tokens.append(SampledToken(request, token, _logprobs(host, row, request.params.logprobs)))
         self._in_flight = [other for other in self._in_flight if other is not handle]
         return tokens
 
@@ -163,27 +157,30 @@ class JaxExecutor:
         self._counted.clear()
         self._runner.reset()
 
-    def _dispatch(self, inputs: SentStep, owners: list[tuple[int, Request]], scored: list[ScoredRun]) -> Part:
-        running = self._runner.forward(inputs)
-        part = Part(running, [(running.step.last[i], request) for i, request in owners])
-        if scored:
-            following = np.full(running.step.program.tiles * running.step.program.tile_tokens, -1, np.int32)
-            for request, row, begin, end in scored:
-                following[row : row + end - begin] = request.prompt_token_ids[begin:end]
-            part.scores, part.scored = self._runner.score(running, following), scored
-        if not running.adjusted or all(request.guide is None for _, request in owners):
-            self._draw(part)
-        return part
+    def _score(self, step: Step, prompts: Sequence[PrefillChunk], first: Sequence[int]) -> None:
+        """Dispatch the log-probabilities of prompts' own tokens, where some are wanted.
 
-    def _draw(self, part: Part) -> None:
+        Args:
+            step: The step.
+            prompts: Its chunks of prompts.
+            first: Number of each one's first token in the step.
+        """
+        step.scored = _scored_runs(prompts, first)
+        if step.scored:
+            following = np.full(step.running.step.program.tokens, -1, np.int32)
+            for request, row, begin, end in step.scored:
+                following[row : row + end - begin] = request.prompt_token_ids[begin:end]
+            step.scores = self._runner.score(step.running, following)
+
+    def _draw(self, step: Step) -> None:
         masks = None
-        if part.running.adjusted:
-            for _, request in part.owners:
+        if step.running.adjusted:
+            for request in step.owners:
                 if request.finish_reason is None:  # else its slot is gone, and its token dropped
                     self._count(request)
-            masks = self._masks(part)
-        part.drawn = self._runner.sample(part.running, masks)
-        for array in jax.tree.leaves(part.drawn.sampled):
+            masks = self._masks(step)
+        step.drawn = self._runner.sample(step.running, masks)
+        for array in jax.tree.leaves(step.drawn.sampled):
             array.copy_to_host_async()  # on its way while the next step is dispatched
 
     def _count(self, request: Request) -> None:
@@ -194,12 +191,12 @@ class JaxExecutor:
             prompt = request.prompt_token_ids if request.params.repetition_penalty != 1 else ()
             self._runner.count(request.slot, prompt, request.output_token_ids)
 
-    def _masks(self, part: Part) -> np.ndarray | None:
+    def _masks(self, step: Step) -> np.ndarray | None:
         """Tokens that each row can draw; None where no row has a mask."""
-        if all(request.guide is None and request.allowed is None for _, request in part.owners):
+        if all(request.guide is None and request.allowed is None for request in step.owners):
             return None
-        masks = self._runner.no_masks(part.running.step.program.tiles)
-        running = [(row, r) for row, r in part.owners if r.finish_reason is None]
+        masks = self._runner.no_masks(len(step.owners))
+        running = [(row, r) for row, r in enumerate(step.owners) if r.finish_reason is None]
         guides = [(row, request.guide) for row, request in running if request.guide is not None]
         if guides:
             from chameleon_jax.structured_outputs import fill_masks  # here, since other requests run without the package
@@ -245,29 +242,28 @@ def _adjustment(params: SamplingParams) -> Adjustment:
     return Adjustment(params.presence_penalty, params.frequency_penalty, params.repetition_penalty, bias)
 
 
-def _scored_runs(chunks: Sequence[PrefillChunk], step: PackedStep) -> list[ScoredRun]:
+def _scored_runs(chunks: Sequence[PrefillChunk], first: Sequence[int]) -> list[ScoredRun]:
     """List the tokens whose log-probabilities are wanted: the token at a position is scored by the one before.
 
     Args:
         chunks: Prompts of the step.
-        step: The packed step.
+        first: Number of each one's first token in the step.
     """
-    tile, runs = step.program.tile_tokens, []
-    for chunk, last_tile in zip(chunks, step.last):
+    runs = []
+    for chunk, row in zip(chunks, first):
         request = chunk.request
         end = min(chunk.start + chunk.num_tokens + 1, len(request.prompt_token_ids))
         if request.params.prompt_logprobs is not None and chunk.start + 1 < end:
-            first_tile = last_tile + 1 - -(-chunk.num_tokens // tile)
-            runs.append(ScoredRun(request, first_tile * tile, chunk.start + 1, end))
+            runs.append(ScoredRun(request, row, chunk.start + 1, end))
     return runs
 
 
-def _keep_scores(part: Part) -> None:
+def _keep_scores(step: Step) -> None:
     """Write the log-probabilities of prompts' own tokens into their requests."""
-    if part.scores is None:
+    if step.scores is None:
         return
-    host = jax.tree.map(np.asarray, part.scores)
-    for request, first, begin, end in part.scored:
+    host = jax.tree.map(np.asarray, step.scores)
+    for request, first, begin, end in step.scored:
         found = [_logprobs(host, first + i, request.params.prompt_logprobs) for i in range(end - begin)]
         request.prompt_logprobs[begin:end] = found
 

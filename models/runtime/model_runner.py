@@ -51,28 +51,28 @@ class SentStep(NamedTuple):
     """A step, and its inputs on their way to the device.
 
     Attributes:
-        rows: Sampling parameters by tile, of the tiles that sample.
+        rows: Parameters of the sampling rows.
     """
 
     step: PackedStep
     inputs: jax.Array
-    rows: Mapping[int, SamplingRow]
+    rows: Sequence[SamplingRow]
 
 
 class RunningStep(NamedTuple):
     """A step whose forward program was dispatched.
 
     Attributes:
-        rows: Sampling parameters by tile, of the tiles that sample.
-        hidden: Hidden state of each tile's last token.
-        sampling_rows: Packed sampling parameters of each tile.
+        rows: Parameters of the sampling rows.
+        hidden: Hidden state of each sampling row's token.
+        sampling_rows: Packed sampling parameters.
         adjusted: Whether any row's logits change before its token is drawn.
-        states: Hidden states of all tokens of prompts; None of decodes.
-        logit_updates: Updates of adapters to each tile's logits; None where the program has none.
+        states: Hidden states of all tokens; None of a program for decoding alone.
+        logit_updates: Updates of adapters to the rows' logits; None where the program has none.
     """
 
     step: PackedStep
-    rows: Mapping[int, SamplingRow]
+    rows: Sequence[SamplingRow]
     hidden: jax.Array
     sampling_rows: jax.Array
     adjusted: bool
@@ -84,13 +84,11 @@ class DispatchedStep(NamedTuple):
     """A step that runs, or has run.
 
     Attributes:
-        sampled: Tokens that it draws; None where it draws none.
-        rows: Row of `sampled` for each chunk.
+        sampled: Tokens that it draws, one for each sampling row and then padding; None where it draws none.
         done: Ready when the step is.
     """
 
     sampled: Sampled | None
-    rows: list[int]
     done: jax.Array
 
 
@@ -202,15 +200,15 @@ class ModelRunner:
         A GPU loads a program's code and makes its graph at the first use. That takes 5 to 30 ms, which the first requests would
         wait for. On a CPU first uses take longer, and so would all of them at the start.
         """
-        config, padding_slot = self.layout.config, self.buckets.max_num_seqs
+        config, padding_slot = self.layout.config, self.buckets.max_num_seqs  # as many slots are before it
         for program, forward in self.programs.forward.items():
             inputs = pack_padding(program, self.buckets)
             self._pages = forward(self.programs.weights, self._pages, self._slot_tokens, inputs).pages
+        sampling_rows, _ = pack_sampling_rows([], padding_slot, padding_slot)
+        hidden = jnp.zeros((padding_slot, config.hidden_size), self.dtype)
         for sampling in self.programs.sample:
-            sampling_rows, _ = pack_sampling_rows({}, sampling.rows, padding_slot)
-            hidden = jnp.zeros((sampling.rows, config.hidden_size), self.dtype)
             updates = jnp.zeros((sampling.rows, config.vocab_size), jnp.float32) if sampling.adapted else None
-            self._sample(sampling, hidden, sampling_rows, {}, None, updates)
+            self._sample(sampling, hidden, sampling_rows, [], None, updates)
         for tokens, score in self.programs.score.items():
             states = jnp.zeros((tokens, config.hidden_size), self.dtype)
             score(self._head, states, np.zeros(1 + tokens // self.buckets.prefill_tile + tokens, np.int32))
@@ -226,12 +224,12 @@ class ModelRunner:
         """Pack a step and start the transfer of its inputs.
 
         Args:
-            chunks: Sequences of the step, decodes or chunks of prompts.
-            sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample.
+            chunks: Sequences of the step, those that decode first, then chunks of prompts.
+            sampling_rows: `index of a chunk -> parameters of the token behind its last one`, for chunks that sample. The
+                step's sampling rows are in this order.
         """
         step = pack_step(chunks, sampling_rows, self.buckets, self.compilation.choose)
-        rows = {step.last[i]: row for i, row in sampling_rows.items()}
-        return SentStep(step, jax.device_put(step.packed, self._memory), rows)
+        return SentStep(step, jax.device_put(step.packed, self._memory), list(sampling_rows.values()))
 
     def forward(self, sent: SentStep) -> RunningStep:
         """Dispatch the forward program of a step whose inputs were sent."""
@@ -240,22 +238,22 @@ class ModelRunner:
         hidden, sampling_rows, self._pages, states, updates = forward(
             self.programs.weights, self._pages, self._slot_tokens, inputs
         )
-        adjusted = any([row.adjustment is not None for row in rows.values()])
+        adjusted = any([row.adjustment is not None for row in rows])
         return RunningStep(step, rows, hidden, sampling_rows, adjusted, states, updates)
 
     def score(self, running: RunningStep, following: Int[np.ndarray, " tokens"]) -> Sampled:
         """Dispatch the program that computes the log-probabilities of prompts' own tokens.
 
         Args:
-            running: Return of `forward` for a step of prompts.
-            following: Token behind each token of the step, by its place in the tiles; -1 where none is wanted.
+            running: Return of `forward` for a step with prompts.
+            following: Token behind each token of the step; -1 where none is wanted.
 
         Returns:
             A row for each token; unspecified where none was wanted.
         """
-        tile, most = self.buckets.prefill_tile, self.buckets.most_prefill_tokens
+        tile, most = self.buckets.prefill_tile, self.buckets.most_tokens
         packed = np.zeros(1 + most // tile + most, np.int32)
-        wanted = np.flatnonzero((following.reshape(-1, tile) >= 0).any(axis=1))
+        wanted = np.unique(np.flatnonzero(following >= 0) // tile)
         packed[0], packed[1 : 1 + len(wanted)] = len(wanted), wanted
         packed[1 + most // tile :][: len(following)] = np.maximum(following, 0)
         scores = self.programs.score[most](self._head, running.states, packed)
@@ -268,22 +266,23 @@ class ModelRunner:
 
         Args:
             running: Return of `forward`.
-            masks: Tokens that each tile's row can draw, as `no_masks` lays them out; None masks none.
+            masks: Tokens that each sampling row can draw, as `no_masks` lays them out; None masks none.
         """
         step, rows, hidden, sampling_rows, adjusted, _, updates = running
         if step.mode is None:
-            return DispatchedStep(None, step.last, hidden)
-        changed = adjusted or updates is not None
-        sampling = self.compilation.choose_sampling(Sampling(len(hidden), step.mode, changed, updates is not None))
+            return DispatchedStep(None, hidden)
+        num_rows = next(n for n in self.buckets.decode if n >= len(rows)) if updates is None else len(updates)
+        wanted = Sampling(num_rows, step.mode, adjusted or updates is not None, updates is not None)
+        sampling = self.compilation.choose_sampling(wanted)
         sampled = self._sample(sampling, hidden, sampling_rows, rows, masks, updates)
-        return DispatchedStep(sampled, step.last, sampled.tokens)
+        return DispatchedStep(sampled, sampled.tokens)
 
     def _sample(
         self,
         sampling: Sampling,
         hidden: jax.Array,
         sampling_rows: Any,
-        rows: Mapping[int, SamplingRow],
+        rows: Sequence[SamplingRow],
         masks: Int[np.ndarray, "rows words"] | None,
         updates: jax.Array | None,
     ) -> Sampled:
@@ -291,7 +290,7 @@ class ModelRunner:
         if not sampling.adjusted:
             sampled, self._slot_tokens = program(self._head, hidden, self._slot_tokens, sampling_rows)
             return sampled
-        adjustments = pack_adjustments(rows, self.no_masks(sampling.rows) if masks is None else masks)
+        adjustments = pack_adjustments(rows, self.no_masks(0) if masks is None else masks, sampling.rows)
         inputs = [jax.device_put(adjustments, self._memory), *([] if updates is None else [updates])]
         state = (self._slot_tokens, self._counts)
         sampled, self._slot_tokens, self._counts = program(self._head, hidden, *state, sampling_rows, *inputs)

@@ -15,7 +15,7 @@ from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, count_tokens, mask_words
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, Sampling, StepBuckets
+from chameleon_jax.models.runtime.buckets import Program, Sampling, StepBuckets
 from chameleon_jax.models.runtime.compile_threads import on_threads
 
 COUNT_TOKENS = 1024
@@ -71,7 +71,7 @@ class Programs:
             where adapted is true too.
         write: `pages of a piece -> steps.write_adapter`.
         count: `tokens -> sampling.count_tokens`, of COUNT_TOKENS tokens.
-        score: `tokens -> steps.score_prompts`, of the largest step of prompts.
+        score: `tokens -> steps.score_prompts`, of the largest step.
     """
 
     def __init__(
@@ -113,20 +113,15 @@ class Programs:
     def listing(self) -> list[Job]:
         """Every program, the slowest to compile first."""
         buckets = self.buckets
-        forwards = [
-            Job(self.forward, Program(tiles, tile_tokens, adapted))
-            for tile_tokens in (buckets.prefill_tile, DECODE_TILE)
-            for tiles in reversed(buckets.sizes(tile_tokens))
-            for adapted in reversed(buckets.adapted(tile_tokens))
-        ]
-        kinds = itertools.product(reversed(buckets.sample_rows), reversed(SamplingMode), self._sampling_kinds())
+        forwards = [Job(self.forward, program) for program in reversed(buckets.programs)]
+        kinds = itertools.product(reversed(buckets.decode), reversed(SamplingMode), self._sampling_kinds())
         samples = [Job(self.sample, Sampling(rows, mode, *kind)) for rows, mode, kind in kinds]
         return [*forwards, *samples, *self.others()]
 
     def others(self) -> list[Job]:
         """List the programs that no other can stand in for."""
         writes = [Job(self.write, size) for size in self._pieces.all]
-        return [*writes, Job(self.count, COUNT_TOKENS), Job(self.score, self.buckets.most_prefill_tokens)]
+        return [*writes, Job(self.count, COUNT_TOKENS), Job(self.score, self.buckets.most_tokens)]
 
     def _sampling_kinds(self) -> list[tuple[bool, bool]]:
         """List the values of `adjusted` and `adapted` that sampling programs have."""
@@ -141,17 +136,15 @@ class Programs:
         so its size does not matter.
         """
         buckets = self.buckets
-        forwards = [
-            functools.partial(self._compile_forward, 2, Program(buckets.sizes(size)[-1], size, adapted))
-            for size in (DECODE_TILE, buckets.prefill_tile)
-            for adapted in buckets.adapted(size)  # a program without adapters may take more, as XLA keeps more at a time
-        ]
+        # of each kind; a program without adapters may take more, as XLA keeps more at a time
+        largest = {(program.rows > 0, program.tiles > 0, program.adapted): program for program in buckets.programs}
+        forwards = [functools.partial(self._compile_forward, 2, program) for program in largest.values()]
         samples = [
-            functools.partial(self._compile_sample, Sampling(max(buckets.sample_rows), mode, *kind))
+            functools.partial(self._compile_sample, Sampling(buckets.max_num_seqs, mode, *kind))
             for mode in SamplingMode
             for kind in self._sampling_kinds()
         ]
-        samples.append(functools.partial(self._compile_score, buckets.most_prefill_tokens))
+        samples.append(functools.partial(self._compile_score, buckets.most_tokens))
         needs = on_threads(lambda compile_it: _needs(compile_it()), [*forwards, *samples])
         largest = max(needs[: len(forwards)]) + max(needs[len(forwards) :])
         norms = norm_bytes(self._layout.config, buckets.max_rank) if buckets.extras else 0
@@ -172,13 +165,13 @@ class Programs:
 
     def _compile_sample(self, sampling: Sampling) -> Any:
         rows, mode, adjusted, adapted = sampling
-        config = self._layout.config
-        hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), self._dtype)
-        sampling_rows = jax.ShapeDtypeStruct((rows, SAMPLING_COLUMNS), jnp.int32)
+        config, slots = self._layout.config, self.buckets.max_num_seqs
+        hidden = jax.ShapeDtypeStruct((slots, config.hidden_size), self._dtype)
+        sampling_rows = jax.ShapeDtypeStruct((slots, SAMPLING_COLUMNS), jnp.int32)
         options: dict[str, Any] = {"mode": mode, "backend": self._backend}
         state = [self._head, hidden, self._slot_tokens]
         if not adjusted:
-            return self._compile(functools.partial(steps.sample_step, **options), *state, sampling_rows, donated=2)
+            return self._compile(functools.partial(steps.sample_step, rows=rows, **options), *state, sampling_rows, donated=2)
         adjustments = jax.ShapeDtypeStruct((rows, ADJUSTMENT_COLUMNS + mask_words(config.vocab_size)), jnp.int32)
         fn = functools.partial(steps.sample_adjusted_step, **options)
         updates = [jax.ShapeDtypeStruct((rows, config.vocab_size), jnp.float32)] if adapted else []

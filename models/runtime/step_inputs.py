@@ -5,6 +5,7 @@ The array is fresh for each step on purpose: a dispatched step may still be read
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ from chameleon_jax.models.ops.sampling import (
     SamplingMode,
 )
 from chameleon_jax.models.page_layout import PlacedAdapter
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, FROM_SLOT, Program, StepBuckets, StepInputs
+from chameleon_jax.models.runtime.buckets import FROM_SLOT, TILE_COLUMNS, Program, StepBuckets, StepInputs
 from chameleon_jax.sampling_params import MAX_LOGIT_BIAS
 
 if TYPE_CHECKING:
@@ -93,13 +94,13 @@ class PackedStep(NamedTuple):
     Attributes:
         packed: Inputs (see `StepBuckets.view`).
         program: Forward program that takes them.
-        last: For each chunk the tile that holds its last token.
+        first: Number of each chunk's first token in the step.
         mode: Sampling program. None: no token is sampled.
     """
 
     packed: Int[np.ndarray, " packed"]
     program: Program
-    last: list[int]
+    first: list[int]
     mode: SamplingMode | None
 
 
@@ -107,87 +108,109 @@ def pack_step(
     chunks: Sequence[SequenceChunk],
     sampling_rows: Mapping[int, SamplingRow],
     buckets: StepBuckets,
-    choose: Callable[[Program], Program] = lambda program: program,
+    choose: Callable[[Program], Program] | None = None,
 ) -> PackedStep:
-    """Pack one step of decode rows (all `tokens` None) or of prefill chunks.
+    """Pack one step.
 
     Args:
-        chunks: Chunks of the step, at least one.
-        sampling_rows: `index of a chunk -> parameters of the token behind the chunk's last one`.
+        chunks: Chunks of the step, at least one: the rows that decode first (`tokens` None), then prompts.
+        sampling_rows: `index of a chunk -> parameters of the token behind the chunk's last one`. The sampling rows of the step
+            are in this order.
         buckets: Shapes that are compiled.
-        choose: Chooses the program that runs in place of the smallest one that can.
+        choose: Chooses the program for a step of these sizes; None takes the smallest one that there is.
     """
-    decode = chunks[0].tokens is None
-    size = DECODE_TILE if decode else buckets.prefill_tile
-    counts = [1 if c.tokens is None else -(-len(c.tokens) // size) for c in chunks]
-    ends = np.cumsum(counts)
-    last = (ends - 1).tolist()
+    rows = sum([c.tokens is None for c in chunks])
+    counts = [1 if c.tokens is None else len(c.tokens) for c in chunks]
+    ends = list(itertools.accumulate(counts))
     needed = max([c.adapter.placement.num_targets for c in chunks if c.adapter is not None], default=0)
-    program = Program(
-        tiles=buckets.bucket(last[-1] + 1, size),
-        tile_tokens=size,
-        adapted=min(n for n in buckets.adapted(size) if n >= needed) if needed else 0,
-    )
-    program = choose(program)
+    sizes = Program(ends[-1], rows, sum(map(buckets.tiles_of, counts[rows:])), needed)
+    program = buckets.choose(sizes) if choose is None else choose(sizes)
     packed, inputs = _empty_step(program, buckets)
-    if decode:
-        rows = len(chunks)
-        inputs.tokens[:rows] = FROM_SLOT
-        inputs.tiles[:rows, 0] = [c.start for c in chunks]
-        inputs.tiles[:rows, 1] = 1
-        inputs.tiles[:rows, 2] = [c.slot for c in chunks]
-        for table, chunk in zip(inputs.tiles[:, 3:], chunks):
-            table[: len(chunk.pages)] = chunk.pages
-    else:
-        for chunk, end, count in zip(chunks, ends.tolist(), counts):
-            _fill_chunk(inputs.tokens[(end - count) * size :], inputs.tiles[end - count : end], chunk, size)
-    if inputs.lora is not None:
-        fill_plan(inputs.lora, [c.adapter for c, count in zip(chunks, counts) for _ in range(count)])
-    rows_of_tiles = {last[i]: row for i, row in sampling_rows.items()}
-    mode = fill_sampling_rows(inputs.sampling_rows, rows_of_tiles, buckets.max_num_seqs)
-    return PackedStep(packed, program, last, mode if sampling_rows else None)
+    _fill_rows(inputs, chunks[:rows])
+    if inputs.places is not None:
+        _fill_prompts(inputs, chunks[rows:], program, buckets.prefill_tile)
+    adapters = [c.adapter for c in chunks]
+    _fill_adapters(inputs, adapters, counts, rows)
+    inputs.sampled[: len(sampling_rows)] = [ends[i] - 1 for i in sampling_rows]
+    if inputs.sampled_lora is not None:
+        fill_plan(inputs.sampled_lora, [adapters[i] for i in sampling_rows], [1] * len(sampling_rows))
+    mode = fill_sampling_rows(inputs.sampling_rows, list(sampling_rows.values()), buckets.max_num_seqs)
+    return PackedStep(packed, program, [0, *ends[:-1]], mode if sampling_rows else None)
 
 
 def pack_padding(program: Program, buckets: StepBuckets) -> Int[np.ndarray, " packed"]:
     """Pack a step of padding, which changes nothing."""
     packed, inputs = _empty_step(program, buckets)
-    fill_sampling_rows(inputs.sampling_rows, {}, buckets.max_num_seqs)
-    if inputs.lora is not None:
-        fill_plan(inputs.lora, [])
+    fill_sampling_rows(inputs.sampling_rows, [], buckets.max_num_seqs)
+    for plan in (inputs.decode_lora, inputs.prompt_lora, inputs.sampled_lora):
+        if plan is not None:
+            fill_plan(plan, [], [])
     return packed
 
 
 def _empty_step(program: Program, buckets: StepBuckets) -> tuple[Int[np.ndarray, " packed"], StepInputs]:
-    """Make a step's array and views of its parts. All tiles are padding, and sampling rows and adapters are not filled in."""
+    """Make a step's array and views of its parts. All tokens are padding, and sampling rows and adapters are not filled in."""
     packed = np.zeros(buckets.packed_size(program), np.int32)
     inputs = buckets.view(packed, program)
-    inputs.tiles[:, 2] = buckets.max_num_seqs  # padding's slot
+    inputs.tiles[:, 3] = buckets.max_num_seqs  # padding's slot
+    if inputs.places is not None:
+        inputs.places.fill(-1)
     return packed, inputs
 
 
-def _fill_chunk(tokens: np.ndarray, tiles: np.ndarray, chunk: SequenceChunk, size: int) -> None:
-    """Write a chunk of a prompt into its tiles, and its tokens to the start of `tokens`."""
-    assert chunk.tokens is not None
-    length, before = len(chunk.tokens), size * np.arange(len(tiles))
-    tokens[:length] = chunk.tokens
-    tiles[:, 0] = chunk.start + before
-    tiles[:, 1] = np.minimum(size, length - before)
-    tiles[:, 2] = chunk.slot
-    tiles[:, 3 : 3 + len(chunk.pages)] = chunk.pages
+def _fill_rows(inputs: StepInputs, chunks: Sequence[SequenceChunk]) -> None:
+    """Write the rows that decode."""
+    rows = len(chunks)
+    inputs.tokens[:rows] = FROM_SLOT
+    inputs.tiles[:rows, 0] = np.arange(rows)
+    inputs.tiles[:rows, 1] = [c.start for c in chunks]
+    inputs.tiles[:rows, 2] = 1
+    inputs.tiles[:rows, 3] = [c.slot for c in chunks]
+    for table, chunk in zip(inputs.tiles[:, TILE_COLUMNS:], chunks):
+        table[: len(chunk.pages)] = chunk.pages
+    if inputs.places is not None:
+        inputs.places[:rows] = np.arange(rows)
+
+
+def _fill_prompts(inputs: StepInputs, chunks: Sequence[SequenceChunk], program: Program, tile: int) -> None:
+    """Write the chunks of prompts behind the rows that decode, which are written."""
+    assert inputs.places is not None
+    begin, place = int(np.count_nonzero(inputs.places >= 0)), program.rows
+    for chunk in chunks:
+        assert chunk.tokens is not None
+        length = len(chunk.tokens)
+        before = np.arange(0, length, tile)
+        tiles = inputs.tiles[program.rows + (place - program.rows) // tile :][: len(before)]
+        tiles[:, 0] = begin + before
+        tiles[:, 1] = chunk.start + before
+        tiles[:, 2] = np.minimum(tile, length - before)
+        tiles[:, TILE_COLUMNS : TILE_COLUMNS + len(chunk.pages)] = chunk.pages
+        inputs.tokens[begin : begin + length] = chunk.tokens
+        inputs.places[begin : begin + length] = np.arange(place, place + length)
+        begin += length
+        place += tile * len(before)
+
+
+def _fill_adapters(inputs: StepInputs, adapters: Sequence[PlacedAdapter | None], counts: Sequence[int], rows: int) -> None:
+    """Write the adapters of a step's chunks, the first `rows` of which decode."""
+    if inputs.decode_lora is not None:
+        fill_plan(inputs.decode_lora, adapters[:rows], counts[:rows])
+    if inputs.prompt_lora is not None:
+        fill_plan(inputs.prompt_lora, adapters[rows:], counts[rows:], begin=rows)
 
 
 def pack_sampling_rows(
-    sampling_rows: Mapping[int, SamplingRow], rows: int, padding_slot: int
+    sampling_rows: Sequence[SamplingRow], rows: int, padding_slot: int
 ) -> tuple[Int[np.ndarray, "rows columns"], SamplingMode]:
-    """Pack sampling rows by number into `rows` rows, and choose the sampling program that they need together."""
+    """Pack sampling rows into `rows` rows, and choose the sampling program that they need together."""
     table = np.zeros((rows, SAMPLING_COLUMNS), np.int32)
     return table, fill_sampling_rows(table, sampling_rows, padding_slot)
 
 
 def fill_sampling_rows(
-    table: Int[np.ndarray, "rows columns"], sampling_rows: Mapping[int, SamplingRow], padding_slot: int
+    table: Int[np.ndarray, "rows columns"], sampling_rows: Sequence[SamplingRow], padding_slot: int
 ) -> SamplingMode:
-    """Write sampling rows by number into a table of zeros, and choose the sampling program that they need together.
+    """Write sampling rows into a table of zeros, and choose the sampling program that they need together.
 
     The other rows of the table sample a token that nothing uses.
     """
@@ -195,30 +218,31 @@ def fill_sampling_rows(
     table[:, 8:] = -1
     if not sampling_rows:
         return SamplingMode.GREEDY
-    rows, values = list(sampling_rows), list(sampling_rows.values())
-    table[rows, :2] = [row[:2] for row in values]
-    seeds = np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in values], "<u8")
-    table[rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
-    table[rows, 4] = [max(row.top_k, 0) for row in values]
-    floats = np.array([(0.0 if row.top_k == 1 else row.temperature, row.top_p, row.min_p) for row in values], np.float32)
-    table[rows, 5:8] = floats.view(np.int32)
-    for number, row in sampling_rows.items():
+    rows = len(sampling_rows)
+    table[:rows, :2] = [row[:2] for row in sampling_rows]
+    seeds = np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in sampling_rows], "<u8")
+    table[:rows, 2:4] = seeds.view("<i4").reshape(-1, 2)
+    table[:rows, 4] = [max(row.top_k, 0) for row in sampling_rows]
+    floats = np.array([(0.0 if row.top_k == 1 else row.temperature, row.top_p, row.min_p) for row in sampling_rows], np.float32)
+    table[:rows, 5:8] = floats.view(np.int32)
+    for number, row in enumerate(sampling_rows):
         if row.suppressed:
             table[number, 8 : 8 + len(row.suppressed)] = row.suppressed
-    if any([row.logprobs for row in values]):
+    if any([row.logprobs for row in sampling_rows]):
         return SamplingMode.LOGPROBS
     return SamplingMode.RANDOM if (floats[:, 0] >= LEAST_TEMPERATURE).any() else SamplingMode.GREEDY
 
 
 def pack_adjustments(
-    sampling_rows: Mapping[int, SamplingRow], masks: Int[np.ndarray, "rows words"]
+    sampling_rows: Sequence[SamplingRow], masks: Int[np.ndarray, "masks words"], rows: int
 ) -> Int[np.ndarray, "rows columns"]:
-    """Pack the adjustments of sampling rows by number, and the masks of all rows. Rows without adjustment change nothing."""
-    table = np.zeros((len(masks), ADJUSTMENT_COLUMNS + masks.shape[1]), np.int32)
+    """Pack the adjustments of the first sampling rows, and their masks, into `rows` rows. The others change nothing."""
+    table = np.zeros((rows, ADJUSTMENT_COLUMNS + masks.shape[1]), np.int32)
     table[:, 2] = np.float32(1).view(np.int32)
     table[:, 3 : 3 + MAX_LOGIT_BIAS] = -1
-    table[:, ADJUSTMENT_COLUMNS:] = masks
-    for number, row in sampling_rows.items():
+    table[:, ADJUSTMENT_COLUMNS:] = -1
+    table[: len(masks), ADJUSTMENT_COLUMNS:] = masks
+    for number, row in enumerate(sampling_rows):
         if row.adjustment is None:
             continue
         *penalties, bias = row.adjustment

@@ -1,6 +1,6 @@
 """Programs that run on the device, one for each shape bucket.
 
-`forward` runs a batch of tiles through the model, and `sample_step` chooses tokens from its last hidden states. They are apart
+`forward` runs a step's tokens through the model, and `sample_step` chooses tokens from its last hidden states. They are apart
 so that their variants add up instead of multiplying. Sampled tokens stay on the device, one place for each running request
 (`slot_tokens`), and feed the next step from there: the host never waits for a token before it can dispatch.
 """
@@ -8,6 +8,7 @@ so that their variants add up instead of multiplying. Sampled tokens stay on the
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.sampling import Sampled, SamplingMode, sample, sample_adjusted, score
 from chameleon_jax.models.ops.write_pages import write_pages
 from chameleon_jax.models.page_layout import PageLayout
-from chameleon_jax.models.runtime.buckets import FROM_SLOT, Program, StepBuckets
+from chameleon_jax.models.runtime.buckets import FROM_SLOT, TILE_COLUMNS, Program, StepBuckets, StepInputs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -35,19 +36,33 @@ class Forwarded(NamedTuple):
     """Results of a step's forward program.
 
     Attributes:
-        hidden: Hidden state of each tile's last token.
+        hidden: Hidden state of the token behind which each sampling row samples.
         sampling_rows: Sampling rows that came with the step.
         pages: The pool with the tokens' KV in it.
-        states: Of prompts, the hidden states of all tokens for `score_prompts`, as many rows as the largest step has tokens, so
-            that one program scores steps of every size.
-        logit_updates: Updates of adapters to the logits, float32, where the program has extras.
+        states: In a program with prompts, the hidden states of all tokens for `score_prompts`, as many rows as the largest step
+            has tokens, so that one program scores steps of every size.
+        logit_updates: Updates of adapters to the logits of the first sampling rows, float32, where the program has extras.
     """
 
-    hidden: Float[Array, "tiles hidden"]
-    sampling_rows: Int[Array, "tiles columns"]
+    hidden: Float[Array, "sequences hidden"]
+    sampling_rows: Int[Array, "sequences columns"]
     pages: Pools
     states: Float[Array, "most_tokens hidden"] | None
-    logit_updates: Float[Array, "tiles vocab"] | None
+    logit_updates: Float[Array, "rows vocab"] | None
+
+
+class Layout(NamedTuple):
+    """Places of a step's tokens.
+
+    Attributes:
+        positions: Position of each token in its sequence.
+        page_ids: Page of each token's KV; past the pool's end for padding.
+        page_slots: Place of the token in its page.
+    """
+
+    positions: Int[Array, " tokens"]
+    page_ids: Int[Array, " tokens"]
+    page_slots: Int[Array, " tokens"]
 
 
 def forward(
@@ -62,7 +77,9 @@ def forward(
     layout: PageLayout,
     backend: str,
 ) -> Forwarded:
-    """Run a step's tiles through the model.
+    """Run a step through the model, the rows that decode and the prompts together: weights are read once.
+
+    Attention and adapters' updates differ by kind: the first rows decode, and prompts are taken in tiles.
 
     Args:
         graph: Model without its weights (`nnx.split`).
@@ -77,54 +94,71 @@ def forward(
     """
     model: Llama = nnx.merge(graph, params)
     inputs = buckets.view(packed, program)
-    tiles = inputs.tiles
-    starts, counts, slots, tables = tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3:]
-    num_tiles, tile_tokens, _ = program
-
-    within = jnp.arange(tile_tokens)
-    valid = within < counts[:, None]
-    positions = jnp.where(valid, starts[:, None] + within, 0)  # [tiles, tile_tokens]
-    page = jax.lax.div(positions, layout.page_tokens)
-    page_ids = tables.at[jnp.arange(num_tiles)[:, None], page].get(**INSIDE)
-    page_ids = jnp.where(valid, page_ids, pages[0].shape[0]).reshape(-1)
-    page_slots = jax.lax.rem(positions, layout.page_tokens).reshape(-1)
-    tokens = jnp.where(inputs.tokens == FROM_SLOT, jnp.repeat(slot_tokens.at[slots].get(**INSIDE), tile_tokens), inputs.tokens)
+    num_tokens, rows, num_tiles, _ = program
+    slots = inputs.tiles[:rows, 3]
+    placed = _place(inputs, program, buckets.prefill_tile, layout.page_tokens, pages[0].shape[0])
+    tokens = inputs.tokens
+    if rows:
+        drawn = slot_tokens.at[slots].get(**INSIDE)
+        decoding = jnp.where(tokens[:rows] == FROM_SLOT, drawn, tokens[:rows])
+        tokens = jnp.concatenate([decoding, tokens[rows:]])
+    kinds_of_tiles = [(slice(rows), 1)] * bool(rows) + [(slice(rows, None), buckets.prefill_tile)] * bool(num_tiles)
 
     def attend(
         q: Float[Array, "tokens heads head_dim"], k: KeyValues, v: KeyValues, pages: Pool
     ) -> tuple[Float[Array, "tokens heads head_dim"], Pool]:
-        pages = write_kv(pages, k, v, page_ids, page_slots)
-        tiled = q.reshape(num_tiles, tile_tokens, *q.shape[1:])
-        kv_heads = layout.config.num_kv_heads
-        attended = paged_attention(tiled, pages, tables, starts, counts, num_kv_heads=kv_heads, backend=backend)
-        return attended.reshape(q.shape), pages
+        pages = write_kv(pages, k, v, placed.page_ids, placed.page_slots)
+        for kind, tile_tokens in kinds_of_tiles:
+            tiles = inputs.tiles[kind]
+            first, start, count = (tiles[:, i] for i in range(3))
+            sizes = {"tile_tokens": tile_tokens, "num_kv_heads": layout.config.num_kv_heads}
+            q = paged_attention(q, pages, tiles[:, TILE_COLUMNS:], first, start, count, **sizes, backend=backend)
+        return q, pages
 
+    plans = [plan for plan in (inputs.decode_lora, inputs.prompt_lora) if plan is not None]
     adapt = adapt_embedding = None
-    if inputs.lora is not None:
-        targets = resolve(inputs.lora, layout, tile_tokens)
-        vectors = resolve_vectors(inputs.lora, layout) if program.extras else None
+    if plans:
+        kinds = [resolve(plan, layout, num_tokens) for plan in plans]
+        vectors = [resolve_vectors(plan, layout, num_tokens) for plan in plans] if program.extras else []
 
         def adapt(names: tuple[str, ...], y: Outputs, x: Inputs, pages: Pool) -> Outputs:
-            if not targets.adapts(names):
-                return y
             with jax.named_scope("lora"):
-                if vectors is not None:
-                    y = scale_and_shift(y, pages, vectors, names)
-                return batched_lora(y, x, pages, targets, names, backend=backend)
+                for found in vectors:
+                    y = scale_and_shift(y, pages, found, names)
+                for targets in kinds:
+                    if targets.adapts(names):
+                        y = batched_lora(y, x, pages, targets, names, backend=backend)
+            return y
 
         if program.extras:
-            adapt_embedding = functools.partial(_adapt_embedding, pages=pages, targets=targets, layout=layout, backend=backend)
+            adapt_embedding = functools.partial(_adapt_embedding, pages=pages, kinds=kinds, layout=layout, backend=backend)
 
-    hidden, pages = model(tokens, positions.reshape(-1), pages, attend, adapt, adapt_embedding)
-    last = jnp.arange(num_tiles) * tile_tokens + jnp.maximum(counts - 1, 0)
+    hidden, pages = model(tokens, placed.positions, pages, attend, adapt, adapt_embedding)
     states = updates = None
-    if tile_tokens > 1:
-        states = jnp.pad(hidden, ((0, buckets.most_prefill_tokens - len(hidden)), (0, 0)))
-    hidden = hidden.at[last].get(**INSIDE)
-    if inputs.lora is not None and program.extras:
-        by_tile = resolve(inputs.lora, layout, 1)
-        updates = _logit_updates(hidden, pages, by_tile, layout, backend)
+    if num_tiles:
+        states = jnp.pad(hidden, ((0, buckets.most_tokens - num_tokens), (0, 0)))
+    hidden = hidden.at[inputs.sampled].get(**INSIDE)
+    if program.extras:
+        updated = buckets.sampled_rows(program)
+        plan = inputs.sampled_lora or inputs.decode_lora
+        assert plan is not None
+        updates = _logit_updates(hidden[:updated], pages, resolve(plan, layout, updated), layout, backend)
     return Forwarded(hidden, inputs.sampling_rows, pages, states, updates)
+
+
+def _place(inputs: StepInputs, program: Program, tile: int, page_tokens: int, num_pages: int) -> Layout:
+    """Find the places of a step's tokens."""
+    rows, starts, counts = program.rows, inputs.tiles[:, 1], inputs.tiles[:, 2]
+    if inputs.places is None:
+        owner, within, valid = jnp.arange(rows), jnp.zeros(rows, jnp.int32), counts > 0
+    else:
+        places = jnp.maximum(inputs.places, 0)
+        behind = jnp.maximum(places - rows, 0)
+        owner = jnp.where(places < rows, places, rows + jax.lax.div(behind, tile))
+        within, valid = jnp.where(places < rows, 0, jax.lax.rem(behind, tile)), inputs.places >= 0
+    positions = jnp.where(valid, starts.at[owner].get(**INSIDE) + within, 0)
+    page_ids = inputs.tiles.at[owner, TILE_COLUMNS + jax.lax.div(positions, page_tokens)].get(**INSIDE)
+    return Layout(positions, jnp.where(valid, page_ids, num_pages), jax.lax.rem(positions, page_tokens))
 
 
 def _adapt_embedding(
@@ -132,7 +166,7 @@ def _adapt_embedding(
     tokens: Int[Array, " tokens"],
     *,
     pages: Pools,
-    targets: LoraTargets,
+    kinds: Sequence[LoraTargets],
     layout: PageLayout,
     backend: str,
 ) -> Float[Array, "tokens hidden"]:
@@ -144,13 +178,14 @@ def _adapt_embedding(
     with jax.named_scope("lora_embedding"):
         for layer, pool in enumerate(pages):
             one_hot = jax.nn.one_hot(tokens - layer * cut, cut, dtype=x.dtype)
-            x = batched_lora(x, one_hot, pool, targets, ("embed_tokens",), backend=backend)
+            for targets in kinds:
+                x = batched_lora(x, one_hot, pool, targets, ("embed_tokens",), backend=backend)
     return x
 
 
 def _logit_updates(
-    hidden: Float[Array, "tiles hidden"], pages: Pools, targets: LoraTargets, layout: PageLayout, backend: str
-) -> Float[Array, "tiles vocab"]:
+    hidden: Float[Array, "rows hidden"], pages: Pools, targets: LoraTargets, layout: PageLayout, backend: str
+) -> Float[Array, "rows vocab"]:
     """Compute the adapters' updates to the logits, by their updates of the output matrix: a part for each layer."""
     config = layout.config
     nothing = jnp.zeros((len(hidden), config.vocab_cut), jnp.float32)
@@ -161,33 +196,36 @@ def _logit_updates(
 
 def sample_step(
     head: Float[Array, "vocab hidden"],
-    hidden: Float[Array, "rows hidden"],
+    hidden: Float[Array, "sequences hidden"],
     slot_tokens: SlotTokens,
-    sampling_rows: Int[Array, "rows columns"],
+    sampling_rows: Int[Array, "sequences columns"],
     *,
+    rows: int,
     mode: SamplingMode,
     backend: str,
 ) -> tuple[Sampled, SlotTokens]:
-    """Sample one token a row and put it into its slot, where the next step looks for it.
+    """Sample one token for each of the first rows and put it into its slot, where the next step looks for it.
 
     Args:
         head: Output matrix (`Llama.output_matrix`).
         hidden: Hidden states, as `forward` returns them.
         slot_tokens: Token last sampled for each slot; int32.
         sampling_rows: Packed parameters, as `forward` returns them.
+        rows: Rows to sample.
         mode: Kind of sampling that the rows need together.
         backend: Backend of the device ops, one of `ops.BACKENDS`.
     """
-    sampled = sample(logits(hidden, head), sampling_rows, mode, guesses=7 if backend == "triton" else 1)
+    sampling_rows = sampling_rows[:rows]
+    sampled = sample(logits(hidden[:rows], head), sampling_rows, mode, guesses=_guesses(backend))
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens)
 
 
 def sample_adjusted_step(
     head: Float[Array, "vocab hidden"],
-    hidden: Float[Array, "rows hidden"],
+    hidden: Float[Array, "sequences hidden"],
     slot_tokens: SlotTokens,
     counts: TokenCounts,
-    sampling_rows: Int[Array, "rows columns"],
+    sampling_rows: Int[Array, "sequences columns"],
     adjustments: Int[Array, "rows _"],
     logit_updates: Float[Array, "rows vocab"] | None = None,
     *,
@@ -196,14 +234,20 @@ def sample_adjusted_step(
 ) -> tuple[Sampled, SlotTokens, TokenCounts]:
     """Sample as `sample_step` does, from logits that `adjustments` change; `sampling.sample_adjusted` says how.
 
-    `logit_updates` are added to the logits first; `forward` returns them.
+    There are as many rows as adjustments. `logit_updates` are added to the logits first; `forward` returns them.
     """
-    guesses = 7 if backend == "triton" else 1
-    found = logits(hidden, head)
+    rows = len(adjustments)
+    sampling_rows = sampling_rows[:rows]
+    found = logits(hidden[:rows], head)
     if logit_updates is not None:
         found = found + logit_updates
-    sampled, counts = sample_adjusted(found, sampling_rows, adjustments, counts, mode, guesses)
+    sampled, counts = sample_adjusted(found, sampling_rows, adjustments, counts, mode, _guesses(backend))
     return sampled, slot_tokens.at[sampling_rows[:, 0]].set(sampled.tokens), counts
+
+
+def _guesses(backend: str) -> int:
+    """Count the thresholds that sampling tries in one pass."""
+    return 7 if backend == "triton" else 1
 
 
 def score_prompts(
@@ -214,12 +258,12 @@ def score_prompts(
     Args:
         head: Output matrix (`Llama.output_matrix`).
         states: Hidden states of a step's tokens, as `forward` returns them.
-        packed: Number of tiles to compute, those tiles' numbers in a list as long as the tiles, and the token behind each
-            token; int32.
-        tile: Tokens of a tile.
+        packed: Number of runs of `tile` tokens to compute, those runs' numbers in a list as long as all of them, and the token
+            behind each token; int32.
+        tile: Tokens of a run.
 
     Returns:
-        A row for each token; unspecified in tiles that are not computed.
+        A row for each token; unspecified in runs that are not computed.
     """
     tiles = states.shape[0] // tile
     count, numbers, targets = packed[0], packed[1 : 1 + tiles], packed[1 + tiles :]

@@ -89,7 +89,7 @@ def test_programs_are_compiled_when_steps_need_them():
     assert not any((programs.forward, programs.sample, programs.write))
     [output] = LLM(engine).generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 3
-    assert set(programs.forward) == {Program(1, 32, 0), Program(1, 1, 0)}
+    assert set(programs.forward) == {Program(32, 2, 2, 0), Program(1, 1, 0, 0)}
     assert set(programs.sample) == {(1, SamplingMode.GREEDY, False, False)} and not programs.write and not programs.count
     engine.close()
 

@@ -5,6 +5,9 @@ adapters that occur in the window: true ranks, no rows for an absent target, eac
 BLOCK_ROWS. A device step walks the blocks. It gathers a block's rows of A and B from the pool, multiplies the window's
 tokens by them, and keeps the products of a token with its own adapter's rows. Work grows with the ranks that are in the
 batch, never with the largest rank or with the number of resident adapters.
+
+A step that both decodes and has prompts has two plans over the same tokens: one with small windows for the rows that decode,
+one with large windows for the prompts. Each counts the other's tokens as padding.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ BLOCK_ROWS = 32
 """Rank rows gathered and multiplied in one iteration (docs/experiments.md has the cost of other sizes)."""
 DECODE_WINDOW = 8
 """Rows of a window in decode on a CPU, where products with other adapters' rows cost (docs/experiments.md)."""
+PROMPT_WINDOW = 128
+"""Tokens of a window in steps with prompts."""
 NO_TOKEN = -3
 """Adapter number of padding tokens."""
 TOKENS_ROUNDED_TO = 128
@@ -50,15 +55,16 @@ class LoraPlan:
         adapters: For each adapter of the batch the starts of its runs (`AdapterPlacement.start_of_runs`), then its pages.
         rank_rows: Codes, adapter * MAX_RANK + row; -1 where a block is not full.
         first_blocks: Blocks of all windows before each one; the last entry is the number of blocks.
-        tile_adapter: Number of each tile's adapter in the batch; -1 for the base model.
-        window_tiles: Tiles of a window (static).
+        token_adapter: Number of each token's adapter in the batch; -1 for the base model, NO_TOKEN for tokens that are padding
+            or another plan's. The batch may have more tokens, which count as such.
+        window_tokens: Tokens of a window (static).
     """
 
-    adapters: Int[Array | np.ndarray, "tiles starts_and_pages"]
+    adapters: Int[Array | np.ndarray, "adapters starts_and_pages"]
     rank_rows: Int[Array | np.ndarray, "targets capacity"]
     first_blocks: Int[Array | np.ndarray, "targets windows+1"]
-    tile_adapter: Int[Array | np.ndarray, " tiles"]
-    window_tiles: int = dataclasses.field(metadata={"static": True})
+    token_adapter: Int[Array | np.ndarray, " planned_tokens"]
+    window_tokens: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_targets(self) -> int:
@@ -79,7 +85,7 @@ class LoraTargets:
         row_adapter: Adapter of each rank row; -2 where there is no row.
         first_blocks: Blocks before each window, as in the plan.
         block_window: Window of each block.
-        token_adapter: Adapter of each token of all windows, rounded up; -1 for the base model, NO_TOKEN behind the last token.
+        token_adapter: Adapter of each token, as in the plan, as many as the batch has and as a kernel reads.
         window_tokens: Tokens of a window (static).
         d_out: Outputs of each target's matrix (static).
         row_unit: Number that divides every offset and every row's width (static).
@@ -110,87 +116,84 @@ class LoraTargets:
         return ALL_TARGETS.index(names[0]) < self.first_blocks.shape[1]
 
 
-def window_tiles(tiles: int, tile_tokens: int, decode_window: int) -> int:
-    """Count the tiles of a window: `decode_window` rows in decode, 128 tokens in prefill."""
-    return min(tiles, decode_window if tile_tokens == 1 else max(1, 128 // tile_tokens))
-
-
 def plan_shapes(
-    *,
-    tiles: int,
-    tile_tokens: int,
-    max_rank: int,
-    max_pages: int,
-    num_targets: int = len(TARGETS),
-    decode_window: int = DECODE_WINDOW,
+    *, tokens: int, runs: int, window_tokens: int, max_rank: int, max_pages: int, num_targets: int = len(TARGETS)
 ) -> dict[str, tuple[int, ...]]:
     """Compute the shapes of a plan's arrays by name, in the order in which a step packs them.
 
     Args:
-        tiles: Tiles of the step.
-        tile_tokens: Tokens of a tile.
-        max_rank: Rank for which there is room if every tile has another adapter.
+        tokens: Tokens that the plan covers.
+        runs: Most runs of consecutive tokens of one sequence.
+        window_tokens: Tokens of a window.
+        max_rank: Rank for which there is room if every run has another adapter.
         max_pages: Pages of the largest adapter that is served.
         num_targets: Targets from the first of ALL_TARGETS on. No adapter of the batch has others.
-        decode_window: Rows of a window in decode.
     """
-    # only a tile whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
-    capacity = tiles * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
-    windows = -(-tiles // window_tiles(tiles, tile_tokens, decode_window))
+    windows = -(-tokens // window_tokens)
+    entries = min(tokens, runs + windows - 1)  # a run that lies in several windows is listed in each
+    # only an entry whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
+    capacity = entries * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
     return {
-        "adapters": (tiles, RUNS * len(ALL_TARGETS) + max_pages),
+        "adapters": (runs, RUNS * len(ALL_TARGETS) + max_pages),
         "rank_rows": (num_targets, capacity),
         "first_blocks": (num_targets, windows + 1),
-        "tile_adapter": (tiles,),
+        "token_adapter": (tokens,),
     }
 
 
 def plan_batch(
-    tile_adapters: Sequence[PlacedAdapter | None],
+    adapters: Sequence[PlacedAdapter | None],
+    run_tokens: Sequence[int] | None = None,
+    begin: int = 0,
     *,
-    tiles: int,
-    tile_tokens: int,
+    tokens: int,
+    runs: int,
+    window_tokens: int,
     max_rank: int,
     max_pages: int,
     num_targets: int = len(TARGETS),
-    decode_window: int = DECODE_WINDOW,
 ) -> LoraPlan:
     """List the rank rows of a batch (host).
 
     Args:
-        tile_adapters: Adapter of each tile. Fewer than `tiles` leave padding at the end. Tiles of one adapter that stand side
-            by side share reads.
-        tiles: Tiles of the step. This and all further arguments are as in `plan_shapes`.
-        tile_tokens: As there.
+        adapters: Adapter of each run of tokens. Runs of one adapter that stand side by side share reads.
+        run_tokens: Tokens of each run; None: one each.
+        begin: First token of the first run. The others follow without gaps.
+        tokens: Tokens that the plan covers. This and all further arguments are as in `plan_shapes`.
+        runs: As there.
+        window_tokens: As there.
         max_rank: As there.
         max_pages: As there.
         num_targets: As there.
-        decode_window: As there.
     """
-    sizes = {"max_rank": max_rank, "max_pages": max_pages, "num_targets": num_targets, "decode_window": decode_window}
-    shapes = plan_shapes(tiles=tiles, tile_tokens=tile_tokens, **sizes)
-    arrays = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
-    plan = LoraPlan(**arrays, window_tiles=window_tiles(tiles, tile_tokens, decode_window))
-    fill_plan(plan, tile_adapters)
+    sizes = {"max_rank": max_rank, "max_pages": max_pages, "num_targets": num_targets}
+    shapes = plan_shapes(tokens=tokens, runs=runs, window_tokens=window_tokens, **sizes)
+    plan = LoraPlan(**{name: np.zeros(shape, np.int32) for name, shape in shapes.items()}, window_tokens=window_tokens)
+    fill_plan(plan, adapters, [1] * len(adapters) if run_tokens is None else run_tokens, begin)
     return plan
 
 
-def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> None:
-    """Write a batch into a plan whose arrays are zeros (host)."""
-    adapters, rank_rows, first_blocks, tile_adapter = map(
-        np.asarray, (plan.adapters, plan.rank_rows, plan.first_blocks, plan.tile_adapter)
+def fill_plan(plan: LoraPlan, adapters: Sequence[PlacedAdapter | None], run_tokens: Sequence[int], begin: int = 0) -> None:
+    """Write a batch into a plan whose arrays are zeros (host); arguments as in `plan_batch`."""
+    table, rank_rows, first_blocks, token_adapter = map(
+        np.asarray, (plan.adapters, plan.rank_rows, plan.first_blocks, plan.token_adapter)
     )
     rank_rows.fill(-1)
-    tile_adapter.fill(-1)
+    token_adapter.fill(NO_TOKEN)
     numbers: dict[PlacedAdapter, int] = {}
-    tile_adapter[: len(tile_adapters)] = [-1 if a is None else numbers.setdefault(a, len(numbers)) for a in tile_adapters]
-    for adapter, number in numbers.items():
-        adapters[number, : len(adapter.table_row)] = adapter.table_row
+    number = np.array([-1 if a is None else numbers.setdefault(a, len(numbers)) for a in adapters], np.int32)
+    for adapter, n in numbers.items():
+        table[n, : len(adapter.table_row)] = adapter.table_row
+    counts = np.array(run_tokens, np.int32)
+    ends = begin + np.cumsum(counts)
+    token_adapter[begin : ends[-1] if len(ends) else begin] = np.repeat(number, counts)
     # entries: the (window, adapter) pairs that occur, window after window
-    tiles, windows = len(tile_adapter), first_blocks.shape[1] - 1
-    with_adapter = np.flatnonzero(tile_adapter >= 0)
-    entries = np.unique(with_adapter // plan.window_tiles * tiles + tile_adapter[with_adapter])
-    window, owner = np.divmod(entries, tiles)
+    most, windows = len(table), first_blocks.shape[1] - 1
+    adapted = number >= 0
+    first_window, last_window = ((ends - counts)[adapted] // plan.window_tokens, (ends[adapted] - 1) // plan.window_tokens)
+    spans = last_window - first_window + 1
+    pairs = np.repeat(first_window - (np.cumsum(spans) - spans), spans) + np.arange(spans.sum())
+    window, owner = np.divmod(np.unique(pairs * most + np.repeat(number[adapted], spans)), most)
     ranks_of = np.array([a.placement.rank_of_targets for a in numbers], np.int32).reshape(-1, len(ALL_TARGETS))
     ranks = ranks_of[owner].T
     for t in range(plan.num_targets):
@@ -201,13 +204,19 @@ def fill_plan(plan: LoraPlan, tile_adapters: Sequence[PlacedAdapter | None]) -> 
         np.cumsum(-(-rows // BLOCK_ROWS), out=first_blocks[t, 1:])
         # where an entry's rows begin: its window's first block, then the rows of the window's entries before it
         ends = np.cumsum(ranks[t])
-        begin = first_blocks[t, window] * BLOCK_ROWS + (ends - ranks[t]) - (np.cumsum(rows) - rows)[window]
+        first = first_blocks[t, window] * BLOCK_ROWS + (ends - ranks[t]) - (np.cumsum(rows) - rows)[window]
         row = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - ranks[t], ranks[t])
-        rank_rows[t, np.repeat(begin, ranks[t]) + row] = np.repeat(owner * MAX_RANK, ranks[t]) + row
+        rank_rows[t, np.repeat(first, ranks[t]) + row] = np.repeat(owner * MAX_RANK, ranks[t]) + row
 
 
-def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets:
-    """Turn codes into addresses (device)."""
+def resolve(plan: LoraPlan, layout: PageLayout, tokens: int) -> LoraTargets:
+    """Turn codes into addresses (device).
+
+    Args:
+        plan: The plan.
+        layout: Geometry of a page.
+        tokens: Tokens of the batch, those behind the plan's included.
+    """
     adapters, rank_rows, first_blocks = (jnp.asarray(a) for a in (plan.adapters, plan.rank_rows, plan.first_blocks))
     rank_rows, first_blocks = rank_rows.T, first_blocks.T
     valid = rank_rows >= 0
@@ -226,25 +235,24 @@ def resolve(plan: LoraPlan, layout: PageLayout, tile_tokens: int) -> LoraTargets
         last = min(3, rows.ndim)
         return jnp.moveaxis(rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]), 1, last)
 
-    tokens = plan.tile_adapter.shape[0] * tile_tokens
-    window_tokens = plan.window_tiles * tile_tokens
     # a kernel reads a tile from where the last window begins
-    tile = 1 << (max(TOKENS_ROUNDED_TO, window_tokens) - 1).bit_length()
-    padding = (first_blocks.shape[0] - 2) * window_tokens + tile - tokens
+    tile = 1 << (max(TOKENS_ROUNDED_TO, plan.window_tokens) - 1).bit_length()
+    padded = max(tokens, (first_blocks.shape[0] - 2) * plan.window_tokens + tile)
+    token_adapter = jnp.asarray(plan.token_adapter)
     return LoraTargets(
         addresses=by_blocks(jnp.stack([page, jnp.where(valid[:, :, None], offset, 0)], -1)),
         row_adapter=by_blocks(jnp.where(valid, owner[:, :, 0], -2)),
         first_blocks=first_blocks,
         block_window=jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32),
-        token_adapter=jnp.pad(jnp.repeat(plan.tile_adapter, tile_tokens), (0, padding), constant_values=NO_TOKEN),
-        window_tokens=window_tokens,
+        token_adapter=jnp.pad(token_adapter, (0, padded - len(token_adapter)), constant_values=NO_TOKEN),
+        window_tokens=plan.window_tokens,
         d_out=tuple(layout.config.target_shape(t)[1] for t in ALL_TARGETS),
         row_unit=layout.row_unit,
     )
 
 
 def locate_rows(
-    adapters: Int[Array, "tiles starts_and_pages"],
+    adapters: Int[Array, "adapters starts_and_pages"],
     owner: Int[Array, "*#rows"],
     start: Int[Array, "*rows"],
     row: Int[Array, "*#rows"],

@@ -22,7 +22,16 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 def paged_attention(
-    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int, backend: str = "blocked"
+    q: Queries,
+    pages: Pool,
+    block_tables: Tables,
+    firsts: Tiles,
+    starts: Tiles,
+    counts: Tiles,
+    *,
+    tile_tokens: int,
+    num_kv_heads: int,
+    backend: str = "blocked",
 ) -> Queries:
     """Attend causally from tiles of new tokens to everything that their sequences have in the pool.
 
@@ -30,21 +39,24 @@ def paged_attention(
     own keys and values are in the pool already (`write_kv`), so a token at position p reads positions 0 to p.
 
     Args:
-        q: Queries.
+        q: Queries of a step's tokens.
         pages: Pool of one layer. A page with KV is `[2, num_kv_heads, page_tokens, head_dim]`.
         block_tables: Pages of each tile's sequence, in order; int32.
-        starts: Position of each tile's first token; int32.
+        firsts: Number of each tile's first token; int32. No two tiles share a token.
+        starts: Position of that token; int32.
         counts: Tokens in each tile; int32. 0 marks padding.
+        tile_tokens: Most tokens of a tile.
         num_kv_heads: Key and value heads.
         backend: One of BACKENDS.
 
     Returns:
-        Attended values. Rows past a tile's count are unspecified but finite.
+        q with attended values in place of the tiles' tokens. Tokens of no tile keep their queries.
     """
     # kernels read by address, so a wrong shape must not reach them
-    chex.assert_rank([q, pages, block_tables, starts, counts], [4, 2, 2, 1, 1])
-    chex.assert_equal_shape_prefix([q, block_tables, starts, counts], 1)
-    return BACKENDS[backend](q, pages, block_tables, starts, counts, num_kv_heads=num_kv_heads)
+    chex.assert_rank([q, pages, block_tables, firsts, starts, counts], [3, 2, 2, 1, 1, 1])
+    chex.assert_equal_shape_prefix([block_tables, firsts, starts, counts], 1)
+    sizes = {"tile_tokens": tile_tokens, "num_kv_heads": num_kv_heads}
+    return BACKENDS[backend](q, pages, block_tables, firsts, starts, counts, **sizes)
 
 
 def write_kv(pages: Pool, k: KeyValues, v: KeyValues, page_ids: Tokens, slots: Tokens) -> Pool:

@@ -24,19 +24,25 @@ GROUP_QUERIES = 8
 
 
 def paged_attention(
-    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int
+    q: Queries,
+    pages: Pool,
+    block_tables: Tables,
+    firsts: Tiles,
+    starts: Tiles,
+    counts: Tiles,
+    *,
+    tile_tokens: int,
+    num_kv_heads: int,
 ) -> Queries:
     """Attend as in `api.paged_attention`."""
-    tiles, tile_tokens, heads, head_dim = q.shape
+    (tokens, heads, head_dim), tiles = q.shape, len(counts)
     page_tokens = pages.shape[1] // (2 * num_kv_heads * head_dim)
     block_pages = max(1, BLOCK_TOKENS // page_tokens)
     block_tokens = block_pages * page_tokens
     queries = heads // num_kv_heads * tile_tokens
     group = min(tiles, max(1, GROUP_QUERIES // tile_tokens))
-    # [tiles, kv, queries, d]: the queries that share a key head are the rows of one product
-    grouped = q.reshape(tiles, tile_tokens, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(tiles, num_kv_heads, queries, head_dim) * head_dim**-0.5
-    within = jnp.tile(jnp.arange(tile_tokens), heads // num_kv_heads)
+    within = jnp.arange(tile_tokens)
+    place = jnp.tile(within, heads // num_kv_heads)  # of each query of a key head in its tile
     # a page's keys of one head are one row of this view, its values the row num_kv_heads further
     heads_of_pages = pages.reshape(-1, page_tokens * head_dim)
     tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % block_pages)))
@@ -45,10 +51,15 @@ def paged_attention(
     by_length = jnp.argsort(ends, descending=True)  # padding tiles come last
     by_length = jnp.pad(by_length, (0, -tiles % group), constant_values=tiles)  # out of bounds: a tile that is not there
 
-    def one_group(index, out):
+    def one_group(index, q):
         mine = lax.dynamic_slice_in_dim(by_length, index * group, group)
         start, end = starts.at[mine].get(mode="clip"), ends.at[mine].get(mode="fill", fill_value=0)
-        rows, query = key_rows.at[mine].get(mode="clip"), grouped.at[mine].get(mode="clip")
+        rows = key_rows.at[mine].get(mode="clip")
+        there = within < (end - start)[:, None]
+        token = jnp.where(there, firsts.at[mine].get(mode="clip")[:, None] + within, tokens)  # [group, tile_tokens]
+        # [group, kv, queries, d]: the queries that share a key head are the rows of one product
+        query = q.at[token].get(mode="clip").reshape(group, tile_tokens, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        query = query.reshape(group, num_kv_heads, queries, head_dim) * head_dim**-0.5
 
         def one_block(block, carry):
             peak, total, acc = carry
@@ -62,7 +73,7 @@ def paged_attention(
             # an earlier owner may have left anything in a page, even NaN, and 0 * NaN is NaN
             v = jnp.where(written[:, None, :, None], v, 0)
             scores = jnp.einsum("gkqd,gknd->gkqn", query, k, preferred_element_type=jnp.float32)
-            visible = written[:, None] & (position <= start[:, None, None] + within[:, None])
+            visible = written[:, None] & (position <= start[:, None, None] + place[:, None])
             scores = jnp.where(visible[:, None], scores, -1e30)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
@@ -73,10 +84,9 @@ def paged_attention(
         size = (group, num_kv_heads, queries)
         carry = (jnp.full(size, -1e30), jnp.zeros(size), jnp.zeros((*size, head_dim)))
         _, total, acc = lax.fori_loop(0, (end[0] + block_tokens - 1) // block_tokens, one_block, carry)
-        attended = acc / jnp.maximum(total, 1e-30)[..., None]
-        return out.at[mine].set(attended.astype(q.dtype), mode="drop")
+        attended = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
+        attended = attended.reshape(group, num_kv_heads, -1, tile_tokens, head_dim).transpose(0, 3, 1, 2, 4)
+        return q.at[token].set(attended.reshape(group, tile_tokens, heads, head_dim), mode="drop")
 
     live = (jnp.sum(counts > 0) + group - 1) // group
-    out = lax.fori_loop(0, live, one_group, jnp.zeros(grouped.shape, q.dtype))
-    out = out.reshape(tiles, num_kv_heads, -1, tile_tokens, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q.shape)
+    return lax.fori_loop(0, live, one_group, q)

@@ -96,10 +96,19 @@ class Shares:
 
 
 def paged_attention(
-    q: Queries, pages: Pool, block_tables: Tables, starts: Tiles, counts: Tiles, *, num_kv_heads: int, interpret: bool = False
+    q: Queries,
+    pages: Pool,
+    block_tables: Tables,
+    firsts: Tiles,
+    starts: Tiles,
+    counts: Tiles,
+    *,
+    tile_tokens: int,
+    num_kv_heads: int,
+    interpret: bool = False,
 ) -> Queries:
-    """Attend as in `api.paged_attention`. `interpret` runs the kernels without a GPU."""
-    tiles, tile_tokens, heads, head_dim = q.shape
+    """Attend as in `api.paged_attention`, in place of q. `interpret` runs the kernels without a GPU."""
+    (_, heads, head_dim), tiles = q.shape, len(counts)
     group, itemsize = heads // num_kv_heads, pages.dtype.itemsize
     # keys of head h are at h, its values at num_kv_heads + h
     kv = pages.reshape(pages.shape[0], 2 * num_kv_heads, -1, head_dim)
@@ -107,31 +116,46 @@ def paged_attention(
     rows = max([1, *fitting]) * tile_tokens
     programs = heads * tile_tokens // rows
     capacity = block_tables.shape[1] * kv.shape[2]
-    shares = Shares.of(programs * tiles, rows, tile_tokens == 1, capacity, max(16, BLOCK_BYTES // itemsize))
+    full = tiles if tile_tokens == 1 else pt.ceil_div(len(q), tile_tokens)  # of prompts' tiles half are empty, as a rule
+    shares = Shares.of(programs * full, rows, tile_tokens == 1, capacity, max(16, BLOCK_BYTES // itemsize))
     num_warps = 4 if rows * itemsize <= 128 else 8
-    partial = jax.ShapeDtypeStruct((tiles, shares.splits, *q.shape[1:]), jnp.float32)
+    partial = jax.ShapeDtypeStruct((tiles, shares.splits, tile_tokens, heads, head_dim), jnp.float32)
     statistic = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
     # with 5 keys and values are fetched two blocks ahead, with 3 one; heads of more than 128 lanes leave no room for two
     num_stages = 5 if head_dim <= 128 else 3
-    inputs = (q, kv, block_tables, starts, counts, jnp.arange(tiles)[::-1])
-    outputs = [result] if shares.splits == 1 else [partial, statistic, statistic]
+    inputs = (q, kv, block_tables, firsts, starts, counts, jnp.arange(tiles)[::-1])
+    whole = shares.splits == 1
+    outputs = [result] if whole else [partial, statistic, statistic]
     name = "decode_attention" if tile_tokens == 1 else "prefill_attention"
-    attend = pt.Kernel(_attention_kernel, (("shares", shares), ("rows", rows)), num_warps, num_stages, name)
+    static = (("shares", shares), ("rows", rows), ("tile_tokens", tile_tokens))
+    attend = pt.Kernel(_attention_kernel, static, num_warps, num_stages, name, aliases=((0, 0),) if whole else ())
     out = attend.call(*inputs, out_shape=outputs, grid=(programs, tiles, shares.splits), interpret=interpret)
-    if shares.splits == 1:
+    if whole:
         return out[0]
-    merge = pt.Kernel(_merge_kernel, (("shares", shares),), num_warps, num_stages, "merge_attention")
-    return merge.call(*out, starts, counts, out_shape=result, grid=(heads, tile_tokens, tiles), interpret=interpret)
+    merge = pt.Kernel(_merge_kernel, (("shares", shares),), num_warps, num_stages, "merge_attention", aliases=((0, 0),))
+    inputs, grid = (q, *out, firsts, starts, counts), (heads, tile_tokens, tiles)
+    return merge.call(*inputs, out_shape=result, grid=grid, interpret=interpret)
 
 
 def _attention_kernel(
-    q: Any, kv: Any, tables: Any, starts: Any, counts: Any, order: Any, *outs: Any, shares: Shares, rows: int
+    q: Any,
+    kv: Any,
+    tables: Any,
+    firsts: Any,
+    starts: Any,
+    counts: Any,
+    order: Any,
+    *outs: Any,
+    shares: Shares,
+    rows: int,
+    tile_tokens: int,
 ) -> None:
     tile, split = pt.program_id(1), pt.program_id(2)
-    if q.shape[1] > 1:  # a prompt's later tiles see more keys: tiles that start last should end soon
+    if tile_tokens > 1:  # a prompt's later tiles see more keys: tiles that start last should end soon
         tile = pt.load(order, (tile,))
-    (_, tile_tokens, heads, head_dim), (_, kv_heads, page_tokens, _) = q.shape, kv.shape
+    (_, heads, head_dim), (_, kv_heads, page_tokens, _) = q.shape, kv.shape
+    first_token = pt.load(firsts, (tile,))
     first_head = pt.program_id(0) * (rows // tile_tokens)
     kv_head = lax.div(first_head, heads // (kv_heads // 2))
     start, end, first, last = shares.bounds(starts, counts, tile, split)
@@ -143,7 +167,7 @@ def _attention_kernel(
 
     def attend() -> None:
         live = (row < rows) & (token < end - start)
-        query = pt.load(q, (tile, token[:, None], head[:, None], lanes[None, :]), _both(live[:, None], across), 0)
+        query = pt.load(q, (first_token + token[:, None], head[:, None], lanes[None, :]), _both(live[:, None], across), 0)
 
         def one_block(block, carry, *, whole: bool):
             peak, total, acc = carry  # [rows], [rows], [rows, lanes]
@@ -173,7 +197,8 @@ def _attention_kernel(
         at, exists = (tile, split, token, head), row < rows
         wide = (tile, split, token[:, None], head[:, None], lanes[None, :])
         if len(outs) == 1:
-            pt.store(outs[0], (tile, *wide[2:]), _normalised(acc, total[:, None], outs[0]), _both(exists[:, None], across))
+            place = (first_token + token[:, None], *wide[3:])
+            pt.store(outs[0], place, _normalised(acc, total[:, None], outs[0]), _both(live[:, None], across))
         else:
             pt.store(outs[0], wide, acc, _both(exists[:, None], across))
             pt.store(outs[1], at, peak, exists)
@@ -182,18 +207,21 @@ def _attention_kernel(
     attend() if len(outs) == 1 else pt.when(first < last)(attend)
 
 
-def _merge_kernel(accs: Any, peaks: Any, totals: Any, starts: Any, counts: Any, out: Any, *, shares: Shares) -> None:
+def _merge_kernel(
+    _q: Any, accs: Any, peaks: Any, totals: Any, firsts: Any, starts: Any, counts: Any, out: Any, *, shares: Shares
+) -> None:
     head, token, tile = pt.program_id(0), pt.program_id(1), pt.program_id(2)
     split = jnp.arange(_power_of_two(shares.splits))
     _, _, first, last = shares.bounds(starts, counts, tile, split)
     live = first < last
-    lanes, inside = _lanes(out.shape[3])
+    lanes, inside = _lanes(out.shape[2])
     peak = pt.load(peaks, (tile, split, token, head), live, NO_PEAK)
     weights = jnp.exp2(peak - jnp.max(peak))
     total = jnp.sum(weights * pt.load(totals, (tile, split, token, head), live, 0))
     mask = _both(live[:, None], None if inside is None else inside[None, :])
     acc = pt.load(accs, (tile, split[:, None], token, head, lanes[None, :]), mask, 0)
-    pt.store(out, (tile, token, head, lanes), _normalised(jnp.sum(acc * weights[:, None], axis=0), total, out), inside)
+    place, exists = (pt.load(firsts, (tile,)) + token, head, lanes), token < pt.load(counts, (tile,))
+    pt.store(out, place, _normalised(jnp.sum(acc * weights[:, None], axis=0), total, out), _both(exists, inside))
 
 
 def _normalised(acc: jax.Array, total: jax.Array, out: Any) -> jax.Array:

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import StepPlan
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.running import RunningSet
+from chameleon_jax.scheduler.step_shapes import ANY_SIZE, StepShapes
 from tests.properties import examples
 
 PAGE_TOKENS = 4
-PADDING = PrefillShapes(ANY_SIZE.tile, (1, 2, 4, 8))
+PADDING = StepShapes((32, 64, 128, 256))
+TILES = StepShapes((32, 64, 128, 200), tile=32)
 
 
 def request(number: int, prompt: int, output: int = 4, adapter: str | None = None, pages: int | None = None) -> Request:
@@ -24,7 +25,7 @@ def request(number: int, prompt: int, output: int = 4, adapter: str | None = Non
 
 
 def running(
-    *requests: Request, step_tokens: int = 64, whole_prompts: bool = False, shapes: PrefillShapes = ANY_SIZE
+    *requests: Request, step_tokens: int = 64, whole_prompts: bool = False, shapes: StepShapes = ANY_SIZE
 ) -> RunningSet:
     made = RunningSet(PAGE_TOKENS, step_tokens, shapes, whole_prompts)
     for each in requests:
@@ -32,12 +33,10 @@ def running(
     return made
 
 
-def prefill(
-    made: RunningSet, seconds: float = float("inf"), pass_tokens: float = 0.0, shapes: PrefillShapes = ANY_SIZE
-) -> StepPlan:
-    """One second for each token that the device computes."""
-    plan = StepPlan()
-    made.plan_prefills(plan, seconds, lambda request, tokens: float(shapes.padded(tokens)), pass_tokens)
+def prefill(made: RunningSet, seconds: float = float("inf"), pass_tokens: float = 0.0, rows: int = 0) -> StepPlan:
+    """Plan the prompts of a step beside decode rows; a token takes a second."""
+    plan = StepPlan(decodes=[request(1000 + row, 1) for row in range(rows)])
+    made.plan_prefills(plan, seconds, lambda request, tokens: float(tokens), pass_tokens)
     return plan
 
 
@@ -54,21 +53,44 @@ def decode(made: RunningSet, grow=lambda request, pages: False) -> StepPlan:
     return plan
 
 
-def test_prompts_are_cut_to_fill_the_step():
+def test_prompts_are_cut_at_any_token_to_fill_the_step():
     made = running(request(0, 50), request(1, 70), request(2, 1), step_tokens=96)
-    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 32, False)]  # 50 tokens take two tiles
-    assert chunks(prefill(made)) == [(1, 32, 38, True), (2, 0, 1, True)]
+    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 46, False)]
+    assert chunks(prefill(made)) == [(1, 46, 24, True), (2, 0, 1, True)]
     assert chunks(prefill(made)) == []
 
 
 def test_a_prompt_longer_than_a_step_takes_several():
-    made = running(request(0, 150), step_tokens=64)
-    assert [chunks(prefill(made)) for _ in range(4)] == [[(0, 0, 64, False)], [(0, 64, 64, False)], [(0, 128, 22, True)], []]
+    made = running(request(0, 150), step_tokens=63)
+    assert [chunks(prefill(made)) for _ in range(4)] == [[(0, 0, 63, False)], [(0, 63, 63, False)], [(0, 126, 24, True)], []]
+
+
+@pytest.mark.parametrize("shapes", [ANY_SIZE, StepShapes((128,))])
+def test_decode_rows_do_not_count_in_the_prompt_tokens_of_a_step(shapes):
+    made = running(request(0, 150), step_tokens=96, shapes=shapes)
+    assert made.step_tokens == 96
+    assert chunks(prefill(made, rows=8)) == [(0, 0, 96, False)]
+
+
+@pytest.mark.parametrize("whole_prompts", [False, True])
+def test_a_step_has_no_more_tiles_than_its_size_has_room_for(whole_prompts):
+    shapes = StepShapes((32,), tile=16)  # room for four tiles
+    made = running(*(request(i, 3) for i in range(6)), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
+    assert [[c[0] for c in chunks(prefill(made))] for _ in range(3)] == [[0, 1, 2, 3], [4, 5], []]
+    made = running(request(0, 3), request(1, 3), request(2, 30), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
+    first = chunks(prefill(made, pass_tokens=99))
+    assert [c[:3] for c in first] == [(0, 0, 3), (1, 0, 3)] + [(2, 0, 26)] * (not whole_prompts)
+
+
+def test_prompts_are_not_added_in_place_of_padding_where_their_tiles_need_a_larger_size():
+    shapes = StepShapes((32, 64), tile=32)
+    made = running(*(request(i, 10) for i in range(8)), step_tokens=64, shapes=shapes)
+    assert chunks(prefill(made, seconds=20.0, pass_tokens=99)) == [(0, 0, 10, True), (1, 0, 10, True)]
 
 
 def test_whole_prompts_are_not_cut_unless_they_exceed_a_step():
-    made = running(request(0, 32), request(1, 96), request(2, 32), step_tokens=96, whole_prompts=True)
-    assert chunks(prefill(made)) == [(0, 0, 32, True)]  # the next one does not fit beside it, and is not passed
+    made = running(request(0, 1), request(1, 96), request(2, 32), step_tokens=96, whole_prompts=True)
+    assert chunks(prefill(made)) == [(0, 0, 1, True)]  # the next one does not fit beside it, and is not passed
     assert chunks(prefill(made)) == [(1, 0, 96, True)]
     assert chunks(prefill(made)) == [(2, 0, 32, True)]
     made = running(request(0, 32), request(1, 97), step_tokens=96, whole_prompts=True)
@@ -78,29 +100,45 @@ def test_whole_prompts_are_not_cut_unless_they_exceed_a_step():
 
 def test_chunks_stay_within_the_seconds_they_may_take():
     made = running(request(0, 150), request(1, 10), step_tokens=256)
-    assert chunks(prefill(made, seconds=100.0)) == [(0, 0, 96, False)]
-    assert chunks(prefill(made, seconds=60.0)) == [(0, 96, 54, True)]  # six seconds are left: less than a tile of the next one
-    assert chunks(prefill(made, seconds=-1.0)) == [(1, 0, 10, True)]  # a tile at least
+    assert chunks(prefill(made, seconds=100.5)) == [(0, 0, 100, False)]
+    assert chunks(prefill(made, seconds=56.0)) == [(0, 100, 50, True), (1, 0, 6, False)]
+    assert chunks(prefill(made, seconds=-1.0)) == [(1, 6, 1, False)]  # a token at least
+    assert chunks(prefill(made, seconds=3.0)) == [(1, 7, 3, True)]
 
 
-def test_without_seconds_left_one_tile_goes_on():
-    made = running(request(0, 100), request(1, 100), step_tokens=256)
-    for start in (0, 32, 64):
-        assert chunks(prefill(made, seconds=0.0)) == [(0, start, 32, False)]
-    assert chunks(prefill(made, seconds=0.0)) == [(0, 96, 4, True)]
-    assert chunks(prefill(made, seconds=0.0)) == [(1, 0, 32, False)]
+def test_without_a_tokens_seconds_left_the_next_prompt_waits():
+    made = running(request(0, 50), request(1, 100), step_tokens=256)
+    assert chunks(prefill(made, seconds=50.9)) == [(0, 0, 50, True)]
+
+
+def test_without_seconds_left_one_token_goes_on():
+    made = running(request(0, 2), request(1, 2), step_tokens=256)
+    assert [chunks(prefill(made, seconds=0.0)) for _ in range(4)] == [
+        [(0, 0, 1, False)],
+        [(0, 1, 1, True)],
+        [(1, 0, 1, False)],
+        [(1, 1, 1, True)],
+    ]
 
 
 def test_a_step_that_would_be_padded_leaves_the_rest_to_the_next():
     made = running(request(0, 50), request(1, 90), request(2, 40), step_tokens=256, shapes=PADDING)
-    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 64, False)]  # 4 of the 7 tiles, which would be padded to 8
-    assert chunks(prefill(made)) == [(1, 64, 26, True), (2, 0, 32, False)]  # 2 of 3
-    assert chunks(prefill(made)) == [(2, 32, 8, True)]
+    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 78, False)]  # 128 of the 180 tokens, which would be padded to 256
+    assert chunks(prefill(made)) == [(1, 78, 12, True), (2, 0, 20, False)]  # 32 of 52
+    assert chunks(prefill(made)) == [(2, 20, 20, True)]
+
+
+def test_a_step_fills_a_size_with_its_decode_rows():
+    made = running(request(0, 86), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, rows=10)) == [(0, 0, 54, False)]  # the size of 64
+    assert chunks(prefill(made, rows=32)) == [(0, 54, 32, True)]
+    made = running(request(0, 86), step_tokens=256, shapes=PADDING)
+    assert chunks(prefill(made, rows=42)) == [(0, 0, 86, True)]  # the size of 128
 
 
 def test_a_step_is_padded_where_another_would_cost_more():
     made = running(request(0, 50), request(1, 90), request(2, 40), step_tokens=256, shapes=PADDING)
-    assert chunks(prefill(made, pass_tokens=32.0)) == [(0, 0, 50, True), (1, 0, 90, True), (2, 0, 40, True)]
+    assert chunks(prefill(made, pass_tokens=76.0)) == [(0, 0, 50, True), (1, 0, 90, True), (2, 0, 40, True)]
 
 
 def test_whole_prompts_are_padded_rather_than_cut():
@@ -108,46 +146,62 @@ def test_whole_prompts_are_padded_rather_than_cut():
     assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 30, True)]
 
 
-@pytest.mark.parametrize(("seconds", "tiles"), [(0.0, 1), (70.0, 2), (120.0, 2), (128.0, 4), (250.0, 4), (256.0, 8)])
-def test_a_step_that_time_ends_stops_at_a_full_size(seconds, tiles):
+@pytest.mark.parametrize(
+    ("seconds", "rows", "tokens"),
+    [
+        *[(0.0, 0, 32), (70.0, 0, 64), (127.0, 0, 64), (128.0, 0, 128), (255.0, 0, 128), (256.0, 0, 256)],
+        *[(0.0, 5, 27), (58.0, 5, 27), (59.0, 5, 59), (250.0, 5, 123), (251.0, 5, 251), (0.0, 32, 32), (0.0, 300, 1)],
+    ],
+)
+def test_a_step_that_time_ends_stops_at_a_full_size(seconds, rows, tokens):
+    """Below the first size that holds its rows it is filled up to that size, which it is padded to anyway."""
     made = running(request(0, 300), step_tokens=256, shapes=PADDING)
-    assert chunks(prefill(made, seconds, shapes=PADDING)) == [(0, 0, tiles * 32, False)]
+    assert chunks(prefill(made, seconds, rows=rows)) == [(0, 0, tokens, False)]
 
 
-@pytest.mark.parametrize(("seconds", "tiles"), [(0.0, 1), (96.0, 4), (128.0, 4), (160.0, 4), (192.0, 8)])
-def test_a_step_that_time_ends_is_padded_with_prompts_where_another_would_cost_more(seconds, tiles):
+@pytest.mark.parametrize(("seconds", "tokens"), [(0.0, 32), (63.0, 64), (96.0, 128), (160.0, 128), (192.0, 256)])
+def test_a_step_that_time_ends_is_padded_with_prompts_where_another_would_cost_more(seconds, tokens):
     made = running(request(0, 300), step_tokens=256, shapes=PADDING)
-    assert chunks(prefill(made, seconds, 64.0, PADDING)) == [(0, 0, tiles * 32, False)]
+    assert chunks(prefill(made, seconds, pass_tokens=64.0)) == [(0, 0, tokens, False)]
 
 
 @examples(150)
 @given(
     prompts=st.lists(st.integers(1, 200), min_size=1, max_size=8),
-    tiles=st.integers(1, 5),
+    step_tokens=st.integers(20, 160),
     whole_prompts=st.booleans(),
     seconds=st.sampled_from([float("inf"), 100.0, 40.0, 0.0]),
-    shapes=st.sampled_from([ANY_SIZE, PADDING]),
+    shapes=st.sampled_from([ANY_SIZE, PADDING, TILES]),
     pass_tokens=st.sampled_from([0.0, 40.0]),
+    rows=st.integers(0, 40),
 )
 def test_every_prompt_is_computed_once_in_order_and_within_the_step(
-    prompts, tiles, whole_prompts, seconds, shapes, pass_tokens
+    prompts, step_tokens, whole_prompts, seconds, shapes, pass_tokens, rows
 ):
     requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
-    made = running(*requests, step_tokens=tiles * ANY_SIZE.tile, whole_prompts=whole_prompts, shapes=shapes)
+    made = running(*requests, step_tokens=step_tokens, whole_prompts=whole_prompts, shapes=shapes)
     computed, sampled = [0] * len(prompts), []
-    for _ in range(sum(-(-prompt // ANY_SIZE.tile) for prompt in prompts)):
-        plan = prefill(made, seconds, pass_tokens, shapes)
-        assert sum(-(-c.num_tokens // ANY_SIZE.tile) for c in plan.prefills) <= tiles
-        computed_tiles = sum(-(-c.num_tokens // ANY_SIZE.tile) for c in plan.prefills)
-        assert sum(c.num_tokens for c in plan.prefills) <= max(seconds, ANY_SIZE.tile) + (pass_tokens if shapes.sizes else 0)
-        assert not shapes.sizes or whole_prompts or pass_tokens or computed_tiles in (0, *shapes.sizes)
+    for _ in range(sum(prompts)):
+        plan = prefill(made, seconds, pass_tokens, rows)
+        tokens = sum(c.num_tokens for c in plan.prefills)
+        if not tokens:
+            break
+        tiles = sum(shapes.tiles(c.num_tokens) for c in plan.prefills)
+        padding = shapes.padded(rows + tokens, tiles) - rows - tokens
+        assert tiles <= shapes.most_tiles
+        assert tokens <= step_tokens
+        least = next((size - rows for size in shapes.sizes if size > rows), 1)
+        assert tokens <= max(seconds, least) + (pass_tokens if shapes.sizes else 0)
+        waits = sum(computed) + tokens < sum(prompts)
+        if waits and not whole_prompts and tokens < step_tokens and shapes.tile == 1:  # no room is wasted while prompts wait
+            assert padding == 0
         for chunk in plan.prefills:
             order = chunk.request.order
-            assert chunk.start == computed[order] and chunk.start % ANY_SIZE.tile == 0 and chunk.num_tokens > 0
+            assert chunk.start == computed[order] and chunk.num_tokens > 0
             computed[order] += chunk.num_tokens
             assert chunk.samples == (computed[order] == prompts[order])
             sampled += [order] * chunk.samples
-            if whole_prompts and seconds == float("inf") and prompts[order] <= tiles * ANY_SIZE.tile:
+            if whole_prompts and seconds == float("inf") and prompts[order] <= step_tokens:
                 assert chunk.samples
     assert computed == prompts and sampled == sorted(sampled) == list(range(len(prompts)))
 
@@ -223,8 +277,8 @@ def test_age_is_the_order_of_arrival_and_a_second_start_recomputes_what_is_known
     old.output_token_ids = [0] * 25
     made = running(young, old)
     assert made.by_age == [old, young] and len(made) == 2
-    assert chunks(prefill(made)) == [(7, 0, 40, True)]  # in order of admission
-    assert chunks(prefill(made)) == [(3, 0, 35, True)]
+    assert chunks(prefill(made)) == [(3, 0, 24, False), (7, 0, 40, True)]  # cut in order of admission
+    assert chunks(prefill(made)) == [(3, 24, 11, True)]
     made.remove(old)
     made.remove(young)
     assert len(made) == 0 and decode(made).decodes == [] and prefill(made).prefills == []

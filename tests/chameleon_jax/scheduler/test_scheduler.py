@@ -10,8 +10,8 @@ from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
 from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
+from chameleon_jax.scheduler.step_shapes import ANY_SIZE
 
 
 class LatePredictor(HistoryPredictor):

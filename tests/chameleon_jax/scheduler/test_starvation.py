@@ -21,7 +21,6 @@ from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import level_planner, single_queue
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.multilevel import HEAD_TIMEOUT_S, SQUASH_SHARE, MultiLevelQueue
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE
 from chameleon_jax.scheduler.request_queue import MAX_PASSES
 from chameleon_jax.systems import SYSTEMS, System
 from tests.chameleon_jax.fake_executor import FakeExecutor
@@ -145,10 +144,10 @@ class Simulation:
 
     def longest_run(self) -> float:
         """L: a step for every prompt where they do not fit one together, and one for every output token."""
-        tiles = [-(-r.max_total_tokens // ANY_SIZE.tile) for r in self.requests]
-        slots, step_tiles = self.loop.config.max_num_seqs, self.loop.config.max_num_batched_tokens // ANY_SIZE.tile
-        assert max(tiles) <= step_tiles
-        prefill = 1 if slots * max(tiles) <= step_tiles else slots
+        longest = max(r.max_total_tokens for r in self.requests)
+        slots, step_tokens = self.loop.config.max_num_seqs, self.loop.config.max_num_batched_tokens
+        assert longest <= step_tokens
+        prefill = 1 if slots * longest <= step_tokens else slots
         return prefill + max(r.params.max_tokens for r in self.requests)
 
 

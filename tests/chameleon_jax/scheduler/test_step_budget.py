@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler.plan import PrefillChunk, StepPlan
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
 from chameleon_jax.scheduler.step_budget import GUESSED_TOKEN_S, StepBudget, prompt_share
 from chameleon_jax.scheduler.step_cost import StepCost
+from chameleon_jax.scheduler.step_shapes import ANY_SIZE, StepShapes
 
-PREFILL_S, TOKEN_S, DECODE_S, ROW_S = 0.01, 1e-3, 0.02, 1e-3
+STEP_S, PREFILL_S, TOKEN_S, DECODE_S, ROW_S = 0.015, 0.01, 1e-3, 0.005, 1e-3
 
 
 def request(number: int, prompt: int = 10, output: int = 10) -> Request:
@@ -37,13 +37,14 @@ def planned(budget: StepBudget, prompts: int, rows: int, waited: float = 0.0) ->
     return seconds, plan
 
 
-def taught(target: float | None, slots: int = 8, slowness: float = 1.0, shapes: PrefillShapes = ANY_SIZE) -> StepBudget:
+def taught(target: float | None, slots: int = 8, slowness: float = 1.0, shapes: StepShapes = ANY_SIZE) -> StepBudget:
     """Budget that has seen a device whose steps cost the constants above, times `slowness`."""
     budget = StepBudget(target, PATIENCE, True, slots, lambda request: 0, shapes)
     for i in range(3 * StepCost.ENOUGH):
-        prompts, rows = (i * 37) % 200, i % 7
-        computed = shapes.step_tokens([prompts] if prompts else [])
-        seconds = bool(prompts) * PREFILL_S + computed * TOKEN_S + bool(rows) * DECODE_S + rows * ROW_S
+        prompts, rows = (i * 37) % 200 * (i % 5 > 0), i % 7  # steps of every kind
+        computed = shapes.padded(rows + prompts) - rows if prompts else 0
+        seconds = bool(prompts or rows) * STEP_S + bool(prompts) * PREFILL_S + computed * TOKEN_S
+        seconds += bool(rows) * DECODE_S + rows * ROW_S
         budget.observe_step(planned(budget, prompts, rows)[1], slowness * seconds)
     return budget
 
@@ -67,12 +68,12 @@ def test_the_further_the_target_is_out_of_reach_the_more_of_a_step_is_prompts(ta
 
 def test_a_target_that_can_be_met_bounds_the_step():
     seconds, _ = planned(taught(target=0.2), 0, rows=5)
-    assert seconds == pytest.approx(0.2 - PREFILL_S - DECODE_S - 5 * ROW_S, rel=0.02)
+    assert seconds == pytest.approx(0.2 - STEP_S - PREFILL_S - DECODE_S - 5 * ROW_S, rel=0.02)
 
 
 @pytest.mark.parametrize("slowness", [1.0, 4.0, 16.0])
 def test_a_target_that_cannot_be_met_bounds_nothing(slowness):
-    fixed = PREFILL_S + DECODE_S + 5 * ROW_S
+    fixed = STEP_S + PREFILL_S + DECODE_S + 5 * ROW_S
     assert planned(taught(fixed * 0.98, slowness=slowness), 0, rows=5)[0] == math.inf
 
 
@@ -86,7 +87,7 @@ def test_hurry_is_the_least_share_of_prompts(fixed, hurry):
 
 @pytest.mark.parametrize(("waited", "share"), [(0.0, 0.825), (4.5, 0.9), (5.0, None), (60.0, None)])
 def test_the_longer_a_request_waits_the_more_of_a_step_is_prompts(waited, share):
-    fixed = PREFILL_S + DECODE_S + 5 * ROW_S
+    fixed = STEP_S + PREFILL_S + DECODE_S + 5 * ROW_S
     seconds, _ = planned(taught(target=0.2), 0, rows=5, waited=waited)
     assert seconds == math.inf if share is None else seconds / (seconds + fixed) == pytest.approx(share, abs=0.01)
 
@@ -98,26 +99,27 @@ def test_without_decodes_or_a_target_nothing_is_bounded():
 
 def test_before_enough_steps_were_timed_nothing_is_bounded_and_a_token_is_a_guess():
     budget = StepBudget(0.1, PATIENCE, True, 8, lambda request: 0, ANY_SIZE)
-    assert planned(budget, 0, rows=5)[0] == math.inf and budget.pass_tokens == 0
+    assert (
+        planned(budget, 0, rows=5)[0] == math.inf and budget.pass_tokens(decodes=True) == budget.pass_tokens(decodes=False) == 0
+    )
     assert budget.prefill_seconds(request(0), 7) == 7 * GUESSED_TOKEN_S
 
 
+@pytest.mark.parametrize("shapes", [ANY_SIZE, StepShapes((32, 64, 128, 256))])
 @pytest.mark.parametrize("slowness", [1.0, 16.0])
-def test_a_step_of_prompts_costs_as_much_beside_them_as_so_many_tokens(slowness):
-    assert taught(target=1.0, slowness=slowness).pass_tokens == pytest.approx(PREFILL_S / TOKEN_S, rel=0.05)
-
-
-def test_a_device_that_pads_computes_whole_tiles():
-    budget = taught(target=1.0, shapes=PrefillShapes(32, (1, 2, 4, 8)))
-    assert budget.pass_tokens == pytest.approx(PREFILL_S / TOKEN_S, rel=0.05)
-    assert budget.prefill_seconds(request(0), 33) == pytest.approx(64 * TOKEN_S, rel=0.02)
+def test_prompts_of_a_further_step_cost_as_much_beside_them_as_so_many_tokens(slowness, shapes):
+    """The step itself costs nothing more where it decodes anyway."""
+    budget = taught(target=1.0, slowness=slowness, shapes=shapes)
+    assert budget.pass_tokens(decodes=True) == pytest.approx(PREFILL_S / TOKEN_S, rel=0.05)
+    assert budget.pass_tokens(decodes=False) == pytest.approx((STEP_S + PREFILL_S) / TOKEN_S, rel=0.05)
+    assert budget.prefill_seconds(request(0), 33) == pytest.approx(slowness * 33 * TOKEN_S, rel=0.02)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 64])
 def test_work_is_the_prompt_and_the_outputs_share_of_full_steps(slots):
     budget = taught(target=1.0, slots=slots)
     made = request(0, prompt=100, output=20)
-    per_token = DECODE_S / slots + ROW_S
+    per_token = (STEP_S + DECODE_S) / slots + ROW_S
     assert budget.work(made) == pytest.approx(100 * TOKEN_S + 20 * per_token, rel=0.02)
     made.output_token_ids += [1] * 5  # preempted: it recomputes these and goes on from there
     assert budget.work(made) == pytest.approx(105 * TOKEN_S + 15 * per_token, rel=0.02)

@@ -43,15 +43,16 @@ def test_scales_near_1_keep_their_digits_in_a_narrow_format():
     block = packing.pack_on_host(weights, LAYOUT, np.dtype(ml_dtypes.bfloat16))[0]
     pool = np.concatenate([np.zeros((1, LAYOUT.page_elems), block.dtype), block])
     placed = PlacedAdapter(placement, range(1, len(pool)))
-    sizes = dict(tiles=1, tile_tokens=1, max_rank=2, max_pages=placement.num_pages, num_targets=len(ALL_TARGETS))
-    vectors = resolve_vectors(plan_batch([placed], **sizes), LAYOUT)
+    sizes = dict(tokens=1, runs=1, window_tokens=1, max_rank=2, max_pages=placement.num_pages, num_targets=len(ALL_TARGETS))
+    vectors = resolve_vectors(plan_batch([placed], **sizes), LAYOUT, 1)
     y = rng.standard_normal((1, 64)).astype(np.float32)
     found = scale_and_shift(jnp.array(y), jnp.array(pool), vectors, ("o_proj",))
     np.testing.assert_allclose(found, scale * y, atol=1e-4)  # a scale in bfloat16 would be off by up to 4e-3 of y
 
 
-@pytest.mark.parametrize("tile_tokens", [1, 32])
-def test_each_tile_has_the_vectors_of_its_adapter(tile_tokens):
+@pytest.mark.parametrize("run_tokens", [[1] * 6, [32] * 6, [3, 50, 1, 17, 2, 9]])
+@pytest.mark.parametrize("begin", [0, 5])
+def test_each_token_has_the_vectors_of_its_adapter(run_tokens, begin):
     rng = np.random.default_rng(0)
     adapters = [
         draw(rng, TARGETS, TARGETS, 3),
@@ -66,26 +67,31 @@ def test_each_tile_has_the_vectors_of_its_adapter(tile_tokens):
         pages = [int(next(numbers)) for _ in range(placement.num_pages)]
         pool[pages] = packing.pack_on_host(weights, LAYOUT, np.dtype(np.float32))[0]
         placed.append(PlacedAdapter(placement, pages))
-    tiles = [2, None, 0, 1, 0, 2]
+    owners = [2, None, 0, 1, 0, 2]
+    tokens = begin + sum(run_tokens) + 2
     plan = plan_batch(
-        [None if i is None else placed[i] for i in tiles],
-        tiles=8,
-        tile_tokens=tile_tokens,
+        [None if i is None else placed[i] for i in owners],
+        run_tokens,
+        begin,
+        tokens=tokens,
+        runs=8,
+        window_tokens=8,
         max_rank=70,
         max_pages=max(p.num_pages for p in placements),
         num_targets=len(ALL_TARGETS),
     )
-    vectors = jax.jit(resolve_vectors, static_argnums=1)(plan, LAYOUT)
+    vectors = jax.jit(resolve_vectors, static_argnums=(1, 2))(plan, LAYOUT, tokens + 4)
     for names in GROUPS:
-        y = rng.standard_normal((8 * tile_tokens, sum(CONFIG.target_shape(t)[1] for t in names))).astype(np.float32)
-        expected = y.reshape(8, tile_tokens, -1).copy()
-        for tile, number in enumerate(tiles):
-            begin = 0
+        y = rng.standard_normal((tokens + 4, sum(CONFIG.target_shape(t)[1] for t in names))).astype(np.float32)
+        expected, first = y.copy(), begin
+        for count, number in zip(run_tokens, owners):
+            column = 0
             for t in names:
-                here = slice(begin, begin + CONFIG.target_shape(t)[1])
+                here = slice(column, column + CONFIG.target_shape(t)[1])
                 if number is not None:
-                    expected[tile, :, here] *= adapters[number].scales.get((0, t), 1)
-                    expected[tile, :, here] += adapters[number].shifts.get((0, t), 0)
-                begin = here.stop
+                    expected[first : first + count, here] *= adapters[number].scales.get((0, t), 1)
+                    expected[first : first + count, here] += adapters[number].shifts.get((0, t), 0)
+                column = here.stop
+            first += count
         found = scale_and_shift(jnp.array(y), jnp.array(pool), vectors, names)
-        np.testing.assert_allclose(found, expected.reshape(y.shape), atol=1e-6, err_msg=str(names))
+        np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=str(names))

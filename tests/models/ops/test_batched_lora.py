@@ -60,6 +60,10 @@ def make_pool(ranks_of: list[dict[str, int]], seed: int = 0, num_pages: int | No
     return jnp.array(pool), adapters
 
 
+PLANNED = make_pool([{"q_proj": 3, "down_proj": 33}, dict.fromkeys(TARGETS, 8), {"v_proj": 70}, dict.fromkeys(TARGETS, 32)])
+"""Adapters of which batches are planned."""
+
+
 @functools.cache
 def compiled(backend: str):
     """Compile the op for several groups of targets at once, with the GPU's kernels in interpret mode."""
@@ -75,31 +79,48 @@ compiled_resolve = jax.jit(resolve, static_argnums=(1, 2))  # op by op it would 
 
 
 def check(
-    backend: str, pool, tile_adapters, tiles: int, tile_tokens: int, window: int = 8, max_rank: int = 256, groups=GROUPS
+    backend: str,
+    pool,
+    adapters,
+    tokens: int,
+    run_tokens=None,
+    *,
+    begin: int = 0,
+    runs: int | None = None,
+    batch: int | None = None,
+    window: int = 8,
+    max_rank: int = 256,
+    groups=GROUPS,
 ) -> None:
+    """Check a plan for `tokens` of the `batch` tokens, whose runs begin at `begin`."""
+    batch, run_tokens = batch or tokens, run_tokens or [1] * len(adapters)
     plan = plan_batch(
-        tile_adapters,
-        tiles=tiles,
-        tile_tokens=tile_tokens,
+        adapters,
+        run_tokens,
+        begin,
+        tokens=tokens,
+        runs=runs or tokens,
+        window_tokens=window,
         max_rank=max_rank,
         max_pages=LAYOUT.place({t: max_rank for t in ALL_TARGETS}).num_pages,
         num_targets=len(TARGETS if groups is GROUPS else ALL_TARGETS),
-        decode_window=window,
     )
-    targets = compiled_resolve(plan, LAYOUT, tile_tokens)
+    targets = compiled_resolve(plan, LAYOUT, batch)
     rng = np.random.default_rng(1)
     xs, ys, expectations = [], [], []
     for names in groups:
-        x = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(names[0])[0])).astype(np.float32)
+        x = rng.standard_normal((batch, CONFIG.target_shape(names[0])[0])).astype(np.float32)
         outputs = []
         for target in names:
-            y = rng.standard_normal((tiles * tile_tokens, CONFIG.target_shape(target)[1])).astype(np.float32)
+            y = rng.standard_normal((batch, CONFIG.target_shape(target)[1])).astype(np.float32)
             expected = y.copy()
-            for tile, adapter in enumerate(tile_adapters):
+            first = begin
+            for adapter, count in zip(adapters, run_tokens):
                 if adapter is not None and (0, target) in adapter.weights.tensors:
                     a, b = adapter.weights.tensors[0, target]
-                    rows = slice(tile * tile_tokens, (tile + 1) * tile_tokens)
+                    rows = slice(first, first + count)
                     expected[rows] += x[rows] @ a.T @ b.T
+                first += count
             outputs.append((y, expected))
         y, expected = (np.concatenate(side, axis=1) for side in zip(*outputs))
         xs.append(x)
@@ -110,43 +131,75 @@ def check(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tiles,tile_tokens,window", [(1, 1, 8), (16, 1, 8), (12, 1, 8), (20, 1, 16), (8, 32, 8), (6, 32, 8)])
-def test_mixed_ranks_targets_and_base_rows(backend, tiles, tile_tokens, window):
+@pytest.mark.parametrize("tokens,window", [(1, 1), (16, 8), (12, 8), (20, 16)])
+def test_mixed_ranks_targets_and_base_rows(backend, tokens, window):
     pool, adapters = make_pool(adapter_ranks((3, 8, 64, 256)))
-    rng = np.random.default_rng(tiles)
-    picks = rng.integers(0, len(adapters) + 1, tiles - tiles // 4)
-    tile_adapters = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
+    rng = np.random.default_rng(tokens)
+    picks = rng.integers(0, len(adapters) + 1, tokens - tokens // 4)
+    chosen = [adapters[i] if i < len(adapters) else None for i in sorted(picks)]
     if backend == "reference":
         pool = jnp.nan_to_num(pool)  # only the other backends promise to ignore the content of foreign pages
-    check(backend, pool, tile_adapters, tiles, tile_tokens, window)
+    check(backend, pool, chosen, tokens, window=window)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tile_tokens", [1, 32])
-def test_the_largest_ranks(backend, tile_tokens):
+@pytest.mark.parametrize(
+    "tokens,run_tokens,begin,window",
+    [
+        (256, [70, 1, 60, 33, 80], 0, 128),  # runs that windows cut, and one longer than what is left of its window
+        (192, [130, 40], 0, 128),  # the last window slides back
+        (160, [20, 90, 3], 9, 128),  # behind nine rows of another plan
+        (32, [5, 9], 3, 32),
+        (300, [290], 4, 128),  # one run in every window
+    ],
+)
+def test_prompts_of_any_length(backend, tokens, run_tokens, begin, window):
+    pool, adapters = make_pool(adapter_ranks((3, 8, 64)))
+    if backend == "reference":
+        pool = jnp.nan_to_num(pool)
+    chosen = [adapters[3], None, adapters[1], adapters[0], adapters[3]][: len(run_tokens)]
+    check(backend, pool, chosen, tokens, run_tokens, begin=begin, runs=8, window=window, max_rank=64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_for_the_first_tokens_leaves_the_others(backend):
+    pool, adapters = make_pool(adapter_ranks((3, 64)))
+    if backend == "reference":
+        pool = jnp.nan_to_num(pool)
+    check(backend, pool, [adapters[0], adapters[2], None, adapters[1]], 10, batch=96, max_rank=64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("run_tokens", [1, 32])
+def test_the_largest_ranks(backend, run_tokens):
     pool, adapters = make_pool([{t: r for t in TARGETS} for r in (384, 8, MAX_RANK)])
     if backend == "reference":
         pool = jnp.nan_to_num(pool)
-    check(backend, pool, [adapters[0], None, *adapters], 5, tile_tokens, max_rank=MAX_RANK)
+    chosen, window = [adapters[0], None, *adapters], min(128, 8 * run_tokens)
+    check(
+        backend, pool, chosen, 5 * run_tokens, [run_tokens] * 5, runs=5, window=min(window, 5 * run_tokens), max_rank=MAX_RANK
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tile_tokens", [1, 32])
-def test_matrices_of_the_vocabulary(backend, tile_tokens):
+@pytest.mark.parametrize("run_tokens", [1, 32])
+def test_matrices_of_the_vocabulary(backend, run_tokens):
     ranks: list[dict[str, int]] = [{"q_proj": 9, "lm_head": 40}, {"embed_tokens": 5, "lm_head": 3}, {"embed_tokens": 64}]
     pool, adapters = make_pool(ranks)
     if backend == "reference":
         pool = jnp.nan_to_num(pool)
     groups = tuple((target,) for target in VOCABULARY_TARGETS)
-    check(backend, pool, [adapters[0], None, *adapters], 6, tile_tokens, groups=groups)
+    chosen = [adapters[0], None, *adapters]
+    check(backend, pool, chosen, 6 * run_tokens, [run_tokens] * 5, runs=6, window=min(6 * run_tokens, 128), groups=groups)
 
 
-@pytest.mark.parametrize("tiles,tile_tokens", [(16, 1), (4, 32)])
-def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
+@pytest.mark.parametrize("run_tokens", [1, 32])
+def test_long_rows_are_split(monkeypatch, run_tokens):
     monkeypatch.setattr(triton, "SPLIT_ELEMS", 24)
     compiled.cache_clear()  # traced programs have read the constant
     pool, adapters = make_pool([{t: r for t in TARGETS} for r in (3, 40)])
-    check("triton", pool, [adapters[0], None, *adapters], tiles, tile_tokens)
+    tokens = 4 * run_tokens
+    check("triton", pool, [adapters[0], None, *adapters], tokens, [run_tokens] * 4, window=min(tokens, 128))
     compiled.cache_clear()
 
 
@@ -159,47 +212,83 @@ def test_long_rows_are_split(monkeypatch, tiles, tile_tokens):
 def test_any_batch(backend, ranks, picks):
     # of one size, so that one program serves all examples
     pool, adapters = make_pool(ranks, num_pages=1 + 4 * LAYOUT.place(dict.fromkeys(TARGETS, 70)).num_pages)
-    check(backend, pool, [adapters[i] if i < len(adapters) else None for i in picks], 8, 1)
+    check(backend, pool, [adapters[i] if i < len(adapters) else None for i in picks], 8)
+
+
+@examples(100)
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60)), max_size=6),
+    begin=st.integers(0, 20),
+    window=st.sampled_from([8, 16, 64, 128]),
+)
+def test_a_plan_lists_each_adapter_once_in_each_window_that_has_it(runs, begin, window):
+    _, adapters = PLANNED
+    tokens, chosen = 400, [adapters[i] if i < len(adapters) else None for i, _ in runs]
+    counts = [count for _, count in runs]
+    plan = plan_batch(
+        chosen, counts, begin, tokens=tokens, runs=8, window_tokens=window, max_rank=70, max_pages=MAX_PAGES, num_targets=7
+    )
+    owners: list[Adapter | None] = [None] * tokens
+    owners[begin : begin + sum(counts)] = [a for a, count in zip(chosen, counts) for _ in range(count)]
+    numbers = list(dict.fromkeys(a for a in chosen if a is not None))
+    inside = range(begin, begin + sum(counts))
+    for token, owner in enumerate(owners):
+        expected = (-1 if owner is None else numbers.index(owner)) if token in inside else NO_TOKEN
+        assert plan.token_adapter[token] == expected
+    for t, target in enumerate(TARGETS):
+        for w in range(-(-tokens // window)):
+            first, last = plan.first_blocks[t, w] * BLOCK_ROWS, plan.first_blocks[t, w + 1] * BLOCK_ROWS
+            listed = [code for code in plan.rank_rows[t, first:last].tolist() if code >= 0]
+            present = dict.fromkeys(a for a in owners[w * window : (w + 1) * window] if a is not None)
+            wanted = [numbers.index(a) * MAX_RANK + row for a in present for row in range(a.weights.ranks.get(target, 0))]
+            assert sorted(listed) == sorted(wanted)
+            assert last - first == -(-len(wanted) // BLOCK_ROWS) * BLOCK_ROWS
 
 
 def test_work_is_true_ranks_of_the_adapters_that_are_there():
     _, adapters = make_pool([{"q_proj": 8}, {"q_proj": 200, "v_proj": 200}])
-    plan = plan_batch([adapters[0]] * 4, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    sizes = {"tokens": 8, "runs": 8, "window_tokens": 8, "max_rank": 256, "max_pages": MAX_PAGES}
+    plan = plan_batch([adapters[0]] * 4, **sizes)
     assert (plan.rank_rows >= 0).sum() == 8
     assert plan.first_blocks[:, -1].tolist() == [1, 0, 0, 0, 0, 0, 0]
-    plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    plan = plan_batch(adapters, **sizes)
     assert (plan.rank_rows >= 0).sum(axis=1).tolist() == [208, 0, 200, 0, 0, 0, 0]
     assert plan.first_blocks[0, -1] == -(-208 // BLOCK_ROWS)
 
 
 def test_the_worst_case_fits():
     _, adapters = make_pool([{t: 256 for t in TARGETS}] * 8)
-    plan = plan_batch(adapters, tiles=8, tile_tokens=1, max_rank=256, max_pages=MAX_PAGES)
+    plan = plan_batch(adapters, tokens=8, runs=8, window_tokens=8, max_rank=256, max_pages=MAX_PAGES)
     assert (plan.rank_rows >= 0).sum() == 7 * 8 * 256
+    # every run in as many windows as it can be in
+    plan = plan_batch(adapters, [49] * 8, 1, tokens=400, runs=8, window_tokens=64, max_rank=256, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum() == 7 * 14 * 256 == plan.rank_rows.size
 
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_a_program_for_attention_alone_has_nothing_of_the_others(backend):
     pool, adapters = make_pool([{t: r for t in TARGETS[:4]} for r in (3, 40)])
-    plan = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES, num_targets=4)
-    whole = plan_batch(adapters, tiles=4, tile_tokens=1, max_rank=64, max_pages=MAX_PAGES)
+    sizes = {"tokens": 4, "runs": 4, "window_tokens": 4, "max_rank": 64, "max_pages": MAX_PAGES}
+    plan = plan_batch(adapters, **sizes, num_targets=4)
+    whole = plan_batch(adapters, **sizes)
     np.testing.assert_array_equal(plan.rank_rows, whole.rank_rows[:4])
-    targets = compiled_resolve(plan, LAYOUT, 1)
+    targets = compiled_resolve(plan, LAYOUT, 4)
     assert [targets.adapts(names) for names in GROUPS] == [True, True, False, False]
     x = jnp.ones((4, CONFIG.hidden_size))
     y = jnp.zeros((4, sum(CONFIG.target_shape(t)[1] for t in GROUPS[0])))
-    (got,), (expected,) = (compiled(backend)([y], [x], pool, compiled_resolve(p, LAYOUT, 1), GROUPS[:1]) for p in (plan, whole))
+    (got,), (expected,) = (compiled(backend)([y], [x], pool, compiled_resolve(p, LAYOUT, 4), GROUPS[:1]) for p in (plan, whole))
     np.testing.assert_array_equal(got, expected)
     assert np.abs(got).sum() > 0
 
 
 @pytest.mark.parametrize(
-    "tiles,tile_tokens,window", [(1, 1, 8), (1, 320, 8), (20, 1, 16), (24, 1, 24), (300, 1, 300), (3, 64, 16)]
+    "tokens,window,batch",
+    [(1, 1, 1), (320, 128, 320), (20, 16, 20), (24, 24, 24), (300, 300, 300), (192, 128, 192), (8, 8, 700)],
 )
-def test_padding_reaches_as_far_as_a_kernel_reads(tiles, tile_tokens, window):
-    plan = plan_batch([], tiles=tiles, tile_tokens=tile_tokens, max_rank=8, max_pages=MAX_PAGES, decode_window=window)
-    targets = compiled_resolve(plan, LAYOUT, tile_tokens)
+def test_padding_reaches_as_far_as_a_kernel_reads(tokens, window, batch):
+    plan = plan_batch([], tokens=tokens, runs=1, window_tokens=window, max_rank=8, max_pages=MAX_PAGES)
+    targets = compiled_resolve(plan, LAYOUT, batch)
     windows = targets.first_blocks.shape[0] - 1
     end = (windows - 1) * targets.window_tokens + triton._tile(targets.window_tokens)
-    assert targets.token_adapter.shape[0] >= end
-    assert (np.asarray(targets.token_adapter[tiles * tile_tokens :]) == NO_TOKEN).all()
+    assert targets.token_adapter.shape[0] >= max(end, batch)
+    assert (np.asarray(targets.token_adapter) == NO_TOKEN).all()

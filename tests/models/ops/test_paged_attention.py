@@ -41,25 +41,37 @@ def naive(q, k, v, start):
     return out
 
 
-def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tolerance=2e-5):
-    """Attend in tiles of sequences on scattered pages. All other places hold NaN, as earlier owners may have left it."""
+def check(backend, geometry, tile_tokens, starts, counts, dtype=jnp.float32, tolerance=2e-5, before=3):
+    """Attend in tiles of sequences on scattered pages. All other places hold NaN, as earlier owners may have left it.
+
+    The tiles' tokens stand side by side, in another order than the tiles and `before` tokens behind the begin of the batch.
+    """
     rng = np.random.default_rng(0)
     ends = np.where(counts, np.add(starts, counts), 0)
     width = -(-ends.max() // geometry.page_tokens) + 1
     pool, tables = paged_kv(rng, ends.tolist(), width, geometry.kv_heads, geometry.page_tokens, geometry.head_dim)
     pool = pool.astype(dtype)
-    q = rng.standard_normal((len(starts), tile_tokens, geometry.heads, geometry.head_dim)).astype(dtype)
+    order = rng.permutation(len(counts))
+    firsts = np.zeros(len(counts), np.int32)
+    firsts[order] = before + np.cumsum(np.array(counts)[order]) - np.array(counts)[order]
+    firsts[np.array(counts) == 0] = 0  # as the host leaves padding
+    q = rng.standard_normal((before + sum(counts) + 2, geometry.heads, geometry.head_dim)).astype(dtype)
     if backend == "reference":
         pool = np.nan_to_num(pool)  # it reads scores of all positions; only values are guarded
-    attend = jax.jit(functools.partial(paged_attention, num_kv_heads=geometry.kv_heads, backend=backend))
-    out = attend(q, pool.reshape(len(pool), -1), tables, np.array(starts, np.int32), np.array(counts, np.int32))
+    sizes = dict(tile_tokens=tile_tokens, num_kv_heads=geometry.kv_heads, backend=backend)
+    places = [firsts, np.array(starts, np.int32), np.array(counts, np.int32)]
+    out = jax.jit(functools.partial(paged_attention, **sizes))(q, pool.reshape(len(pool), -1), tables, *places)
     chex.assert_shape(out, q.shape)
     assert out.dtype == dtype
-    chex.assert_tree_all_finite(out)
-    for i, (start, count) in enumerate(zip(starts, counts)):
+    attended = np.zeros(len(q), bool)
+    for i, (first, start, count) in enumerate(zip(firsts, starts, counts)):
+        mine = slice(first, first + count)
         k, v = pool[tables[i]].astype(np.float32).transpose(1, 0, 3, 2, 4).reshape(2, -1, geometry.kv_heads, geometry.head_dim)
-        expected = naive(q[i, :count].astype(np.float32), k, v, start)
-        np.testing.assert_allclose(np.array(out[i, :count], np.float32), expected, atol=tolerance, rtol=tolerance)
+        expected = naive(q[mine].astype(np.float32), k, v, start)
+        np.testing.assert_allclose(np.array(out[mine], np.float32), expected, atol=tolerance, rtol=tolerance)
+        attended[mine] = True
+    assert attended.sum() == sum(counts)
+    np.testing.assert_array_equal(np.array(out)[~attended], q[~attended])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

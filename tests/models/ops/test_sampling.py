@@ -20,7 +20,7 @@ def sampling_row(**fields) -> SamplingRow:
 
 def counts(logits, draws: int, **fields) -> np.ndarray:
     """Count how often each token is drawn over many positions."""
-    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **fields) for i in range(draws)}, draws, 0)
+    rows, mode = pack_sampling_rows([sampling_row(position=i, **fields) for i in range(draws)], draws, 0)
     logits = jnp.broadcast_to(logits, (draws, VOCAB))
     tokens, again = (compiled(logits, rows, mode, guesses).tokens for guesses in (1, 7))
     np.testing.assert_array_equal(tokens, again)
@@ -87,7 +87,7 @@ def test_drawn_tokens_are_kept_by_a_plain_reference():
         )
         for _ in logits
     ]
-    rows, mode = pack_sampling_rows({i: sampling_row(position=i, **cut) for i, cut in enumerate(cuts)}, len(cuts), 0)
+    rows, mode = pack_sampling_rows([sampling_row(position=i, **cut) for i, cut in enumerate(cuts)], len(cuts), 0)
     for guesses in (1, 7):
         tokens = np.asarray(compiled(logits, rows, mode, guesses).tokens)
         for row, token, cut in zip(logits, tokens.tolist(), cuts):
@@ -96,25 +96,25 @@ def test_drawn_tokens_are_kept_by_a_plain_reference():
 
 def test_rows_do_not_depend_on_their_neighbours():
     rows, mode = pack_sampling_rows(
-        {i: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)}, 4, 9
+        [sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i]) for i in range(4)], 4, 9
     )
     together = compiled(LOGITS, rows, mode).tokens
     for i in range(4):
-        one, _ = pack_sampling_rows({0: sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])}, 1, 9)
+        one, _ = pack_sampling_rows([sampling_row(seed=i, position=40 + i, temperature=[0, 1, 2, 0.5][i])], 1, 9)
         assert int(compiled(LOGITS[i : i + 1], one, SamplingMode.RANDOM).tokens[0]) == int(together[i])
     assert int(together[0]) == int(LOGITS[0].argmax())
 
 
 def test_64_bit_seeds_and_positions_differ():
     seeds = [0, 1, 1 << 32, (1 << 32) + 1, (1 << 63) + 5]
-    rows, mode = pack_sampling_rows({i: sampling_row(seed=s, temperature=5.0) for i, s in enumerate(seeds)}, len(seeds), 0)
+    rows, mode = pack_sampling_rows([sampling_row(seed=s, temperature=5.0) for i, s in enumerate(seeds)], len(seeds), 0)
     noise = [tuple(rows[i, 2:4]) for i in range(len(seeds))]
     assert len(set(noise)) == len(seeds) and mode is SamplingMode.RANDOM
 
 
 def test_suppressed_ids_are_never_chosen_but_keep_their_logprob():
     best = int(LOGITS[0].argmax())
-    rows, mode = pack_sampling_rows({0: sampling_row(temperature=0, suppressed=(best,), logprobs=True)}, 1, 0)
+    rows, mode = pack_sampling_rows([sampling_row(temperature=0, suppressed=(best,), logprobs=True)], 1, 0)
     result = sample(LOGITS[:1], rows, mode)
     logprobs = jax.nn.log_softmax(LOGITS[0])
     assert int(result.tokens[0]) == int(np.argsort(-np.asarray(LOGITS[0]))[1])

@@ -43,10 +43,9 @@ def no_masks(rows: int, vocab: int) -> np.ndarray:
 def run(logits, sampling_rows, counts=None, masks=None, mode=SamplingMode.GREEDY, guesses=1) -> tuple[Sampled, np.ndarray]:
     logits = np.asarray(logits, np.float32)
     rows, vocab = logits.shape
-    by_number = dict(enumerate(sampling_rows))
-    packed, _ = pack_sampling_rows(by_number, rows, SLOTS)
+    packed, _ = pack_sampling_rows(sampling_rows, rows, SLOTS)
     counts = np.zeros((SLOTS + 1, vocab), np.uint16) if counts is None else counts
-    adjustments = pack_adjustments(by_number, no_masks(rows, vocab) if masks is None else masks)
+    adjustments = pack_adjustments(sampling_rows, no_masks(0, vocab) if masks is None else masks, rows)
     sampled, counts = program(mode, guesses)(jnp.asarray(logits), jnp.asarray(packed), jnp.asarray(adjustments), counts)
     return jax.tree.map(np.asarray, sampled), np.asarray(counts)
 
@@ -118,7 +117,7 @@ def test_a_row_that_adjusts_nothing_is_sampled_as_without(mode, guesses):
     rows.append(sampling_row(3, adjustment=Adjustment(2.0, 2.0, 2.0, {1: 100.0})))
     counts = RNG.integers(0, 1 << 16, (SLOTS + 1, vocab)).astype(np.uint16)  # of requests that are gone
     sampled, _ = run(logits, rows, counts, mode=mode, guesses=guesses)
-    packed, _ = pack_sampling_rows(dict(enumerate(rows)), SLOTS, SLOTS)
+    packed, _ = pack_sampling_rows(rows, SLOTS, SLOTS)
     plain = jax.jit(lambda logits, rows: sample(logits, rows, mode, guesses))(logits, packed)
     np.testing.assert_array_equal(sampled.tokens[:3], np.asarray(plain.tokens)[:3])
     if mode is SamplingMode.LOGPROBS:

@@ -35,7 +35,7 @@ def sampling_row(**fields) -> SamplingRow:
 
 
 def run(logits: np.ndarray, sampling_rows: list[SamplingRow], mode: SamplingMode, guesses: int = 1) -> Sampled:
-    rows, _ = pack_sampling_rows(dict(enumerate(sampling_rows)), len(sampling_rows), 0)
+    rows, _ = pack_sampling_rows(sampling_rows, len(sampling_rows), 0)
     return jax.tree.map(np.asarray, program(mode, guesses)(jnp.asarray(logits), rows))
 
 
@@ -209,5 +209,5 @@ def test_parameters_that_change_nothing_need_no_draw():
         sampling_row(temperature=1e-40),
         sampling_row(top_k=1),
     ]
-    assert pack_sampling_rows(dict(enumerate(greedy)), 4, 0)[1] is SamplingMode.GREEDY
-    assert pack_sampling_rows({0: sampling_row(temperature=1.2e-38)}, 1, 0)[1] is SamplingMode.RANDOM
+    assert pack_sampling_rows(greedy, 4, 0)[1] is SamplingMode.GREEDY
+    assert pack_sampling_rows([sampling_row(temperature=1.2e-38)], 1, 0)[1] is SamplingMode.RANDOM

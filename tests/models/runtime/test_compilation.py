@@ -19,7 +19,7 @@ from chameleon_jax.models.llama import Llama
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import compilation
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, Program, Sampling, StepBuckets, shapes_for
+from chameleon_jax.models.runtime.buckets import Program, Sampling, StepBuckets, shapes_for
 from chameleon_jax.models.runtime.compilation import Compilation
 from chameleon_jax.models.runtime.programs import Job, Programs
 from tests.properties import examples
@@ -73,23 +73,31 @@ def begin(backend: str, extras: bool, adapters: bool) -> tuple[Compilation, Held
 def check(compiled: Compilation, made: Programs) -> None:
     """Check that every step that buckets allow has programs, and the smallest that can run it."""
     buckets = made.buckets
-    for size in (DECODE_TILE, buckets.prefill_tile):
-        for tiles, adapted in itertools.product(buckets.sizes(size), buckets.adapted(size)):
-            own = Program(tiles, size, adapted)
-            chosen = compiled.choose(own)
-            assert chosen in made.forward and chosen.tile_tokens == size and chosen.tiles >= tiles and chosen.adapted >= adapted
-            better = [
-                p for p in made.forward if p.tile_tokens == size and p.tiles >= tiles and p.adapted >= adapted and p < chosen
-            ]
-            assert not any(Sampling(p.tiles, SamplingMode.LOGPROBS, True, p.extras) in made.sample for p in better)
-            for mode, adjusted in itertools.product(SamplingMode, (False, True)):
-                wanted = Sampling(chosen.tiles, mode, adjusted or chosen.extras, chosen.extras)
-                sampling = compiled.choose_sampling(wanted)
-                assert sampling in made.sample
-                assert (sampling.rows, sampling.adapted) == (chosen.tiles, chosen.extras)
-                assert sampling.mode >= mode and sampling.adjusted >= wanted.adjusted
-                if wanted in made.sample:
-                    assert sampling == wanted
+    for own in buckets.programs:
+        chosen = compiled.choose(own)
+        assert chosen in made.forward and chosen.can_run(own)
+        updated = Sampling(buckets.sampled_rows(chosen), SamplingMode.LOGPROBS, True, True)
+        assert not chosen.extras or updated in made.sample
+        better = [p for p in made.forward if p.can_run(own) and p < chosen]
+        assert all(not can_sample(made, p) for p in better)
+        most = min(buckets.max_num_seqs, own.rows + own.tiles)
+        counts = [buckets.sampled_rows(chosen)] if chosen.extras else [n for n in buckets.decode if n <= most]
+        for rows, mode, adjusted in itertools.product(counts, SamplingMode, (False, True)):
+            wanted = Sampling(rows, mode, adjusted or chosen.extras, chosen.extras)
+            sampling = compiled.choose_sampling(wanted)
+            assert sampling in made.sample and sampling.adapted == chosen.extras
+            assert sampling.rows == rows if chosen.extras else sampling.rows >= rows
+            assert sampling.mode >= mode and sampling.adjusted >= wanted.adjusted
+            if wanted in made.sample:
+                assert sampling == wanted
+
+
+def can_sample(made: Programs, program: Program) -> bool:
+    """Tell whether programs sample whatever the rows of a step need."""
+    buckets = made.buckets
+    rows = buckets.sampled_rows(program)
+    kinds = [False, True] if program.extras else [False]
+    return all(Sampling(rows, SamplingMode.LOGPROBS, True, kind) in made.sample for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -115,17 +123,18 @@ def test_every_step_has_programs_in_whatever_order_they_come(backend, extras, ad
 
 def test_few_programs_are_compiled_first_and_a_step_wants_its_own():
     compiled, queue, made = begin("blocked", False, True)
-    assert set(made.forward) == {Program(9, 32, 7), Program(6, 1, 7)}
-    assert set(made.sample) == {Sampling(rows, SamplingMode.LOGPROBS, True, False) for rows in (6, 9)}
-    assert compiled.choose(Program(2, 1, 0)) == Program(6, 1, 7)
-    assert [job.key for job in queue.wanted] == [Sampling(2, SamplingMode.LOGPROBS, True, False), Program(2, 1, 0)]
-    assert [job.key for job in queue.left[:2]] == [Sampling(1, SamplingMode.LOGPROBS, True, False), Program(1, 1, 0)]
+    assert set(made.forward) == {Program(296, 6, 20, 7), Program(6, 6, 0, 7)}
+    assert set(made.sample) == {Sampling(6, SamplingMode.LOGPROBS, True, False)}
+    assert compiled.choose(Program(2, 2, 0, 0)) == Program(6, 6, 0, 7)
+    assert [job.key for job in queue.wanted] == [Sampling(2, SamplingMode.LOGPROBS, True, False), Program(2, 2, 0, 0)]
+    assert [job.key for job in queue.left[:2]] == [Sampling(1, SamplingMode.LOGPROBS, True, False), Program(1, 1, 0, 0)]
 
 
 def test_without_a_background_a_step_runs_its_own_programs():
     _, _, made = begin("blocked", False, True)
     lazy = Compilation(made, 1)
-    assert lazy.choose(Program(1, 1, 0)) == Program(1, 1, 0) and not lazy.runs_beside
+    assert lazy.choose(Program(1, 1, 0, 0)) == Program(1, 1, 0, 0) and not lazy.runs_beside
+    assert lazy.choose(Program(3, 3, 0, 0)) == Program(4, 4, 0, 0)
     assert lazy.choose_sampling(Sampling(1, SamplingMode.GREEDY, False, False)).rows == 1
 
 
@@ -145,5 +154,5 @@ def test_threads_end_with_the_engine(monkeypatch):
 
 def test_a_job_is_short_in_a_log():
     _, _, made = begin("blocked", False, True)
-    assert "Program(tiles=1, tile_tokens=1, adapted=0)" in str(Job(made.forward, Program(1, 1, 0)))
-    assert len(str(Job(made.forward, Program(1, 1, 0)))) < 200
+    assert "Program(tokens=1, rows=1, tiles=0, adapted=0)" in str(Job(made.forward, Program(1, 1, 0, 0)))
+    assert len(str(Job(made.forward, Program(1, 1, 0, 0)))) < 200

@@ -33,18 +33,18 @@ class SamplingDevice(FakeDevice):
         self.calls: list[tuple[Any, ...]] = []
 
     def send(self, chunks: list[Any], sampling_rows: dict[int, SamplingRow]) -> RunningStep:
-        step = PackedStep(None, Program(len(chunks), 1, 0), list(range(len(chunks))), SamplingMode.GREEDY)
-        adjusted = any(row.adjustment is not None for row in sampling_rows.values())
-        return RunningStep(step, sampling_rows, None, None, adjusted)
+        step = PackedStep(None, Program(len(chunks), len(chunks), 0, 0), list(range(len(chunks))), SamplingMode.GREEDY)
+        rows = list(sampling_rows.values())
+        return RunningStep(step, rows, None, None, any(row.adjustment is not None for row in rows))
 
     def forward(self, sent: RunningStep) -> RunningStep:
-        self.calls.append(("forward", len(sent.step.last)))
+        self.calls.append(("forward", sent.step.program.tokens))
         return sent
 
     def sample(self, running: RunningStep, masks: np.ndarray | None) -> DispatchedStep:
         self.calls.append(("sample", None if masks is None else masks.tolist()))
-        tokens = jnp.full(len(running.step.last), 7)
-        return DispatchedStep(Sampled(tokens), running.step.last, tokens)
+        tokens = jnp.full(len(running.rows) + 1, 7)  # a row of padding
+        return DispatchedStep(Sampled(tokens), tokens)
 
     def no_masks(self, rows: int) -> np.ndarray:
         return np.full((rows, 2), -1, np.int32)
@@ -107,13 +107,20 @@ def test_a_plain_step_is_drawn_at_its_dispatch_without_masks_and_counts(executor
     assert [sampled.token_id for sampled in executor.collect(handle)] == [7, 7]
 
 
-def test_a_part_with_guided_rows_is_drawn_later_and_the_other_part_at_once(executor, device):
+def test_a_step_with_guided_rows_is_drawn_later(executor, device):
     handle = executor.dispatch(StepPlan(prefills=[prefill(guided(0, 5))], decodes=[request(1)]))
-    assert device.calls == [("forward", 1), ("forward", 1), ("sample", None)]
+    assert device.calls == [("forward", 2)]
     executor.draw(handle)
     executor.draw(handle)  # nothing is left to draw
-    assert device.calls[3:] == [("sample", [mask_of([5], VOCAB).tolist()])]
-    assert len(executor.collect(handle)) == 2
+    assert device.calls[1:] == [("sample", [[-1, -1], mask_of([5], VOCAB).tolist()])]
+    assert [sampled.request.slot for sampled in executor.collect(handle)] == [1, 0]
+
+
+def test_a_step_of_decodes_and_prompts_is_one(executor, device):
+    begun = PrefillChunk(request(2), 0, 2, samples=False)
+    handle = executor.dispatch(StepPlan(prefills=[begun, prefill(request(0))], decodes=[request(1), request(3)]))
+    assert device.calls == [("forward", 4), ("sample", None)]
+    assert [sampled.request.slot for sampled in executor.collect(handle)] == [1, 3, 0]
 
 
 def test_masks_of_a_mixed_batch(executor, device):

@@ -204,10 +204,10 @@ class RecordingDevice(FakeDevice):
 
     def forward(self, sent: int) -> RunningStep:
         self.order.append("step")
-        return RunningStep(PackedStep(None, None, list(range(sent)), None), {}, None, None, False)
+        return RunningStep(PackedStep(None, None, list(range(sent)), None), [], None, None, False)
 
     def sample(self, running: RunningStep, masks: None) -> DispatchedStep:
-        return DispatchedStep(None, running.step.last, jnp.zeros(()))
+        return DispatchedStep(None, jnp.zeros(()))
 
     def put(self, piece):
         self.order.append("piece")

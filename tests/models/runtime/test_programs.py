@@ -51,14 +51,15 @@ def compiled() -> tuple[Programs, list[tuple[int, int]]]:
 
 def test_everything_is_compiled_once(compiled):
     made, seen = compiled
-    assert set(made.forward) == {(n, 1, adapted) for n in (1, 2) for adapted in (0, 7)} | {(1, 32, 0), (1, 32, 7)}
+    shapes = ((1, 1, 0), (2, 2, 0), (32, 2, 2), (40, 2, 4))  # tokens, rows, tiles
+    assert set(made.forward) == {(*shape, adapted) for shape in shapes for adapted in (0, 7)}
     kinds = ((False, False), (True, False))  # adjusted or not, and none that adapters change
     assert set(made.sample) == {(n, mode, *kind) for n in (1, 2) for mode in SamplingMode for kind in kinds}
     assert set(made.write) == set(PIECES.all)
     total = len(made.forward) + len(made.sample) + len(made.write) + len(made.count) + len(made.score)
-    assert set(made.score) == {32}
+    assert set(made.score) == {64}
     assert seen == [(i, total) for i in range(1, total + 1)]
-    assert made.forward[2, 1, 7] is made.forward[2, 1, 7]
+    assert made.forward[2, 2, 0, 7] is made.forward[2, 2, 0, 7]
 
 
 def test_no_adapters_no_lora_programs():
@@ -66,7 +67,7 @@ def test_no_adapters_no_lora_programs():
     assert not any(programs is made.write or (programs is made.forward and key[-1] == 7) for programs, key in made.listing())
 
 
-@pytest.mark.parametrize(("extras", "expected"), [(False, [40, 60, 2]), (True, [56, 90, 2])])
+@pytest.mark.parametrize(("extras", "expected"), [(False, [49, 48, 2]), (True, [74, 72, 2])])
 def test_a_7b_on_a_gpu_has_few_programs(extras, expected):
     layout = PageLayout.for_model(PRESETS["llama-7b"])
     buckets = StepBuckets(

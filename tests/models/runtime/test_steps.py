@@ -30,12 +30,12 @@ NUM_PAGES = 2000
 
 
 @pytest.mark.parametrize("adapted", [0, 7])
-@pytest.mark.parametrize("tiles,tile_tokens", [(1, 1), (6, 1), (1, 32), (2, 32)])
-def test_the_pool_is_updated_in_place(tiles, tile_tokens, adapted):
+@pytest.mark.parametrize("tokens,rows,tiles", [(1, 1, 0), (6, 6, 0), (32, 0, 2), (32, 6, 2), (64, 6, 4)])
+def test_the_pool_is_updated_in_place(tokens, rows, tiles, adapted):
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, jnp.dtype("float32"), nnx.Rngs(0))))
     pages = [jax.ShapeDtypeStruct((NUM_PAGES, LAYOUT.page_elems), jnp.float32)] * CONFIG.num_layers
     slots = jax.ShapeDtypeStruct((7,), jnp.int32)
-    program = Program(tiles, tile_tokens, adapted)
+    program = Program(tokens, rows, tiles, adapted)
     options = {"program": program, "buckets": BUCKETS, "layout": LAYOUT, "backend": "blocked"}
     step = jax.jit(functools.partial(steps.forward, graph, **options), donate_argnums=1)
     packed = jax.ShapeDtypeStruct((BUCKETS.packed_size(program),), jnp.int32)
