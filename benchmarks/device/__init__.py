@@ -8,11 +8,12 @@ H200 (docs/performance.md), call 3 on no GPU yet.
 
 | section | content |
 |---|---|
-| smoke | two layers, a prompt and a decode step with and without LoRA, against the reference |
+| smoke | two layers, a prompt, a decode step and both in one, with and without LoRA, against the reference |
 | machine | device and packages; copy, read and link bandwidth, matrix rate |
 | correctness | ops, then the whole 7B step, against the reference, in float32 and bfloat16 |
 | decode | a step of 1 to 128 rows: base, and mixes of adapters, beside its floor and its prediction |
 | prefill | a step of 2048 tokens: ms, operations a second |
+| mixed | 32 rows and 512 tokens of a prompt in one step, beside the same work in two |
 | peers | torch with CUDA graphs, base and with batched LoRA, and transformers + peft, at the same rows and contexts |
 | loads | adapters from pinned memory into pages, and steps meanwhile |
 | host | host time of a step, busy share of the real loop |

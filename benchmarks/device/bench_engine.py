@@ -14,7 +14,7 @@ from flax import nnx
 from benchmarks.device.compilation import threads
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.llama import Llama
-from chameleon_jax.models.runtime.buckets import StepBuckets
+from chameleon_jax.models.runtime.buckets import Sampling, StepBuckets
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Programs
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, SequenceChunk, pack_step
@@ -77,7 +77,8 @@ class BenchEngine(ModelRunner):
         packed, program, _, mode = pack_step(batch.chunks, batch.sampling_rows, self.buckets)
         if mode is None:
             raise ValueError("a step to measure draws tokens")
-        forward, sample = self.programs.forward[program], self.programs.sample[program.tiles, mode, False, False]
+        rows = next(n for n in self.buckets.decode if n >= len(batch.sampling_rows))
+        forward, sample = self.programs.forward[program], self.programs.sample[Sampling(rows, mode, False, False)]
         inputs = jax.device_put(packed, self._memory)
 
         def step() -> jax.Array:

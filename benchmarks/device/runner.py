@@ -12,7 +12,7 @@ from benchmarks.device.scale import FULL, Scale
 
 OTHERS_DEVICE = ("startup", "peers", "serve_curve", "autotuning")
 """Sections for which JAX in this process must not take the device, because processes of their own or torch do."""
-NEED_CEILINGS = ("decode", "prefill", "loads", "ops")
+NEED_CEILINGS = ("decode", "prefill", "mixed", "loads", "ops")
 START = "start"
 START_SECONDS = 90.0
 """Limit for importing a section and listing its cases."""

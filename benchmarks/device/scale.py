@@ -30,6 +30,7 @@ class Scale:
         ranks: Ranks of adapters that are mixed.
         load_ranks: Ranks of adapters that are loaded.
         prompt_tokens: Tokens of a prefill step.
+        mixed: Rows and prompt tokens of steps that both decode and have a prompt.
         max_tokens: Tokens of the longest sequence.
         scratch_bytes: Device memory that the pool leaves free.
         pool_bytes: Largest size of the pool. None takes all remaining memory.
@@ -49,6 +50,7 @@ class Scale:
     ranks: tuple[int, ...]
     load_ranks: tuple[int, ...]
     prompt_tokens: int
+    mixed: tuple[int, int]
     prefill_tile: int
     max_tokens: int
     scratch_bytes: int
@@ -84,6 +86,7 @@ FULL = Scale(
     ranks=(8, 16, 32, 64, 128),
     load_ranks=(8, 16, 32, 64, 128, 256),
     prompt_tokens=2048,
+    mixed=(32, 512),
     prefill_tile=shapes_for("triton")["prefill_tile"],
     max_tokens=2048,
     scratch_bytes=6 << 30,
@@ -104,6 +107,7 @@ SMALL = Scale(
     ranks=(4, 8),
     load_ranks=(4, 16),
     prompt_tokens=64,
+    mixed=(3, 32),
     prefill_tile=16,
     max_tokens=128,
     scratch_bytes=0,
@@ -123,15 +127,21 @@ def on_gpu() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ChosenBuckets(StepBuckets):
-    """Buckets of chosen sizes only."""
+    """Buckets of chosen sizes only.
+
+    Attributes:
+        rows: Rows of steps that only decode.
+        steps: Tokens of steps with prompts. Each has the program that it has in serving.
+    """
 
     rows: tuple[int, ...] = ()
-    prompt_tiles: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
 
     @property
     def decode(self) -> tuple[int, ...]:
         return self.rows
 
     @property
-    def prefill(self) -> tuple[int, ...]:
-        return self.prompt_tiles
+    def prompts(self) -> tuple[int, ...]:
+        sizes = super().prompts
+        return tuple(sorted({next(size for size in sizes if size >= tokens) for tokens in self.steps}))

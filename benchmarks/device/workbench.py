@@ -63,6 +63,7 @@ class Workbench:
     def buckets(self, max_tokens: int | None = None) -> ChosenBuckets:
         """Buckets for sequences of up to `max_tokens`, or up to the scale's."""
         scale = self.scale
+        rows, tokens = scale.mixed
         return ChosenBuckets(
             max_num_seqs=max(scale.rows),
             max_prefill_tokens=scale.prompt_tokens,
@@ -71,7 +72,7 @@ class Workbench:
             max_adapter_pages=self.layout.place(dict.fromkeys(TARGETS, max(scale.load_ranks))).num_pages,
             **shapes_for("triton") | {"prefill_tile": scale.prefill_tile},  # also without a GPU
             rows=scale.rows,
-            prompt_tiles=(-(-scale.prompt_tokens // scale.prefill_tile),),  # shorter steps are padded
+            steps=(tokens, rows + tokens, scale.prompt_tokens, scale.prompt_tokens + max(scale.rows)),  # others are padded
         )
 
     def programs(self, buckets: ChosenBuckets, options: Mapping[str, Any] | None = None) -> Programs:
@@ -132,15 +133,19 @@ class Workbench:
             chunks, sampling_rows, self.weight_bytes + rows * context * self.token_bytes + self.adapter_bytes(adapters), note
         )
 
-    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0) -> Batch:
+    def prompts(self, count: int, tokens: int, start: int, mix: Mix, seed: int = 0, beside: Batch | None = None) -> Batch:
         """Step that computes `tokens` tokens of each of `count` prompts from position `start` on.
+
+        Its sequences have other slots and pages than the sequences of the batch `beside`.
 
         Raises:
             Skip: The step does not fit the pool.
         """
-        deal = self._deal(seed)
+        others = beside.chunks if beside else []
+        taken = {page for chunk in others for page in (*chunk.pages, *(chunk.adapter.pages if chunk.adapter else ()))}
+        deal = (page for page in self._deal(seed) if page not in taken)
         width = self.layout.pages_for_tokens(start + tokens)
-        capacity = self.engine.num_pages - 1
+        capacity = self.engine.num_pages - 1 - len(taken)
         if count * width > capacity:
             raise Skip(f"KV takes {count * width} pages; the pool has {capacity}")
         tables = [tuple(itertools.islice(deal, width)) for _ in range(count)]
@@ -148,9 +153,17 @@ class Workbench:
         if mix.ranks and len(adapters) < count:
             raise Skip("the adapters do not fit beside the KV")
         words = np.random.default_rng(seed).integers(0, self.config.vocab_size, (count, tokens)).tolist()
-        chunks = [SequenceChunk(words[i], start, i, tables[i], adapters[i] if adapters else None) for i in range(count)]
-        sampling_rows = {i: SamplingRow(i, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i in range(count)}
+        slots = [len(others) + i for i in range(count)]
+        owners = adapters or itertools.repeat(None)
+        chunks = [SequenceChunk(*of_one) for of_one in zip(words, itertools.repeat(start), slots, tables, owners)]
+        sampling_rows = {i: SamplingRow(slot, start + tokens, i, 0.0, 0, 1.0, 0.0, (), False) for i, slot in enumerate(slots)}
         return Batch(chunks, sampling_rows, self.weight_bytes + self.adapter_bytes(adapters), "")
+
+    def joined(self, decode: Batch, prompts: Batch) -> Batch:
+        """Step that does the work of two, whose slots and pages differ."""
+        behind = {len(decode.chunks) + i: row for i, row in prompts.sampling_rows.items()}
+        floor_bytes = decode.floor_bytes + prompts.floor_bytes - self.weight_bytes
+        return Batch(decode.chunks + prompts.chunks, decode.sampling_rows | behind, floor_bytes, decode.note)
 
     def adapters(self, mix: Mix, count: int, deal: Iterator[int], room: int) -> list[PlacedAdapter]:
         """Up to `count` adapters, as many as `room` pages hold."""

@@ -75,9 +75,14 @@ class Model:
         page = jax.ShapeDtypeStruct((LAYER_BYTES // 2 // layout.page_elems, layout.page_elems), jnp.bfloat16)
         return cls(config, layout, buckets, graph, params, [page] * config.num_layers)
 
-    def compile_step(self, tiles: int, tile_tokens: int, adapted: int) -> Any:
+    def program(self, rows: int, prompt_tokens: int, adapted: int) -> Program:
+        """Choose the program of a step: rows that decode, and a prompt."""
+        tiles = self.buckets.tiles_of(prompt_tokens)
+        return self.buckets.choose(Program(rows + prompt_tokens, rows, tiles, adapted))
+
+    def compile_step(self, program: Program) -> Any:
         with for_gpu():
-            return self.lower_step(Program(tiles, tile_tokens, adapted)).compile()
+            return self.lower_step(program).compile()
 
     def lower_step(self, program: Program) -> Any:
         options: dict[str, Any] = {"program": program, "buckets": self.buckets, "layout": self.layout, "backend": "triton"}
@@ -131,6 +136,26 @@ def kernels(compiled: Any) -> Counter[str]:
     return Counter(re.findall(r'\bname = "(\w+)"', line)[-1] for line in calls)
 
 
+def weight_reads(compiled: Any) -> list[int]:
+    """Count, for each matrix of the layers, the operations of the program's entry that read it."""
+    text = compiled.as_text()
+    reads: Counter[str] = Counter()
+    matrix_of: dict[str, str] = {}
+    for line in text[text.index("\nENTRY") :].splitlines():
+        found = re.match(r"  (?:ROOT )?%(\S+) = .*? ([a-z][a-z0-9-]*)\((.*?)\)", line)
+        if found is None:
+            continue
+        name, operation, operands = found.groups()
+        if operation == "parameter" and "layers" in name and "weight" in name:
+            matrix_of[name], reads[name] = name, 0
+        for matrix in {matrix_of[operand] for operand in re.findall(r"%([^\s,]+)", operands) if operand in matrix_of}:
+            if operation == "bitcast":
+                matrix_of[name] = matrix
+            else:
+                reads[matrix] += 1
+    return list(reads.values())
+
+
 class LoweredPrograms(Programs):
     """Programs of an engine, traced and lowered for an H100 and not compiled: a start's host cost without XLA."""
 
@@ -154,17 +179,36 @@ def start_up_row(model: Model) -> dict[str, Any]:
 LAUNCHES = ("fusion", "custom-call", "copy", "scatter", "gather", "dot", "while", "conditional")
 
 
-def step_row(model: Model, name: str, tiles: int, tile_tokens: int, adapted: int) -> dict[str, Any]:
+STEPS = {
+    "decode, 1 rows": (1, 0),
+    "decode, 32 rows": (32, 0),
+    "decode, 128 rows": (128, 0),
+    "32 rows + 512 prompt tokens": (32, 512),
+    "prefill, 2048 tokens": (0, 2048),
+}
+"""Rows that decode and tokens of a prompt in a step, by name."""
+
+
+def programs_of(model: Model) -> list[tuple[str, Program]]:
+    """List the programs of the steps, one for each number of adapted targets for which there is one."""
+    numbers = model.buckets.adapted(alone=True)
+    found = {(name, model.program(*step, adapted)): None for name, step in STEPS.items() for adapted in numbers}
+    return list(found)
+
+
+def step_row(model: Model, name: str, program: Program) -> dict[str, Any]:
     begin = time.perf_counter()
-    compiled = model.compile_step(tiles, tile_tokens, adapted)
+    compiled = model.compile_step(program)
     seconds = time.perf_counter() - begin
-    memory, launched = compiled.memory_analysis(), operations(compiled)
+    memory, launched, reads = compiled.memory_analysis(), operations(compiled), weight_reads(compiled)
     return {
         "step": name,
-        "adapters": {0: "none", 4: "q k v o", 7: "all seven"}[adapted],
+        "program": f"{program.tokens} tokens, {program.rows} rows, {program.tiles} tiles",
+        "adapters": {0: "none", 4: "q k v o", 7: "all seven"}[program.adapted],
         "launches": sum(launched[kind] for kind in LAUNCHES),
         "a layer": round(sum(launched[kind] for kind in LAUNCHES) / model.config.num_layers, 1),
         "of them kernels of ours": sum(kernels(compiled).values()),
+        "weights read": round(sum(reads) / len(reads), 2),
         "pool aliased": f"{memory.alias_size_in_bytes / (len(model.pages) * LAYER_BYTES):.0%}",
         "temporaries, MiB": round(memory.temp_size_in_bytes / 2**20, 1),
         "compiled in, s": round(seconds, 1),
@@ -183,9 +227,5 @@ def main(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     made = Model.of(model)
-    shapes = [(f"decode, {n} rows", n, 1) for n in (1, 32, 128)] + [("prefill, 2048 tokens", 32, made.buckets.prefill_tile)]
-    if start_up:
-        table = [start_up_row(made)]
-    else:
-        table = [step_row(made, *shape, adapted) for shape in shapes for adapted in made.buckets.adapted(shape[-1])]
+    table = [start_up_row(made)] if start_up else [step_row(made, *step) for step in programs_of(made)]
     publish(describe() | {"model": model, "table": table}, out)

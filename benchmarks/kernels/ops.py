@@ -66,14 +66,15 @@ def attentions(rows: int, context: int) -> dict[str, float]:
     width = LAYOUT.pages_for_tokens(context)
     pages = [normal(1 + rows * width, LAYOUT.page_elems) for _ in range(LAYERS)]
     tables = jnp.asarray(1 + np.arange(rows * width, dtype=np.int32).reshape(rows, width))
-    starts, counts = jnp.full(rows, context - 1, jnp.int32), jnp.ones(rows, jnp.int32)
+    firsts, starts, counts = jnp.arange(rows), jnp.full(rows, context - 1, jnp.int32), jnp.ones(rows, jnp.int32)
+    sizes = {"tile_tokens": 1, "num_kv_heads": CONFIG.num_kv_heads}
 
     def run(attend: Callable[..., jax.Array], q: jax.Array, pages: list[jax.Array]) -> jax.Array:
         for layer in pages:
-            q = q + attend(q, layer, tables, starts, counts, num_kv_heads=CONFIG.num_kv_heads)
+            q = q + attend(q, layer, tables, firsts, starts, counts, **sizes)
         return q
 
-    q = normal(rows, 1, CONFIG.num_heads, CONFIG.head_dim)
+    q = normal(rows, CONFIG.num_heads, CONFIG.head_dim)
     result = {"one gather": best_ms(functools.partial(run, attention_reference.paged_attention), q, pages)}
     for group in (1, 8, 16):
         for block in (64, 128):
@@ -93,7 +94,7 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
     inputs = {width: normal(rows, width) for t in TARGETS for width in CONFIG.target_shape(t)}
 
     def run(plan: Any, pages: list[jax.Array], inputs: dict[int, jax.Array]) -> jax.Array:
-        targets = lora_plan.resolve(plan, LAYOUT, 1)
+        targets = lora_plan.resolve(plan, LAYOUT, rows)
         total = jnp.float32(0)
         for layer in pages:
             for t in TARGETS:
@@ -110,11 +111,11 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
         ):
             plan = lora_plan.plan_batch(
                 [placed[o] for o in owner],
-                tiles=rows,
-                tile_tokens=1,
+                tokens=rows,
+                runs=rows,
+                window_tokens=window,
                 max_rank=max(rank, 128),
                 max_pages=n,
-                decode_window=window,
             )
             result[f"{block} x {window}"] = best_ms(run, plan, pages, inputs)
     return result

@@ -39,7 +39,7 @@ def measure(system: str, running: int, queued: int, adapters: int, steps: int = 
     pool, now = PagePool(running * 24 + running * 10), 0.0
     config = EngineConfig(system=system, max_num_seqs=running, max_num_batched_tokens=2048)
     cache = AdapterCache(pool, get_system(system).eviction)
-    shapes = StepBuckets(running, config.max_num_batched_tokens, 1, max(RANKS), 1).prefill_shapes
+    shapes = StepBuckets(running, config.max_num_batched_tokens, 1, max(RANKS), 1).step_shapes
     scheduler = Scheduler(config, 16, cache, HistoryPredictor(64), shapes)
     for i in range(adapters):
         pages = RANKS[i % len(RANKS)] // 4

@@ -19,6 +19,7 @@ from benchmarks.device.workbench import shared
 from chameleon_jax.models.ops import pallas_triton
 from chameleon_jax.models.ops.batched_lora import triton as lora
 from chameleon_jax.models.ops.paged_attention import triton as attention
+from chameleon_jax.models.runtime.step_inputs import pack_step
 
 
 @pytest.fixture
@@ -134,3 +135,18 @@ def test_floor_counts_what_a_step_must_read():
     assert mixed.floor_bytes - base.floor_bytes == 4 * ranks * widths * config.num_layers
     pages = [page for s in mixed.chunks for page in (*s.pages, *s.adapter.pages)]
     assert len(pages) == len(set(pages)) and 0 not in pages
+
+
+def test_a_mixed_step_does_the_work_of_its_halves_and_reads_the_weights_once():
+    bench, mix = shared(SMALL), Mix("two", (4, 8))
+    rows, tokens = SMALL.mixed
+    decode = bench.decode(rows, 96, mix)
+    prompt = bench.prompts(1, tokens, 0, mix, beside=decode)
+    both = bench.joined(decode, prompt)
+    assert both.floor_bytes == decode.floor_bytes + prompt.floor_bytes - bench.weight_bytes
+    pages = [page for s in both.chunks for page in (*s.pages, *s.adapter.pages)]
+    assert len(pages) == len(set(pages)) and 0 not in pages
+    assert [s.slot for s in both.chunks] == [row.slot for row in both.sampling_rows.values()] == list(range(rows + 1))
+    assert list(both.sampling_rows) == list(range(rows + 1))
+    program = pack_step(both.chunks, both.sampling_rows, bench.engine.buckets).program
+    assert program.rows >= rows and program.tiles and rows + tokens <= program.tokens < SMALL.prompt_tokens + max(SMALL.rows)

@@ -286,11 +286,12 @@ def test_a_call_replaces_its_own_report_and_no_other(out, monkeypatch):
 # -- all of it ----------------------------------------------------------------------------------------------------------
 
 CHEAP = {
-    "smoke": ("decode with LoRA",),
+    "smoke": ("both with LoRA",),
     "machine": ("device", "memory", "matrices", "link"),
     "correctness": ("paged_attention, decode, heads grouped, float32", "write_kv, float32", "sampling, tokens"),
     "decode": ("engine", "4 rows, 96 tokens, base", "4 rows, 96 tokens, mixed ranks, all seven", "scratch"),
     "prefill": ("4 prompts of 16, mixed ranks, all seven",),
+    "mixed": ("3 rows + 32 prompt tokens, mixed ranks, all seven",),
     "loads": ("rank 16", "steps of 4 rows meanwhile"),
     "host": ("parts of a step, mixed ranks, q k v o", "the loop, mixed ranks, q k v o"),
     "ops": ("attention, 4 rows, 96 tokens", "adapters, 4 rows, mixed ranks, all seven", "write_kv"),

@@ -1,6 +1,6 @@
 """Settings without a GPU: JAX looks for none, and XLA chooses products untimed and caches no programs, as they cannot run.
 
-Optimizations are those of use, unlike in other tests.
+Programs are optimized as in use, unlike in other tests.
 """
 
 from __future__ import annotations

@@ -18,7 +18,15 @@ from chameleon_jax.models.ops import pallas_triton as pt
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.buckets import Program
 
-PROGRAMS = (Program(1, 1, 7), Program(4, 1, 4), Program(128, 1, 7), Program(1, 64, 7), Program(3, 64, 7), Program(32, 64, 7))
+PROGRAMS = (
+    Program(1, 1, 0, 7),
+    Program(4, 4, 0, 4),
+    Program(128, 128, 0, 7),
+    Program(64, 0, 2, 7),
+    Program(192, 0, 6, 7),
+    Program(2048, 0, 64, 7),
+    Program(768, 128, 24, 7),
+)
 
 AXES = {
     "decode_attention": 3,
@@ -98,6 +106,6 @@ def test_code_does_not_depend_on_first_extents(preset, monkeypatch):
 def test_pallas_launches_kernels_where_launches_have_another_name(monkeypatch):
     monkeypatch.setattr(pt, "_codes", {})
     monkeypatch.setattr(pt, "TARGET", "another name")
-    compiled = Model.of("llama-7b", 1).compile_step(4, 1, 7)
+    compiled = Model.of("llama-7b", 1).compile_step(Program(4, 4, 0, 7))
     assert set(pt._codes.values()) == {None}
     assert kernels(compiled)["lora_shrink"] == kernels(compiled)["lora_expand"] == 4

@@ -3,84 +3,112 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.kernels.compile_h100 import LAUNCHES, LAYER_BYTES, Model, compile_for_h100, kernels, operations
+from benchmarks.kernels.compile_h100 import (
+    LAUNCHES,
+    LAYER_BYTES,
+    Model,
+    compile_for_h100,
+    kernels,
+    operations,
+    weight_reads,
+)
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import TARGETS
-from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, plan_shapes
 from chameleon_jax.models.ops.sampling import ADJUSTMENT_COLUMNS, SAMPLING_COLUMNS, SamplingMode, mask_words
 from chameleon_jax.models.runtime import steps
+from chameleon_jax.models.runtime.buckets import Program
 
 MIB = 1 << 20
 model = functools.cache(Model.of)
 
 
-def scratch_bound(of: Model, tiles: int, tile_tokens: int, lora: bool) -> int:
+def scratch_bound(of: Model, program: Program) -> int:
     """Bound the bytes that a step needs besides weights and pool.
 
     They are a layer's activations, float32 where products are split over d_in (8 parts at most) or wait for an adapter's
-    update. With adapters the partial products of the largest launch and every target's addresses are added.
+    update. With adapters the partial products of the largest launch of each plan and every target's addresses are added.
     """
-    config, tokens = of.config, tiles * tile_tokens
-    widest = max(2 * config.intermediate_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    config, tokens, heads = of.config, program.tokens, of.config.num_heads * of.config.head_dim
+    widest = max(2 * config.intermediate_size, heads + 2 * config.num_kv_heads * config.head_dim)
     parts = 8 if tokens <= 128 else 1
     size = tokens * widest * (4 * parts + 2 * 4) + 4 * MIB
-    if lora:
-        blocks = tiles * math.ceil(of.buckets.max_rank / BLOCK_ROWS)
-        size += 4 * 3 * blocks * max(16, min(128, tokens)) * BLOCK_ROWS * 4
+    for plan in of.buckets.lora_plans(program).values():
+        shapes = plan_shapes(**plan, max_rank=of.buckets.max_rank, max_pages=of.buckets.max_adapter_pages)
+        blocks = shapes["rank_rows"][1] // BLOCK_ROWS
+        size += 4 * 3 * blocks * max(16, plan["window_tokens"]) * BLOCK_ROWS * 4
         size += 6 * len(TARGETS) * 2 * blocks * BLOCK_ROWS * 2 * 4
     return size
 
 
 @pytest.mark.parametrize(
-    "preset,num_layers,tiles,tile_tokens,adapted",
+    "preset,num_layers,program",
     [
         # the largest steps with every layer; the others repeat a layer's code four times, which shows as much in half the time
-        pytest.param("llama-7b", 4, 1, 1, 7, id="7b-1-row"),
-        pytest.param("llama-7b", 4, 32, 1, 0, id="7b-32-rows-base"),
-        pytest.param("llama-7b", 32, 128, 1, 7, id="7b-128-rows"),
-        pytest.param("llama-7b", 4, 32, 1, 4, id="7b-32-rows-attention"),
-        pytest.param("llama-7b", 4, 32, 64, 0, id="7b-prefill-base"),
-        pytest.param("llama-7b", 32, 32, 64, 7, id="7b-prefill"),
-        pytest.param("llama-3-8b", 4, 32, 1, 7, id="8b-32-rows"),
-        pytest.param("llama-3-8b", 4, 32, 64, 7, id="8b-prefill"),
-        pytest.param("llama-7b", 4, 32, 1, 9, id="7b-32-rows-extras"),
-        pytest.param("llama-7b", 4, 32, 64, 9, id="7b-prefill-extras"),
+        pytest.param("llama-7b", 4, Program(1, 1, 0, 7), id="7b-1-row"),
+        pytest.param("llama-7b", 4, Program(32, 32, 0, 0), id="7b-32-rows-base"),
+        pytest.param("llama-7b", 32, Program(128, 128, 0, 7), id="7b-128-rows"),
+        pytest.param("llama-7b", 4, Program(32, 32, 0, 4), id="7b-32-rows-attention"),
+        pytest.param("llama-7b", 4, Program(2048, 0, 64, 0), id="7b-prefill-base"),
+        pytest.param("llama-7b", 32, Program(2048, 0, 64, 7), id="7b-prefill"),
+        pytest.param("llama-7b", 4, Program(768, 128, 24, 7), id="7b-mixed"),
+        pytest.param("llama-3-8b", 4, Program(32, 32, 0, 7), id="8b-32-rows"),
+        pytest.param("llama-3-8b", 4, Program(2048, 0, 64, 7), id="8b-prefill"),
+        pytest.param("llama-7b", 4, Program(32, 32, 0, 9), id="7b-32-rows-extras"),
+        pytest.param("llama-7b", 4, Program(2048, 0, 64, 9), id="7b-prefill-extras"),
+        pytest.param("llama-7b", 4, Program(768, 128, 24, 9), id="7b-mixed-extras"),
     ],
 )
-def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, tiles, tile_tokens, adapted):
+def test_a_step_fits_its_bound_and_launches_every_kernel(preset, num_layers, program):
     of = model(preset, num_layers)
-    compiled = of.compile_step(tiles, tile_tokens, adapted)
+    compiled = of.compile_step(program)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == num_layers * LAYER_BYTES
-    bound = scratch_bound(of, tiles, tile_tokens, adapted > 0)
+    bound = scratch_bound(of, program)
     assert memory.temp_size_in_bytes <= bound
-    assert tile_tokens > 1 or bound < LAYER_BYTES // 2  # or the bound would not notice a copy
+    assert program.tokens > 1024 or bound < LAYER_BYTES  # or the bound would not notice a copy
 
     launched = operations(compiled)
     assert not {"while", "conditional", "copy-start", "all-reduce"} & set(launched)
     assert launched["copy"] <= 2
     pool = f"[{of.pages[0].shape[0]},"
     assert not [line for line in compiled.as_text().splitlines() if " copy(" in line and pool in line]
-    found = kernels(compiled)
-    assert sum(n for name, n in found.items() if "attention" in name) >= num_layers
-    a_layer = {0: 0, 4: 2, 7: 4, 9: 4 + 2}[adapted]  # with extras, a part of the embedding and one of the head too
+    assert weight_reads(compiled) == [1] * 4 * num_layers
+    found, kinds = kernels(compiled), {"decode": program.rows > 0, "prefill": program.tiles > 0}
+    assert {kind: found[f"{kind}_attention"] for kind in kinds} == {kind: num_layers * there for kind, there in kinds.items()}
+    # each kind has its own launches; with extras a part of the embedding too, and one of the head for both together
+    a_kind = {0: 0, 4: 2, 7: 4, 9: 5}[program.adapted]
+    a_layer = a_kind * sum(kinds.values()) + program.extras
     assert [found["lora_shrink"], found["lora_expand"]] == [a_layer * num_layers] * 2
 
 
-@pytest.mark.parametrize("tiles,tile_tokens", [(4, 1), (4, 64), (128, 1)])
-def test_the_largest_rank_fits_the_device(tiles, tile_tokens):
+@pytest.mark.parametrize(
+    "program", [Program(4, 4, 0, 7), Program(256, 0, 8, 7), Program(128, 128, 0, 7), Program(256, 128, 8, 7)]
+)
+def test_the_largest_rank_fits_the_device(program):
     of = model("llama-7b", 1, max_rank=MAX_RANK)
-    compiled = of.compile_step(tiles, tile_tokens, 7)
-    assert compiled.memory_analysis().temp_size_in_bytes <= scratch_bound(of, tiles, tile_tokens, True)
+    compiled = of.compile_step(program)
+    assert compiled.memory_analysis().temp_size_in_bytes <= scratch_bound(of, program)
+    kinds = (program.rows > 0) + (program.tiles > 0)
     found = kernels(compiled)
-    assert [found["lora_shrink"], found["lora_expand"]] == [4, 4]
+    assert [found["lora_shrink"], found["lora_expand"]] == [4 * kinds] * 2
+
+
+def test_a_matrix_that_two_products_read_counts_twice():
+    weights = {"layers": [{"weight": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)} for _ in range(2)]}
+    x = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16)
+
+    def fn(weights: Any, x: jax.Array) -> jax.Array:
+        first, second = (layer["weight"] for layer in weights["layers"])
+        return jnp.tanh(jnp.tanh(x @ first) @ first) @ second
+
+    assert sorted(weight_reads(compile_for_h100(fn, weights, x))) == [1, 2]
 
 
 @pytest.mark.parametrize("mode", list(SamplingMode))
@@ -97,7 +125,7 @@ def test_sampling_waits_for_nothing(mode, adjusted):
         compiled = compile_for_h100(fn, *state, counts, sampling_rows, adjustments, donate_argnums=(2, 3))
         assert compiled.memory_analysis().alias_size_in_bytes >= counts.size * 2  # the counts are not copied
     else:
-        fn = functools.partial(steps.sample_step, mode=mode, backend="triton")
+        fn = functools.partial(steps.sample_step, rows=128, mode=mode, backend="triton")
         compiled = compile_for_h100(fn, *state, sampling_rows, donate_argnums=2)
     launched = operations(compiled)
     assert not {"while", "conditional"} & set(launched)
@@ -119,7 +147,7 @@ def test_writing_an_adapter_is_in_place(num_pages):
 
 
 @pytest.mark.parametrize("head_dim", [96, 256])
-@pytest.mark.parametrize("tiles,tile_tokens", [(4, 1), (4, 64)])
-def test_other_sizes_of_heads_fit_the_device(head_dim, tiles, tile_tokens):
-    compiled = model("llama-3-8b", 1, head_dim).compile_step(tiles, tile_tokens, 7)
+@pytest.mark.parametrize("program", [Program(4, 4, 0, 7), Program(256, 0, 8, 7)])
+def test_other_sizes_of_heads_fit_the_device(head_dim, program):
+    compiled = model("llama-3-8b", 1, head_dim).compile_step(program)
     assert compiled.memory_analysis().alias_size_in_bytes > 0.99 * LAYER_BYTES

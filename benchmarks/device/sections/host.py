@@ -125,7 +125,7 @@ class _Loop:
             engine.num_pages,
             page_tokens=layout.page_tokens,
             max_model_len=bench.scale.max_tokens,
-            shapes=engine.buckets.prefill_shapes,
+            shapes=engine.buckets.step_shapes,
         )
         for name, placement in placements.items():
             num_bytes = placement.num_pages * layout.page_bytes(bench.dtype.itemsize)

@@ -29,6 +29,7 @@ from chameleon_jax.models.ops.batched_lora.plan import LoraTargets, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import paged_attention, write_kv
 from chameleon_jax.models.ops.sampling import SamplingMode
+from chameleon_jax.models.runtime.buckets import TILE_COLUMNS, Sampling
 from chameleon_jax.models.runtime.step_inputs import SamplingRow, pack_sampling_rows, pack_step
 
 RESULT_BYTES = 1 << 30
@@ -92,12 +93,12 @@ class Alone:
 
     def adapters(self, rows: int, mix: Mix) -> list[Row]:
         batch = self._bench.decode(rows, self._bench.layout.page_tokens, mix)
-        return self._adapters_of(batch, rows, 1, f"{rows} rows, {mix.name}")
+        return self._adapters_of(batch, rows, f"{rows} rows, {mix.name}")
 
     def prefill(self) -> list[Row]:
         """Measure one prompt of a whole step, with one adapter."""
         scale = self._bench.scale
-        tokens, tile = scale.prompt_tokens, scale.prefill_tile
+        tokens = scale.prompt_tokens
         batch = self._bench.prompts(1, tokens, 0, Mix("one", (16,)))
         name = f"attention, prompt of {tokens}"
         pairs = tokens * (tokens + 1) // 2
@@ -105,18 +106,19 @@ class Alone:
         flops = 4 * pairs * self._config.num_heads * self._config.head_dim
         layers = self._layers(tokens * self._config.num_heads * self._config.head_dim)
         rows = self._measure({name: self._attention_of(batch, layers)}, {name: (size, flops)}, layers)
-        return rows + self._adapters_of(batch, tokens, tile, f"prompt of {tokens}, rank 16")
+        return rows + self._adapters_of(batch, tokens, f"prompt of {tokens}, rank 16")
 
     def sampling(self, rows: int) -> list[Row]:
         """Measure the product of a step's last hidden states with the output matrix, and sampling."""
         engine, result = self._bench.engine, []
-        hidden = self._normal(0, (rows, self._config.hidden_size))
+        most = engine.buckets.max_num_seqs
+        hidden = self._normal(0, (most, self._config.hidden_size))
         for mode, temperature in ((SamplingMode.GREEDY, 0.0), (SamplingMode.RANDOM, 0.8)):
-            sampling_rows = {i: SamplingRow(i, 5, i, temperature, 50, 0.9, 0.0, (), False) for i in range(rows)}
-            packed, _ = pack_sampling_rows(sampling_rows, rows, engine.buckets.max_num_seqs)
+            sampling_rows = [SamplingRow(i, 5, i, temperature, 50, 0.9, 0.0, (), False) for i in range(rows)]
+            packed, _ = pack_sampling_rows(sampling_rows, most, most)
             packed = jax.device_put(packed, engine.head.sharding)
-            program = engine.programs.sample[rows, mode, False, False]
-            slots = jnp.zeros(engine.buckets.max_num_seqs + 1, jnp.int32)
+            program = engine.programs.sample[Sampling(rows, mode, False, False)]
+            slots = jnp.zeros(most + 1, jnp.int32)
 
             def run(program: Any = program, packed: Any = packed) -> jax.Array:
                 nonlocal slots
@@ -154,21 +156,24 @@ class Alone:
         engine = self._bench.engine
         packed, program, _, _ = pack_step(batch.chunks, batch.sampling_rows, engine.buckets)
         inputs = engine.buckets.view(packed, program)
-        tiles, tile_tokens, _ = program
-        starts, counts, tables = (jnp.asarray(a) for a in (inputs.tiles[:, 0], inputs.tiles[:, 1], inputs.tiles[:, 3:]))
-        q = self._normal(0, (tiles, tile_tokens, self._config.num_heads, self._config.head_dim))
+        attend = functools.partial(self._attend, tile_tokens=engine.buckets.prefill_tile if program.tiles else 1)
+        tables, *places = (jnp.asarray(inputs.tiles[:, i]) for i in (slice(TILE_COLUMNS, None), 0, 1, 2))
+        q = self._normal(0, (program.tokens, self._config.num_heads, self._config.head_dim))
 
-        def run(q: jax.Array, pool: list[jax.Array], tables: Any, starts: Any, counts: Any) -> list[jax.Array]:
-            return [self._attend(q, layer, tables, starts, counts) for layer in pool]
+        def run(q: jax.Array, pool: list[jax.Array], tables: Any, places: Any) -> jax.Array:
+            for layer in pool:
+                q = attend(q, layer, tables, *places)  # in place, as in a step
+            return q
 
-        return run, (q, engine.pool[:layers], tables, starts, counts)
+        return run, (q, engine.pool[:layers], tables, places)
 
-    def _adapters_of(self, batch: Batch, tokens: int, tile_tokens: int, name: str) -> list[Row]:
+    def _adapters_of(self, batch: Batch, tokens: int, name: str) -> list[Row]:
         """Measure each group of targets; y goes through the layers, updated in place as in a step."""
         engine, layout = self._bench.engine, self._bench.layout
         packed, program, _, _ = pack_step(batch.chunks, batch.sampling_rows, engine.buckets)
-        plan = engine.buckets.view(packed, program).lora
-        addresses = jax.jit(functools.partial(resolve, layout=layout, tile_tokens=tile_tokens))
+        inputs = engine.buckets.view(packed, program)
+        plan = inputs.prompt_lora if program.tiles else inputs.decode_lora
+        addresses = jax.jit(functools.partial(resolve, layout=layout, tokens=program.tokens))
         plan = jax.device_put(plan, engine.head.sharding)
         targets = addresses(plan)
         placed = {id(s.adapter): s.adapter for s in batch.chunks if s.adapter is not None}
@@ -188,7 +193,7 @@ class Alone:
 
             label = f"{' '.join(t.removesuffix('_proj') for t in group)}, {name}"
             programs[label] = (run, (x, y, engine.pool, targets))
-            elems = sum(r * sum(shape) for r, shape in zip(ranks, shapes)) + (x.size + 2 * y.size if tile_tokens > 1 else 0)
+            elems = sum(r * sum(shape) for r, shape in zip(ranks, shapes)) + (x.size + 2 * y.size if program.tiles else 0)
             share = tokens / len(placed)
             work[label] = (self._size(elems), sum(2 * share * r * sum(shape) for r, shape in zip(ranks, shapes)))
         resolved = time_calls(functools.partial(addresses, plan))

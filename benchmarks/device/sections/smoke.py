@@ -1,4 +1,4 @@
-"""Section `smoke`: a model of two layers, one prompt and one decode step, without adapters and with one, against the reference.
+"""Section `smoke`: two layers, a prompt, a decode step and both in one, with and without adapters, against the reference.
 
 It takes seconds, and shows at once whether a kernel does not compile or is wrong.
 """
@@ -20,12 +20,13 @@ from benchmarks.device.compilation import threads
 from benchmarks.device.report import Case, Report, Row
 from benchmarks.device.scale import Scale, on_gpu
 from benchmarks.device.sections.correctness.ops import worst
-from benchmarks.device.sections.correctness.steps import BFLOAT16_LIMIT, Sequences
+from benchmarks.device.sections.correctness.steps import BFLOAT16_LIMIT, MIXED, PROMPTS, Sequences, kind_of
 
 LAYERS = 2
-RANKS = (16,)
-CHECKS = {"decode": (1, False), "prompt": (0, False), "decode with LoRA": (1, True), "prompt with LoRA": (0, True)}
-"""Step of each check, 0 for prompts, and whether it has adapters."""
+RANKS = (16, 8)
+STEPS = {"decode": 1, "prompt": PROMPTS, "both": MIXED}
+CHECKS = {f"{name}{' with LoRA' * adapted}": (step, adapted) for adapted in (False, True) for name, step in STEPS.items()}
+"""Step of each check, and whether it has adapters."""
 
 
 def cases(scale: Scale, report: Report, deadline: float) -> list[Case]:
@@ -55,7 +56,7 @@ class Smoke:
         graph, params = nnx.split(self._model)
         pool = threads()
         programs = {
-            (name, backend): pool.submit(self._sequences[adapted].compile, graph, params, dtype, backend, step > 0)
+            (name, backend): pool.submit(self._sequences[adapted].compile, graph, params, dtype, backend, kind_of(step))
             for name, (step, adapted) in CHECKS.items()
             for dtype, backend in self._runs
         }
@@ -68,7 +69,7 @@ class Smoke:
         graph, params = nnx.split(self._model)
         hidden = []
         for dtype, backend in self._runs:
-            program = {step > 0: self._programs[name, backend].result()}
+            program = {kind_of(step): self._programs[name, backend].result()}
             weights = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), params)
             head = nnx.merge(graph, weights).output_matrix
             hidden.append(self._sequences[adapted].run(program, weights, head, dtype, None, (step,)).hidden[0])

@@ -19,7 +19,7 @@ from benchmarks.kernels.cases import GROUPS, adapter_ranks, attention_rows, page
 from chameleon_jax.models.config import LlamaConfig
 from chameleon_jax.models.ops.batched_lora import BACKENDS as LORA
 from chameleon_jax.models.ops.batched_lora import triton as lora_triton
-from chameleon_jax.models.ops.batched_lora.plan import plan_batch, resolve
+from chameleon_jax.models.ops.batched_lora.plan import PROMPT_WINDOW, plan_batch, resolve
 from chameleon_jax.models.ops.linear import linear
 from chameleon_jax.models.ops.paged_attention import BACKENDS as ATTENTION
 from chameleon_jax.models.ops.paged_attention import triton as attention_triton
@@ -86,20 +86,19 @@ def attention(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, n
     lengths = np.where(counts, starts + counts, 0).tolist()
     pool, tables = paged_kv(rng, lengths, width, config.num_kv_heads, layout.page_tokens, config.head_dim)
     poisoned = pool.reshape(len(pool), layout.page_elems)
-    q = _normal(rng, (len(starts), tile_tokens, config.num_heads, config.head_dim))
+    q = _normal(rng, (counts.sum(), config.num_heads, config.head_dim))
     queries, clean, foul = (jnp.asarray(a, dtype) for a in (q, np.nan_to_num(poisoned), poisoned))
-    rest = [jnp.asarray(a, jnp.int32) for a in (tables, starts, counts)]
+    rest = [jnp.asarray(a, jnp.int32) for a in (tables, np.cumsum(counts) - counts, starts, counts)]
 
     def attend(op: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(op, num_kv_heads=config.num_kv_heads)
+        return functools.partial(op, tile_tokens=tile_tokens, num_kv_heads=config.num_kv_heads)
 
-    live = np.arange(tile_tokens) < counts[:, None]
     ops = candidates(ATTENTION, attention_triton.paged_attention)
     outs = {backend: run_as(dtype, attend(op), queries, foul, *rest) for backend, op in ops.items()}
-    reference = run_exactly(attend(ATTENTION["reference"]), queries, clean, *rest)[live]  # last: its memory is used again
+    reference = run_exactly(attend(ATTENTION["reference"]), queries, clean, *rest)  # last: its memory is used again
     rows = []
     for backend, out in outs.items():
-        error = worst(out[live], reference) if bool(jnp.isfinite(out).all()) else np.inf
+        error = worst(out, reference) if bool(jnp.isfinite(out).all()) else np.inf
         rows.append(_row(f"{name}, {backend}", error, dtype))
     return rows
 
@@ -112,28 +111,29 @@ def lora(scale: Scale, config: LlamaConfig, tile_tokens: int, dtype: str, name: 
     deal = iter((1 + rng.permutation(num_pages - 1)).tolist())
     placed = [PlacedAdapter(p, tuple(next(deal) for _ in range(p.num_pages))) for p in placements]
     owners: list[PlacedAdapter | None] = [*placed, None]
-    tiles = 38 if tile_tokens == 1 else 11  # neither is a whole number of windows
-    batch = [owners[i] for i in rng.integers(0, len(owners), tiles - 3)]
+    runs = 38 if tile_tokens == 1 else 11  # neither is a whole number of windows
+    tokens = runs * tile_tokens
+    batch = [owners[i] for i in rng.integers(0, len(owners), runs - 3)]
     batch[: len(owners)] = owners[: len(batch)]
     plan = plan_batch(
         batch,
-        tiles=tiles,
-        tile_tokens=tile_tokens,
+        [tile_tokens] * len(batch),
+        tokens=tokens,
+        runs=runs,
+        window_tokens=shapes_for("triton")["decode_window"] if tile_tokens == 1 else PROMPT_WINDOW,
         max_rank=scale.max_rank,
         max_pages=max(p.num_pages for p in placements),
-        decode_window=shapes_for("triton")["decode_window"],
     )
     pages = _normal(rng, (num_pages, layout.page_elems)) * 0.05
     mine = np.isin(np.arange(num_pages), [page for adapter in placed for page in adapter.pages])
     clean, poisoned = (jnp.asarray(np.where(mine[:, None], pages, fill), dtype) for fill in (0.0, np.nan))
-    tokens = tiles * tile_tokens
     inputs = [config.target_shape(group[0])[0] for group in GROUPS]
     outputs = [sum(config.target_shape(t)[1] for t in group) for group in GROUPS]
     xs = [jnp.asarray(_normal(rng, (tokens, width)), dtype) for width in inputs]
     ys = [jnp.asarray(0.1 * _normal(rng, (tokens, width)), dtype) for width in outputs]
 
     def adapt(op: Callable[..., Any], plan: Any, pool: jax.Array, xs: list[jax.Array], ys: list[jax.Array]) -> list[jax.Array]:
-        targets = resolve(plan, layout, tile_tokens)
+        targets = resolve(plan, layout, tokens)
         return [op(y, x, pool, targets, group) for x, y, group in zip(xs, ys, GROUPS)]
 
     ops = candidates(LORA, lora_triton.batched_lora)

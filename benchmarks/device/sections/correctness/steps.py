@@ -1,4 +1,4 @@
-"""Whole model: prompts and then decode steps, the kernels beside the reference, with the same weights and tokens.
+"""Whole model: prompts, decode steps, then a step of both, the kernels beside the reference, with the same weights and tokens.
 
 Weights are bfloat16's, so that the model in float32 is the same function and shows the error of bfloat16.
 """
@@ -27,9 +27,11 @@ from chameleon_jax.models.llama import logits
 from chameleon_jax.models.page_layout import PageLayout, PlacedAdapter
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
-from chameleon_jax.models.runtime.step_inputs import SequenceChunk, pack_step
+from chameleon_jax.models.runtime.step_inputs import PackedStep, SamplingRow, SequenceChunk, pack_step
 
-DECODE_STEPS = 4
+PROMPTS, MIXED = 0, 5
+"""Step of prompts, and step in which some sequences have prompts while others decode. In the steps between, all decode."""
+KINDS = ("prompts", "decode", "mixed")
 STEP_LIMIT = 1e-3
 """Largest error of float32 after all layers, whose roundings add up."""
 BFLOAT16_LIMIT = 5e-2
@@ -56,7 +58,7 @@ class Sequences:
         tile = scale.prefill_tile
         lengths = [tile, 2 * tile + 3, tile - 1, 1, 2 * tile, tile // 2][: len(scale.ranks) + 1]
         self.prompts = [rng.integers(0, scale.config.vocab_size, n).tolist() for n in lengths]
-        width = layout.pages_for_tokens(max(lengths) + DECODE_STEPS)
+        width = layout.pages_for_tokens(max(lengths) + MIXED)
         placements = [layout.place(dict.fromkeys(TARGETS, rank)) for rank in scale.ranks]
         self.num_pages = 1 + len(lengths) * width + sum(p.num_pages for p in placements)
         deal = iter((1 + rng.permutation(self.num_pages - 1)).tolist())
@@ -73,9 +75,9 @@ class Sequences:
             **shapes_for("triton") | {"prefill_tile": tile},
         )
 
-    def compile(self, graph: Any, params: Any, dtype: str, backend: str, decode: bool) -> Any:
-        """Compile the program of a step, in float32 without tf32."""
-        packed, program, _, _ = pack_step(self._chunks(int(decode)), {}, self.buckets)
+    def compile(self, graph: Any, params: Any, dtype: str, backend: str, kind: str) -> Any:
+        """Compile the program of a kind of step, in float32 without tf32."""
+        packed, program, _, _ = self._pack(next(step for step in range(1 + MIXED) if kind_of(step) == kind))
         forward = functools.partial(
             steps.forward, graph, program=program, buckets=self.buckets, layout=self.layout, backend=backend
         )
@@ -87,16 +89,16 @@ class Sequences:
 
     def run(
         self,
-        programs: dict[bool, Any],
+        programs: dict[str, Any],
         params: Any,
         head: jax.Array,
         dtype: str,
         given: Run | None,
-        which: Sequence[int] = range(1 + DECODE_STEPS),
+        which: Sequence[int] = range(1 + MIXED),
     ) -> Run:
-        """Run prompts (step 0), then decode steps, by programs for not decoding and for decoding.
+        """Run steps, by programs for each kind.
 
-        The tokens of the run `given` are fed, or the run's own if it is None. A decode step without the prompts finds random
+        The tokens of the run `given` are fed, or the run's own if it is None. A step without those before it finds random
         numbers as its KV.
         """
         keys = jax.random.split(jax.random.key(9), self.layout.config.num_layers)
@@ -105,13 +107,12 @@ class Sequences:
         hiddens: list[np.ndarray] = []
         tokens: list[np.ndarray] = []
         for i, step in enumerate(which):
-            packed, _, last, _ = pack_step(self._chunks(step), {}, self.buckets)
-            found = programs[step > 0](params, pages, slots, packed)
-            pages, hidden = found.pages, found.hidden[np.array(last)]
+            found = programs[kind_of(step)](params, pages, slots, self._pack(step).packed)
+            pages, hidden = found.pages, found.hidden[: len(self.prompts)]
             hiddens.append(np.asarray(hidden, np.float32))
             tokens.append(np.asarray(logits(hidden, head).argmax(-1)))
             fed = (given.tokens if given else tokens)[i]
-            slots = slots.at[np.arange(len(fed))].set(fed)
+            slots = slots.at[np.array([chunk.slot for chunk in self._chunks(step)])].set(fed)
         return Run(hiddens, tokens)
 
     def _page(self, key: jax.Array, dtype: str) -> jax.Array:
@@ -119,12 +120,24 @@ class Sequences:
         numbers = jax.random.normal(key, (self.num_pages, self.layout.page_elems), jnp.bfloat16) * SCALE_OF_ROWS
         return numbers.astype(dtype)
 
+    def _pack(self, step: int) -> PackedStep:
+        """Pack a step in which every sequence samples."""
+        chunks = self._chunks(step)
+        row = SamplingRow(0, 0, 0, 0.0, 0, 1.0, 0.0, (), False)
+        return pack_step(chunks, dict.fromkeys(range(len(chunks)), row), self.buckets)
+
     def _chunks(self, step: int) -> list[SequenceChunk]:
-        """Chunks of the prompts, or of one more token of each."""
-        rows = zip(self.prompts, self.tables, self.adapters)
-        if step == 0:
-            return [SequenceChunk(words, 0, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
-        return [SequenceChunk(None, len(words) + step - 1, i, table, adapter) for i, (words, table, adapter) in enumerate(rows)]
+        """List chunks of the prompts, of one more token of each, or of one more of some and the latter halves of the others."""
+        rows = list(enumerate(zip(self.prompts, self.tables, self.adapters)))
+        if step == PROMPTS:
+            return [SequenceChunk(words, 0, i, table, adapter) for i, (words, table, adapter) in rows]
+        more = [SequenceChunk(None, len(words) + step - 1, i, table, adapter) for i, (words, table, adapter) in rows]
+        if step < MIXED:
+            return more
+        halves = [
+            SequenceChunk(words[len(words) // 2 :], len(words) // 2, i, table, adapter) for i, (words, table, adapter) in rows
+        ]
+        return [*more[::2], *halves[1::2]]
 
 
 class WholeStep:
@@ -135,12 +148,8 @@ class WholeStep:
         self._backend = "triton" if on_gpu() else "blocked"
         self._sequences = Sequences(scale)
         runs = [("float32", "reference"), ("bfloat16", self._backend), ("float32", self._backend)]
-        self._programs: dict[tuple[str, str, bool], Any] = {}
-        jobs = {
-            program_name(*run, decode): functools.partial(self._program, *run, decode)
-            for run in runs
-            for decode in (False, True)
-        }
+        self._programs: dict[tuple[str, str, str], Any] = {}
+        jobs = {program_name(*run, kind): functools.partial(self._program, *run, kind) for run in runs for kind in KINDS}
         self.compilation = Compilation(report, "correctness", jobs, lambda: self._parts)
 
     @functools.cached_property
@@ -152,9 +161,9 @@ class WholeStep:
         """Graph and parameters, split once for all threads."""
         return nnx.split(self._model)
 
-    def _program(self, dtype: str, backend: str, decode: bool) -> Any:
+    def _program(self, dtype: str, backend: str, kind: str) -> Any:
         """Compile a program unless it is there; this process may follow on another that compiled it."""
-        key = (dtype, backend, decode)
+        key = (dtype, backend, kind)
         if self.compilation.failed(program_name(*key)):
             raise RuntimeError(f"{program_name(*key)}: it does not compile")
         if key not in self._programs:
@@ -197,7 +206,7 @@ class WholeStep:
         gc.collect()
 
     def _run(self, backend: str, params: Any, head: jax.Array, dtype: str, given: Run | None) -> Run:
-        programs = {decode: self._program(dtype, backend, decode) for decode in (False, True)}
+        programs = {kind: self._program(dtype, backend, kind) for kind in KINDS}
         return self._sequences.run(programs, params, head, dtype, given)
 
     def _compare(self, run: Run, dtype: str, limit: float) -> list[Row]:
@@ -209,7 +218,7 @@ class WholeStep:
             rows.append(
                 {
                     "whole model": f"{dtype} {self._backend} against float32 reference",
-                    "step": "prompts" if step == 0 else f"decode {step}",
+                    "step": f"decode {step}" if kind_of(step) == "decode" else kind_of(step),
                     "error": f"{whole:.1e}",
                     "worst row": f"{worst(out, right):.1e}",
                     "limit": limit,
@@ -217,19 +226,27 @@ class WholeStep:
                     "ok": ok,
                 }
             )
-        return rows
+        alone = run.hidden[PROMPTS][1::2]
+        error = worst(run.hidden[MIXED][-len(alone) :], alone)
+        name = f"{dtype} {self._backend}, prompts beside rows against prompts alone"
+        return [*rows, {"whole model": name, "step": "mixed", "worst row": f"{error:.1e}", "limit": limit, "ok": error < limit}]
 
 
-def program_name(dtype: str, backend: str, decode: bool) -> str:
-    return f"whole step, {dtype}, {backend}, {'decode' if decode else 'prompts'}"
+def kind_of(step: int) -> str:
+    return {PROMPTS: "prompts", MIXED: "mixed"}.get(step, "decode")
+
+
+def program_name(dtype: str, backend: str, kind: str) -> str:
+    return f"whole step, {dtype}, {backend}, {kind}"
 
 
 def cases(scale: Scale, report: Report) -> tuple[Case, list[Case], list[Case]]:
     """Case that begins to compile; cases in bfloat16; cases in float32, which free the weights."""
     whole = WholeStep(scale, report)
     begin, waits = whole.compilation.begin("begin to compile the whole step"), whole.compilation.cases()
+    first = 2 * len(KINDS)  # of the reference and of bfloat16
     return (
         begin,
-        [*waits[:4], Case("whole step, bfloat16", whole.in_bfloat16)],
-        [*waits[4:], Case("whole step, float32", whole.in_float32)],
+        [*waits[:first], Case("whole step, bfloat16", whole.in_bfloat16)],
+        [*waits[first:], Case("whole step, float32", whole.in_float32)],
     )
