@@ -13,6 +13,7 @@ from chameleon_jax.systems import SYSTEMS, System
 
 PLUS = "chameleon-plus"
 SMALL_POOL = "a40-llama-7b-small-pool"
+PASSES = {"two passes, as the paper's systems": A40, "one pass, as our engine": "a40-llama-7b-one-pass"}
 LENGTH_FACTORS = (0.16, LENGTH_FACTOR, 0.21)
 FULL_RPS = 12.5
 """Load at which memory is full in the paper."""
@@ -153,3 +154,27 @@ def calibration(study: Study) -> Outcome:
         f"Chosen: lengths x {LENGTH_FACTOR}, the whole pool. No choice has all three; the hit rate is the one that is given up."
     )
     return Outcome("Calibration of the A40", [study.table("Effect of lengths and pool", rows, note)], plot)
+
+
+def one_pass(study: Study) -> Outcome:
+    """Show what systems gain where a step's prompts and decodes are one pass."""
+    names = ("s-lora", "chameleon", PLUS)
+    cases = {(name, passes): study.case(name, profile=profile) for name in names for passes, profile in PASSES.items()}
+    knees = study.knees(cases)
+    points = study.measure({(*key, rps): case.at(rps=rps) for key, case in cases.items() for rps in (MEDIUM, HIGH)})
+    before, after = PASSES
+    rows: list[Row] = []
+    for name in names:
+        row: Row = {"system": name} | {f"knee, RPS, {passes}": knees[name, passes] for passes in PASSES}
+        row["change of the knee, %"] = 100 * (knees[name, after] / knees[name, before] - 1)
+        for rps in (MEDIUM, HIGH):
+            row[f"P99 TTFT at {rps:g} RPS, change, %"] = points[name, after, rps].change(points[name, before, rps])
+        row |= {f"P99 gap at {MEDIUM:g} RPS, ms, {p}": 1e3 * points[name, p, MEDIUM].mean("tbt_p99") for p in PASSES}
+        rows.append(row)
+    plot, axes = plots.grid(1, title="One pass for prompts and decodes", panel=(6.0, 4.0))
+    plots.bars(axes[0], list(names), {p: [knees[name, p] for name in names] for p in PASSES}, "", "knee, RPS")
+    note = (
+        "One pass reads the weights and pays for launches once, instead of once for prompts and once for decodes. The bound of "
+        f"{PLUS} on the time between tokens shrinks with the step that it is taken from."
+    )
+    return Outcome("One pass", [study.table("Two passes and one", rows, note, ", ".join(PASSES.values()))], plot)

@@ -45,6 +45,7 @@ FIGURES: dict[str, Callable[[Study], Outcome]] = {
     "plus": extra_figures.plus,
     "locality": extra_figures.locality,
     "calibration": extra_figures.calibration,
+    "one-pass": extra_figures.one_pass,
 }
 INTRODUCTION = """# Chameleon's evaluation, simulated
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from benchmarks.simulator.cost_model import CostModel, Profile
-from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, window_tiles
-from chameleon_jax.models.runtime.buckets import DECODE_TILE, StepBuckets
-from chameleon_jax.request import Request
+from chameleon_jax.models.config import TARGETS, LlamaConfig
+from chameleon_jax.models.ops.batched_lora.plan import BLOCK_ROWS, PROMPT_WINDOW
+from chameleon_jax.models.runtime.buckets import Program, StepBuckets
 from chameleon_jax.scheduler import StepPlan
 
 STEP_TERMS = (
-    "prefill",
-    "prefill token",
-    "prefill LoRA block token",
-    "prefill key",
+    "step",
+    "prompts",
+    "prompt token",
+    "prompt LoRA block token",
+    "prompt key",
     "decode",
     "decode row",
     "decode LoRA block",
@@ -24,37 +25,58 @@ STEP_TERMS = (
 )
 """Terms in which a step's seconds are linear.
 
-Tokens and rows are counted in the compiled shape. A LoRA block is BLOCK_ROWS rank rows of a window of tokens; keys are summed
-over tokens; pages are those sent for adapters that were loaded since the step before."""
+The first is 1 in every step; "prompts" and "decode" are 1 in steps that have these. Tokens are counted in the compiled shape:
+in a step with prompts its padding counts as prompt tokens, and rows are true ones. A LoRA block is BLOCK_ROWS rank rows of a
+window of tokens; keys are summed over tokens; pages are those sent for adapters that were loaded since the step before."""
 
 
 def step_terms(plan: StepPlan, ranks: dict[str, int], buckets: StepBuckets) -> list[float]:
     """Terms of a plan as it is dispatched, loads excepted: `[STEP_TERMS]`."""
-    terms = [0.0] * len(STEP_TERMS)
-    if plan.prefills:
-        owners: list[Request] = []
-        for chunk in plan.prefills:
-            owners += [chunk.request] * -(-chunk.num_tokens // buckets.prefill_tile)
-            terms[3] += chunk.num_tokens * (chunk.start + chunk.num_tokens / 2)
-        tiles = buckets.bucket(len(owners), buckets.prefill_tile)
-        window = window_tiles(tiles, buckets.prefill_tile, buckets.decode_window)
-        terms[0], terms[1] = 1.0, tiles * buckets.prefill_tile
-        terms[2] = lora_blocks(owners, ranks, window) * window * buckets.prefill_tile
-    if plan.decodes:
-        rows = buckets.bucket(len(plan.decodes), DECODE_TILE)
-        terms[4], terms[5] = 1.0, rows
-        terms[6] = lora_blocks(plan.decodes, ranks, window_tiles(rows, DECODE_TILE, buckets.decode_window))
-        terms[7] = sum([request.num_computed for request in plan.decodes])
-    return terms
+    terms = dict.fromkeys(STEP_TERMS, 0.0)
+    if not plan.runs:
+        return list(terms.values())
+    chunks, rows = plan.prefills, len(plan.decodes)
+    program = choose_program(plan, buckets)
+    terms["step"] = 1.0
+    if chunks:
+        window = min(program.tokens, PROMPT_WINDOW)
+        spans = [(chunk.request.adapter, chunk.num_tokens) for chunk in chunks]
+        terms["prompts"], terms["prompt token"] = 1.0, program.tokens - rows
+        terms["prompt LoRA block token"] = lora_blocks(spans, ranks, window, rows) * window
+        terms["prompt key"] = sum([chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in chunks])
+    if rows:
+        window = min(program.rows, buckets.decode_window)
+        terms["decode"], terms["decode row"] = 1.0, rows if chunks else program.rows
+        terms["decode LoRA block"] = lora_blocks([(request.adapter, 1) for request in plan.decodes], ranks, window)
+        terms["decode key"] = sum([request.num_computed for request in plan.decodes])
+    return list(terms.values())
 
 
-def lora_blocks(owners: list[Request], ranks: dict[str, int], window: int) -> int:
-    """LoRA blocks of a target in a step whose tiles belong to `owners`; see `plan_batch`."""
-    blocks = 0
-    for first in range(0, len(owners), window):
-        present = {request.adapter for request in owners[first : first + window]}
-        blocks += -(-sum(ranks[adapter] for adapter in present if adapter is not None) // BLOCK_ROWS)
-    return blocks
+def choose_program(plan: StepPlan, buckets: StepBuckets) -> Program:
+    """Choose the program of a plan whose adapters keep to the layers' matrices."""
+    rows, counts = len(plan.decodes), [chunk.num_tokens for chunk in plan.prefills]
+    requests = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
+    adapted = len(TARGETS) if any([request.adapter is not None for request in requests]) else 0
+    return buckets.choose(Program(rows + sum(counts), rows, sum(map(buckets.tiles_of, counts)), adapted))
+
+
+def lora_blocks(spans: Iterable[tuple[str | None, int]], ranks: dict[str, int], window: int, begin: int = 0) -> int:
+    """LoRA blocks of a target; see `plan_batch`.
+
+    Args:
+        spans: adapter and length of consecutive runs of tokens.
+        ranks: ranks by adapter.
+        window: tokens of a window.
+        begin: tokens ahead of the first run.
+    """
+    present: dict[int, set[str]] = {}
+    for adapter, tokens in spans:
+        end = begin + tokens
+        if adapter is not None:
+            for number in range(begin // window, -(-end // window)):
+                present.setdefault(number, set()).add(adapter)
+        begin = end
+    return sum(-(-sum(ranks[adapter] for adapter in adapters) // BLOCK_ROWS) for adapters in present.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,18 +29,21 @@ class Profile:
         memory: Memory of all devices; `utilization` of it holds weights, scratch and pool.
         bandwidth: Bytes that kernels read from device memory.
         flops: Operations of large matrix products.
-        prefill_overhead: Fixed time of a step's prefill part: launches, embedding, sampling.
-        lora_overhead: Fixed time of a step part that has any adapter in it.
+        prefill_overhead: Fixed time of a step with prompts: launches, embedding, sampling.
+        lora_overhead: Fixed time of prompts that have any adapter; decodes that have any take half of it.
         lora_token_rank: LoRA compute of one prompt token and one rank, q k v o.
         lora_row: LoRA compute of one decoding row, beside reading its adapter.
-        decode_overhead: Fixed time of a step's decode part.
+        decode_overhead: Fixed time of a step that decodes. A step that also has prompts takes the larger of both overheads:
+            they are launches, which one pass has once.
         host: Host time for a step, before the device gets it.
         link_bandwidth: Bytes of host-to-device transfers, which queue for the link.
         link_latency: Fixed time of a host-to-device transfer.
         scratch: Memory beside weights and pool, of each device.
         utilization: Share of the memory that is used.
         itemsize: Bytes of a weight, and of an element of the pool.
-        tp_overhead: Time of the collectives of one step part, for each doubling of `tensor_parallel`.
+        tp_overhead: Time of the collectives of one pass, for each doubling of `tensor_parallel`.
+        passes: Passes of a step with prompts and decodes. 1, as our engine runs it: both together. 2, as the paper's systems on
+            S-LoRA: one after the other, each with its own launches and collectives, and each reading the weights.
         num_pages_override: Pages of the pool. None computes them.
     """
 
@@ -63,6 +66,7 @@ class Profile:
     page_tokens: int = 16
     tensor_parallel: int = 1
     tp_overhead: float = 0.0
+    passes: int = 1
     num_pages_override: int | None = None
 
     @property
@@ -110,30 +114,34 @@ class CostModel:
         self._lora_token_rank = profile.lora_token_rank / tp
 
     def step(self, plan: StepPlan) -> float:
-        return self._prefill(plan) + self._decode(plan)
+        """Seconds of a step. Weights, launches and collectives belong to its passes, all other work to prompts or decodes."""
+        kinds = []
+        if plan.prefills:
+            kinds.append((sum([chunk.num_tokens for chunk in plan.prefills]), self.profile.prefill_overhead))
+        if plan.decodes:
+            kinds.append((len(plan.decodes), self.profile.decode_overhead))
+        if len(kinds) > 1 and self.profile.passes == 1:
+            tokens, overheads = zip(*kinds)
+            kinds = [(sum(tokens), max(overheads))]
+        passes = sum([overhead + self._collectives + max(self._weights, self._token * tokens) for tokens, overhead in kinds])
+        return passes + self._prompts(plan.prefills) + self._rows(plan.decodes)
 
-    def _prefill(self, plan: StepPlan) -> float:
-        if not plan.prefills:
-            return 0.0
-        seconds = self.profile.prefill_overhead + self._collectives
-        tokens, lora = 0, 0
-        for chunk in plan.prefills:
+    def _prompts(self, prefills: list[PrefillChunk]) -> float:
+        """Seconds of the prompts' attention and adapters."""
+        seconds, lora = 0.0, 0
+        for chunk in prefills:
             n = chunk.num_tokens
-            tokens += n
             seconds += self._attention * n * (chunk.start + n / 2)
             if chunk.request.adapter is not None:
                 lora += n * self._ranks[chunk.request.adapter]
         if lora:
             seconds += self.profile.lora_overhead + self._lora_token_rank * lora
-        return seconds + max(self._weights, self._token * tokens)
+        return seconds
 
-    def _decode(self, plan: StepPlan) -> float:
-        if not plan.decodes:
-            return 0.0
-        profile, rows = self.profile, plan.decodes
-        context = sum([request.num_computed for request in rows])
-        seconds = profile.decode_overhead + self._collectives + max(self._weights, self._token * len(rows))
-        seconds += self._kv_token * context
+    def _rows(self, rows: list[Request]) -> float:
+        """Seconds of the decode rows' KV and adapters."""
+        profile = self.profile
+        seconds = self._kv_token * sum([request.num_computed for request in rows])
         adapters = {request.adapter for request in rows}
         adapters.discard(None)
         if adapters:
@@ -160,6 +168,7 @@ _A40 = Profile(
     host=0.001,
     link_bandwidth=12.9e9,
     link_latency=0.0045,
+    passes=2,
 )
 """Profile calibrated, with LENGTH_FACTOR and STEP_TOKENS, to the paper's figures of its A40.
 
@@ -208,6 +217,7 @@ def _a100(name: str, model: LlamaConfig = _A100.model, gigabytes: float = 80, tp
 _ALL = [
     _A40,
     dataclasses.replace(_A40, name="a40-llama-7b-small-pool", scratch=12.9e9),  # 2,005 pages: adapters are evicted
+    dataclasses.replace(_A40, name="a40-llama-7b-one-pass", passes=1),
     *(_a100(f"a100-{gb}gb", gigabytes=gb) for gb in (24, 48, 80)),
     *(_a100(f"a100-tp{tp}", tp=tp) for tp in (1, 2, 4)),
     _a100("a100-llama-13b", PRESETS["llama-13b"]),
@@ -226,6 +236,7 @@ _ALL = [
         host=0.002,
         link_bandwidth=45e9,
         link_latency=0.0003,
+        passes=1,
     ),
 ]
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in _ALL}

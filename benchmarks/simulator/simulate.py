@@ -39,7 +39,7 @@ from chameleon_jax.request import Request
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import StepPlan
 from chameleon_jax.scheduler.length_predictor import ConfusionPredictor, LengthPredictor, OraclePredictor
-from chameleon_jax.scheduler.prefill_shapes import ANY_SIZE, PrefillShapes
+from chameleon_jax.scheduler.step_shapes import ANY_SIZE, StepShapes
 from chameleon_jax.systems import System, get_system
 
 TOKEN, STOP = 1, 2
@@ -183,14 +183,14 @@ def simulate(
     ttft_slo: float = 5.0,
     tbt_slo: float | None = None,
     cost_model: Callable[[Profile, dict[str, int]], CostModel] = CostModel,
-    shapes: PrefillShapes = ANY_SIZE,
+    shapes: StepShapes = ANY_SIZE,
 ) -> Result:
     """Serve a workload to its end.
 
     For names of predictors see `make_predictor`, whose errors have `seed`; `max_num_batched_tokens` goes through
     `step_tokens`. Targets are in seconds. A `tbt_slo` of None takes `cost_model.stall_seconds` of the profile for systems that
     bound stalls: the 99th percentile of the time between tokens that the others have. `cost_model` takes a profile and the
-    ranks of adapters by name, and `shapes` has the sizes in which the device prefills."""
+    ranks of adapters by name, and `shapes` has the sizes of the steps for which the device has programs."""
     begin = time.perf_counter()
     adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
     ranks = dict(zip(adapters, workload.ranks.tolist()))

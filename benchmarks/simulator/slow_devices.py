@@ -16,11 +16,12 @@ from benchmarks.workload import WorkloadSpec, generate
 from chameleon_jax.config import EngineConfig
 from chameleon_jax.systems import get_system
 
-FAST = PROFILES["a40-llama-7b"]
-FULL_STEP_S = 0.11
+FAST = PROFILES["a40-llama-7b-one-pass"]
+FULL_STEP_S = 0.073
 """Seconds of a step with 8 decodes and the least of a prompt on that profile."""
-KNEE = {8: 2.8, 64: 7.2}
-"""Highest load with which first come first served keeps up on that profile, requests a second, by slots."""
+KNEE = {8: 3.1, 64: 8.2}
+"""Load with which first come first served keeps up on that profile, requests a second, by slots: 0.9 of the most that it
+serves."""
 REQUESTS = 600
 SECONDS = ("prefill_overhead", "lora_overhead", "lora_token_rank", "lora_row", "decode_overhead", "host", "link_latency")
 RATES = ("bandwidth", "flops", "link_bandwidth")

@@ -38,9 +38,9 @@ def test_a_target_out_of_reach_costs_neither_throughput_nor_time_to_first_token(
 
 
 def test_a_target_within_reach_is_kept_at_little_cost():
-    """First come first served exceeds the target on this device."""
-    ours = serve(DEFAULT, 0.5, 64, 0.8, 512, SEEDS)
-    fifo = serve("fifo", 0.5, 64, 0.8, 512, SEEDS)
+    """Fixed costs use up two fifths of the target on this device, and first come first served exceeds it."""
+    ours = serve(DEFAULT, 0.4, 64, 0.8, 512, SEEDS)
+    fifo = serve("fifo", 0.4, 64, 0.8, 512, SEEDS)
     assert ours.gap <= 1.05 * EngineConfig.tbt_slo < fifo.gap
     assert ours.rate >= 0.995 * fifo.rate
     assert ours.p99 <= 1.2 * fifo.p99
