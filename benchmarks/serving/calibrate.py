@@ -157,5 +157,5 @@ def predict(
     def cost_model(profile: Profile, ranks: dict[str, int]) -> CostModel:
         return MeasuredCostModel(profile, ranks, calibration, engine.runner.buckets)
 
-    shapes = engine.runner.buckets.prefill_shapes
+    shapes = engine.runner.buckets.step_shapes
     return simulate(workload, profile, system, cost_model=cost_model, shapes=shapes, **settings)
