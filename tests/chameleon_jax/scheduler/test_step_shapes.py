@@ -78,7 +78,7 @@ def test_a_step_with_no_smaller_size_for_its_prompts_is_padded(tokens, rows, siz
 @examples(300)
 @given(shapes=any_shapes, tokens=st.integers(1, 250), rows=st.integers(0, 60), pass_tokens=st.integers(0, 300))
 def test_the_choice_is_the_cheapest_of_all(shapes, tokens, rows, pass_tokens):
-    """Of a single prompt, whose tiles bind no size."""
+    """A single prompt's tiles bind no size."""
 
     def cost(taken: int) -> int:
         rest = tokens - taken
