@@ -77,7 +77,7 @@ class Model:
 
     def program(self, rows: int, prompt_tokens: int, adapted: int) -> Program:
         """Choose the program of a step: rows that decode, and a prompt."""
-        tiles = self.buckets.tiles_of(prompt_tokens)
+        tiles = self.buckets.step_shapes.tiles(prompt_tokens)
         return self.buckets.choose(Program(rows + prompt_tokens, rows, tiles, adapted))
 
     def compile_step(self, program: Program) -> Any:

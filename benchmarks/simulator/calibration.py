@@ -57,7 +57,7 @@ def choose_program(plan: StepPlan, buckets: StepBuckets) -> Program:
     rows, counts = len(plan.decodes), [chunk.num_tokens for chunk in plan.prefills]
     requests = [*plan.decodes, *(chunk.request for chunk in plan.prefills)]
     adapted = len(TARGETS) if any([request.adapter is not None for request in requests]) else 0
-    return buckets.choose(Program(rows + sum(counts), rows, sum(map(buckets.tiles_of, counts)), adapted))
+    return buckets.choose(Program(rows + sum(counts), rows, sum(map(buckets.step_shapes.tiles, counts)), adapted))
 
 
 def lora_blocks(spans: Iterable[tuple[str | None, int]], ranks: dict[str, int], window: int, begin: int = 0) -> int:

@@ -167,7 +167,7 @@ class StepBuckets:
         halves = {n + n // 2 for n in powers if n >= 8 * self.prefill_tile and n + n // 2 < most}
         return tuple(sorted({*powers, *halves, most}))
 
-    @property
+    @functools.cached_property
     def step_shapes(self) -> StepShapes:
         """Sizes of steps with prompts, as the scheduler knows them."""
         return StepShapes(self.prompts, self.prefill_tile)
@@ -175,11 +175,7 @@ class StepBuckets:
     @property
     def most_tokens(self) -> int:
         """Tokens of the largest step, in whole tiles."""
-        return self.tiles_of(self.prompts[-1]) * self.prefill_tile
-
-    def tiles_of(self, tokens: int) -> int:
-        """Count the tiles of one sequence's tokens."""
-        return -(-tokens // self.prefill_tile)
+        return self.step_shapes.tiles(self.prompts[-1]) * self.prefill_tile
 
     @functools.cached_property
     def programs(self) -> tuple[Program, ...]:

@@ -123,7 +123,7 @@ def pack_step(
     counts = [1 if c.tokens is None else len(c.tokens) for c in chunks]
     ends = list(itertools.accumulate(counts))
     needed = max([c.adapter.placement.num_targets for c in chunks if c.adapter is not None], default=0)
-    sizes = Program(ends[-1], rows, sum(map(buckets.tiles_of, counts[rows:])), needed)
+    sizes = Program(ends[-1], rows, sum(map(buckets.step_shapes.tiles, counts[rows:])), needed)
     program = buckets.choose(sizes) if choose is None else choose(sizes)
     packed, inputs = _empty_step(program, buckets)
     _fill_rows(inputs, chunks[:rows])

@@ -51,7 +51,7 @@ class Forwarded(NamedTuple):
     logit_updates: Float[Array, "rows vocab"] | None
 
 
-class Layout(NamedTuple):
+class Places(NamedTuple):
     """Places of a step's tokens.
 
     Attributes:
@@ -146,7 +146,7 @@ def forward(
     return Forwarded(hidden, inputs.sampling_rows, pages, states, updates)
 
 
-def _place(inputs: StepInputs, program: Program, tile: int, page_tokens: int, num_pages: int) -> Layout:
+def _place(inputs: StepInputs, program: Program, tile: int, page_tokens: int, num_pages: int) -> Places:
     """Find the places of a step's tokens."""
     rows, starts, counts = program.rows, inputs.tiles[:, 1], inputs.tiles[:, 2]
     if inputs.places is None:
@@ -158,7 +158,7 @@ def _place(inputs: StepInputs, program: Program, tile: int, page_tokens: int, nu
         within, valid = jnp.where(places < rows, 0, jax.lax.rem(behind, tile)), inputs.places >= 0
     positions = jnp.where(valid, starts.at[owner].get(**INSIDE) + within, 0)
     page_ids = inputs.tiles.at[owner, TILE_COLUMNS + jax.lax.div(positions, page_tokens)].get(**INSIDE)
-    return Layout(positions, jnp.where(valid, page_ids, num_pages), jax.lax.rem(positions, page_tokens))
+    return Places(positions, jnp.where(valid, page_ids, num_pages), jax.lax.rem(positions, page_tokens))
 
 
 def _adapt_embedding(

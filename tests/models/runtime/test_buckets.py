@@ -62,7 +62,7 @@ def test_every_step_that_the_scheduler_may_plan_has_the_program_that_it_expects(
     if not rows and not prompts:
         prompts = [1]
     adapted = data.draw(st.sampled_from(buckets.adapted(alone=False)))
-    step = Program(rows + sum(prompts), rows, sum(map(buckets.tiles_of, prompts)), adapted)
+    step = Program(rows + sum(prompts), rows, sum(map(buckets.step_shapes.tiles, prompts)), adapted)
     chosen = buckets.choose(step)
     assert chosen.can_run(step) and chosen in buckets.programs
     if prompts:
