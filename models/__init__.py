@@ -30,5 +30,6 @@ tests evaluate and check them at run time (`tests/conftest.py`). Shapes that sev
     starts_and_pages              starts of an adapter's runs of rows, then its pages
     rank_rows, capacity           rank rows, and the number that a plan has room for
     blocks, block_rows            blocks that rank rows fill, and the rows of a block
+    all_blocks                    blocks of all targets together
     splits, tile                  parts of d_in, and tokens of a window as kernels round them
 """

@@ -11,6 +11,8 @@ BACKENDS = ("reference", "blocked", "triton")
 
 INSIDE: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 """Keywords of `array.at[...].get` for indices that need no check."""
+FORWARD: Any = {"allow_negative_indices": False}
+"""Keywords of `lax.dynamic_slice` for indices that do not count from the end, which would take several operations more."""
 
 
 def default_backend() -> str:

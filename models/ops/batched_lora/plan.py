@@ -25,7 +25,7 @@ from jax import lax
 from chameleon_jax.memory.adapters import MAX_RANK
 from chameleon_jax.models.config import ALL_TARGETS, TARGETS
 from chameleon_jax.models.ops import INSIDE
-from chameleon_jax.models.page_layout import RUNS, TRASH_PAGE, PageLayout, PlacedAdapter
+from chameleon_jax.models.page_layout import RUNS, PageLayout, PlacedAdapter
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped
@@ -74,6 +74,29 @@ class LoraPlan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class BlockList:
+    """Blocks of all targets, one target's after the other's and without gaps, for a loop. All arrays are int32.
+
+    A key is a number of an adapter and a window. A row of a block is a token's own where their keys are equal.
+
+    Attributes:
+        addresses: Page and offset of a block's rows of A and of B.
+        row_keys: Key of each rank row; negative where there is no row, and no token's.
+        begins: First token that a block is multiplied by. The last window slides back over tokens of the one before where the
+            batch ends before the window.
+        starts: Blocks before each target's; the last entry is the number of blocks.
+        token_keys: Key of each token of the batch.
+    """
+
+    addresses: Int[Array, "all_blocks 2 block_rows 2"]
+    row_keys: Int[Array, "all_blocks block_rows"]
+    begins: Int[Array, " all_blocks"]
+    starts: Int[Array, " targets+1"]
+    token_keys: Int[Array, " tokens"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LoraTargets:
     """A `LoraPlan` with addresses, resolved once a step and used by every layer. All arrays are int32.
 
@@ -86,6 +109,7 @@ class LoraTargets:
         first_blocks: Blocks before each window, as in the plan.
         block_window: Window of each block.
         token_adapter: Adapter of each token, as in the plan, as many as the batch has and as a kernel reads.
+        listed: The blocks in the order of a loop.
         window_tokens: Tokens of a window (static).
         d_out: Outputs of each target's matrix (static).
         row_unit: Number that divides every offset and every row's width (static).
@@ -96,6 +120,7 @@ class LoraTargets:
     first_blocks: Int[Array, "windows+1 targets"]
     block_window: Int[Array, "blocks targets"]
     token_adapter: Int[Array, " tokens"]
+    listed: BlockList
     window_tokens: int = dataclasses.field(metadata={"static": True})
     d_out: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     row_unit: int = dataclasses.field(metadata={"static": True})
@@ -226,7 +251,6 @@ def resolve(plan: LoraPlan, layout: PageLayout, tokens: int) -> LoraTargets:
     runs = (RUNS * np.arange(plan.num_targets)[:, None] + np.arange(2)).astype(np.int32)
     start = adapters.at[owner, runs].get(**INSIDE)
     page, offset = locate_rows(adapters, owner, start, row, widths, layout)
-    page = jnp.where(valid[:, :, None], page, TRASH_PAGE)
     blocks = rank_rows.shape[0] // BLOCK_ROWS
     block = jnp.arange(blocks)[:, None, None]
 
@@ -235,19 +259,50 @@ def resolve(plan: LoraPlan, layout: PageLayout, tokens: int) -> LoraTargets:
         last = min(3, rows.ndim)
         return jnp.moveaxis(rows.reshape(blocks, BLOCK_ROWS, *rows.shape[1:]), 1, last)
 
+    addresses, row_adapter = by_blocks(jnp.stack([page, offset], -1)), by_blocks(jnp.where(valid, owner[:, :, 0], -2))
+    # rows that fill a block up are read where its first row is: other pages may hold NaN, and 0 * NaN is NaN
+    addresses = jnp.where((row_adapter >= 0)[:, :, None, :, None], addresses, addresses[:, :, :, :1])
+    block_window = jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32)
     # a kernel reads a tile from where the last window begins
     tile = 1 << (max(TOKENS_ROUNDED_TO, plan.window_tokens) - 1).bit_length()
     padded = max(tokens, (first_blocks.shape[0] - 2) * plan.window_tokens + tile)
     token_adapter = jnp.asarray(plan.token_adapter)
+    token_adapter = jnp.pad(token_adapter, (0, padded - len(token_adapter)), constant_values=NO_TOKEN)
     return LoraTargets(
-        addresses=by_blocks(jnp.stack([page, jnp.where(valid[:, :, None], offset, 0)], -1)),
-        row_adapter=by_blocks(jnp.where(valid, owner[:, :, 0], -2)),
+        addresses=addresses,
+        row_adapter=row_adapter,
         first_blocks=first_blocks,
-        block_window=jnp.sum(first_blocks[1:] <= block, axis=1, dtype=jnp.int32),
-        token_adapter=jnp.pad(token_adapter, (0, padded - len(token_adapter)), constant_values=NO_TOKEN),
+        block_window=block_window,
+        token_adapter=token_adapter,
+        listed=_list_blocks(addresses, row_adapter, first_blocks[-1], block_window, token_adapter[:tokens], plan),
         window_tokens=plan.window_tokens,
         d_out=tuple(layout.config.target_shape(t)[1] for t in ALL_TARGETS),
         row_unit=layout.row_unit,
+    )
+
+
+def _list_blocks(
+    addresses: Int[Array, "blocks targets 2 block_rows 2"],
+    row_adapter: Int[Array, "blocks targets block_rows"],
+    num_blocks: Int[Array, " targets"],
+    block_window: Int[Array, "blocks targets"],
+    token_adapter: Int[Array, " tokens"],
+    plan: LoraPlan,
+) -> BlockList:
+    """List all targets' blocks without gaps (device); arguments as in `LoraTargets`, of a batch's own tokens."""
+    (blocks, targets), tokens, most = block_window.shape, len(token_adapter), len(plan.adapters)
+    starts = jnp.pad(jnp.cumsum(num_blocks), (1, 0))
+    number = jnp.arange(blocks * targets)
+    target = jnp.sum(number[:, None] >= starts[1:targets], axis=1, dtype=jnp.int32)
+    block = jnp.minimum(number - starts.at[target].get(**INSIDE), blocks - 1)
+    addresses, row_adapter, window = (x.at[block, target].get(**INSIDE) for x in (addresses, row_adapter, block_window))
+    window_of_token = lax.div(jnp.arange(tokens), plan.window_tokens)
+    return BlockList(
+        addresses=addresses,
+        row_keys=jnp.where(row_adapter < 0, row_adapter, window[:, None] * most + row_adapter),
+        begins=jnp.minimum(window * plan.window_tokens, tokens - plan.window_tokens),
+        starts=starts,
+        token_keys=jnp.where(token_adapter < 0, NO_TOKEN, window_of_token * most + token_adapter),
     )
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
+from chameleon_jax.models.ops import FORWARD, INSIDE
+
 if TYPE_CHECKING:
     from chameleon_jax.models.ops.shapes import Pool, Queries, Tables, Tiles
 
@@ -49,32 +51,41 @@ def paged_attention(
     key_rows = tables[:, None, :] * (2 * num_kv_heads) + jnp.arange(num_kv_heads)[:, None]  # [tiles, kv, width]
     ends = jnp.where(counts > 0, starts + counts, 0)
     by_length = jnp.argsort(ends, descending=True)  # padding tiles come last
-    by_length = jnp.pad(by_length, (0, -tiles % group), constant_values=tiles)  # out of bounds: a tile that is not there
+    # all that needs no queries is computed here, which all layers share, and the loops have fewer operations
+    whole_groups = ((0, -tiles % group),)
+    start, end, first, key_rows = (
+        jnp.pad(x.at[by_length].get(**INSIDE), whole_groups + ((0, 0),) * (x.ndim - 1))
+        for x in (starts, ends, firsts, key_rows)
+    )
+    there = within < (end - start)[:, None]
+    tokens_of = jnp.where(there, first[:, None] + within, tokens)  # [tiles, tile_tokens], out of bounds where there is none
+    sees = start[:, None] + place  # [tiles, queries]: the last position that a query sees
+    trips = lax.div(end[::group] + block_tokens - 1, block_tokens)
 
     def one_group(index, q):
-        mine = lax.dynamic_slice_in_dim(by_length, index * group, group)
-        start, end = starts.at[mine].get(mode="clip"), ends.at[mine].get(mode="fill", fill_value=0)
-        rows = key_rows.at[mine].get(mode="clip")
-        there = within < (end - start)[:, None]
-        token = jnp.where(there, firsts.at[mine].get(mode="clip")[:, None] + within, tokens)  # [group, tile_tokens]
+        def mine(x, size=group):
+            return lax.dynamic_slice_in_dim(x, index * size, size, **FORWARD)
+
+        token, rows, last, length, trip = mine(tokens_of), mine(key_rows), mine(sees), mine(end), mine(trips, 1)[0]
         # [group, kv, queries, d]: the queries that share a key head are the rows of one product
-        query = q.at[token].get(mode="clip").reshape(group, tile_tokens, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-        query = query.reshape(group, num_kv_heads, queries, head_dim) * head_dim**-0.5
+        query = (
+            q.at[token].get(mode="clip", wrap_negative_indices=False).reshape(group, tile_tokens, num_kv_heads, -1, head_dim)
+        )
+        query = query.transpose(0, 2, 3, 1, 4).reshape(group, num_kv_heads, queries, head_dim) * head_dim**-0.5
 
         def one_block(block, carry):
             peak, total, acc = carry
-            keys = lax.dynamic_slice_in_dim(rows, block * block_pages, block_pages, axis=2)
+            keys = lax.dynamic_slice_in_dim(rows, block * block_pages, block_pages, axis=2, **FORWARD)
             k, v = (
-                heads_of_pages.at[at].get(mode="promise_in_bounds").reshape(group, num_kv_heads, block_tokens, head_dim)
+                heads_of_pages.at[at].get(**INSIDE).reshape(group, num_kv_heads, block_tokens, head_dim)
                 for at in (keys, keys + num_kv_heads)
             )
             position = block * block_tokens + jnp.arange(block_tokens)
-            written = position < end[:, None]
+            written = position < length[:, None]
             # an earlier owner may have left anything in a page, even NaN, and 0 * NaN is NaN
             v = jnp.where(written[:, None, :, None], v, 0)
             scores = jnp.einsum("gkqd,gknd->gkqn", query, k, preferred_element_type=jnp.float32)
-            visible = written[:, None] & (position <= start[:, None, None] + place[:, None])
-            scores = jnp.where(visible[:, None], scores, -1e30)
+            scores = jnp.where((position <= last[:, :, None])[:, None], scores, -1e30)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             decay = jnp.exp(peak - new_peak)
@@ -83,10 +94,10 @@ def paged_attention(
 
         size = (group, num_kv_heads, queries)
         carry = (jnp.full(size, -1e30), jnp.zeros(size), jnp.zeros((*size, head_dim)))
-        _, total, acc = lax.fori_loop(0, (end[0] + block_tokens - 1) // block_tokens, one_block, carry)
+        _, total, acc = lax.fori_loop(0, trip, one_block, carry)
         attended = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
         attended = attended.reshape(group, num_kv_heads, -1, tile_tokens, head_dim).transpose(0, 3, 1, 2, 4)
-        return q.at[token].set(attended.reshape(group, tile_tokens, heads, head_dim), mode="drop")
+        attended = attended.reshape(group, tile_tokens, heads, head_dim)
+        return q.at[token].set(attended, mode="drop", wrap_negative_indices=False)
 
-    live = (jnp.sum(counts > 0) + group - 1) // group
-    return lax.fori_loop(0, live, one_group, q)
+    return lax.fori_loop(0, jnp.sum(trips > 0), one_group, q)
