@@ -25,10 +25,10 @@ _MHA = LlamaConfig(
 )
 CONFIGS = {
     "mha": _MHA,
-    "gqa": dataclasses.replace(_MHA, num_kv_heads=2, num_layers=3, rms_norm_eps=1e-6),
+    "gqa": dataclasses.replace(_MHA, num_kv_heads=2, rms_norm_eps=1e-6),
     "tied": dataclasses.replace(_MHA, num_kv_heads=1, tie_word_embeddings=True, rope_theta=100_000.0),
     "llama3-rope": dataclasses.replace(
-        _MHA, num_kv_heads=2, rope_theta=500_000.0, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64)
+        _MHA, num_kv_heads=2, num_layers=3, rope_theta=500_000.0, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64)
     ),
 }
 ADAPTER_RANKS = {"r1": 1, "r3": 3, "r8": 8, "r16": 16, "r64": 64, "r128": 128, "r256": 256, "r8-qv": 8}
