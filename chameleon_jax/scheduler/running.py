@@ -46,6 +46,10 @@ class RunningSet:
         """Cost of the uncomputed prompt tokens, the sum of `cost_of(request, tokens)`."""
         return sum(cost_of(r, r.num_to_prefill - r.num_computed) for r in self._prefilling)
 
+    def longest_wait(self, now: float) -> float:
+        """Seconds since the arrival of the oldest request whose prompt is not computed; 0 without one."""
+        return max([now - request.arrival_time for request in self._prefilling], default=0.0)
+
     def add(self, request: Request) -> None:
         """Let a request run from its first token, or again from its first token."""
         request.num_computed, request.num_to_prefill = 0, request.num_known

@@ -106,7 +106,7 @@ class Scheduler:
             self._cache.evict_idle(keep=self._waiting.adapters)
         self._preempt_bypasser(now)
         self._running.plan_decodes(plan, lambda request, pages: self._grow(request, pages, now))
-        budget = self._budget.bound_prefills(plan, self._waiting.longest_wait(now))
+        budget = self._budget.bound_prefills(plan, max(self._waiting.longest_wait(now), self._running.longest_wait(now)))
         if self._admit(plan, budget, now):
             upcoming = self.policy.upcoming(PREFETCH_DEPTH) if self._waiting.adapters else ()
             self._prefetcher.load_ahead(plan, upcoming, len(self._running), now)

@@ -24,7 +24,7 @@ class StepBudget:
     while prompts wait and the throughput that the fixed parts cost is lost. So from F = target / 2 on, the share is F / target
     instead: half of the step where the target is half used up, all of it once the target is out of reach, where no step could
     meet it anyway. A target that the device cannot meet then costs no throughput. Nor does one that it can meet under less
-    load: the share is at least the part of `patience` for which the oldest waiting request has waited.
+    load: the share is at least the part of `patience` for which the oldest request without a computed prompt has waited.
 
     Attributes:
         target: seconds between tokens; None leaves prompts unbounded.
@@ -75,7 +75,7 @@ class StepBudget:
 
         Args:
             plan: the step, its decodes already planned.
-            waited: seconds for which the oldest waiting request has waited.
+            waited: seconds for which the oldest request without a computed prompt has waited.
         """
         if self.learns:
             plan.features = self._cost.decode_features(plan.decodes)

@@ -37,7 +37,7 @@ def engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
 @pytest.fixture
 def compiled_engine(engines: Engines, text_model) -> Iterator[LLMEngine]:
     """An engine as a user starts it: every program is compiled."""
-    with engines.borrow(text_model, compile_programs="ahead", max_num_seqs=4) as engine:
+    with engines.borrow(text_model, compile_programs="ahead", max_num_seqs=2) as engine:
         yield engine
 
 
@@ -138,7 +138,7 @@ def test_programs_that_stand_in_for_others_give_the_same_text(compiled_engine, a
 
     expected = answers(compiled_engine)
     monkeypatch.setattr(compilation, "CompileQueue", HeldQueue)
-    config = EngineConfig(**SETTINGS | {"max_num_seqs": 4, "compile_programs": "background"})
+    config = EngineConfig(**SETTINGS | {"max_num_seqs": 2, "compile_programs": "background"})
     with contextlib.closing(LLMEngine(str(text_model), config)) as engine:
         queue = engine.runner.compilation._queue
         assert isinstance(queue, HeldQueue) and len(engine.runner.programs.forward) == 2
@@ -164,7 +164,7 @@ def test_every_setting_gives_the_same_text_over_the_same_programs(compiled_engin
         dict(num_pages=80, lora_host_bytes=0),
         dict(max_num_seqs=1),
         dict(max_num_batched_tokens=32),
-        dict(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=40),
+        dict(max_num_seqs=1, max_num_batched_tokens=32, max_model_len=40),
         dict(system="chameleon", predicted_output_len=1, max_lora_rank=40),
     ):
         engine.restart(**settings)
