@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_jax.config import COMPILED, EngineConfig
+from chameleon_jax.models.runtime.programs import ProgramCache
 from chameleon_jax.serving.engine import LLMEngine
 
 SETTINGS: dict[str, Any] = dict(
@@ -30,6 +31,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._idle: dict[tuple[object, ...], list[LLMEngine]] = {}
+        self._programs: dict[tuple[object, ...], list[ProgramCache]] = {}
 
     @contextlib.contextmanager
     def borrow(self, model: str | Path, **settings: Any) -> Iterator[LLMEngine]:
@@ -39,7 +41,7 @@ class Engines:
         if wanted["compile_programs"] == "ahead":
             fixed["max_num_seqs"] = wanted["max_num_seqs"]  # each size has programs of its own
         idle = self._idle.setdefault((str(model), *sorted(fixed.items())), [])
-        engine = idle.pop() if idle else LLMEngine(str(model), EngineConfig(**SETTINGS | SIZES | fixed))
+        engine = idle.pop() if idle else self._build(model, EngineConfig(**SETTINGS | SIZES | fixed))
         try:
             engine.restart()  # first with the executor that it was built with: an earlier test may have replaced it
             for name in engine.list_loras():
@@ -50,6 +52,17 @@ class Engines:
             engine.close()
             raise
         idle.append(engine)
+
+    def _build(self, model: str | Path, config: EngineConfig) -> LLMEngine:
+        """Build an engine. A lazy one shares the programs of those before it whose steps have the same shapes."""
+        engine = LLMEngine(str(model), config)
+        if config.compile_programs == "lazy":
+            runner, programs = engine.runner, engine.runner.programs
+            shapes = (runner.layout.config, runner.layout.page_elems, runner.buckets, runner.dtype, runner.num_pages)
+            own = [programs.forward, programs.sample, programs.write, programs.count, programs.score]
+            shared = self._programs.setdefault(shapes, own)
+            programs.forward, programs.sample, programs.write, programs.count, programs.score = shared
+        return engine
 
     def close(self) -> None:
         """Close every engine that is not lent."""
