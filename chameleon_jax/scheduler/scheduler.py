@@ -31,6 +31,10 @@ from chameleon_jax.scheduler.waiting import WaitingSet
 from chameleon_jax.systems import System, get_system
 
 
+PATIENCE = 0.5
+"""Part of the target for the time to first token after which prompts are unbounded: from then on the rest of it is needed."""
+
+
 class Scheduler:
     """Owns the waiting and running requests. The pool and the cache own memory, and are asked before anything is done.
 
@@ -59,7 +63,7 @@ class Scheduler:
         self._needs = PageNeeds(cache, page_tokens, self.system.reserve_max_tokens)
         self._budget = StepBudget(
             config.tbt_slo if self.system.bound_stalls else None,
-            config.ttft_slo,
+            PATIENCE * config.ttft_slo,
             learns=self.system.bound_stalls
             or self.system.order == "boost"
             or (bool(shapes.sizes) and not self.system.whole_prompts),

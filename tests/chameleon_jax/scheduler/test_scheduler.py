@@ -11,6 +11,7 @@ from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.scheduler import Scheduler, StepPlan
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor
 from chameleon_jax.scheduler.stats import QueueStats, SchedulerCounters
+from chameleon_jax.scheduler.step_budget import GUESSED_TOKEN_S
 from chameleon_jax.scheduler.step_shapes import ANY_SIZE
 
 
@@ -96,6 +97,19 @@ def test_loads_ahead_of_a_turn_and_those_given_up_are_counted():
     scheduler.finish(waiting[1], 0.0)
     assert run(scheduler).cancels == ["b"]
     assert scheduler.counters == SchedulerCounters(prefetches=2, cancelled_loads=1)
+
+
+def test_steps_take_more_of_prompts_the_longer_one_that_waits_or_runs_is_not_computed():
+    scheduler, _ = make_scheduler("chameleon-plus", num_pages=400, max_num_seqs=2)
+    assert scheduler._budget.patience == EngineConfig.ttft_slo / 2
+    add(scheduler, 0)
+    run(scheduler)
+    waits: list[float] = []
+    scheduler._budget.bound_prefills = lambda plan, waited: waits.append(waited) or 40 * GUESSED_TOKEN_S
+    late = add(scheduler, 1, prompt=100)
+    for now in (1.0, 2.0, 3.0, 4.0):  # in the queue, then 40, 80 and 100 of its tokens are computed
+        scheduler.plan(now)
+    assert waits == [1.0, 2.0, 3.0, 0.0] and late.num_computed == 101
 
 
 def test_a_single_queue_has_no_quota_and_the_paper_s_queues_have_the_pool():
