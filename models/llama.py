@@ -92,17 +92,22 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """Product with a weight matrix `[d_out, d_in]`, without a bias."""
 
-    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (d_out, d_in), dtype) * d_in**-0.5)
+    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        self.weight = nnx.Param(_draw((d_out, d_in), dtype, rngs))
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         return linear(x, self.weight[...])
 
 
+def _draw(shape: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs | None) -> Float[Array, "d_out d_in"]:
+    """Draw a matrix whose products are as large as its inputs; zeros without `rngs`."""
+    return jnp.zeros(shape, dtype) if rngs is None else jax.random.normal(rngs.params(), shape, dtype) * shape[1] ** -0.5
+
+
 class LlamaLayer(nnx.Module):
     """Attention and gated feed-forward, each behind a norm and added to its input."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         d, f = config.hidden_size, config.intermediate_size
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.attention_norm = RMSNorm(d, config.rms_norm_eps, dtype)
@@ -139,13 +144,11 @@ class LlamaLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Decoder. Weights are random after construction; `load_tensors` puts a checkpoint's in their place."""
+    """Decoder. Weights are random after construction, or zeros without `rngs`; `load_tensors` puts a checkpoint's in place."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.config = config
-        self.embed = nnx.Param(
-            jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype) * config.hidden_size**-0.5
-        )
+        self.embed = nnx.Param(_draw((config.vocab_size, config.hidden_size), dtype, rngs))
         self.layers = nnx.List([LlamaLayer(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, dtype, rngs)
@@ -300,7 +303,7 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
     def one(name: str) -> jax.Array:
         return jnp.asarray(checked[name], dtype)
 
-    model = nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0)))
+    model = abstract_model(config, dtype)
     model.embed.set_value(one(EMBEDDING))
     model.norm.scale.set_value(one("model.norm.weight"))
     if model.head is not None:
@@ -313,6 +316,11 @@ def load_tensors(config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: 
             parent = "self_attn" if targets[0] in ATTENTION_TARGETS else "mlp"
             getattr(layer, module).weight.set_value(matrix(f"{prefix}.{parent}", *targets))
     return model
+
+
+def abstract_model(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
+    """Build the model with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Llama(config, dtype, None))
 
 
 def random_model(config: LlamaConfig, dtype: jnp.dtype, seed: int = 0) -> Llama:

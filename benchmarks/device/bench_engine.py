@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks.device.compilation import threads
 from chameleon_jax.models.config import LlamaConfig
-from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.llama import Llama, abstract_model
 from chameleon_jax.models.runtime.buckets import Sampling, StepBuckets
 from chameleon_jax.models.runtime.model_runner import ModelRunner
 from chameleon_jax.models.runtime.programs import Programs
@@ -111,7 +111,7 @@ class BenchEngine(ModelRunner):
 
 def random_weights(config: LlamaConfig, dtype: jnp.dtype, seed: int = 0) -> Llama:
     """Random model as `llama.random_model` makes it, with a small program for each shape instead of a large one for all."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, nnx.Rngs(0))))
+    graph, shapes = nnx.split(abstract_model(config, dtype))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks.machine import Out, describe, publish
 from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import PRESETS, TARGETS, LlamaConfig
-from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.llama import abstract_model
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.buckets import Program, StepBuckets, shapes_for
@@ -71,7 +71,7 @@ class Model:
             max_adapter_pages=layout.place({t: max_rank for t in TARGETS}).num_pages,
             **shapes_for("triton"),
         )
-        graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, jnp.dtype("bfloat16"), nnx.Rngs(0))))
+        graph, params = nnx.split(abstract_model(config, jnp.dtype("bfloat16")))
         page = jax.ShapeDtypeStruct((LAYER_BYTES // 2 // layout.page_elems, layout.page_elems), jnp.bfloat16)
         return cls(config, layout, buckets, graph, params, [page] * config.num_layers)
 

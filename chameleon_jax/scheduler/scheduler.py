@@ -30,7 +30,6 @@ from chameleon_jax.scheduler.step_shapes import StepShapes
 from chameleon_jax.scheduler.waiting import WaitingSet
 from chameleon_jax.systems import System, get_system
 
-
 PATIENCE = 0.5
 """Part of the target for the time to first token after which prompts are unbounded: from then on the rest of it is needed."""
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.llama import abstract_model
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import compilation
@@ -27,7 +27,7 @@ from tests.properties import examples
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=1)
 LAYOUT = PageLayout.for_model(CONFIG)
 DTYPE = jnp.dtype("float32")
-MODEL = nnx.eval_shape(lambda: Llama(CONFIG, DTYPE, nnx.Rngs(0)))
+MODEL = abstract_model(CONFIG, DTYPE)
 HEAD = jax.ShapeDtypeStruct((CONFIG.vocab_size, CONFIG.hidden_size), DTYPE)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from chameleon_jax.models.adapters.transfers import PieceSizes
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.llama import Llama, random_model
+from chameleon_jax.models.llama import abstract_model, random_model
 from chameleon_jax.models.ops.sampling import SamplingMode
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime.buckets import StepBuckets, shapes_for
@@ -79,7 +79,7 @@ def test_a_7b_on_a_gpu_has_few_programs(extras, expected):
         extras=extras,
         **shapes_for("triton"),
     )
-    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(PRESETS["llama-7b"], jnp.dtype("bfloat16"), nnx.Rngs(0))))
+    graph, params = nnx.split(abstract_model(PRESETS["llama-7b"], jnp.dtype("bfloat16")))
     pieces = PieceSizes.fit(layout.page_bytes(2), buckets.max_adapter_pages)
     head = jax.ShapeDtypeStruct((32_000, 4096), jnp.bfloat16)
     made = Programs(graph, params, head, layout, buckets, pieces, jnp.dtype("bfloat16"), "triton")

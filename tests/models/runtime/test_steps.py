@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from chameleon_jax.models.config import PRESETS, TARGETS
-from chameleon_jax.models.llama import Llama
+from chameleon_jax.models.llama import abstract_model
 from chameleon_jax.models.page_layout import PageLayout
 from chameleon_jax.models.runtime import steps
 from chameleon_jax.models.runtime.buckets import Program, StepBuckets
@@ -32,7 +32,7 @@ NUM_PAGES = 2000
 @pytest.mark.parametrize("adapted", [0, 7])
 @pytest.mark.parametrize("tokens,rows,tiles", [(1, 1, 0), (6, 6, 0), (32, 0, 2), (32, 6, 2), (64, 6, 4)])
 def test_the_pool_is_updated_in_place(tokens, rows, tiles, adapted):
-    graph, params = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, jnp.dtype("float32"), nnx.Rngs(0))))
+    graph, params = nnx.split(abstract_model(CONFIG, jnp.dtype("float32")))
     pages = [jax.ShapeDtypeStruct((NUM_PAGES, LAYOUT.page_elems), jnp.float32)] * CONFIG.num_layers
     slots = jax.ShapeDtypeStruct((7,), jnp.int32)
     program = Program(tokens, rows, tiles, adapted)
