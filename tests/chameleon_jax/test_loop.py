@@ -29,7 +29,7 @@ TRAFFIC = st.lists(
 )
 
 
-@examples(400)
+@examples(200)
 @given(traffic=TRAFFIC, num_pages=st.integers(26, 60), load_polls=st.integers(0, 5), system=st.sampled_from(list(SYSTEMS)))
 def test_random_traffic(traffic, num_pages, load_polls, system):
     loop, executor, forgotten = make_loop(num_pages, load_polls, system=system)

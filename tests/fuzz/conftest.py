@@ -17,7 +17,7 @@ from tests.engines import Engines
 from tests.serving.running import Running
 from tests.serving.running import running as running_server
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 """Inputs for each of the two protocols."""
 
 TIMEOUT = 120

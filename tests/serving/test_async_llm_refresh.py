@@ -256,7 +256,7 @@ def contents(root) -> collections.Counter:
     return sizes
 
 
-def test_hundreds_of_refreshes_leave_nothing_behind(llm, steps):
+def test_dozens_of_refreshes_leave_nothing_behind(llm, steps):
     """With requests of the old content waiting and running at each of them."""
 
     async def refresh(times: int):
@@ -281,7 +281,7 @@ def test_hundreds_of_refreshes_leave_nothing_behind(llm, steps):
         await llm.add_lora("x", steps[0], pinned=True)
         await refresh(20)
         before, stats = contents(llm), await llm.stats(max_age=0)
-        await refresh(200)
+        await refresh(60)
         after, now = contents(llm), await llm.stats(max_age=0)
         bounded = "okenizer.token_bytes._inside"  # by the vocabulary
         grown = {path: (before[path], n) for path, n in after.items() if n > before[path] and not path.endswith(bounded)}

@@ -96,7 +96,7 @@ def test_sigterm_under_load(text_model, adapter_dir):
         with httpx.Client(base_url=url, timeout=TIMEOUT) as http, Client(target) as grpc:
             expected = http.post("/v1/completions", json=body(100)).json()["choices"][0]["text"]
             assert grpc.generate("love is", params(100), lora_name="a1").text == expected
-            streams = [contextlib.ExitStack() for _ in range(12)]
+            streams = [contextlib.ExitStack() for _ in range(4)]
             responses = [s.enter_context(http.stream("POST", "/v1/completions", json=body(100, True))) for s in streams]
             assert {r.status_code for r in responses} == {200}
             process.process.send_signal(signal.SIGTERM)
@@ -141,14 +141,14 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
 
 
 def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir):
-    few = ("--max-num-seqs", "2", "--compile-programs", "background")
-    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "-1", *few) as process:
+    few = ("--max-num-seqs", "2", "--no-enable-lora", "--compile-programs", "background")
+    with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *few) as process:
         assert process._ready.wait(TIMEOUT)
         url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
         assert url is not None, process.log
         with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
             while True:
-                assert http.post("/v1/completions", json=body(8)).status_code == 200
+                assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
                 ready = http.get("/health/ready").json()
                 assert ready["status"] == "ready" and 0 < ready["programs"]["compiled"] <= ready["programs"]["total"]
                 if ready["programs"]["compiled"] == ready["programs"]["total"]:
@@ -159,7 +159,7 @@ def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir
         process.process.send_signal(signal.SIGTERM)
         assert process.ended() == 0
         numbers = [re.search(text, process.log) for text in (r"(\d+) programs are compiled, in", r"(\d+) programs are left")]
-        assert sum(int(found[1]) for found in numbers if found) == ready["programs"]["total"] > 20, process.log
+        assert sum(int(found[1]) for found in numbers if found) == ready["programs"]["total"] > 15, process.log
         assert re.search(r"all programs are compiled, after \d", process.log)
 
 

@@ -202,7 +202,7 @@ def arrivals_of(phases) -> list[Arrival]:
     return [dataclasses.replace(kind, gap=gap, prompt=kind.prompt + i % 4) for i, (kind, gap) in enumerate(kinds)]
 
 
-@examples(30)
+@examples(15)
 @given(phases=PHASES, num_pages=st.integers(27, 80), system=st.sampled_from(MULTILEVEL))
 def test_quotas_are_whole_again_when_everything_has_ended(phases, num_pages, system):
     simulation = Simulation(system, num_pages)
@@ -233,7 +233,7 @@ STREAMS = st.builds(
 """One request arrives when others have taken all memory, and more of the others than can run follow."""
 
 
-@examples(30)
+@examples(15)
 @given(
     phases=st.one_of(PHASES, STREAMS, STREAMS),
     num_pages=st.one_of(st.integers(27, 34), st.integers(27, 80)),
@@ -250,7 +250,7 @@ def test_no_request_waits_longer_than_the_starvation_bound(phases, num_pages, sl
         assert waited(request) <= bound, f"{request.request_id}: {ahead} ahead, {count} levels, L = {longest}"
 
 
-@examples(25)
+@examples(15)
 @given(phases=PHASES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
 def test_a_head_start_is_never_larger_than_its_bound(phases, num_pages, slots):
     """Without adapters, a request that arrives later than the largest head start also starts later."""
@@ -286,7 +286,7 @@ def test_one_class_of_any_priority_starts_as_without_priorities(phases, num_page
     assert starts[0] == starts[1]
 
 
-@examples(30)
+@examples(15)
 @given(
     phases=PHASES,
     priorities=PRIORITIES,
@@ -307,7 +307,7 @@ def test_one_start_in_ten_at_most_passes_a_higher_class(phases, priorities, num_
     assert num_starts == len(simulation.requests)
 
 
-@examples(30)
+@examples(15)
 @given(phases=PHASES, priorities=PRIORITIES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
 def test_first_come_first_served_holds_in_a_class_and_ten_times_over_between_classes(phases, priorities, num_pages, slots):
     chosen = dataclasses.replace(SYSTEMS["fifo"], reserve_max_tokens=True)
@@ -321,7 +321,7 @@ def test_first_come_first_served_holds_in_a_class_and_ten_times_over_between_cla
         assert between < (MAX_PASSES + 1) * (ahead + 1)
 
 
-@examples(30)
+@examples(15)
 @given(
     phases=st.one_of(PHASES, STREAMS),
     priorities=PRIORITIES,
