@@ -95,12 +95,9 @@ def dummy_model():
 @part
 def curve():
     from benchmarks.__main__ import main
-    from benchmarks.serving import serve_curve
 
-    build = serve_curve.build_engine
-    serve_curve.build_engine = lambda *args: build(*args[:-1], {**args[-1], "compile_programs": "lazy"})
     sizes = "--num-adapters 2 --ranks 8 --max-num-seqs 1 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
-    traffic = "--system fifo --rps 4 --duration 1 --length-factor 0.05 --max-input 16 --max-output 4"
+    traffic = "--system fifo --rps 8 --duration 0.5 --length-factor 0.05 --max-input 16 --max-output 4 --compile-programs lazy"
     words = ["serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(folder / "curve.json")]
     return [main(words), json.loads((folder / "curve.json").read_text())["table"]]
 
