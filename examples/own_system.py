@@ -20,14 +20,15 @@ from chameleon_jax.systems import SYSTEMS
 SHORTEST_FIRST = dataclasses.replace(SYSTEMS["fifo"], order="sjf", eviction="gdsf")
 SHORT, LONG = 4, 32
 """Output tokens of a request; every adapter keeps to one of the two, so its history predicts them."""
+REQUESTS = 48
 
 
 def mean_ttft(llm: LLM, adapters: list[LoRARequest]) -> dict[int, float]:
-    """Run 48 requests twice and return the second round's mean time to first token by output length, in seconds."""
-    params = [SamplingParams(temperature=0, max_tokens=(SHORT, LONG)[i % 2], ignore_eos=True) for i in range(48)]
+    """Run REQUESTS requests twice and return the second round's mean time to first token by output length, in seconds."""
+    params = [SamplingParams(temperature=0, max_tokens=(SHORT, LONG)[i % 2], ignore_eos=True) for i in range(REQUESTS)]
     for _ in range(2):  # the first round fills the histories
         waits: dict[int, list[float]] = {SHORT: [], LONG: []}
-        for output in llm.generate([list(range(3, 19))] * 48, params, adapters * 12):
+        for output in llm.generate([list(range(3, 19))] * REQUESTS, params, adapters * (REQUESTS // 4)):
             times = output.metrics
             waits[len(output.outputs[0].token_ids)].append((times.first_token_time or 0) - times.arrival_time)
     return {length: statistics.mean(seconds) for length, seconds in waits.items()}

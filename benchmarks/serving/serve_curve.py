@@ -63,6 +63,9 @@ def main(
     predictor: Predictor = "proxy-0.8",
     ttft_slo: TtftSlo = 5.0,
     tbt_slo: TbtSlo = 0.15,
+    compile_programs: Annotated[
+        str, typer.Option(help="ahead compiles all programs before the first load; lazy those that a step needs, in it.")
+    ] = "ahead",
     out: Out = None,
 ) -> None:
     """Measure time to first token against load on the engine.
@@ -76,7 +79,8 @@ def main(
     try:
         specs = [WorkloadSpec(**drawn | {"ranks": rank_list(ranks), "rps": load}) for load in loads]
         workloads = [generate(spec) for spec in specs]
-        config = {"num_pages": num_pages, "load_format": "dummy", "lora_host_bytes": lora_host_gib << 30}
+        config: dict[str, Any] = {"num_pages": num_pages, "load_format": "dummy", "lora_host_bytes": lora_host_gib << 30}
+        config["compile_programs"] = compile_programs
         engine = build_engine(model, workloads, systems, settings, config)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error

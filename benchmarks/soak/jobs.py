@@ -6,9 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from chameleon_jax import LLM, LoRARequest, SamplingParams
-from chameleon_jax.serving.engine import LLMEngine
+from chameleon_jax.sampling_params import LoRARequest, SamplingParams
+
+if TYPE_CHECKING:
+    from chameleon_jax.serving.engine import LLMEngine
 
 BASE = ""
 """Content of the base model, which has no adapter."""
@@ -47,6 +50,8 @@ def prepare(
     settings: Mapping[str, object],
 ) -> Jobs:
     """Answer every prompt with every content, one at a time."""
+    from chameleon_jax import LLM  # here, as the clients' process needs no JAX
+
     texts: dict[str, list[str]] = {}
     with LLM(model, **settings) as llm:  # type: ignore[arg-type]
         for content in (BASE, *fixed, *changing):

@@ -19,6 +19,11 @@ ROWS, CONTEXT = SMALL.rows[-1], SMALL.contexts[0]
 MIXED = SMALL.mixes[1]
 
 
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr("benchmarks.device.timing.TARGET_SECONDS", 0.01)
+
+
 @pytest.fixture
 def report(tmp_path):
     """As if the sections before had run."""
@@ -196,6 +201,7 @@ def test_cases_come_in_order_of_importance(report, monkeypatch):
 def test_transformers_with_mixed_adapters(report, monkeypatch):
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package)
+    monkeypatch.setattr("benchmarks.device.sections.peers.mixed_adapters.CALLS", 1)
     cases = [case for case in peers.cases(SMALL, report, 0.0) if case.name.startswith("transformers")]
     base, mixed = (case.run()[0] for case in cases)
     assert (base["peer"], mixed["peer"]) == ("transformers", "transformers + peft")

@@ -139,9 +139,9 @@ def built(engine, monkeypatch) -> list:
 def test_the_command_writes_what_it_measured_and_predicted(built, tmp_path):
     pictures = importlib.util.find_spec("matplotlib") is not None  # not among the tests' packages
     plots = f"--plots {tmp_path}" if pictures else ""
-    options = f"""serve tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 1 --length-factor 0.1
+    options = f"""serve tiny --load-format dummy --system s-lora --system chameleon --rps 10 --duration 0.5 --length-factor 0.1
         --max-input 100 --max-output 24 --num-adapters {NUM_ADAPTERS} --ranks {RANK} --num-pages {NUM_PAGES} --max-num-seqs 2
-        --max-num-batched-tokens 32 --predict --calibration-s 1 --out {tmp_path}/result.json {plots}"""
+        --max-num-batched-tokens 32 --predict --calibration-s 0.5 --out {tmp_path}/result.json {plots}"""
     assert main(options.split()) == 0
     ((model, _, systems, settings, config),) = built
     assert (model, systems, config["num_pages"], config["load_format"]) == ("tiny", ["s-lora", "chameleon"], NUM_PAGES, "dummy")
@@ -164,7 +164,7 @@ def test_a_system_that_bounds_stalls_may_take_longer_prompts():
 def test_a_curve_has_every_system_at_every_load(built, tmp_path):
     sizes = "--num-adapters 4 --ranks 8 --max-num-seqs 2 --max-num-batched-tokens 32 --num-pages 28 --lora-host-gib 1"
     traffic = (
-        "--rps 8 --rps 4 --duration 0.75 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
+        "--rps 16 --rps 8 --duration 0.4 --length-factor 0.05 --max-input 64 --max-output 16 --system fifo --system s-lora"
     )
     out = tmp_path / "curve.json"
     assert main(["serve-curve", "tiny", *sizes.split(), *traffic.split(), "--out", str(out)]) == 0
@@ -172,5 +172,5 @@ def test_a_curve_has_every_system_at_every_load(built, tmp_path):
     assert (model, systems, len(workloads), config["num_pages"]) == ("tiny", ["fifo", "s-lora"], 2, NUM_PAGES)
     assert (settings.max_num_seqs, settings.batched_tokens) == (2, 32)
     table = json.loads(out.read_text())["table"]
-    assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (4, 8) for s in ("fifo", "s-lora")]
+    assert [(row["requests a second"], row["system"]) for row in table] == [(n, s) for n in (8, 16) for s in ("fifo", "s-lora")]
     assert all(row["requests"] > 0 and row["ttft_p99_ms"] > 0 for row in table)

@@ -13,7 +13,7 @@ from chameleon_jax.serving.async_llm import AsyncLLM
 from tests import reference_models as reference
 
 SETTINGS = dict(max_num_seqs=4, max_num_batched_tokens=32, max_lora_rank=16, num_pages=64)
-PLAN = Soak(clients=12, names=3, warm_up=1.5, seconds=4.5, pause=0.05)
+PLAN = Soak(clients=12, names=3, warm_up=1.0, seconds=3.0, pause=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_text_is_right_and_nothing_is_left(result):
 
 
 def test_it_was_a_soak(result):
-    assert sum(count for kind, count in result["requests"].items() if "refused" not in kind) > 50
+    assert sum(count for kind, count in result["requests"].items() if "refused" not in kind) > 2 * PLAN.clients
     assert {"stream", "unary", "grpc"} <= set(result["requests"])
     assert result["adapters"]["replaced"] > 5 and result["loads"] > 5
     assert result["milliseconds"]["step, none moves"]["count"] > 0

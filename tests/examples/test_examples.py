@@ -1,38 +1,68 @@
-"""Every example runs offline and prints the lines that its docstring promises; a tiny model stands in for SmolLM2."""
+"""Every example runs offline and prints the lines that its docstring promises; a tiny model stands in for theirs.
 
+Engines are lent to the examples, with their settings. Only the server's process builds its own.
+"""
+
+import contextlib
+import functools
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chameleon_jax.config import EngineConfig
+from chameleon_jax.models.config import PRESETS
+from chameleon_jax.serving import async_llm, llm
+from chameleon_jax.serving.engine import LLMEngine
 from tests import reference_models as reference
+from tests.engines import Engines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(reference.save_model(tmp_path_factory.mktemp("model"), "mha", text=True))
+def model(text_model: Path) -> str:
+    return str(text_model)
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("king-james", "shakespeare")):
-        reference.save_adapter(folder / name, reference.CONFIGS["mha"], rank=8, seed=seed)
+        reference.save_adapter(folder / name, reference.CONFIGS["gqa"], rank=8, seed=seed)
     return folder
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run an example's `main` and return its output, without the progress of the compilation."""
+def lent(engines: Engines, text_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines of the tests in the place of those that an example would build, and their model in the place of its own."""
+    monkeypatch.setitem(PRESETS, "tiny", reference.CONFIGS["gqa"])
+    with contextlib.ExitStack() as stack:
 
-    def run_main(name: str, *args: Any) -> str:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*args)
-        return re.sub(r".*\r.*\n", "", capsys.readouterr().out)
+        def lend(model: str, settings: Mapping[str, Any], progress: Callable[[int, int], None]) -> tuple[LLMEngine, bool]:
+            EngineConfig.of(settings)  # refuses what the example's own engine would refuse
+            lazy = {name: value for name, value in settings.items() if name != "load_format"} | {"compile_programs": "lazy"}
+            engine = stack.enter_context(engines.borrow(text_model, **lazy))
+            monkeypatch.setattr(engine, "restart", functools.partial(engine.restart, **lazy))  # from which its sizes come
+            return engine, False
+
+        monkeypatch.setattr(llm, "open_engine", lend)
+        monkeypatch.setattr(async_llm, "open_engine", lend)
+        yield
+
+
+@pytest.fixture
+def run(lent: None, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example's `main`, with some constants changed, and return its output."""
+
+    def run_main(name: str, *args: Any, **constants: Any) -> str:
+        main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+        main.__globals__.update(constants)
+        main(*args)
+        return capsys.readouterr().out
 
     return run_main
 
@@ -51,7 +81,9 @@ def test_async_streaming(run: Callable[..., str], model: str, adapters: Path) ->
 
 
 def test_openai_client(run: Callable[..., str], model: str, adapters: Path) -> None:
-    models, base, adapted = run("openai_client", model, adapters).splitlines()[:3]
+    sizes = "--max-num-seqs 32 --max-num-batched-tokens 64 --max-lora-rank 256 --num-pages 1200"  # programs of lent engines
+    settings = runpy.run_path(str(EXAMPLES / "openai_client.py"))["SETTINGS"] + f" {sizes}"
+    models, base, adapted = run("openai_client", model, adapters, SETTINGS=settings).splitlines()[:3]
     assert models.endswith("king-james, shakespeare")
     assert base.split(": ", 1)[1] != "''"
     assert adapted.startswith("king-james: ") and len(adapted) > len("king-james: ")
@@ -80,7 +112,8 @@ def test_train_and_serve(run: Callable[..., str], model: str) -> None:
 
 
 def test_own_system(run: Callable[..., str]) -> None:
-    fifo, own = ([int(ms) for ms in re.findall(r"(\d+) ms", line)] for line in run("own_system").splitlines())
+    output = run("own_system", REQUESTS=24)
+    fifo, own = ([int(ms) for ms in re.findall(r"(\d+) ms", line)] for line in output.splitlines())
     assert len(fifo) == len(own) == 2
     assert own[0] < own[1]
 

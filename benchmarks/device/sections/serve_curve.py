@@ -15,9 +15,9 @@ from benchmarks.device.scale import FULL, Scale
 
 OPTIONS = "--system s-lora --system chameleon-plus --rps 10 --rps 20 --duration 20 --num-adapters 100"
 SMALL_OPTIONS = (
-    "tiny --system s-lora --system chameleon --rps 8 --duration 1 --num-adapters 4 --ranks 4,8 --length-factor 0.02 "
+    "tiny --system s-lora --system chameleon --rps 8 --duration 0.5 --num-adapters 4 --ranks 4,8 --length-factor 0.02 "
     "--max-input 32 --max-output 8 --max-num-seqs 1 --max-num-batched-tokens 32 --num-pages 200 --lora-host-gib 1 "
-    "--predictor oracle"
+    "--predictor oracle --compile-programs lazy"
 )
 LIMIT_SECONDS = 400.0
 
