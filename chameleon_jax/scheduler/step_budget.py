@@ -24,7 +24,8 @@ class StepBudget:
     while prompts wait and the throughput that the fixed parts cost is lost. So from F = target / 2 on, the share is F / target
     instead: half of the step where the target is half used up, all of it once the target is out of reach, where no step could
     meet it anyway. A target that the device cannot meet then costs no throughput. Nor does one that it can meet under less
-    load: the share is at least the part of `patience` for which the oldest request without a computed prompt has waited.
+    load: the share is at least the square of the part of `patience` for which the oldest request without a computed prompt has
+    waited. Short waits, which every load has, then change little.
 
     Attributes:
         target: seconds between tokens; None leaves prompts unbounded.
@@ -83,7 +84,7 @@ class StepBudget:
             return math.inf
         fixed = plan.features.copy()
         fixed[PREFILL] = 1.0
-        return prompt_share(self._cost.seconds(fixed), self.target, waited / self.patience)
+        return prompt_share(self._cost.seconds(fixed), self.target, (waited / self.patience) ** 2)
 
     def note_prefills(self, plan: StepPlan) -> None:
         """Add the plan's prompts to its features, for `observe_step`."""

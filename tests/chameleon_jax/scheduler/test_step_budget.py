@@ -85,7 +85,7 @@ def test_hurry_is_the_least_share_of_prompts(fixed, hurry):
     assert (seconds == math.inf) == (max(fixed, hurry) >= 1)
 
 
-@pytest.mark.parametrize(("waited", "share"), [(0.0, 0.825), (4.5, 0.9), (5.0, None), (60.0, None)])
+@pytest.mark.parametrize(("waited", "share"), [(0.0, 0.825), (4.0, 0.825), (4.9, 0.96), (5.0, None), (60.0, None)])
 def test_the_longer_a_request_waits_the_more_of_a_step_is_prompts(waited, share):
     fixed = STEP_S + PREFILL_S + DECODE_S + 5 * ROW_S
     seconds, _ = planned(taught(target=0.2), 0, rows=5, waited=waited)
