@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import httpx
 import pytest
 import typer
 
+from chameleon_jax.checkpoints import huggingface
 from chameleon_jax.models.runtime import compile_threads, jax_setup
 from chameleon_jax.sampling_params import SamplingParams
 from chameleon_jax.serving import async_llm  # noqa: F401  # as in a server
@@ -30,76 +31,53 @@ from chameleon_jax.serving.client import AsyncClient, Client
 from chameleon_jax.serving.server import CLOSE_TIMEOUT_S, Server, listen
 from chameleon_jax.serving.service.server_config import ServerConfig
 from chameleon_jax.serving.telemetry.metrics import Metrics
+from tests import reference_models as reference
 from tests.serving.conftest import make_service
+from tests.serving.server_process import TIMEOUT, Serve, servers
 
-TIMEOUT = 120
-ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "32", "--max-num-batched-tokens", "64"]
-ENGINE += ["--num-pages", "1200", "--compile-programs", "lazy"]
-
-
-class Process:
-    """Server process, and its output so far."""
-
-    def __init__(self, model: Path, adapter_dir: Path, *options: str, code: str | None = None):
-        program = ["-m", "chameleon_jax.serving.cli"] if code is None else ["-c", code]
-        command = [sys.executable, *program, "serve", str(model), "--adapter-dir", str(adapter_dir)]
-        self.process = subprocess.Popen(
-            [*command, *ENGINE, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self.log = ""
-        self._ready = threading.Event()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log += line
-            if "control-C stops it" in line:
-                self._ready.set()
-        self._ready.set()
-
-    def wait(self) -> tuple[str, str]:
-        """Wait until the server runs. Returns its addresses for HTTP and gRPC."""
-        assert self._ready.wait(TIMEOUT), self.log
-        url = re.search(r"http://127\.0\.0\.1:\d+", self.log)
-        grpc = re.search(r"gRPC, .*: (127\.0\.0\.1:\d+)", self.log)
-        assert url is not None and grpc is not None, self.log
-        return url[0], grpc[1]
-
-    def ended(self) -> int:
-        code = self.process.wait(TIMEOUT)
-        self._reader.join(TIMEOUT)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
+CONFIG = dataclasses.replace(reference.CONFIGS["gqa"], num_layers=1)
 
 
-@contextlib.contextmanager
-def served(*args: object, code: str | None = None) -> Iterator[Process]:
-    process = Process(*args, code=code)  # type: ignore[arg-type]
-    try:
-        yield process
-    finally:
-        process.process.kill()
-        process.ended()
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, as its programs are compiled in half the time of three."""
+    directory = tmp_path_factory.mktemp("model") / "small"
+    huggingface.save(reference.checkpoint(CONFIG), directory)
+    reference.byte_tokenizer().save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters a0 and a1."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for i, rank in enumerate((2, 8)):
+        reference.save_adapter(folder / f"a{i}", CONFIG, rank, seed=i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    with servers(tmp_path_factory.mktemp("logs")) as serve:
+        yield serve
 
 
 def body(tokens: int, stream: bool = False, model: str = "a1") -> dict:
     return {"model": model, "prompt": "love is", "max_tokens": tokens, "temperature": 0, "stream": stream}
 
 
-def test_sigterm_under_load(text_model, adapter_dir):
-    with served(text_model, adapter_dir, "--port", "0", "--grpc-port", "0") as process:
-        url, target = process.wait()
-        assert "gqa and 4 adapters" in process.log
-        with httpx.Client(base_url=url, timeout=TIMEOUT) as http, Client(target) as grpc:
+def test_sigterm_under_load(served, model, adapters):
+    with served(model, adapters, "--port", "0", "--grpc-port", "0", "--max-num-seqs", "2") as process:
+        url = process.wait()
+        target = re.search(r"gRPC, .*: (127\.0\.0\.1:\d+)", process.log)
+        assert "small and 2 adapters" in process.log and target is not None
+        with httpx.Client(base_url=url, timeout=TIMEOUT) as http, Client(target[1]) as grpc:
             expected = http.post("/v1/completions", json=body(100)).json()["choices"][0]["text"]
             assert grpc.generate("love is", params(100), lora_name="a1").text == expected
             streams = [contextlib.ExitStack() for _ in range(4)]
             responses = [s.enter_context(http.stream("POST", "/v1/completions", json=body(100, True))) for s in streams]
             assert {r.status_code for r in responses} == {200}
-            process.process.send_signal(signal.SIGTERM)
+            process.send(signal.SIGTERM)
             while http.get("/health/ready").status_code == 200:
                 pass
             assert http.post("/v1/completions", json=body(1)).status_code == 503
@@ -112,10 +90,10 @@ def test_sigterm_under_load(text_model, adapter_dir):
         assert process.ended() == 0
 
 
-def test_every_program_is_compiled_before_the_first_request(text_model, adapter_dir):
-    small = ("--max-num-seqs", "1", "--max-num-batched-tokens", "32", "--no-enable-lora", "--compile-programs", "ahead")
-    with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *small) as process:
-        assert process._ready.wait(TIMEOUT)
+def test_every_program_is_compiled_before_the_first_request(served, model, tmp_path):
+    small = ("--no-enable-lora", "--compile-programs", "ahead")
+    with served(model, tmp_path, "--port", "0", "--grpc-port", "-1", *small) as process:
+        url = process.wait()
         done, programs = map(int, re.findall(r"compiling programs: (\d+)/(\d+)", process.log)[-1])
         assert done == programs == 10  # a decode row, a tile of a prompt, six kinds of sampling, counting, and scoring
         for line in (
@@ -123,32 +101,26 @@ def test_every_program_is_compiled_before_the_first_request(text_model, adapter_
             r"compiling 10 programs on \d+ threads: about \d+ s",
             r"10 programs are compiled, in \d+\.\d s",
             r"max_model_len is 128: as set",
-            r"the pool has 1200 pages: \d+ tokens of KV without adapters, \d+ MiB",
+            r"the pool has 200 pages: \d+ tokens of KV without adapters, \d+ MiB",
             r"\d+ compilations so far, of which \d+ were found in the cache",
             r"\d+ adapters are found and 0 registered, in \d+\.\d s",
             r"ready, in \d+\.\d s",
         ):
             assert re.search(line, process.log), line
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
-        assert url is not None
-        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
-            assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
-            scored = body(8, model="gqa") | {"prompt_logprobs": 2}
+        with httpx.Client(base_url=url, timeout=TIMEOUT) as http:
+            assert http.post("/v1/completions", json=body(8, model="small")).status_code == 200
+            scored = body(8, model="small") | {"prompt_logprobs": 2}
             assert http.post("/v1/completions", json=scored).status_code == 200
-            adjusted = body(8, model="gqa") | {"presence_penalty": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5, 6, 7]}
+            adjusted = body(8, model="small") | {"presence_penalty": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5, 6, 7]}
             assert http.post("/v1/completions", json=adjusted).status_code == 200
             assert 'compilations_total{phase="serving"} 0.0' in http.get("/metrics").text
 
 
-def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir):
-    few = ("--max-num-seqs", "2", "--no-enable-lora", "--compile-programs", "background")
-    with served(text_model, adapter_dir.parent, "--port", "0", "--grpc-port", "-1", *few) as process:
-        assert process._ready.wait(TIMEOUT)
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.log)
-        assert url is not None, process.log
-        with httpx.Client(base_url=url[0], timeout=TIMEOUT) as http:
+def test_requests_are_served_while_programs_are_compiled(served, model, adapters):
+    with served(model, adapters, "--port", "0", "--grpc-port", "-1", "--compile-programs", "background") as process:
+        with httpx.Client(base_url=process.wait(), timeout=TIMEOUT) as http:
             while True:
-                assert http.post("/v1/completions", json=body(8, model="gqa")).status_code == 200
+                assert http.post("/v1/completions", json=body(8)).status_code == 200
                 ready = http.get("/health/ready").json()
                 assert ready["status"] == "ready" and 0 < ready["programs"]["compiled"] <= ready["programs"]["total"]
                 if ready["programs"]["compiled"] == ready["programs"]["total"]:
@@ -156,34 +128,32 @@ def test_requests_are_served_while_programs_are_compiled(text_model, adapter_dir
             metrics = http.get("/metrics").text
         assert re.search(r'compilations_total{phase="background"} [1-9]', metrics)
         assert 'compilations_total{phase="serving"} 0.0' in metrics
-        process.process.send_signal(signal.SIGTERM)
+        process.send(signal.SIGTERM)
         assert process.ended() == 0
         numbers = [re.search(text, process.log) for text in (r"(\d+) programs are compiled, in", r"(\d+) programs are left")]
-        assert sum(int(found[1]) for found in numbers if found) == ready["programs"]["total"] > 15, process.log
+        assert sum(int(found[1]) for found in numbers if found) == ready["programs"]["total"] > 10, process.log
         assert re.search(r"all programs are compiled, after \d", process.log)
 
 
 SLOW_COMPILATION = """
 import threading, time
 from chameleon_jax.models.runtime import programs
-from chameleon_jax.serving.cli import app
 run = programs.Job.run
 programs.Job.run = lambda job: time.sleep(600) if threading.current_thread().name.startswith("compile-") else run(job)
-app()
 """
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_server_ends_while_a_program_is_compiled(text_model, tmp_path, wrong):
+def test_a_server_ends_while_a_program_is_compiled(served, model, tmp_path, wrong):
     """Told to stop, or by an adapter that it cannot read."""
-    options = ["--port", "0", "--grpc-port", "-1", "--compile-programs", "background", "--max-num-seqs", "2"]
+    options = ["--port", "0", "--grpc-port", "-1", "--compile-programs", "background"]
     if wrong:
         (tmp_path / "adapter_config.json").write_text("{}")
         options += ["--lora-modules", f"wrong={tmp_path}"]
-    with served(text_model, tmp_path, *options, code=SLOW_COMPILATION) as process:
+    with served(model, tmp_path, *options, code=SLOW_COMPILATION) as process:
         assert process._ready.wait(TIMEOUT)
         if not wrong:
-            process.process.send_signal(signal.SIGTERM)
+            process.send(signal.SIGTERM)
         assert process.ended() == wrong, process.log
 
 
@@ -202,33 +172,33 @@ def test_an_error_that_is_not_reported_is_never_an_exit_code(monkeypatch, error,
     assert codes == ([] if code is None else [code])
 
 
-def test_killed_started_again_and_told_to_stop_twice(text_model, adapter_dir):
+def test_killed_started_again_and_told_to_stop_twice(served, model, adapters):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     texts = []
     for last in (False, True):
-        with served(text_model, adapter_dir, "--port", port, "--grpc-port", "-1") as process:
+        with served(model, adapters, "--port", port, "--grpc-port", "-1") as process:
             assert process._ready.wait(TIMEOUT)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT) as http:
                 texts.append(http.post("/v1/completions", json=body(32)).json()["choices"][0]["text"])
                 with http.stream("POST", "/v1/completions", json=body(100, True)) as response:
                     assert response.status_code == 200
                     if not last:
-                        process.process.kill()
+                        process.send(signal.SIGKILL)
                         assert process.ended() == -signal.SIGKILL
                         continue
-                    process.process.send_signal(signal.SIGINT)
+                    process.send(signal.SIGINT)
                     while "stopping" not in process.log:
                         pass
-                    process.process.send_signal(signal.SIGINT)
+                    process.send(signal.SIGINT)
                     assert process.ended() in (0, 128 + signal.SIGINT)  # 0 if it was done before the second signal
     assert texts[0] == texts[1]
 
 
-def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(text_model, adapter_dir):
+def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(served, model, adapters):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with served(text_model, adapter_dir, "--port", port) as process:
+        with served(model, adapters, "--port", port) as process:
             assert process.ended() == 1
             assert f"cannot listen on 127.0.0.1:{port}" in process.log and "compiling" not in process.log
 
@@ -241,11 +211,12 @@ def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(text_model, ad
         (["--adapter-dir", "/nowhere", "--port", "0"], "adapter_dir is '/nowhere'"),
     ],
 )
-def test_wrong_options_end_with_one_line(text_model, adapter_dir, options, match):
-    with served(text_model, adapter_dir, *options) as process:
-        assert process.ended() == 1
-        assert match in process.log.replace("\n", "") and "Traceback" not in process.log
-        assert "compiling" not in process.log  # found before the model is loaded
+def test_wrong_options_end_with_one_line(model, adapters, options, match):
+    command = [sys.executable, "-m", "chameleon_jax.serving.cli", "serve", model, "--adapter-dir", adapters, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 1
+    assert match in result.stderr.replace("\n", "") and "Traceback" not in result.stderr
+    assert "compiling" not in result.stderr  # found before the model is loaded
 
 
 def params(tokens: int) -> SamplingParams:
