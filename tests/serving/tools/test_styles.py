@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from chameleon_jax.serving.tools.styles import STYLES, guess_style
 from chameleon_jax.serving.tools.tool_choice import ArrayParser
+from tests.properties import examples
 from tests.serving.tools.answers import Read, read
 
 PARSERS = STYLES | {"array": ArrayParser}
@@ -101,6 +102,7 @@ def test_answers(style, text, expected):
 
 
 @pytest.mark.parametrize(("style", "text", "expected"), [case for case in CASES if len(case[1]) < 1000])
+@examples(25)
 @given(data=st.data())
 def test_pieces_of_any_size_give_the_same_answer(style, text, expected, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
