@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import safetensors.numpy
 from chameleon_jax.checkpoints import peft
 from tests import reference_models as reference
 
-CONFIG = reference.CONFIGS["gqa"]  # 3 layers
+CONFIG = dataclasses.replace(reference.CONFIGS["gqa"], num_layers=3)
 PREFIX = "base_model.model.model.layers"
 Q0 = f"{PREFIX}.0.self_attn.q_proj"
 

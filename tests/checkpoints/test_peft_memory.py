@@ -121,7 +121,7 @@ def deleted():
         ([{"q_proj": np.zeros(3)}], SETTINGS, "layer 0, q_proj: a ndarray; allowed: a pair"),
         ([{"q_proj": ([1.0], [2.0])}], SETTINGS, "is a list; allowed: an array"),
         (jax.tree.map(lambda m: m.astype(np.int32), pairs()), SETTINGS, "has dtype int32; allowed: floating point"),
-        (by_layer(pairs()) * 2, SETTINGS, "layer is 3; the base model has layers 0 to 2"),
+        (by_layer(pairs()) * 2, SETTINGS, "layer is 2; the base model has layers 0 to 1"),
         (jax.tree.map(lambda m: m[:, :-1], pairs()), {"lora_alpha": 8}, "A is|rank"),
         (jax.tree.map(lambda m: m * np.nan, pairs()), SETTINGS, "NaN or infinity"),
         ({"lm_head.lora_A.weight": np.zeros((4, 64))}, SETTINGS, "lm_head has no lora_B"),

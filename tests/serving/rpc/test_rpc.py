@@ -141,7 +141,7 @@ def test_control(control, inference, shared_llm):
     assert refused(control.UnloadLora, messages.UnloadLoraRequest(lora_name="live")).code() is Code.NOT_FOUND
     assert refused(inference.Generate, asked(8, "live")).code() is Code.NOT_FOUND
     info = control.GetModelInfo(messages.GetModelInfoRequest())
-    assert (info.model_name, info.vocab_size, info.max_model_len, info.num_layers) == ("gqa", 256, 128, 3)
+    assert (info.model_name, info.vocab_size, info.max_model_len, info.num_layers) == ("gqa", 256, 128, 2)
     for path in ("../a0", "/etc", "", "\0"):
         request = messages.LoadLoraRequest(lora_name="x", source_path=path)
         assert refused(control.LoadLora, request).code() is Code.INVALID_ARGUMENT
