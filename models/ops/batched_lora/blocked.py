@@ -30,7 +30,7 @@ def batched_lora(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, names
 
 
 def _add_targets(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, columns: list[tuple[int, int, int]]) -> Outputs:
-    """Add the updates of targets side by side, as wide as each other, in one loop: programs have fewer operations."""
+    """Add the updates of consecutive targets of one width in one loop, so that programs have fewer operations."""
     first, column, d_out = columns[0]
     d_in, window_tokens, blocks = x.shape[1], targets.window_tokens, targets.listed
 
