@@ -137,7 +137,7 @@ class Names(RuleBasedStateMachine):
         assert self.loop.cache.pinned_pages() == 0
 
 
-Names.TestCase.settings = examples(80, stateful_step_count=50)
+Names.TestCase.settings = examples(100, stateful_step_count=50)
 TestNames = Names.TestCase
 
 
