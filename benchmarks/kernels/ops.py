@@ -105,10 +105,7 @@ def loras(adapters: int, rank: int, rows: int = 32) -> dict[str, float]:
 
     result = {}
     for block, window in ((16, 8), (32, 4), (32, 8), (32, 16), (64, 8), (128, 32)):
-        with (
-            mock.patch.object(lora_plan, "BLOCK_ROWS", block),
-            mock.patch.object(lora_blocked, "BLOCK_ROWS", block),
-        ):
+        with mock.patch.object(lora_plan, "BLOCK_ROWS", block):
             plan = lora_plan.plan_batch(
                 [placed[o] for o in owner],
                 tokens=rows,

@@ -40,8 +40,10 @@ def _add_targets(y: Outputs, x: Inputs, pages: Pool, targets: LoraTargets, colum
         tokens = lax.dynamic_slice(x, (begin, 0), (window_tokens, d_in), **FORWARD)
         a = gather_rows(pages, addresses[0], d_in)
         b = gather_rows(pages, addresses[1], d_out)
-        low = jnp.einsum("nd,rd->nr", tokens, a, preferred_element_type=jnp.float32)
-        low = jnp.where(mine, low, 0.0).astype(b.dtype)
+        # rank rows first, as XLA packs the second operand of a product anew and the window's tokens are fewer. Without the
+        # barrier it moves the transposition into the product and has it tokens first again
+        low = jnp.einsum("rd,nd->rn", a, tokens, preferred_element_type=jnp.float32)
+        low = jnp.where(mine, lax.optimization_barrier(low).T, 0.0).astype(b.dtype)
         update = jnp.einsum("nr,rd->nd", low, b, preferred_element_type=jnp.float32)
         place = sum([(number >= blocks.starts[t]).astype(jnp.int32) for t, _, _ in columns[1:]])
         corner = (begin, jnp.int32(column + place * d_out))

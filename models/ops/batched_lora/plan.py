@@ -156,11 +156,11 @@ def plan_shapes(
     """
     windows = -(-tokens // window_tokens)
     entries = min(tokens, runs + windows - 1)  # a run that lies in several windows is listed in each
-    # only an entry whose rank is a whole number of blocks needs no padding; rounding up keeps the worst case safe
-    capacity = entries * -(-max_rank // BLOCK_ROWS) * BLOCK_ROWS
+    # entries that fill whole blocks have no padding, and a window has less than a block of it
+    blocks = min(entries * -(-max_rank // BLOCK_ROWS), (entries * max_rank + windows * (BLOCK_ROWS - 1)) // BLOCK_ROWS)
     return {
         "adapters": (runs, RUNS * len(ALL_TARGETS) + max_pages),
-        "rank_rows": (num_targets, capacity),
+        "rank_rows": (num_targets, blocks * BLOCK_ROWS),
         "first_blocks": (num_targets, windows + 1),
         "token_adapter": (tokens,),
     }

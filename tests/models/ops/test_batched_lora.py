@@ -256,13 +256,16 @@ def test_work_is_true_ranks_of_the_adapters_that_are_there():
     assert plan.first_blocks[0, -1] == -(-208 // BLOCK_ROWS)
 
 
-def test_the_worst_case_fits():
-    _, adapters = make_pool([{t: 256 for t in TARGETS}] * 8)
-    plan = plan_batch(adapters, tokens=8, runs=8, window_tokens=8, max_rank=256, max_pages=MAX_PAGES)
-    assert (plan.rank_rows >= 0).sum() == 7 * 8 * 256
+@pytest.mark.parametrize("rank", [256, 40, 32, 8, 1])
+def test_the_worst_case_fits(rank):
+    _, adapters = make_pool([{t: rank for t in TARGETS}] * 8)
+    plan = plan_batch(adapters, tokens=8, runs=8, window_tokens=8, max_rank=rank, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum() == 7 * 8 * rank
     # every run in as many windows as it can be in
-    plan = plan_batch(adapters, [49] * 8, 1, tokens=400, runs=8, window_tokens=64, max_rank=256, max_pages=MAX_PAGES)
-    assert (plan.rank_rows >= 0).sum() == 7 * 14 * 256 == plan.rank_rows.size
+    plan = plan_batch(adapters, [49] * 8, 1, tokens=400, runs=8, window_tokens=64, max_rank=rank, max_pages=MAX_PAGES)
+    assert (plan.rank_rows >= 0).sum() == 7 * 14 * rank
+    used, room = plan.first_blocks[0, -1] * BLOCK_ROWS, plan.rank_rows.shape[1]
+    assert used <= room < used + 7 * BLOCK_ROWS  # there are seven windows
 
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
