@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from chameleon_jax.config import EngineConfig
 from chameleon_jax.memory import adapter_registry
 from chameleon_jax.memory.adapters import AdapterMix, AdapterTier
 from chameleon_jax.outputs import FinishReason
@@ -40,8 +41,12 @@ class Names(RuleBasedStateMachine):
 
     def fits(self, content: dict[str, str], pinning: set[str], added: str) -> bool:
         taken = sum(PAGES[c] for c in self.pinned(content, pinning))
-        needs = [-(-r.max_total_tokens // 4) + PAGES[r.adapter] for r in self.unfinished() if r.adapter != added]
+        needs = [self.need(r) for r in self.unfinished() if r.adapter != added]
         return taken <= CAPACITY // 2 and taken + max(needs, default=0) <= CAPACITY
+
+    def need(self, request) -> int:
+        """Pages that a request may take, its adapter's among them."""
+        return -(-request.max_total_tokens // 4) + PAGES[request.adapter]
 
     def unfinished(self):
         return [r for r in self.requests if r.state is not RequestState.FINISHED]
@@ -94,10 +99,18 @@ class Names(RuleBasedStateMachine):
         if kept:
             self.mixes[mix.content_hash] = mix
 
-    @rule(name=NAMES, prompt=st.integers(1, 12), output=st.integers(1, 12))
+    @rule(name=NAMES, prompt=st.sampled_from([1, 5, 12, 64]), output=st.integers(1, 12))
     def submit(self, name, prompt, output):
-        if name in self.content:
-            request = make_request(len(self.requests), prompt, output, self.names.named(name).content_hash)
+        """A long prompt leaves less room for pins than half of the pool, and pins less for it than it may need."""
+        if name not in self.content:
+            return
+        content = self.content[name]
+        request = make_request(len(self.requests), prompt, output, content)
+        others = sum(PAGES[c] for c in self.pinned(self.content, self.pinning) - {content})
+        if self.need(request) + others > CAPACITY:
+            with pytest.raises(ValueError, match=f"{others} hold other pinned adapters"):
+                self.loop.submit(request)
+        else:
             self.loop.submit(request)
             self.requests.append(request)
 
@@ -137,7 +150,7 @@ class Names(RuleBasedStateMachine):
         assert self.loop.cache.pinned_pages() == 0
 
 
-Names.TestCase.settings = examples(100, stateful_step_count=50)
+Names.TestCase.settings = examples(70, stateful_step_count=50)
 TestNames = Names.TestCase
 
 
@@ -150,6 +163,33 @@ def test_a_content_of_two_names_goes_with_the_second():
     assert forgotten == [] and not loop.cache.entry("c1").pinned
     names.add("y", info("c2"))
     assert forgotten == ["c1"]
+
+
+def test_a_pin_leaves_room_for_the_largest_request_of_other_content():
+    loop, _, _ = make_loop(CAPACITY + 1)
+    for content in PAGES:
+        loop.adapters.add(content, info(content))
+    loop.submit(make_request(0, 64, 12, "c4"))
+    with pytest.raises(ValueError, match=r"would take 4 of 31 pages; .* \(the largest needs 28\)"):
+        loop.adapters.pin("c2")
+    loop.adapters.pin("c1")
+    loop.adapters.pin("c4")
+    assert loop.cache.pinned_pages() == 12
+
+
+def test_new_content_takes_the_place_of_a_pin_that_no_other_name_holds():
+    loop, _, _ = make_loop(CAPACITY + 1)
+    names = loop.adapters
+    names.add("x", info("c4"), pinned=True)
+    names.add("y", info("c4"), pinned=True)
+    with pytest.raises(ValueError, match="would take 16 of 31 pages"):
+        names.add("x", adapter("c5", 7))
+    names.add("x", info("c3"))
+    assert loop.cache.pinned_pages() == 15
+    names.add("x", info("c4"))
+    names.pin("y", False)
+    names.add("x", adapter("c5", 7))
+    assert loop.cache.pinned_pages() == 7
 
 
 def test_a_mix_does_not_depend_on_the_order_of_its_members():
@@ -176,3 +216,29 @@ def test_a_mix_outlives_others_while_a_request_has_it(monkeypatch):
     assert forgotten == [hashes[0]] and request.finish_reason is FinishReason.LENGTH
     names.remove("x")
     assert sorted(forgotten) == sorted([*hashes, "c1"]) and names.names_by_hash() == {}
+
+
+def test_the_mix_that_was_not_used_longest_is_forgotten_first(monkeypatch):
+    monkeypatch.setattr(adapter_registry, "MAX_MIXES", 2)
+    loop, _, _ = make_loop(20)
+    names = loop.adapters
+    names.add("x", info("c1"))
+    one, two, three = (AdapterMix.of([("c1", weight)]) for weight in (2.0, 3.0, 4.0))
+    for mix in (one, two):
+        names.add_mix(mix, "x", adapter(mix.content_hash, 1))
+    assert names.use_mix(one)
+    names.add_mix(three, "x", adapter(three.content_hash, 1))
+    assert [names.use_mix(mix) for mix in (one, two, three)] == [True, False, True]
+
+
+def test_names_go_over_to_another_pool_of_which_pins_take_half_at_most():
+    loop, _, _ = make_loop(CAPACITY + 1)
+    loop.adapters.add("x", info("c4"), "/c4", pinned=True)
+    loop.adapters.add("y", info("c1"))
+    loop.adapters.check_restart(EngineConfig(num_pages=19))
+    with pytest.raises(ValueError, match="num_pages is 18; allowed: more than 18, as pinned adapters take 9"):
+        loop.adapters.check_restart(EngineConfig(num_pages=18))
+    other, _, _ = make_loop(19)
+    loop.adapters.copy_to(other.adapters)
+    assert other.adapters.names() == ["x", "y"] and other.adapters.path("x") == "/c4"
+    assert [other.adapters.is_pinned(name) for name in "xy"] == [True, False] and other.cache.pinned_pages() == 9
