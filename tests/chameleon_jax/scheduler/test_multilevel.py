@@ -9,7 +9,7 @@ from chameleon_jax.memory.adapters import AdapterInfo
 from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.sampling_params import SamplingParams
-from chameleon_jax.scheduler import level_planner
+from chameleon_jax.scheduler import level_planner, multilevel
 from chameleon_jax.scheduler.admission import AdmissionBatch
 from chameleon_jax.scheduler.level import Level
 from chameleon_jax.scheduler.level_planner import LevelPlanner
@@ -120,6 +120,27 @@ def test_a_loan_may_come_from_several_levels_but_from_none_with_waiting_requests
     assert order.admit() == [] and order.remaining() == [4, 4, 0]
 
 
+def test_an_overdrawn_quota_lessens_no_loan():
+    order = Order(quotas=(10, 10, 10), bounds=(0.3, 0.6))
+    order.wait(request(1, 20, 0.1), request(2, 10, 0.9), request(3, 5, 0.9))
+    assert order.admit() == [1, 2, 3] and order.remaining() == [-10, 5, 0]
+
+
+@pytest.mark.parametrize(("num_waiting", "starts"), [(2, [9]), (3, [])])
+@pytest.mark.parametrize("lent", [False, True])
+def test_few_requests_that_wait_are_overtaken(monkeypatch, num_waiting, starts, lent):
+    monkeypatch.setattr(multilevel, "MAX_OVERTAKEN", 2)
+    order = Order(quotas=(10, 10), bounds=(0.5,))
+    if lent:
+        order.wait(request(0, 10, 0.9))
+        assert order.admit() == [0]
+    waiting = [request(number, 1, 0.9) for number in range(1, num_waiting + 1)]
+    for each in waiting:
+        each.num_in_flight = 1
+    order.wait(*waiting, request(9, 1, 0.9))
+    assert order.admit() == starts
+
+
 def test_a_request_larger_than_its_quota_starts_when_nothing_is_charged_to_its_level():
     order = Order(quotas=(10, 20), bounds=(0.5,))
     order.wait(request(1, 5, 0.1), request(2, 40, 0.1))
@@ -193,6 +214,24 @@ def test_no_request_passes_a_head_whose_own_tokens_lack_memory():
     assert order.admit() == [] and order.counters.bypasses == 0
 
 
+def test_another_request_may_pass_once_one_that_passed_has_ended():
+    order = blocked_head()
+    assert order.admit() == [2]
+    order.end(order.running[1])
+    order.wait(request(3, 3, tokens=5))
+    assert order.admit() == [3]
+
+
+def test_a_request_passes_on_its_level_s_quota_only():
+    order = Order(total=20, quotas=(8, 40), bounds=(0.5,), big=12)
+    order.wait(request(0, 8, 0.9, tokens=50))
+    assert order.admit() == [0]
+    order.wait(request(1, 2, 0.1, adapter="big"), request(2, 9, 0.1, tokens=5))
+    assert order.admit() == []  # the head may exceed the quota, as nothing is charged to it
+    order.wait(request(3, 8, 0.1, tokens=5))
+    assert order.admit() == [3]
+
+
 def test_a_bypasser_is_squashed_when_the_head_could_have_its_memory():
     order = blocked_head()
     order.admit()
@@ -235,6 +274,17 @@ def test_a_refresh_moves_waiting_and_running_requests():
     for running in list(order.running):
         order.end(running)
     assert order.remaining() == [100]
+
+
+def test_a_head_s_wait_goes_on_when_levels_are_formed_anew():
+    order = Order(total=20, quotas=(20, 40), bounds=(0.5,))
+    order.wait(request(0, 12, 0.9))
+    assert order.admit() == [0]
+    order.wait(request(1, 15, 0.9))
+    assert order.admit() == []
+    order.wait(*[request(number, 1, 0.1 + 0.8 * (number % 2)) for number in range(2, 2 + level_planner.FIRST_REFRESH)])
+    assert order.admit(START + HEAD_TIMEOUT_S) == []
+    assert order.counters.quota_refreshes == 1 and len(order.queue.levels) == 2
 
 
 def test_a_head_blocked_at_time_0_times_out():

@@ -77,6 +77,13 @@ def test_a_step_has_no_more_tiles_than_its_size_has_room_for(whole_prompts):
     shapes = StepShapes((32,), tile=16)  # room for four tiles
     made = running(*(request(i, 3) for i in range(6)), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
     assert [[c[0] for c in chunks(prefill(made))] for _ in range(3)] == [[0, 1, 2, 3], [4, 5], []]
+    made = running(
+        *(request(i, prompt) for i, prompt in enumerate([17, 3, 3, 3])),  # the first one's 17 tokens are two tiles
+        step_tokens=32,
+        shapes=shapes,
+        whole_prompts=whole_prompts,
+    )
+    assert [[c[0] for c in chunks(prefill(made))] for _ in range(2)] == [[0, 1, 2], [3]]
     made = running(request(0, 3), request(1, 3), request(2, 30), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
     first = chunks(prefill(made, pass_tokens=99))
     assert [c[:3] for c in first] == [(0, 0, 3), (1, 0, 3)] + [(2, 0, 26)] * (not whole_prompts)
@@ -247,9 +254,9 @@ def test_a_request_that_cannot_grow_waits_for_the_next_step():
     assert decode(made).decodes == [one, other]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_request_preempted_by_growth_does_not_decode(victim):
-    requests = [request(i, 4, output=8, pages=1 if i == 1 else None) for i in range(3)]
+@pytest.mark.parametrize(("victim", "count"), [(0, 2), (0, 3), (1, 3), (2, 3)])
+def test_a_request_preempted_by_growth_does_not_decode(victim, count):
+    requests = [request(i, 4, output=8, pages=1 if i == 1 else None) for i in range(count)]
     made = running(*requests)
     prefill(made)
     prefill(made)
@@ -262,7 +269,7 @@ def test_a_request_preempted_by_growth_does_not_decode(victim):
 
     plan = decode(made, grow)
     assert plan.decodes == [r for r in requests if r is not requests[victim]]
-    assert requests[victim].num_computed == 4 and len(made) == 2
+    assert requests[victim].num_computed == 4 and len(made) == count - 1
 
 
 def test_rows_of_one_adapter_lie_side_by_side():
@@ -282,3 +289,15 @@ def test_age_is_the_order_of_arrival_and_a_second_start_recomputes_what_is_known
     made.remove(old)
     made.remove(young)
     assert len(made) == 0 and decode(made).decodes == [] and prefill(made).prefills == []
+
+
+def test_a_second_start_asks_anew_for_pages():
+    one = request(0, 4, output=20, pages=6)
+    made = running(one)
+    prefill(made)
+    assert decode(made).decodes == [one] and one.decode_limit == 23
+    made.remove(one)
+    one.pages = [1, 2]
+    made.add(one)
+    assert chunks(prefill(made)) == [(0, 0, 5, True)]
+    assert [decode(made).decodes for _ in range(4)] == [[one]] * 3 + [[]] and one.num_computed == 8

@@ -66,6 +66,10 @@ def test_features_of_a_step():
     assert features([], [], padding) == [0] * FEATURES
 
 
+def test_costs_are_known_from_enough_steps_on():
+    assert [taught(steps).known for steps in (StepCost.ENOUGH - 1, StepCost.ENOUGH)] == [False, True]
+
+
 def test_costs_of_steps_are_learnt():
     cost, rng = taught(300), np.random.default_rng(1)
     assert cost.known

@@ -57,6 +57,12 @@ def test_a_step_is_padded_where_another_would_cost_more(tokens, rows, pass_token
     assert SHAPES.size(tokens, SHAPES.tiles(tokens), rows, pass_tokens) == size
 
 
+def test_a_last_tile_that_a_size_fills_in_part_counts():
+    shapes = StepShapes((20, 40), tile=32)
+    assert [shapes.room(size) for size in shapes.sizes] == [2, 4] and shapes.most_tiles == 4
+    assert [shapes.padded(8, tiles) for tiles in (2, 3, 4)] == [20, 40, 40]
+
+
 @pytest.mark.parametrize(("pass_tokens", "size"), [(39, 32), (40, 64)])
 def test_prompts_whose_tiles_need_a_larger_size_are_parted_where_padding_costs_more(pass_tokens, size):
     assert SHAPES.size(24, 3, 0, pass_tokens) == size
