@@ -301,3 +301,12 @@ def test_a_second_start_asks_anew_for_pages():
     made.add(one)
     assert chunks(prefill(made)) == [(0, 0, 5, True)]
     assert [decode(made).decodes for _ in range(4)] == [[one]] * 3 + [[]] and one.num_computed == 8
+
+
+def test_the_longest_wait_is_that_of_a_prompt_that_is_not_computed():
+    made = running(request(0, 50), step_tokens=32)
+    assert made.longest_wait(7.0) == 7.0
+    prefill(made)
+    assert made.longest_wait(8.0) == 8.0
+    prefill(made)
+    assert made.longest_wait(9.0) == 0.0

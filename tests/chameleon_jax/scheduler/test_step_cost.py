@@ -155,6 +155,14 @@ def test_an_interruption_is_not_taken_for_a_cost():
     assert cost.seconds(x) == pytest.approx(TRUE @ x, rel=0.1)
 
 
+def test_a_step_that_was_expected_to_take_no_time_teaches_its_cost():
+    cost, x = taught(100, kinds=["decode"]), np.zeros(FEATURES)
+    x[TOKENS] = 1000
+    assert cost.seconds(x) == 0
+    cost.observe(x, 1.0)
+    assert 0 < cost.seconds(x) < 0.01
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_invalid_seconds_teach_nothing(seconds):
     cost = taught(100)
