@@ -24,6 +24,7 @@ from chameleon_jax.memory.page_pool import PagePool
 from chameleon_jax.outputs import FinishReason
 from chameleon_jax.request import Request, RequestState
 from chameleon_jax.scheduler import Scheduler, StepPlan
+from chameleon_jax.scheduler.cycles import CycleScheduler
 from chameleon_jax.scheduler.length_predictor import HistoryPredictor, LengthPredictor
 from chameleon_jax.scheduler.step_shapes import ANY_SIZE, StepShapes
 from chameleon_jax.systems import get_system
@@ -85,10 +86,12 @@ class ServingLoop:
         self.config = config
         self.executor = executor
         self.pool = PagePool(num_pages)
-        self.cache = AdapterCache(self.pool, get_system(config.system).eviction, self._forget_adapter)
+        system = get_system(config.system)
+        self.cache = AdapterCache(self.pool, system.eviction, self._forget_adapter)
         self.adapters = AdapterRegistry(self.cache, clock, self._largest_need)
         predictor = predictor or HistoryPredictor(config.predicted_output_len)
-        self.scheduler = Scheduler(config, page_tokens, self.cache, predictor, shapes)
+        make_scheduler = CycleScheduler if system.cycles else Scheduler
+        self.scheduler: Scheduler = make_scheduler(config, page_tokens, self.cache, predictor, shapes)
         self.counters = LoopCounters()
         self.max_model_len = max_model_len
         self.awaits_load = False

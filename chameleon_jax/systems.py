@@ -9,6 +9,7 @@ from chameleon_jax.memory.eviction import POLICIES
 
 ORDERS = ("fifo", "sjf", "multilevel", "boost")
 SIZES = ("wrs", "output")
+RESERVES = ("predicted", "max_tokens", "peak")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,17 @@ class System:
         overlap_loads: True lets others run while a request waits for its adapter. False (default) starts the request at once;
             its step waits for the load, and the load for the step before it, as where adapters are copied on the stream that
             computes.
-        whole_prompts: compute a prompt that fits a step in one step instead of cutting it to fill the step (default True).
         bound_stalls: limit the prompts of a step that also decodes by time (default False). Prompts take the time that keeps
             the step within `tbt_slo`, estimated from past steps and the adapters' ranks. They take more where the device cannot
             meet that target or requests wait for long (see `scheduler.step_budget`). False limits prompts by
             max_num_batched_tokens alone.
-        reserve_max_tokens: reserve pages for max_tokens output tokens instead of the predicted number (default False).
-        admission_interval: steps between admissions while requests run (default 1).
+        reserve: memory that a request needs to start. "predicted" (default) is pages for its predicted output, "max_tokens"
+            for max_tokens output tokens. "peak" starts it where all that run, each to its max_tokens, will never need more
+            pages than there are, as S-LoRA does; requires `cycles`.
+        cycles: S-LoRA's loop (default False): the prompts of a batch run in steps of their own while decodes wait, then ten
+            steps decode before the next batch (see `scheduler.cycles`).
+        limit_prompts: start requests until a step's prompts are full (default True). False limits them by memory alone;
+            requires `cycles`.
         transfers_per_load: times that an adapter is copied to the device for one load (default 1).
     """
 
@@ -48,29 +53,33 @@ class System:
     keep_idle: bool = True
     prefetch_predicted: bool = False
     overlap_loads: bool = False
-    whole_prompts: bool = True
     bound_stalls: bool = False
-    reserve_max_tokens: bool = False
-    admission_interval: int = 1
+    reserve: str = "predicted"
+    cycles: bool = False
+    limit_prompts: bool = True
     transfers_per_load: int = 1
 
     def __post_init__(self) -> None:
-        for field, allowed in (("order", ORDERS), ("size", SIZES), ("eviction", tuple(POLICIES))):
+        for field, allowed in (("order", ORDERS), ("size", SIZES), ("eviction", tuple(POLICIES)), ("reserve", RESERVES)):
             require_field(self, field, getattr(self, field) in allowed, ", ".join(allowed))
-        for field in ("admission_interval", "transfers_per_load"):
-            require_field(self, field, getattr(self, field) >= 1, "1 or more")
+        require_field(self, "transfers_per_load", self.transfers_per_load >= 1, "1 or more")
+        if not self.cycles:
+            require_field(self, "reserve", self.reserve != "peak", "predicted, max_tokens; peak with cycles alone")
+            require_field(self, "limit_prompts", self.limit_prompts, "True; False with cycles alone")
 
 
 _CHAMELEON = System()
 _S_LORA = System(order="fifo", eviction="lru", keep_idle=False)
+_S_LORA_PUBLISHED = dataclasses.replace(_S_LORA, reserve="peak", cycles=True, transfers_per_load=2)
+_CHAMELEON_PUBLISHED = dataclasses.replace(_CHAMELEON, cycles=True, limit_prompts=False, transfers_per_load=2)
 
 SYSTEMS: dict[str, System] = {
     "chameleon": _CHAMELEON,
-    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, whole_prompts=False, bound_stalls=True),
+    "chameleon-plus": System(order="boost", eviction="cost-aware", overlap_loads=True, bound_stalls=True),
     "s-lora": _S_LORA,
-    "s-lora-published": dataclasses.replace(_S_LORA, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2),
+    "s-lora-published": _S_LORA_PUBLISHED,
     "sjf": dataclasses.replace(_S_LORA, order="sjf"),
-    "fifo": System(order="fifo", eviction="lru", overlap_loads=True, whole_prompts=False),
+    "fifo": System(order="fifo", eviction="lru", overlap_loads=True),
     "chameleon-no-cache": dataclasses.replace(_CHAMELEON, eviction="lru", keep_idle=False),
     "chameleon-no-sched": dataclasses.replace(_CHAMELEON, order="fifo"),
     "chameleon-lru": dataclasses.replace(_CHAMELEON, eviction="lru"),
@@ -79,11 +88,14 @@ SYSTEMS: dict[str, System] = {
     "chameleon-prefetch": dataclasses.replace(_CHAMELEON, prefetch_predicted=True),
     "output-only": dataclasses.replace(_CHAMELEON, size="output"),
     "static": dataclasses.replace(_CHAMELEON, equal_levels=True),
+    "chameleon-published": _CHAMELEON_PUBLISHED,
+    "chameleon-published-no-cache": dataclasses.replace(_CHAMELEON_PUBLISHED, eviction="lru", keep_idle=False),
+    "chameleon-published-no-sched": dataclasses.replace(_CHAMELEON_PUBLISHED, order="fifo"),
 }
 """The paper's systems, baselines and ablations by name, and ours.
 
-"chameleon-plus" is ours. "fifo" is first come first served with an LRU cache and loads that overlap computation, as in other
-servers.
+Those called published run on S-LoRA's loop, all others on ours. "chameleon-plus" is ours. "fifo" is first come first served
+with an LRU cache and loads that overlap computation, as in other servers.
 """
 
 

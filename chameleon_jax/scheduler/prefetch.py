@@ -70,7 +70,9 @@ class Prefetcher:
                 self._cache.fail_load(adapter)
                 self._counters.cancelled_loads += 1
 
-    def load_ahead(self, plan: StepPlan, upcoming: Iterable[Request], num_running: int, now: float) -> None:
+    def load_ahead(
+        self, plan: StepPlan, upcoming: Iterable[Request], num_running: int, now: float, most_loads: int = MAX_LOADS
+    ) -> None:
         """Start to load adapters into free pages, or into pages of adapters that are needed later.
 
         One page for every running request stays free, since an adapter that is loading cannot be evicted when they grow.
@@ -80,10 +82,11 @@ class Prefetcher:
             upcoming: waiting requests in the order in which they will likely start.
             num_running: running requests.
             now: seconds of the loop's clock.
+            most_loads: loads under way at once.
         """
         sooner: set[str] = set()
         for request in upcoming:
-            if self._cache.num_loading >= MAX_LOADS:
+            if self._cache.num_loading >= most_loads:
                 return
             adapter = request.adapter
             if adapter is None or adapter in sooner:

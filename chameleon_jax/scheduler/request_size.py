@@ -14,19 +14,20 @@ class PageNeeds:
     Args:
         cache: every adapter that a request may name.
         page_tokens: tokens of a page.
-        reserve_max_tokens: reserve for max_tokens output tokens instead of the predicted number.
+        reserve: output tokens that are reserved, as in `System.reserve`; for "peak" none but the next.
     """
 
-    def __init__(self, cache: AdapterCache, page_tokens: int, reserve_max_tokens: bool = False):
+    def __init__(self, cache: AdapterCache, page_tokens: int, reserve: str = "predicted"):
         self._cache = cache
         self._page_tokens = page_tokens
-        self._reserve_max_tokens = reserve_max_tokens
+        self._reserve = reserve
 
     def kv(self, request: Request) -> int:
         """KV pages with which the request starts: for its prompt and for the output that is reserved."""
         output = request.params.max_tokens
-        if not self._reserve_max_tokens:
-            output = min(output, max(request.predicted_output_len, len(request.output_token_ids) + 1))
+        if self._reserve != "max_tokens":
+            predicted = request.predicted_output_len if self._reserve == "predicted" else 0
+            output = min(output, max(predicted, len(request.output_token_ids) + 1))
         return -(-min(len(request.prompt_token_ids) + output, request.max_total_tokens) // self._page_tokens)
 
     def adapter(self, request: Request) -> int:

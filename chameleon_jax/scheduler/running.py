@@ -27,20 +27,23 @@ class RunningSet:
         page_tokens: tokens of a page.
         step_tokens: most prompt tokens of a step; its decode rows do not count.
         shapes: sizes of the steps for which the device has programs.
-        whole_prompts: never cut a prompt that fits a step.
     """
 
-    def __init__(self, page_tokens: int, step_tokens: int, shapes: StepShapes, whole_prompts: bool):
+    def __init__(self, page_tokens: int, step_tokens: int, shapes: StepShapes):
         self.by_age: list[Request] = []
         self.step_tokens = step_tokens
         self._page_tokens = page_tokens
         self._shapes = shapes
-        self._whole_prompts = whole_prompts
         self._prefilling: list[Request] = []  # in order of admission
         self._decoding: list[Request] = []  # in the order of their rows
 
     def __len__(self) -> int:
         return len(self.by_age)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there are uncomputed prompt tokens."""
+        return bool(self._prefilling)
 
     def prompts_left(self, cost_of: Callable[[Request, int], float]) -> float:
         """Cost of the uncomputed prompt tokens, the sum of `cost_of(request, tokens)`."""
@@ -103,7 +106,7 @@ class RunningSet:
             pass_tokens: fixed cost of a further step's prompts, in prompt tokens.
         """
         plan.prefills = self._cut(self.step_tokens, self._shapes.most_tiles, seconds, seconds_of)
-        if plan.prefills and not self._whole_prompts:
+        if plan.prefills:
             counts, rows = [chunk.num_tokens for chunk in plan.prefills], len(plan.decodes)
             size = self._shapes.size(sum(counts), sum(map(self._shapes.tiles, counts)), rows, pass_tokens)
             if size != rows + sum(counts):  # a larger one has room for prompts that time left out
@@ -127,7 +130,7 @@ class RunningSet:
         for request in self._prefilling:
             left = request.num_to_prefill - request.num_computed
             fits = left <= tokens and self._shapes.tiles(left) <= tiles
-            if not tokens or not tiles or (self._whole_prompts and not fits and left <= self.step_tokens):
+            if not tokens or not tiles:
                 break
             taken = min(left, tokens) if fits else int(min(left, tokens, tiles * self._shapes.tile))
             needed = seconds_of(request, taken)

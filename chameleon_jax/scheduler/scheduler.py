@@ -55,27 +55,25 @@ class Scheduler:
     ):
         self.counters = SchedulerCounters()
         self.system: System = get_system(config.system)
+        self._page_tokens = page_tokens
         self._pool = cache.pool
         self._cache = cache
         self._predictor = predictor
         self._sizer = RequestSizer(output_only=self.system.size == "output")
-        self._needs = PageNeeds(cache, page_tokens, self.system.reserve_max_tokens)
+        self._needs = PageNeeds(cache, page_tokens, self.system.reserve)
         self._budget = StepBudget(
             config.tbt_slo if self.system.bound_stalls else None,
             PATIENCE * config.ttft_slo,
-            learns=self.system.bound_stalls
-            or self.system.order == "boost"
-            or (bool(shapes.sizes) and not self.system.whole_prompts),
+            learns=self.system.bound_stalls or self.system.order == "boost" or bool(shapes.sizes),
             slots=config.max_num_seqs,
             rank_of=self._rank,
             shapes=shapes,
         )
         self.policy = self._make_policy(config)
         self._waiting = WaitingSet()
-        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, shapes, self.system.whole_prompts)
+        self._running = RunningSet(page_tokens, config.max_num_batched_tokens, shapes)
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._prefetcher = Prefetcher(cache, self._waiting.adapters, self.counters, self.system.prefetch_predicted)
-        self._steps_to_admission = 0
 
     def _make_policy(self, config: EngineConfig) -> QueuePolicy:
         if self.system.order == "fifo":
@@ -157,10 +155,8 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: float, now: float) -> bool:
         """Start waiting requests; False where one that could run lacks memory."""
-        self._steps_to_admission -= 1
-        if not self._waiting or (self._steps_to_admission > 0 and len(self._running)):
+        if not self._waiting:
             return True
-        self._steps_to_admission = self.system.admission_interval
         batch = self._new_batch(budget)
         self.policy.admit(batch, self.running, now)
         for request in batch.await_adapters:
@@ -170,7 +166,7 @@ class Scheduler:
         return not batch.lacks_memory
 
     def _new_batch(self, budget: float) -> AdmissionBatch:
-        """Make a batch with room for the prompts that the steps until the next admission can prefill.
+        """Make a batch with room for the prompts that the next step can prefill.
 
         The room is in tokens, or in seconds where `budget` bounds the step.
         """
@@ -178,9 +174,8 @@ class Scheduler:
             room = budget - self._running.prompts_left(self._budget.prefill_seconds)
             prompt_of = self._budget.prompt_seconds
         else:
-            room = self._running.step_tokens * self.system.admission_interval
-            room -= self._running.prompts_left(lambda request, tokens: tokens)
-            prompt_of = _known_tokens
+            room = self._running.step_tokens - self._running.prompts_left(lambda request, tokens: tokens)
+            prompt_of = known_tokens
         return AdmissionBatch(self._cache, len(self._slots), room, prompt_of, self.system.overlap_loads)
 
     def _start_batch(self, batch: AdmissionBatch, plan: StepPlan, now: float) -> None:
@@ -276,5 +271,6 @@ class Scheduler:
         return 0 if request.adapter is None else self._cache.entry(request.adapter).info.rank
 
 
-def _known_tokens(request: Request) -> float:
+def known_tokens(request: Request) -> float:
+    """Count the tokens that the request computes before it decodes."""
     return request.num_known

@@ -41,8 +41,12 @@ def test_the_paper_s_baselines():
     s_lora = SYSTEMS["s-lora"]
     assert (s_lora.order, s_lora.keep_idle) == ("fifo", False)
     assert SYSTEMS["sjf"] == dataclasses.replace(s_lora, order="sjf")
-    published = dataclasses.replace(s_lora, reserve_max_tokens=True, admission_interval=10, transfers_per_load=2)
+    published = dataclasses.replace(s_lora, reserve="peak", cycles=True, transfers_per_load=2)
     assert SYSTEMS["s-lora-published"] == published
+    published = dataclasses.replace(SYSTEMS["chameleon"], cycles=True, limit_prompts=False, transfers_per_load=2)
+    assert SYSTEMS["chameleon-published"] == published
+    assert SYSTEMS["chameleon-published-no-sched"] == dataclasses.replace(published, order="fifo")
+    assert SYSTEMS["chameleon-published-no-cache"] == dataclasses.replace(published, eviction="lru", keep_idle=False)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,9 @@ def test_the_paper_s_baselines():
         ("order", "lifo", ", ".join(ORDERS)),
         ("size", "input", ", ".join(SIZES)),
         ("eviction", "mru", ", ".join(POLICIES)),
-        ("admission_interval", 0, "1 or more"),
+        ("reserve", "all", "predicted, max_tokens, peak"),
+        ("reserve", "peak", "predicted, max_tokens; peak with cycles alone"),
+        ("limit_prompts", False, "True; False with cycles alone"),
         ("transfers_per_load", 0, "1 or more"),
     ],
 )

@@ -166,6 +166,8 @@ def test_every_setting_gives_the_same_text_over_the_same_programs(compiled_engin
         dict(max_num_batched_tokens=32),
         dict(max_num_seqs=1, max_num_batched_tokens=32, max_model_len=40),
         dict(system="chameleon", predicted_output_len=1, max_lora_rank=40),
+        dict(system="s-lora-published"),
+        dict(system="chameleon-published", max_num_batched_tokens=32),
     ):
         engine.restart(**settings)
         assert ask(engine, []) == [] and engine.loop.counters.steps == 0

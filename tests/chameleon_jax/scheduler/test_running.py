@@ -24,10 +24,8 @@ def request(number: int, prompt: int, output: int = 4, adapter: str | None = Non
     return made
 
 
-def running(
-    *requests: Request, step_tokens: int = 64, whole_prompts: bool = False, shapes: StepShapes = ANY_SIZE
-) -> RunningSet:
-    made = RunningSet(PAGE_TOKENS, step_tokens, shapes, whole_prompts)
+def running(*requests: Request, step_tokens: int = 64, shapes: StepShapes = ANY_SIZE) -> RunningSet:
+    made = RunningSet(PAGE_TOKENS, step_tokens, shapes)
     for each in requests:
         made.add(each)
     return made
@@ -72,37 +70,25 @@ def test_decode_rows_do_not_count_in_the_prompt_tokens_of_a_step(shapes):
     assert chunks(prefill(made, rows=8)) == [(0, 0, 96, False)]
 
 
-@pytest.mark.parametrize("whole_prompts", [False, True])
-def test_a_step_has_no_more_tiles_than_its_size_has_room_for(whole_prompts):
+def test_a_step_has_no_more_tiles_than_its_size_has_room_for():
     shapes = StepShapes((32,), tile=16)  # room for four tiles
-    made = running(*(request(i, 3) for i in range(6)), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
+    made = running(*(request(i, 3) for i in range(6)), step_tokens=32, shapes=shapes)
     assert [[c[0] for c in chunks(prefill(made))] for _ in range(3)] == [[0, 1, 2, 3], [4, 5], []]
     made = running(
         *(request(i, prompt) for i, prompt in enumerate([17, 3, 3, 3])),  # the first one's 17 tokens are two tiles
         step_tokens=32,
         shapes=shapes,
-        whole_prompts=whole_prompts,
     )
     assert [[c[0] for c in chunks(prefill(made))] for _ in range(2)] == [[0, 1, 2], [3]]
-    made = running(request(0, 3), request(1, 3), request(2, 30), step_tokens=32, shapes=shapes, whole_prompts=whole_prompts)
+    made = running(request(0, 3), request(1, 3), request(2, 30), step_tokens=32, shapes=shapes)
     first = chunks(prefill(made, pass_tokens=99))
-    assert [c[:3] for c in first] == [(0, 0, 3), (1, 0, 3)] + [(2, 0, 26)] * (not whole_prompts)
+    assert [c[:3] for c in first] == [(0, 0, 3), (1, 0, 3), (2, 0, 26)]
 
 
 def test_prompts_are_not_added_in_place_of_padding_where_their_tiles_need_a_larger_size():
     shapes = StepShapes((32, 64), tile=32)
     made = running(*(request(i, 10) for i in range(8)), step_tokens=64, shapes=shapes)
     assert chunks(prefill(made, seconds=20.0, pass_tokens=99)) == [(0, 0, 10, True), (1, 0, 10, True)]
-
-
-def test_whole_prompts_are_not_cut_unless_they_exceed_a_step():
-    made = running(request(0, 1), request(1, 96), request(2, 32), step_tokens=96, whole_prompts=True)
-    assert chunks(prefill(made)) == [(0, 0, 1, True)]  # the next one does not fit beside it, and is not passed
-    assert chunks(prefill(made)) == [(1, 0, 96, True)]
-    assert chunks(prefill(made)) == [(2, 0, 32, True)]
-    made = running(request(0, 32), request(1, 97), step_tokens=96, whole_prompts=True)
-    assert chunks(prefill(made)) == [(0, 0, 32, True), (1, 0, 64, False)]  # it has to be cut anyway
-    assert chunks(prefill(made)) == [(1, 64, 33, True)]
 
 
 def test_chunks_stay_within_the_seconds_they_may_take():
@@ -148,11 +134,6 @@ def test_a_step_is_padded_where_another_would_cost_more():
     assert chunks(prefill(made, pass_tokens=76.0)) == [(0, 0, 50, True), (1, 0, 90, True), (2, 0, 40, True)]
 
 
-def test_whole_prompts_are_padded_rather_than_cut():
-    made = running(request(0, 50), request(1, 30), step_tokens=256, whole_prompts=True, shapes=PADDING)
-    assert chunks(prefill(made)) == [(0, 0, 50, True), (1, 0, 30, True)]
-
-
 @pytest.mark.parametrize(
     ("seconds", "rows", "tokens"),
     [
@@ -176,17 +157,14 @@ def test_a_step_that_time_ends_is_padded_with_prompts_where_another_would_cost_m
 @given(
     prompts=st.lists(st.integers(1, 200), min_size=1, max_size=8),
     step_tokens=st.integers(20, 160),
-    whole_prompts=st.booleans(),
     seconds=st.sampled_from([float("inf"), 100.0, 40.0, 0.0]),
     shapes=st.sampled_from([ANY_SIZE, PADDING, TILES]),
     pass_tokens=st.sampled_from([0.0, 40.0]),
     rows=st.integers(0, 40),
 )
-def test_every_prompt_is_computed_once_in_order_and_within_the_step(
-    prompts, step_tokens, whole_prompts, seconds, shapes, pass_tokens, rows
-):
+def test_every_prompt_is_computed_once_in_order_and_within_the_step(prompts, step_tokens, seconds, shapes, pass_tokens, rows):
     requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
-    made = running(*requests, step_tokens=step_tokens, whole_prompts=whole_prompts, shapes=shapes)
+    made = running(*requests, step_tokens=step_tokens, shapes=shapes)
     computed, sampled = [0] * len(prompts), []
     for _ in range(sum(prompts)):
         plan = prefill(made, seconds, pass_tokens, rows)
@@ -200,7 +178,7 @@ def test_every_prompt_is_computed_once_in_order_and_within_the_step(
         least = next((size - rows for size in shapes.sizes if size > rows), 1)
         assert tokens <= max(seconds, least) + (pass_tokens if shapes.sizes else 0)
         waits = sum(computed) + tokens < sum(prompts)
-        if waits and not whole_prompts and tokens < step_tokens and shapes.tile == 1:  # no room is wasted while prompts wait
+        if waits and tokens < step_tokens and shapes.tile == 1:  # no room is wasted while prompts wait
             assert padding == 0
         for chunk in plan.prefills:
             order = chunk.request.order
@@ -208,8 +186,6 @@ def test_every_prompt_is_computed_once_in_order_and_within_the_step(
             computed[order] += chunk.num_tokens
             assert chunk.samples == (computed[order] == prompts[order])
             sampled += [order] * chunk.samples
-            if whole_prompts and seconds == float("inf") and prompts[order] <= step_tokens:
-                assert chunk.samples
     assert computed == prompts and sampled == sorted(sampled) == list(range(len(prompts)))
 
 

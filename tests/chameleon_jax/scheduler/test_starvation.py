@@ -301,7 +301,7 @@ def test_one_class_of_any_priority_starts_as_without_priorities(phases, num_page
 )
 def test_one_start_in_ten_at_most_passes_a_higher_class(phases, priorities, num_pages, slots, system):
     """Where nothing is preempted and no adapter loads."""
-    chosen = dataclasses.replace(SYSTEMS[system], reserve_max_tokens=True)
+    chosen = dataclasses.replace(SYSTEMS[system], reserve="max_tokens")
     simulation = Simulation(chosen, num_pages, slots).run(with_classes(arrivals_of(phases), priorities, adapter=None))
     num_starts = num_passes = 0
     for waiting, started in simulation.steps:
@@ -315,7 +315,7 @@ def test_one_start_in_ten_at_most_passes_a_higher_class(phases, priorities, num_
 @examples(15)
 @given(phases=PHASES, priorities=PRIORITIES, num_pages=st.integers(27, 80), slots=st.sampled_from([2, 8]))
 def test_first_come_first_served_holds_in_a_class_and_ten_times_over_between_classes(phases, priorities, num_pages, slots):
-    chosen = dataclasses.replace(SYSTEMS["fifo"], reserve_max_tokens=True)
+    chosen = dataclasses.replace(SYSTEMS["fifo"], reserve="max_tokens")
     simulation = Simulation(chosen, num_pages, slots).run(with_classes(arrivals_of(phases), priorities, adapter=None))
     passed = dict.fromkeys((r.request_id for r in simulation.requests), 0)
     for waiting, starts in simulation.steps:
