@@ -119,10 +119,10 @@ class MeasuredCostModel(CostModel):
         terms[-1], self._loaded_pages = self._loaded_pages, 0
         return sum(seconds * term for seconds, term in zip(self._calibration.step, terms))
 
-    def load(self, num_bytes: int, copies: int = 1) -> float:
+    def load(self, num_bytes: int, copies: int = 1) -> tuple[float, float]:
         pages = copies * num_bytes // self.profile.page_bytes
         self._loaded_pages += pages
-        return self._calibration.load[0] + self._calibration.load[1] * pages
+        return 0.0, self._calibration.load[0] + self._calibration.load[1] * pages
 
 
 def measured_profile(

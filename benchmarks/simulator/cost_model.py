@@ -37,7 +37,7 @@ class Profile:
             they are launches, which one pass has once.
         host: Host time for a step, before the device gets it.
         link_bandwidth: Bytes of host-to-device transfers, which queue for the link.
-        link_latency: Fixed time of a host-to-device transfer.
+        link_latency: Time to launch an adapter's copy to the device.
         scratch: Memory beside weights and pool, of each device.
         utilization: Share of the memory that is used.
         itemsize: Bytes of a weight, and of an element of the pool.
@@ -149,9 +149,9 @@ class CostModel:
             seconds += profile.lora_overhead / 2 + self._page * pages + profile.lora_row * len(rows)
         return seconds
 
-    def load(self, num_bytes: int, copies: int = 1) -> float:
-        """Seconds that a transfer holds the link."""
-        return copies * (self.profile.link_latency + num_bytes / self.profile.link_bandwidth)
+    def load(self, num_bytes: int, copies: int = 1) -> tuple[float, float]:
+        """Seconds to launch an adapter's copies, and for which they hold the link."""
+        return copies * self.profile.link_latency, copies * num_bytes / self.profile.link_bandwidth
 
 
 _A40 = Profile(
@@ -174,6 +174,75 @@ _A40 = Profile(
 
 The figures are the time to first token of a medium request on an idle machine by rank, and S-LoRA's knee (see docs/paper.md).
 560 GB/s is 80 % of the A40's bandwidth, 88 TFLOP/s 59 % of its bf16 rate."""
+
+_A10G_S_LORA = Profile(
+    name="a10g-s-lora",
+    model=PRESETS["llama-7b"],
+    memory=24e9,
+    bandwidth=520e9,
+    flops=55e12,
+    prefill_overhead=0.030,
+    lora_overhead=0.006,
+    lora_token_rank=2.3e-6,
+    lora_row=5e-5,
+    decode_overhead=0.004,
+    host=0.001,
+    link_bandwidth=25.8e9,
+    link_latency=0.00225,
+    page_tokens=2,  # the least; S-LoRA's is 1
+    num_pages_override=1 + 14_500 // 2,
+    passes=2,
+)
+"""S-LoRA's kernels and loop on an A10G, held to ten points that its authors measured (see `s_lora.py`).
+
+520 GB/s is 87 % of the A10G's bandwidth."""
+
+S_LORA_LENGTH_FACTOR = 0.25
+"""Scale of Azure's lengths with which S-LoRA's loop has the paper's knee, 8.6 requests a second, at S_LORA_BATCH_TOKENS."""
+S_LORA_LENGTH_FACTORS = (0.185, 0.21, S_LORA_LENGTH_FACTOR, 0.3)
+S_LORA_BATCH_TOKENS = 3072
+"""Prompt tokens of a batch in S-LoRA's loop; the least that its code takes by itself (`batch_max_tokens`)."""
+
+
+def _a40_s_lora(length_factor: float) -> Profile:
+    """S-LoRA's kernels on the paper's A40.
+
+    The bandwidth and the overhead of a decode are the A10G's, which was measured; the rest follows from the paper's figure 2,
+    whose medium request has the trace's median length. A first token on an idle machine takes 58 ms without an adapter, of
+    which 28 are products, and 6.8 ms and 0.42 ms a rank more with one; a load is two copies of 2.25 ms and the adapter's bytes
+    at 25.8 GB/s.
+    """
+    medium = 1020 * length_factor
+    return dataclasses.replace(
+        _A10G_S_LORA,
+        name="a40-s-lora" + (f"-{length_factor:g}" if length_factor != S_LORA_LENGTH_FACTOR else ""),
+        memory=48e9,
+        bandwidth=696e9 * _A10G_S_LORA.bandwidth / 600e9,
+        flops=2 * PRESETS["llama-7b"].num_params * medium / 0.028,
+        lora_overhead=0.0068,
+        lora_token_rank=0.4208e-3 / medium,
+        page_tokens=16,
+        num_pages_override=None,
+    )
+
+
+_A40_OURS = dataclasses.replace(
+    _a40_s_lora(S_LORA_LENGTH_FACTOR),
+    name="a40-ours",
+    passes=1,
+    flops=0.74 * 149.7e12,
+    prefill_overhead=0.002,
+    decode_overhead=0.001,
+    lora_overhead=0.0026,
+    lora_token_rank=1.1e-7 * 989 / 149.7,
+    lora_row=1e-6,
+    host=0.002,
+)
+"""Our engine on the paper's A40, predicted from what an H200 measured (docs/performance.md). No A40 has run it.
+
+Prompts take 74 % of the published rate without adapters, 1.1e-7 s more a token and rank on the H200 (rank 16 on q k v o), here
+in proportion to the rate. A decode takes 0.9 ms beside reading its bytes, 1.3 ms more with adapters. The bandwidth is S-LoRA's.
+"""
 
 _SPEEDUP = 1.9  # A100 kernels that neither memory nor tensor cores bound: launches, LoRA
 _A100 = dataclasses.replace(
@@ -218,6 +287,18 @@ _ALL = [
     _A40,
     dataclasses.replace(_A40, name="a40-llama-7b-small-pool", scratch=12.9e9),  # 2,005 pages: adapters are evicted
     dataclasses.replace(_A40, name="a40-llama-7b-one-pass", passes=1),
+    _A10G_S_LORA,
+    *map(_a40_s_lora, S_LORA_LENGTH_FACTORS),
+    dataclasses.replace(_a40_s_lora(S_LORA_LENGTH_FACTOR), name="a40-s-lora-one-pass", passes=1),
+    dataclasses.replace(
+        _a40_s_lora(S_LORA_LENGTH_FACTOR),
+        name="a40-s-lora-our-adapters",
+        passes=1,
+        lora_overhead=_A40_OURS.lora_overhead,
+        lora_token_rank=_A40_OURS.lora_token_rank,
+        lora_row=_A40_OURS.lora_row,
+    ),
+    _A40_OURS,
     *(_a100(f"a100-{gb}gb", gigabytes=gb) for gb in (24, 48, 80)),
     *(_a100(f"a100-tp{tp}", tp=tp) for tp in (1, 2, 4)),
     _a100("a100-llama-13b", PRESETS["llama-13b"]),

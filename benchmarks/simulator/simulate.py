@@ -17,7 +17,15 @@ import typer
 
 from benchmarks.machine import describe, publish
 from benchmarks.outcome import Outcome, Recorder
-from benchmarks.simulator.cost_model import LENGTH_FACTOR, PROFILES, STEP_TOKENS, CostModel, Profile, stall_seconds
+from benchmarks.simulator.cost_model import (
+    LENGTH_FACTOR,
+    PROFILES,
+    S_LORA_BATCH_TOKENS,
+    STEP_TOKENS,
+    CostModel,
+    Profile,
+    stall_seconds,
+)
 from benchmarks.workload import (
     Duration,
     LengthFactor,
@@ -66,16 +74,27 @@ class SimulatedExecutor:
     Args:
         last: Request id to the position of its last token.
         sizes: Content hash to bytes.
+        copies: Copies of an adapter in a load.
+        holds_loop: Whether the loop itself launches the copies, as S-LoRA's does; otherwise that time is the link's.
     """
 
     num_compiled = 0
 
-    def __init__(self, cost: CostModel, clock: VirtualClock, last: dict[str, int], sizes: dict[str, int], copies: int):
+    def __init__(
+        self,
+        cost: CostModel,
+        clock: VirtualClock,
+        last: dict[str, int],
+        sizes: dict[str, int],
+        copies: int = 1,
+        holds_loop: bool = False,
+    ):
         self._cost = cost
         self._clock = clock
         self._last = last
         self._sizes = sizes
         self._copies = copies
+        self._holds_loop = holds_loop
         self._device_free = 0.0
         self._link_free = 0.0
         self._loads: dict[str, float] = {}
@@ -100,7 +119,11 @@ class SimulatedExecutor:
         return tokens
 
     def begin_load(self, content_hash: str, pages: list[int]) -> None:
-        seconds = self._cost.load(self._sizes[content_hash], self._copies)
+        launches, transfers = self._cost.load(self._sizes[content_hash], self._copies)
+        if self._holds_loop:
+            self._clock.now += launches
+            launches = 0.0
+        seconds = launches + transfers
         self.link_busy += seconds
         self._link_free = max(self._clock.now, self._link_free) + seconds
         self._loads[content_hash] = self._link_free
@@ -162,6 +185,11 @@ def make_predictor(name: str, true: dict[str, int], factor: float, seed: int) ->
     raise ValueError(f"predictor is {name!r}; allowed: history, oracle, proxy-ACCURACY")
 
 
+def batch_max_tokens(profile: Profile) -> int:
+    """Most prompt tokens of a batch in S-LoRA's loop, as its code chooses: a sixth of the pool, 3,072 at least."""
+    return max(profile.num_pages * profile.layout.page_tokens // 6, S_LORA_BATCH_TOKENS) // 32 * 32
+
+
 def step_tokens(system: str | System, tokens: int) -> int:
     """Largest number of prompt tokens in a step.
 
@@ -179,7 +207,7 @@ def simulate(
     length_factor: float = LENGTH_FACTOR,
     seed: int = 0,
     max_num_seqs: int = 256,
-    max_num_batched_tokens: int = STEP_TOKENS,
+    max_num_batched_tokens: int | None = None,
     ttft_slo: float = 5.0,
     tbt_slo: float | None = None,
     cost_model: Callable[[Profile, dict[str, int]], CostModel] = CostModel,
@@ -187,10 +215,22 @@ def simulate(
 ) -> Result:
     """Serve a workload to its end.
 
-    For names of predictors see `make_predictor`, whose errors have `seed`; `max_num_batched_tokens` goes through
-    `step_tokens`. Targets are in seconds. A `tbt_slo` of None takes `cost_model.stall_seconds` of the profile for systems that
-    bound stalls: the 99th percentile of the time between tokens that the others have. `cost_model` takes a profile and the
-    ranks of adapters by name, and `shapes` has the sizes of the steps for which the device has programs."""
+    Args:
+        workload: The requests.
+        profile: Model and device.
+        system: Name of a system, or the system.
+        predictor: Name of a predictor of output lengths (see `make_predictor`).
+        length_factor: Factor of Azure's lengths, for the predictor's guesses.
+        seed: Seed of the predictor's errors.
+        max_num_seqs: Most requests that run at once.
+        max_num_batched_tokens: Prompt tokens of a step, before `step_tokens`. None is STEP_TOKENS, and `batch_max_tokens` for
+            S-LoRA's loop.
+        ttft_slo: Target for the time to first token, seconds.
+        tbt_slo: Target for the time between tokens, seconds. None takes `cost_model.stall_seconds` of the profile: the 99th
+            percentile that systems without a bound have.
+        cost_model: Makes a cost model of a profile and of the ranks of adapters by name.
+        shapes: Sizes of the steps for which the device has programs.
+    """
     begin = time.perf_counter()
     adapters = [f"adapter-{i}" for i in range(len(workload.ranks))]
     ranks = dict(zip(adapters, workload.ranks.tolist()))
@@ -204,7 +244,9 @@ def simulate(
         infos[name] = AdapterInfo(name, rank, pages, pages * profile.page_bytes)
     sizes = {name: info.num_bytes for name, info in infos.items()}
     system = get_system(system)
-    executor = SimulatedExecutor(cost, clock, last, sizes, system.transfers_per_load)
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = batch_max_tokens(profile) if system.cycles else STEP_TOKENS
+    executor = SimulatedExecutor(cost, clock, last, sizes, system.transfers_per_load, system.cycles)
     config = EngineConfig(
         system=system,
         max_num_seqs=max_num_seqs,
@@ -232,7 +274,7 @@ def simulate(
         Request(
             f"r{i}",
             range(n),
-            SamplingParams(temperature=0, max_tokens=out) if system.reserve_max_tokens else limit,
+            SamplingParams(temperature=0, max_tokens=out) if system.reserve != "predicted" else limit,
             arrival,
             0,
             stop,

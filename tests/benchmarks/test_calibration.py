@@ -110,6 +110,6 @@ def test_a_measured_step_is_the_sum_of_its_terms_and_of_the_pages_loaded_before_
     plan = make_plan([("a", 0, 20)], [("b", 9)])
     expected = cost @ step_terms(plan, RANKS, CPU)
     assert model.step(plan) == pytest.approx(expected)
-    assert model.load(3 * profile.page_bytes) == 0.5 + 3 * 0.25
+    assert model.load(3 * profile.page_bytes) == (0.0, 0.5 + 3 * 0.25)
     assert model.step(plan) == pytest.approx(expected + 3 * cost[-1])
     assert model.step(plan) == pytest.approx(expected)
