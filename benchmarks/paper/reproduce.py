@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.machine import describe
-from benchmarks.paper import cache_figures, extra_figures, hardware_figures, load_figures, scheduler_figures
+from benchmarks.paper import cache_figures, extra_figures, hardware_figures, headline, load_figures, scheduler_figures
 from benchmarks.paper.runs import Cache, Runner, fingerprint
 from benchmarks.paper.study import QUICK, Settings, Study
 from benchmarks.paper.tables import Outcome
@@ -119,6 +119,9 @@ def main(
     figure: Annotated[
         list[str] | None, typer.Option(help=f"Figure to make; repeat for several (default: all): {', '.join(FIGURES)}.")
     ] = None,
+    headline_only: Annotated[
+        bool, typer.Option("--headline", help="Make the headline on S-LoRA's own loop, in place of the figures.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Take fewer loads and shorter runs, and two seeds where --seeds is not given.")
     ] = False,
@@ -133,6 +136,14 @@ def main(
 
     Example: python -m benchmarks paper --quick --figure 11
     """
+    if headline_only:
+        extent, knees = (headline.QUICK, headline.QUICK) if quick else (headline.FULL, headline.KNEES)
+        if seeds:
+            extent, knees = (dataclasses.replace(e, seeds=tuple(range(seeds))) for e in (extent, knees))
+        extent, knees = (dataclasses.replace(e, trace=trace) for e in (extent, knees))
+        headline.headline(extent, knees, out, workers or os.cpu_count() or 1)
+        typer.echo((out / "headline.md").read_text())
+        return
     names = list(dict.fromkeys(figure or FIGURES))
     unknown = [name for name in names if name not in FIGURES]
     if unknown:

@@ -45,6 +45,7 @@ class Run:
     Attributes:
         profile: Model and device, a name in PROFILES.
         predictor: See `simulate.make_predictor`.
+        batch_tokens: Prompt tokens of a step, or of a batch in S-LoRA's loop. None takes the simulator's.
         timeline: Whether the summary has lines over time.
     """
 
@@ -53,6 +54,7 @@ class Run:
     profile: str = "a40-llama-7b"
     predictor: str = "proxy-0.8"
     timeline: bool = False
+    batch_tokens: int | None = None
 
     def at(self, **changes: Any) -> Run:
         """Run with other fields of the workload."""
@@ -64,7 +66,8 @@ class Run:
         usual = {f.name: f.default for f in dataclasses.fields(self.spec)}
         spec = {name: str(v) if isinstance(v, Path) else v for name, v in spec.items() if v != usual[name] and name != "seed"}
         system = self.system if isinstance(self.system, str) else dataclasses.asdict(self.system)
-        return {"system": system, "profile": self.profile, "predictor": self.predictor} | spec
+        batch = {} if self.batch_tokens is None else {"batch_tokens": self.batch_tokens}
+        return {"system": system, "profile": self.profile, "predictor": self.predictor} | batch | spec
 
     def key(self) -> str:
         """Hash of the content, the same for all names of one system or profile."""
@@ -98,6 +101,7 @@ def execute(run: Run) -> Summary:
         predictor=run.predictor,
         length_factor=run.spec.length_factor,
         seed=run.spec.seed,
+        max_num_batched_tokens=run.batch_tokens,
     )
     return summarize(result, run.timeline)
 

@@ -91,11 +91,12 @@ class Study:
         profile: str = A40,
         predictor: str = "proxy-0.8",
         timeline: bool = False,
+        batch_tokens: int | None = None,
         **spec: Any,
     ) -> Run:
         """Run of the calibrated workload with the fields of `spec` changed."""
         fields = {"length_factor": LENGTH_FACTOR, "trace": self.settings.trace} | spec
-        return Run(system, WorkloadSpec(rps, self.settings.duration_s, **fields), profile, predictor, timeline)
+        return Run(system, WorkloadSpec(rps, self.settings.duration_s, **fields), profile, predictor, timeline, batch_tokens)
 
     def measure(self, runs: Mapping[K, Run]) -> dict[K, Point]:
         """Measure every run under every seed."""
