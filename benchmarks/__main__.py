@@ -24,7 +24,7 @@ BENCHMARKS = {
         "Compare schedulers that know a device's step sizes with schedulers that do not, simulated.",
     ),
     "slow-devices": ("simulator.slow_devices", "Compare a system with first come first served on slow devices, simulated."),
-    "s-lora": ("simulator.s_lora", "Compare a simulation of S-LoRA's loop with points that its authors measured."),
+    "s-lora": ("simulator.s_lora", "Compare a simulation of S-LoRA's loop with points that its authors measured on an A10G."),
     "paper": ("paper.reproduce", "Reproduce the figures of the Chameleon paper in simulation."),
     "serve": ("serving.serve", "Serve a workload on the engine with several systems, and compare them."),
     "serve-curve": ("serving.serve_curve", "Measure time to first token against load on the engine."),

@@ -52,6 +52,9 @@ class InvalidValue(ValueError):
         super().__init__(text)
         self.field = field
 
+    def __reduce__(self) -> tuple[type[InvalidValue], tuple[str, str]]:
+        return type(self), (self.field, str(self))  # as an exception is otherwise made again of its text alone
+
 
 class InvalidGrammar(ValueError):
     """The structured output that a request asks for is wrong or not supported.
@@ -63,6 +66,9 @@ class InvalidGrammar(ValueError):
     def __init__(self, reason: str):
         super().__init__(f"structured_outputs: {reason}")
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[InvalidGrammar], tuple[str]]:
+        return type(self), (self.reason,)
 
 
 class Unauthenticated(ServingError):

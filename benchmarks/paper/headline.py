@@ -1,4 +1,4 @@
-"""The paper's headline on S-LoRA's own loop, a ladder from there to our whole system, and what the choices of both hang on.
+"""The paper's headline on S-LoRA's own loop, a ladder from there to our whole system, and the settings that decide both.
 
 Systems called published run on S-LoRA's loop with S-LoRA's kernels, held to measurements of its authors (`simulator/s_lora.py`)
 and to the paper's figure 2. Ours run on the same device with constants that are predicted from an H200's.

@@ -238,7 +238,7 @@ _A40_OURS = dataclasses.replace(
     lora_row=1e-6,
     host=0.002,
 )
-"""Our engine on the paper's A40, predicted from what an H200 measured (docs/performance.md). No A40 has run it.
+"""Our engine on the paper's A40, predicted from an H200's measurements (docs/performance.md). No A40 has run it.
 
 Prompts take 74 % of the published rate without adapters, 1.1e-7 s more a token and rank on the H200 (rank 16 on q k v o), here
 in proportion to the rate. A decode takes 0.9 ms beside reading its bytes, 1.3 ms more with adapters. The bandwidth is S-LoRA's.

@@ -1,4 +1,4 @@
-"""S-LoRA's loop, simulated, beside what its authors measured on an A10G.
+"""S-LoRA's loop, simulated, beside its authors' measurements on an A10G.
 
 The ten points are numbers of S-LoRA's repository (Apache-2.0, commit c1ddf48, benchmarks/paper/synthetic/slora). Its workloads
 are drawn by NumPy's legacy generator from one seed, so that they can be drawn again here: the same requests arrive at the same
@@ -73,12 +73,12 @@ def row(point: Point) -> dict[str, Any]:
     return {
         "setting": f"{point.setting}, {point.num_adapters} adapters, {point.req_rate:g} requests/s",
         "throughput, measured": round(point.throughput_rps, 3),
-        "simulated": round(throughput, 3),
+        "throughput, simulated": round(throughput, 3),
         "difference": f"{throughput / point.throughput_rps - 1:+.1%}",
         "latency s, measured": round(point.avg_latency_s, 1),
-        "simulated ": round(float(result.e2e.mean()), 1),
+        "latency s, simulated": round(float(result.e2e.mean()), 1),
         "first token s, measured": round(point.avg_first_token_latency_s, 2),
-        "simulated  ": round(float(result.ttft.mean()), 2),
+        "first token s, simulated": round(float(result.ttft.mean()), 2),
     }
 
 

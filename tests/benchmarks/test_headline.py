@@ -1,4 +1,4 @@
-"""The headline's file: what it holds, and what it compares with what."""
+"""The headline's file: its content, and the systems that it compares."""
 
 from __future__ import annotations
 

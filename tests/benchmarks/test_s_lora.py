@@ -1,4 +1,4 @@
-"""The simulation of S-LoRA's loop, held to what its authors measured."""
+"""The simulation of S-LoRA's loop, held to its authors' measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S-LoRA's loop: what a step may hold, when a batch may start, and that nothing that has started is ever sent back."""
+"""S-LoRA's loop: the content of a step, the start of a batch, and no request that has started is ever sent back."""
 
 from __future__ import annotations
 
