@@ -39,7 +39,8 @@ class System:
             for max_tokens output tokens. "peak" starts it where all that run, each to its max_tokens, will never need more
             pages than there are, as S-LoRA does; requires `cycles`.
         cycles: S-LoRA's loop (default False): the prompts of a batch run in steps of their own while decodes wait, then ten
-            steps decode before the next batch (see `scheduler.cycles`).
+            steps decode before the next batch (see `scheduler.cycles`). Time bounds none of its steps, and its loads hold the
+            device.
         limit_prompts: start requests until a step's prompts are full (default True). False limits them by memory alone;
             requires `cycles`.
         transfers_per_load: times that an adapter is copied to the device for one load (default 1).
@@ -63,7 +64,11 @@ class System:
         for field, allowed in (("order", ORDERS), ("size", SIZES), ("eviction", tuple(POLICIES)), ("reserve", RESERVES)):
             require_field(self, field, getattr(self, field) in allowed, ", ".join(allowed))
         require_field(self, "transfers_per_load", self.transfers_per_load >= 1, "1 or more")
-        if not self.cycles:
+        if self.cycles:
+            require_field(self, "order", self.order != "boost", "fifo, sjf, multilevel with cycles")
+            require_field(self, "overlap_loads", not self.overlap_loads, "False with cycles")
+            require_field(self, "bound_stalls", not self.bound_stalls, "False with cycles")
+        else:
             require_field(self, "reserve", self.reserve != "peak", "predicted, max_tokens; peak with cycles alone")
             require_field(self, "limit_prompts", self.limit_prompts, "True; False with cycles alone")
 

@@ -49,6 +49,17 @@ def test_the_paper_s_baselines():
     assert SYSTEMS["chameleon-published-no-cache"] == dataclasses.replace(published, eviction="lru", keep_idle=False)
 
 
+def test_s_lora_s_loop_has_no_bounded_steps_and_loads_that_hold_the_device():
+    for field, value, allowed in (
+        ("order", "boost", "fifo, sjf, multilevel with cycles"),
+        ("overlap_loads", True, "False with cycles"),
+        ("bound_stalls", True, "False with cycles"),
+    ):
+        with pytest.raises(ValueError) as error:
+            dataclasses.replace(SYSTEMS["s-lora-published"], **{field: value})
+        assert str(error.value) == f"{field} is {value!r}; allowed: {allowed}"
+
+
 @pytest.mark.parametrize(
     "field,value,allowed",
     [

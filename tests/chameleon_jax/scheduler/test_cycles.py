@@ -33,15 +33,16 @@ TRAFFIC = st.lists(
 )
 
 
-def record(loop: ServingLoop) -> list[tuple[StepPlan, int]]:
-    """Record each plan with the requests that ran before it."""
-    plans: list[tuple[StepPlan, int]] = []
+def record(loop: ServingLoop) -> list[tuple[StepPlan, int, bool]]:
+    """Record each plan with the requests that ran before it, and whether it left prompts uncomputed."""
+    plans: list[tuple[StepPlan, int, bool]] = []
     make_plan = loop.scheduler.plan
 
     def plan(now):
         running = len(loop.scheduler.running)
         made = make_plan(now)
-        plans.append((dataclasses.replace(made, prefills=list(made.prefills), decodes=list(made.decodes)), running))
+        copied = dataclasses.replace(made, prefills=list(made.prefills), decodes=list(made.decodes))
+        plans.append((copied, running, loop.scheduler._running.has_prompts))
         return made
 
     loop.scheduler.plan = plan  # type: ignore[method-assign]
@@ -66,14 +67,15 @@ def serve(traffic, system: str, num_pages: int):
 @given(traffic=TRAFFIC, num_pages=st.integers(30, 90), system=st.sampled_from(CYCLES))
 def test_prompts_run_alone_and_ten_steps_decode_between_batches(traffic, num_pages, system):
     _, plans, _ = serve(traffic, system, num_pages)
-    decodes = 0
-    for plan, running in plans:
+    decodes, under_way = 0, False
+    for plan, running, left in plans:
         assert not (plan.prefills and plan.decodes)
-        first = plan.prefills and all(chunk.start == 0 for chunk in plan.prefills)
-        if first and running and not any(chunk.request.metrics.num_preemptions for chunk in plan.prefills):
-            continued = decodes == 0  # further prompts of the batch that is under way
-            assert continued or decodes >= DECODES
-        decodes = 0 if plan.prefills else decodes + bool(plan.decodes)
+        if plan.prefills:
+            assert under_way or decodes >= DECODES or not running
+            decodes, under_way = 0, left  # the batch's other prompts follow at once
+        else:
+            assert not under_way or not plan.decodes
+            decodes += bool(plan.decodes)
 
 
 @examples(60)
@@ -84,7 +86,7 @@ def test_what_starts_by_the_peak_is_never_sent_back(traffic, num_pages):
     assert all(request.state is RequestState.FINISHED for request in requests)
     starts = [request.metrics.first_scheduled_time for request in requests]
     assert starts == sorted(starts)
-    for plan, _ in plans:
+    for plan, _, _ in plans:
         assert sum(chunk.num_tokens for chunk in plan.prefills) <= MOST_PROMPTS
 
 
@@ -96,7 +98,7 @@ def test_a_batch_without_a_limit_computes_its_prompts_in_several_steps():
             loop.submit(make_request(number, 30, 20, ignore_eos=True))
         run(loop)
         found, previous = [], 0
-        for plan, _ in plans:
+        for plan, _, _ in plans:
             starting = [chunk.request for chunk in plan.prefills if chunk.start == 0]
             if starting and previous:
                 found[-1] += len(starting)
@@ -117,7 +119,7 @@ def test_adapters_of_the_head_are_loaded_twice_in_a_cycle():
     loop.submit(make_request(2, 40, 20, "a2", ignore_eos=True))  # beyond a batch's prompts
     for _ in range(PREFETCH_AT[0] + 1):
         loop.step()
-    decodes = [plan for plan, _ in plans if plan.decodes]
+    decodes = [plan for plan, _, _ in plans if plan.decodes]
     assert [len(plan.loads) for plan in decodes[: PREFETCH_AT[0]]] == [0, 0, 0, 0, 1]
     assert loop.cache.entry("a1").tier.value in ("loading", "resident")
     assert loop.cache.entry("a2").tier.value == "host"
