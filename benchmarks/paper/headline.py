@@ -16,7 +16,7 @@ from benchmarks.machine import describe, markdown
 from benchmarks.paper.runs import Cache, Run, Runner, fingerprint
 from benchmarks.paper.study import Point, Settings, Study
 from benchmarks.simulator.cost_model import S_LORA_BATCH_TOKENS, S_LORA_LENGTH_FACTOR, S_LORA_LENGTH_FACTORS
-from chameleon_jax.systems import SYSTEMS, System
+from chameleon_jax.systems import SYSTEMS, System, get_system
 
 S_LORA, ONE_PASS, OUR_ADAPTERS, OURS = "a40-s-lora", "a40-s-lora-one-pass", "a40-s-lora-our-adapters", "a40-ours"
 PUBLISHED, FAIR = "s-lora-published", "s-lora"
@@ -39,16 +39,19 @@ SETUPS: dict[str, Setup] = {
 }
 """Systems of the headline."""
 _PLUS = SYSTEMS["chameleon-plus"]
-_OURS = SYSTEMS["chameleon"]
+_CHAMELEON = SYSTEMS["chameleon"]
 LADDER: dict[str, Setup] = {
     "S-LoRA as published": (PUBLISHED, S_LORA),
     "+ the cache": (dataclasses.replace(SYSTEMS[PUBLISHED], eviction="chameleon", keep_idle=True), S_LORA),
     "+ Algorithm 1: Chameleon as published": ("chameleon-published", S_LORA),
-    "+ our loop": (_OURS, S_LORA),
-    "+ prompts and decodes in one pass": (_OURS, ONE_PASS),
-    "+ our kernels for adapters": (_OURS, OUR_ADAPTERS),
-    "+ our other kernels and launches": (_OURS, OURS),
-    "+ chameleon-plus's order, and loads that overlap": (dataclasses.replace(_OURS, order="boost", overlap_loads=True), OURS),
+    "+ our loop": (_CHAMELEON, S_LORA),
+    "+ prompts and decodes in one pass": (_CHAMELEON, ONE_PASS),
+    "+ our kernels for adapters": (_CHAMELEON, OUR_ADAPTERS),
+    "+ our other kernels and launches": (_CHAMELEON, OURS),
+    "+ chameleon-plus's order, and loads that overlap": (
+        dataclasses.replace(_CHAMELEON, order="boost", overlap_loads=True),
+        OURS,
+    ),
     "+ its eviction": (dataclasses.replace(_PLUS, bound_stalls=False), OURS),
     "+ steps bounded by time: chameleon-plus": (_PLUS, OURS),
 }
@@ -93,8 +96,8 @@ def headline(settings: Settings, knees: Settings, out: Path, workers: int) -> di
 
 def _run(study: Study, setup: Setup, length_factor: float = S_LORA_LENGTH_FACTOR, batch: int = S_LORA_BATCH_TOKENS) -> Run:
     system, profile = setup
-    cycles = (SYSTEMS[system] if isinstance(system, str) else system).cycles
-    return study.case(system, profile=profile, length_factor=length_factor, batch_tokens=batch if cycles else None)
+    batch_tokens = batch if get_system(system).cycles else None
+    return study.case(system, profile=profile, length_factor=length_factor, batch_tokens=batch_tokens)
 
 
 def _against(study: Study, runs: Mapping[str, Run], base: str, knees: Mapping[str, float]) -> dict[str, Any]:

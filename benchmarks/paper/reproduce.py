@@ -137,6 +137,8 @@ def main(
     Example: python -m benchmarks paper --quick --figure 11
     """
     if headline_only:
+        if figure:
+            raise typer.BadParameter(f"--figure is {figure[0]!r}; allowed: no figure with --headline")
         extent, knees = (headline.QUICK, headline.QUICK) if quick else (headline.FULL, headline.KNEES)
         if seeds:
             extent, knees = (dataclasses.replace(e, seeds=tuple(range(seeds))) for e in (extent, knees))

@@ -86,8 +86,8 @@ class SimulatedExecutor:
         clock: VirtualClock,
         last: dict[str, int],
         sizes: dict[str, int],
-        copies: int = 1,
-        holds_loop: bool = False,
+        copies: int,
+        holds_loop: bool,
     ):
         self._cost = cost
         self._clock = clock
@@ -186,7 +186,10 @@ def make_predictor(name: str, true: dict[str, int], factor: float, seed: int) ->
 
 
 def batch_max_tokens(profile: Profile) -> int:
-    """Most prompt tokens of a batch in S-LoRA's loop, as its code chooses: a sixth of the pool, 3,072 at least."""
+    """Most prompt tokens of a batch in S-LoRA's loop, as its code chooses: a sixth of the pool, 3,072 at least.
+
+    Rounded down to a multiple of 32, as `EngineConfig.max_num_batched_tokens` is one.
+    """
     return max(profile.num_pages * profile.layout.page_tokens // 6, S_LORA_BATCH_TOKENS) // 32 * 32
 
 

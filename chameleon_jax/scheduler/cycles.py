@@ -1,8 +1,10 @@
 """S-LoRA's loop, from its public code (commit c1ddf48: router/manager.py, router/req_queue.py).
 
-A cycle computes the prompts of one batch, alone, while all that decode wait. Then ten steps decode and admit nobody. From then
-on every step tries to admit, and decodes where nobody gets in. An engine without running requests admits at once. Adapters of a
-batch are loaded before its prompts; those at the head of the queue twice in a cycle, while others decode.
+A cycle computes the prompts of one batch, alone, while requests that decode wait. Then ten steps decode and admit no request.
+Each later step tries to admit a batch, and decodes where no request fits. An engine without running requests admits at once.
+Adapters of a batch are loaded before its prompts, and adapters of the head of the queue twice in a cycle, while others decode.
+
+Two details differ: the loop plans a step while the one before runs, and the prefetch comes one step earlier.
 """
 
 from __future__ import annotations
@@ -64,10 +66,10 @@ class CycleScheduler(Scheduler):
 
     def _new_batch(self, budget: float) -> AdmissionBatch:
         room = self._running.step_tokens if self.system.limit_prompts else math.inf
-        common = (self._cache, len(self._slots), room, known_tokens, self.system.overlap_loads)
+        common = (self._cache, len(self._slots), room, known_tokens)
         if self.system.reserve != "peak":
-            return AdmissionBatch(*common)
-        return PeakBatch(*common, running=self.running, page_tokens=self._page_tokens)
+            return AdmissionBatch(*common, overlap_loads=False)
+        return PeakBatch(*common, overlap_loads=False, running=self.running, page_tokens=self._page_tokens)
 
 
 @dataclasses.dataclass(eq=False)

@@ -46,6 +46,7 @@ def test_the_table_of_questions_names_every_benchmark():
         ("workload --nonsense", "No such option: --nonsense"),
         ("workload --rps fast", "Invalid value for '--rps'"),
         ("simulate --profile nonsense", "--profile is 'nonsense'; allowed: a40-llama-7b, "),
+        ("paper --headline --figure 2", "--figure is '2'; allowed: no figure with --headline"),
         ("peers --peer nonsense", "--peer is nonsense; allowed: vllm, transformers"),
     ],
 )

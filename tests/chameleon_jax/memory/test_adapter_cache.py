@@ -218,7 +218,7 @@ def test_a_pool_s_content_is_lost_only_when_no_request_uses_it():
 
 
 def test_the_policy_learns_of_uses_and_of_evictions():
-    """GDSF: uses, on top of the uses of what left last."""
+    """GDSF: an adapter counts from the uses of the adapter that was evicted before it."""
     cache = AdapterCache(PagePool(10), "gdsf")
 
     def use(name: str) -> None:
