@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, markdown
 from benchmarks.paper.runs import Cache, Run, Runner, fingerprint
+from benchmarks.paper.statistics import Estimate
 from benchmarks.paper.study import Point, Settings, Study
 from benchmarks.simulator.cost_model import S_LORA_BATCH_TOKENS, S_LORA_LENGTH_FACTOR, S_LORA_LENGTH_FACTORS
 from chameleon_jax.systems import SYSTEMS, System, get_system
@@ -118,9 +120,9 @@ def _figures(point: Point, base: Point) -> dict[str, Any]:
     p99, p50 = point.change(base), point.change(base, "ttft_p50")
     return {
         "p99_change": round(p99.value / 100, 4),
-        "p99_interval": [round(p99.low / 100, 4), round(p99.high / 100, 4)],
+        "p99_interval": _interval(p99),
         "p50_change": round(p50.value / 100, 4),
-        "p50_interval": [round(p50.low / 100, 4), round(p50.high / 100, 4)],
+        "p50_interval": _interval(p50),
         "p99_s": round(point.mean("ttft_p99"), 3),
         "p50_s": round(point.mean("ttft_p50"), 3),
         "mean_gap_p99_s": round(point.mean("tpot_p99"), 4),
@@ -128,6 +130,11 @@ def _figures(point: Point, base: Point) -> dict[str, Any]:
         "load_wait_p99_s": round(point.mean("adapter_wait_p99"), 4),
         "hit_rate": round(point.mean("hit_rate"), 3),
     }
+
+
+def _interval(percent: Estimate) -> list[float] | None:
+    """Return the bounds as fractions; None for a single seed."""
+    return None if math.isnan(percent.low) else [round(percent.low / 100, 4), round(percent.high / 100, 4)]
 
 
 def _ladder(study: Study, knees: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -205,5 +212,5 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nMade by `{result['command']}`, {result['machine']}, {result['date']}.\n"
 
 
-def _percent(value: float, interval: list[float]) -> str:
-    return f"{value:+.1%} [{interval[0]:+.1%}, {interval[1]:+.1%}]"
+def _percent(value: float, interval: list[float] | None) -> str:
+    return f"{value:+.1%}" + (f" [{interval[0]:+.1%}, {interval[1]:+.1%}]" if interval else "")

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.paper import headline, study
-from benchmarks.paper.study import Settings
+from benchmarks.paper.study import Point, Settings
 from benchmarks.simulator.cost_model import PROFILES
 from chameleon_jax.systems import SYSTEMS, get_system
 
@@ -64,6 +64,14 @@ def test_the_ladder_begins_at_its_baseline_and_ends_at_our_default(result):
         assert all(row[name] > 0 and math.isfinite(row[name]) for name in (headline.PUBLISHED, "chameleon-published"))
     for name in (*found["systems"], *(row["rung"] for row in found["ladder"])):
         assert f"| {name} |" in text
+
+
+def test_a_single_seed_has_no_interval():
+    values = dict.fromkeys(("ttft_p50", "ttft_p99", "tpot_p99", "worst_rank_queue", "adapter_wait_p99", "hit_rate"), 2.0)
+    figures = headline._figures(Point([values | {"ttft_p99": 1.0}]), Point([values]))
+    assert (figures["p99_change"], figures["p99_interval"], figures["p50_interval"]) == (-0.5, None, None)
+    assert headline._percent(-0.5, None) == "-50.0%"
+    assert headline._percent(-0.5, [-0.6, -0.4]) == "-50.0% [-60.0%, -40.0%]"
 
 
 def test_each_rung_changes_the_system_or_the_profile():
